@@ -1,0 +1,333 @@
+"""EDM: more memory than this machine has, for a Python program. Start reading here.
+
+    instance rank                                                   DMS rank
+    ┌─────────────────────┐ uffd+memfd ┌─────────────────────┐ MPI ┌─────────────────────┐
+    │ application process │ ─────────► │ pager process       │ ◄─► │ DMS                 │
+    │   your code         │            │   DM-Handler thread │     │   SPT page→location │
+    │   space.mmap(...)   │ page fault │   LPET thread       │     │   disk file         │
+    │   a[0] = 1          │ ─────────► │   LSPT local pages  │     │                     │
+    └─────────────────────┘ ◄───────── └─────────────────────┘     └─────────────────────┘
+         space.py             a page     pager.py dm_handler.py      dms.py
+                                         lpet.py lspt.py             (messages.py and
+                                         page_idle.py                 mpi_client.py: the arrow)
+
+Interface:
+    Config                     the settings
+    run(app, config)           run app(space) as the application of every instance of an MPI job
+    parse_arguments, main      the same for a program with command-line options
+    PAGE_SIZE                  bytes
+
+Rules: rank 0 of the job is the DMS; every other rank is an instance, whose application process is
+forked *before* MPI is initialised and never calls MPI. So a program that calls run() must not
+import mpi4py.MPI first; every rank runs the program up to run(), and on after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+if __name__ == "edm":
+    # Python was started in this folder, and found this file before the package of the same name.
+    __path__ = [str(Path(__file__).parent)]
+
+from edm import log
+from edm.lspt import MAX_PAGES
+from edm.page_idle import TRACKERS, choose_tracker
+from edm.space import Descriptors, Space
+from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
+
+__all__ = ["PAGE_SIZE", "Config", "Space", "main", "parse_arguments", "run"]
+
+
+def _address(text: str) -> int:
+    return int(text, 0)
+
+
+def _setting(default: Any, help: str, parse: Callable[[str], Any], choices: Any = None) -> Any:
+    return field(default=default, metadata={"help": help, "parse": parse, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a job. Raises ValueError, which names the setting, for what can't be."""
+
+    start_addr: int = _setting(
+        0x10_0000_0000, "where the address space begins (an address, whole pages)", _address
+    )
+    end_addr: int = _setting(
+        0x20_0000_0000, "where it ends (an address, whole pages; not part of it)", _address
+    )
+    high_threshold: int = _setting(
+        65536, "pages: an instance never holds more; when it holds so many, LPET wakes", int
+    )
+    low_threshold: int | None = _setting(
+        None, "pages: LPET evicts until no more are left (default: 15/16 of high_threshold)", int
+    )
+    disk: str | None = _setting(
+        None, "path of the DMS's disk file (default: a temporary file without a name)", str
+    )
+    idle_tracker: str = _setting(
+        "auto",
+        "how LPET finds idle pages: the kernel's idle bitmap (needs root and a kernel that has "
+        "it), or unmapping; auto takes the bitmap where it can",
+        str,
+        TRACKERS,
+    )
+    log_level: str = _setting("warning", "the least level of log lines shown", str, log.LEVELS)
+
+    def __post_init__(self) -> None:
+        if self.low_threshold is None:
+            low = self.high_threshold - max(1, self.high_threshold // 16)
+            object.__setattr__(self, "low_threshold", low)
+        for name in ("start_addr", "end_addr"):
+            value = getattr(self, name)
+            if value % PAGE_SIZE or value < 0:
+                raise ValueError(f"{name}: {value:#x} is not a multiple of {PAGE_SIZE:#x}")
+        if self.start_addr >= self.end_addr:
+            raise ValueError(
+                f"end_addr: {self.end_addr:#x} leaves no space after start_addr, "
+                f"{self.start_addr:#x}; it must be greater"
+            )
+        if (self.end_addr - self.start_addr) // PAGE_SIZE > MAX_PAGES:
+            raise ValueError(f"end_addr: the space has more than {MAX_PAGES} pages; make it less")
+        if self.high_threshold < 2:
+            raise ValueError(
+                f"high_threshold: {self.high_threshold} pages; at least 2, "
+                "as one instruction may touch two"
+            )
+        if not 0 <= self.low_threshold < self.high_threshold:
+            raise ValueError(
+                f"low_threshold: {self.low_threshold} pages; it must be at least 0 and less than "
+                f"high_threshold, {self.high_threshold}"
+            )
+        for setting in dataclasses.fields(self):
+            choices, value = setting.metadata["choices"], getattr(self, setting.name)
+            if choices and value not in choices:
+                raise ValueError(f"{setting.name}: {value!r}; one of {', '.join(choices)}")
+
+
+# ---------------------------------------------------------------- running a job
+
+
+def run(app: Callable[[Space], object], config: Config | None = None) -> None:
+    """Run app(space) in the application process of every instance, under mpirun -n 2 or more.
+
+    Every rank of the job calls this, before it imports mpi4py.MPI. Returns when the applications
+    have ended and the job is shut down. When an application raised, called sys.exit(n) with n not
+    0, or was killed, this exits with its status instead (a traceback is on stderr).
+
+    Raises ValueError for settings that can't be (the range overlaps what the process has there,
+    too few ranks, ...) and OSError for what this machine lacks or what failed, before the
+    application starts wherever possible.
+    """
+    config = config or Config()
+    if sys.platform != "linux":
+        raise OSError(f"EDM needs Linux 5.19 or later; this is {sys.platform}")
+    if "mpi4py.MPI" in sys.modules:
+        raise ValueError(
+            "edm.run: mpi4py.MPI is imported already; import it after edm.run, if ever"
+        )
+    log.start(config.log_level)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # else the child would write it again
+    pagers_end, applications_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    application = os.fork()
+    if application == 0:
+        pagers_end.close()
+        _run_application(app, config, applications_end, parent)
+    applications_end.close()
+    status = _run_rank(config, application, pagers_end)
+    if status:
+        sys.exit(status)
+
+
+def _run_rank(config: Config, application: int, control: socket.socket) -> int:
+    """Be the DMS or a pager, as MPI says; returns the exit status."""
+    from mpi4py import MPI  # this initialises MPI: not before the fork
+
+    world = MPI.COMM_WORLD
+    try:
+        _check_mpi(MPI)
+        comm = world.Dup()
+        if comm.rank == 0:
+            control.close()  # the child that was forked here has nothing to do
+            os.waitpid(application, 0)
+            role = _prepare(MPI, comm, lambda: _make_dms(comm, config))
+        else:
+            role = _prepare(MPI, comm, lambda: _make_pager(comm, config, application, control))
+            if role:
+                control.send(b"go")
+        return role() if role else 1
+    except (ValueError, OSError):
+        control.close()
+        raise
+    except BaseException:
+        # Another rank may be waiting for this one: end the job rather than hang.
+        traceback.print_exc()
+        sys.stderr.flush()
+        world.Abort(1)
+        raise
+
+
+def _check_mpi(MPI: Any) -> None:
+    if MPI.COMM_WORLD.size < 2:
+        raise ValueError(
+            "edm.run: needs at least 2 MPI ranks (the DMS and an instance), but there is only one; "
+            "start it as: mpirun -n 2 python ..."
+        )
+    if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        raise OSError("edm.run: this MPI library has no MPI_THREAD_MULTIPLE; install one that has")
+
+
+def _prepare(MPI: Any, comm: Any, make: Callable[[], Callable[[], int]]) -> Any:
+    """Make this rank's role, if every rank can make its own; None if another one could not.
+
+    Raises ValueError or OSError if this rank could not.
+    """
+    failure = role = None
+    try:
+        role = make()
+    except (ValueError, OSError) as error:
+        failure = error
+    ready = bytearray([failure is None])
+    comm.Allreduce(MPI.IN_PLACE, [ready, MPI.BYTE], MPI.BAND)
+    if failure:
+        raise failure
+    return role if ready[0] else None
+
+
+def _make_dms(comm: Any, config: Config) -> Callable[[], int]:
+    from edm.dms import DMS
+
+    server = DMS(comm, config.disk, config.start_addr, config.end_addr)
+
+    def serve() -> int:
+        server.serve()
+        return 0
+
+    return serve
+
+
+def _make_pager(
+    comm: Any, config: Config, application: int, control: socket.socket
+) -> Callable[[], int]:
+    from edm.pager import Pager
+
+    client_log = log.logger("EDM CLIENT")
+    client_log.debug("INIT")
+    tracker = choose_tracker(config.idle_tracker)
+    control.send(bytes([comm.rank - 1]))
+    descriptors = Descriptors.receive(control)
+
+    def serve() -> int:
+        pager = Pager(comm, config, tracker, application, control, descriptors)
+        status = pager.run()
+        client_log.debug("SHUTDOWN!")
+        return status
+
+    return serve
+
+
+# ---------------------------------------------------------------- the application process
+
+
+def _run_application(
+    app: Callable[[Space], object], config: Config, control: socket.socket, parent: int
+) -> NoReturn:
+    """The child: make the space when the pager says that it is one, run app, and exit."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without a pager, a fault would never be resolved
+    instance = control.recv(1) if os.getppid() == parent else b""
+    if not instance:
+        os._exit(0)  # this rank is the DMS, or has ended
+    atexit._clear()  # those of the parent are the parent's
+    space = Space.open(config.start_addr, config.end_addr, instance[0], control)
+    if space is None or not control.recv(2):
+        os._exit(1)
+    status = 1
+    try:
+        log.logger("Usercode").debug("User code main function start running")
+        app(space)
+        status = 0
+    except SystemExit as exit:
+        status = _exit_status(exit.code)
+    except BaseException:  # noqa: BLE001 - whatever it raised, it has ended
+        traceback.print_exc()
+    # As a Python process ends: its threads, its exit functions, its buffers.
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _exit_status(code: object) -> int:
+    """The exit status that Python gives for sys.exit(code)."""
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+# ---------------------------------------------------------------- command-line programs
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, **defaults: Any
+) -> tuple[argparse.Namespace, Config]:
+    """Add an option for every setting of Config to the parser, and parse the command line.
+
+    defaults: settings of this program that differ from Config's. A mistake is told in one line, by
+    one rank, and ends the program with status 2.
+    """
+    settings = parser.add_argument_group("EDM", "thresholds count pages")
+    for setting in dataclasses.fields(Config):
+        settings.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            type=setting.metadata["parse"],
+            choices=setting.metadata["choices"],
+            default=defaults.get(setting.name, setting.default),
+            help=setting.metadata["help"],
+            metavar=None if setting.metadata["choices"] else "N" if "pages:" in
+            setting.metadata["help"] else "PATH" if setting.name == "disk" else "ADDR",
+        )  # fmt: skip
+    args = parser.parse_args()
+    try:
+        return args, Config(**{s.name: getattr(args, s.name) for s in dataclasses.fields(Config)})
+    except ValueError as error:
+        if _launched_rank() == 0:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(app: Callable[[Space], object], config: Config) -> None:
+    """run(), for a command: what it raises is told in one line, and the status is 2."""
+    try:
+        run(app, config)
+    except (ValueError, OSError) as error:
+        print(f"edm: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _launched_rank() -> int:
+    """This process's rank, as far as the launcher's environment tells before MPI is initialised."""
+    for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0

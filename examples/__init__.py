@@ -1,0 +1,1 @@
+"""Short programs that show EDM at work. Run each under mpirun, as its docstring says."""

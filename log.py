@@ -1,0 +1,72 @@
+"""The log: Python's logging, with the lines, the tables and the levels of the wiki.
+
+    [Thu Sep 01 2022 12:53:54.328]:[Debug]-[DMS] - page accessed first time, set info - new_page
+
+In the picture: nothing; every box writes here.
+
+Interface:
+    start(level)             where edm.run begins: lines of at least this level go to stderr
+    logger(name)             a box's logger: "DMS" gives lines that begin with [DMS]
+    spt_table, lspt_table    the two tables, as the wiki prints them
+
+Rules: a box asks its logger once, when it starts, which levels are on, and keeps the answers; so
+a silent log costs a fault one test of a boolean and formats nothing. One call is one write, so
+that lines of several ranks don't mix.
+
+Source of the format: the output of the wiki's "End to End Examples".
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable
+
+LEVELS = ("debug", "info", "warning", "error")
+
+_PREFIXES = {"edm": "", "edm.Usercode": "[Usercode] : "}
+
+
+class _WikiFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        box = record.name.removeprefix("edm.")
+        prefix = _PREFIXES.get(record.name, f"[{box}] - ")
+        when = time.strftime("%a %b %d %Y %H:%M:%S", time.localtime(record.created))
+        text = f"[{when}.{int(record.msecs):03d}]:[{record.levelname.capitalize()}]-{prefix}"
+        text += record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return text
+
+
+def logger(name: str = "") -> logging.Logger:
+    """The logger of a box of the picture; without a name, the banners'."""
+    return logging.getLogger(f"edm.{name}" if name else "edm")
+
+
+def start(level: str) -> None:
+    """Write the log's lines of at least this level, one of LEVELS, to stderr."""
+    edm = logger()
+    for handler in list(edm.handlers):
+        edm.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WikiFormatter())
+    edm.addHandler(handler)
+    edm.setLevel(level.upper())
+    edm.propagate = False
+
+
+def spt_table(rows: Iterable[tuple[int, str]]) -> str:
+    """The SPT as the wiki prints it, from (address, location) of every page that was accessed."""
+    lines = [f"address : {address:#x}  location : {location}" for address, location in rows]
+    return "\n".join(["Print SPT STATE", "-----START SPT ----", *lines, "------END SPT-----"])
+
+
+def lspt_table(rows: Iterable[tuple[int, int, bool]]) -> str:
+    """The LSPT as the wiki prints it, from (address, page frame number, idle) of every page.
+
+    The page frame number is 0 for who may not know it (pagemap shows it to CAP_SYS_ADMIN only).
+    """
+    lines = [f"address : {a:#x}  pfn : {pfn}  is_idle: {int(idle)}" for a, pfn, idle in rows]
+    return "\n".join(["page list state: ", "-----START LSPT ----", *lines, "-----END LSPT ----"])

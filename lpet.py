@@ -1,0 +1,170 @@
+"""LPET, the low priority eviction thread: sends pages that nobody uses back to the DMS.
+
+In the picture: in the pager process, beside the DM-Handler, with the LSPT between them.
+
+Interface: run() is the thread; figures() its counts.
+
+It sleeps until the DM-Handler finds high_threshold pages here, and then evicts until only
+low_threshold are left. Which (the wiki's algorithm): it goes round the LSPT from where the last
+run stopped. An idle page is evicted. Any other is marked idle and passed. When every page has been
+passed and there are still too many, it evicts in order, idle or not.
+
+One eviction, safe under writers (Lpet._evict):
+
+    hold             the pages' faults wait from here on
+    WRITEPROTECT     those that are DIRTY: a writer now sleeps in a WP fault
+    preadv           their bytes, from the memfd
+    EVICT            one message for all; wait for the DMS's ack that they are written
+    PUNCH_HOLE       the pages leave the memfd and the application's page table
+    left, WAKE       who waited faults again, MISSING now, and gets the page back
+
+A CLEAN page is protected already, and as the DMS has its bytes, EVICT only names it.
+
+Rules: this thread alone turns the LSPT's order, and has the idle tracker and its own MpiClient to
+itself. It holds the LSPT's lock for no system call.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from logging import INFO
+
+from edm import log
+from edm import messages as m
+from edm.lspt import LSPT, HeldRun, Run, runs_of
+from edm.mpi_client import MpiClient
+from edm.page_idle import IdleTracker, Pagemap
+from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
+
+BATCH = m.MAX_PAGES  # pages looked at, and evicted, at once
+
+
+class Lpet:
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        memfd: int,
+        client: MpiClient,
+        lspt: LSPT,
+        tracker: IdleTracker,
+        pagemap: Pagemap,
+        start_addr: int,
+        low_threshold: int,
+    ) -> None:
+        self._uffd, self._memfd, self._client, self._lspt = uffd, memfd, client, lspt
+        self._tracker, self._pagemap = tracker, pagemap
+        self._start, self._low = start_addr, low_threshold
+        self._log, self._banner = log.logger("Lpet"), log.logger()
+        self._info = self._log.isEnabledFor(INFO)
+        self._dirty = self._clean = self._marked = self._rounds = 0
+
+    def figures(self) -> dict[str, object]:
+        """Counts: pages evicted with and without their bytes, marked idle, and runs of LPET."""
+        return {
+            "evicted_dirty": self._dirty,
+            "evicted_clean": self._clean,
+            "marked_idle": self._marked,
+            "lpet_runs": self._rounds,
+        }
+
+    def run(self) -> None:
+        """Evict whenever woken, until told to stop, or until the application has ended."""
+        while self._lspt.wait_for_work():
+            try:
+                self._evict_until_low_threshold()
+            except ProcessLookupError:
+                return  # ESRCH: the application has ended; the main thread knows, or will
+
+    # ------------------------------------------------------------ which pages
+
+    def _evict_until_low_threshold(self) -> None:
+        self._rounds += 1
+        if self._info:
+            self._banner.info("\n-----------------START LPET-----------------\n")
+            self._show_lspt()
+        to_pass = self._lspt.resident  # so many, and every page has been passed
+        while (needed := self._lspt.resident - self._low) > 0:
+            if to_pass > 0:
+                candidates = self._lspt.next_candidates(min(BATCH, to_pass))
+                idle = self._tracker.idle(runs_of(sorted(candidates)))
+            else:
+                candidates = self._lspt.next_candidates(min(BATCH, needed))
+                idle = set(candidates)
+            if not candidates:
+                return  # the rest is COMING, or being unmapped
+            chosen, hot, done = self._choose(candidates, idle, needed)
+            to_pass -= done
+            self._tracker.mark(runs_of(sorted(hot)))
+            self._marked += len(hot)
+            self._evict(chosen)
+            self._lspt.passed(candidates, done, hot)
+        if self._info:
+            self._banner.info("\n-----------------FINISH LPET-----------------\n")
+
+    @staticmethod
+    def _choose(
+        candidates: Sequence[int], idle: set[int], needed: int
+    ) -> tuple[list[int], list[int], int]:
+        """In order, until enough are idle: the idle ones, the others, and how many were seen."""
+        chosen: list[int] = []
+        hot: list[int] = []
+        for page in candidates:
+            if len(chosen) == needed:
+                break
+            (chosen if page in idle else hot).append(page)
+        return chosen, hot, len(chosen) + len(hot)
+
+    def _show_lspt(self) -> None:
+        with self._lspt.lock:
+            pages = list(self._lspt.pages())
+        if pages:
+            self._log.info("start address: %#x", self._start + pages[0] * PAGE_SIZE)
+        idle = self._tracker.idle(runs_of(sorted(pages)))
+        rows = [
+            (self._start + page * PAGE_SIZE, self._pagemap.pfns(page, 1)[0], page in idle)
+            for page in pages
+        ]
+        self._banner.info(log.lspt_table(rows))
+
+    # ------------------------------------------------------------ how they leave
+
+    def _evict(self, pages: Sequence[int]) -> None:
+        """Send these pages, at most BATCH, to the DMS and give their memory back."""
+        held = self._lspt.hold(runs_of(sorted(pages)))
+        if not held:
+            return
+        content = len(held) * m.RUN.size  # where the bytes begin: behind the run table
+        body = self._client.question.body
+        at = content
+        for index, (page, count, dirty) in enumerate(held):
+            m.RUN.pack_into(body, index * m.RUN.size, page, count, dirty)
+            if dirty:
+                self._read_protected(page, count, body[at : at + count * PAGE_SIZE])
+                at += count * PAGE_SIZE
+                self._dirty += count
+            else:
+                self._clean += count
+            if self._info:
+                for p in range(page, page + count):
+                    self._log.info("evict page in address: %#x", self._start + p * PAGE_SIZE)
+        self._client.evict(len(held), at - content)
+        self._drop(held)
+
+    def _read_protected(self, page: int, count: int, into: memoryview) -> None:
+        self._uffd.writeprotect_mapped(self._start + page * PAGE_SIZE, count * PAGE_SIZE, True)
+        if os.preadv(self._memfd, [into], page * PAGE_SIZE) != count * PAGE_SIZE:
+            raise OSError(errno.EIO, "preadv: short read of the memfd")
+
+    def _drop(self, held: Sequence[HeldRun]) -> None:
+        runs: list[Run] = []
+        for page, count, _ in held:  # neighbours, one dirty and one not, are punched as one
+            if runs and sum(runs[-1]) == page:
+                runs[-1] = (runs[-1][0], runs[-1][1] + count)
+            else:
+                runs.append((page, count))
+        for page, count in runs:
+            punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
+        for awaited in self._lspt.left(runs):
+            self._uffd.wake(self._start + awaited * PAGE_SIZE, PAGE_SIZE)

@@ -1,0 +1,253 @@
+"""LSPT: the pages of this instance, in the order in which they came, and the state of each.
+
+In the picture: the table between the DM-Handler (which adds pages), LPET (which takes them away)
+and the main thread (which frees them at munmap). Every page state is named here, and the methods
+of LSPT are the only code that changes one.
+
+                         expect             arrived
+        ABSENT  ──────────────────►  COMING  ──────►  CLEAN or DIRTY
+          ▲                                              │ CLEAN ──written──► DIRTY
+          │ left                                         │
+          └───────────  HELD  ◄───────── hold ───────────┤   (LPET: to evict it, or to mark it idle)
+                        └────── released ───────────────►┘   (marked, or the DMS refused it)
+
+    munmap takes pages the same way: hold_all, then left.
+
+Interface: the methods named on the arrows, and for waiting: ask_for_room, wait_for_work;
+LPET reads the order with next_candidates and turns it with passed.
+
+Rules:
+    * `lock` protects everything here. Methods whose docstring says "Locked" want the caller to
+      hold it; the others take it themselves. The state of a page may be read without it where a
+      stale answer does no harm.
+    * COMING belongs to the DM-Handler and HELD to whoever held it: nobody else touches such a
+      page's memory or state. A fault of a HELD page is put into `awaited`; who holds the page
+      wakes those that wait when it lets go.
+    * CLEAN says: write-protected since it was installed, so the DMS's copy is as good (or there
+      never was anything but zeros). It becomes DIRTY by the one call that lifts the protection,
+      made under the lock; so a page that is held while CLEAN stays unwritten.
+
+Cost: one byte a page of address space (lazily, as zeros that the kernel has not given yet), and
+4 bytes an entry of the order. A page that leaves otherwise than by its entry's turn (munmap) leaves
+a stale entry behind, which is skipped; when those are many, the order is written anew.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import threading
+from array import array
+from collections.abc import Iterable, Iterator
+
+ABSENT = 0  # never accessed, or with the DMS
+COMING = 1  # asked for, not yet installed
+CLEAN = 2  # here, write-protected
+DIRTY = 3  # here, writable
+HELD_CLEAN = 4  # as CLEAN, but LPET or munmap has it in its hands: faults wait
+HELD_DIRTY = 5  # as DIRTY, likewise
+
+MAX_PAGES = 1 << 32  # of a space: the order's entries have four bytes
+
+_CLEAN_OR_DIRTY_RUN = re.compile(b"%c+|%c+" % (CLEAN, DIRTY))
+_UNSETTLED = re.compile(b"[%c%c%c]" % (COMING, HELD_CLEAN, HELD_DIRTY))
+_RELEASE = bytes((0, 1, 2, 3, CLEAN, DIRTY)) + bytes(250)
+
+Run = tuple[int, int]  # (first page, count of pages)
+HeldRun = tuple[int, int, bool]  # (first page, count of pages, whether they were DIRTY)
+
+
+def runs_of(pages: Iterable[int]) -> list[Run]:
+    """The ascending page numbers as runs of neighbours."""
+    runs: list[Run] = []
+    first = last = -2
+    for page in pages:
+        if page == last + 1:
+            last = page
+            continue
+        if last >= 0:
+            runs.append((first, last + 1 - first))
+        first = last = page
+    if last >= 0:
+        runs.append((first, last + 1 - first))
+    return runs
+
+
+class Stopped(Exception):
+    """There will be no more room: the instance is coming to its end."""
+
+
+class LSPT:
+    def __init__(self, pages: int, high_threshold: int) -> None:
+        """A table for a space of so many pages, of which at most high_threshold may be here."""
+        self.lock = threading.Lock()
+        self.state = mmap.mmap(-1, pages)  # one byte a page: the states above
+        self.resident = 0  # how many pages are not ABSENT
+        self.peak = 0  # the most that resident ever was
+        self.awaited: set[int] = set()  # HELD pages on which a fault has come
+        self._high = high_threshold
+        self._order = array("I")  # page numbers; those before _hand are done with
+        self._hand = 0
+        self._taken: int | None = None  # while LPET has candidates: where it has read up to
+        self._room = threading.Condition(self.lock)
+        self._work = threading.Condition(self.lock)
+        self._settled = threading.Condition(self.lock)
+        self._wanted = self._stopped = False
+
+    # ------------------------------------------------------------ the DM-Handler's transitions
+
+    def expect(self, page: int, count: int) -> None:
+        """Locked. ABSENT → COMING: the pages are on their way, and count as resident."""
+        self.state[page : page + count] = bytes((COMING,)) * count
+        self.resident += count
+        self.peak = max(self.peak, self.resident)
+
+    def arrived(self, page: int, count: int, dirty: bool) -> None:
+        """COMING → CLEAN or DIRTY: the pages are installed, and join the end of the order."""
+        with self.lock:
+            self.state[page : page + count] = bytes((DIRTY if dirty else CLEAN,)) * count
+            self._order.extend(range(page, page + count))
+            if len(self._order) - self._hand > 2 * self.resident + 1024 and self._taken is None:
+                self._order = array("I", self.pages())  # without the stale entries
+                self._hand = 0
+            self._settled.notify_all()
+
+    def not_coming(self, page: int, count: int) -> None:
+        """COMING → ABSENT: they could not be had after all."""
+        with self.lock:
+            self._absent(page, count)
+
+    def written(self, page: int) -> None:
+        """Locked. CLEAN → DIRTY: the caller lifts the write-protection, still locked."""
+        self.state[page] = DIRTY
+
+    # ------------------------------------------------------------ LPET's and munmap's transitions
+
+    def hold(self, runs: Iterable[Run]) -> list[HeldRun]:
+        """CLEAN → HELD_CLEAN, DIRTY → HELD_DIRTY: from now on, faults of them wait.
+
+        Pages in other states are left out of what is returned.
+        """
+        with self.lock:
+            return self._hold(runs)
+
+    def _hold(self, runs: Iterable[Run]) -> list[HeldRun]:
+        held = []
+        for page, count in runs:
+            states = self.state[page : page + count]
+            for run in _CLEAN_OR_DIRTY_RUN.finditer(states):
+                at, end = run.span()
+                dirty = states[at] == DIRTY
+                hold = HELD_DIRTY if dirty else HELD_CLEAN
+                self.state[page + at : page + end] = bytes((hold,)) * (end - at)
+                held.append((page + at, end - at, dirty))
+        return held
+
+    def hold_all(self, page: int, count: int) -> list[HeldRun]:
+        """For munmap: wait until LPET and DM-Handler have let go of these pages; hold those here."""
+        with self.lock:
+            while _UNSETTLED.search(self.state[page : page + count]):
+                self._settled.wait()
+            return self._hold([(page, count)])
+
+    def released(self, runs: Iterable[Run]) -> list[int]:
+        """HELD_CLEAN → CLEAN, HELD_DIRTY → DIRTY. Returns the pages whose faults are to be woken."""
+        with self.lock:
+            for page, count in runs:
+                self.state[page : page + count] = self.state[page : page + count].translate(
+                    _RELEASE
+                )
+            self._settled.notify_all()
+            return self._no_longer_awaited(runs)
+
+    def left(self, runs: Iterable[Run]) -> list[int]:
+        """HELD → ABSENT. Returns the pages whose faults are to be woken."""
+        with self.lock:
+            for page, count in runs:
+                self._absent(page, count)
+            return self._no_longer_awaited(runs)
+
+    def _absent(self, page: int, count: int) -> None:
+        self.state[page : page + count] = bytes(count)
+        self.resident -= count
+        self._room.notify_all()
+        self._settled.notify_all()
+
+    def _no_longer_awaited(self, runs: Iterable[Run]) -> list[int]:
+        if not self.awaited:
+            return []
+        done = [p for p in self.awaited for page, count in runs if page <= p < page + count]
+        self.awaited.difference_update(done)
+        return done
+
+    # ------------------------------------------------------------ the order
+
+    def next_candidates(self, limit: int) -> list[int]:
+        """At most limit pages that may be evicted, in order from the hand; LPET's thread only.
+
+        They stay where they are until passed() or left() speaks of them. [] once there is none.
+        """
+        with self.lock:
+            found: dict[int, None] = {}  # ordered, and without a stale entry's second mention
+            at = self._hand
+            while len(found) < limit and at < len(self._order):
+                for page in self._order[at : at + limit - len(found)]:
+                    at += 1
+                    if self.state[page] in (CLEAN, DIRTY):
+                        found[page] = None
+            self._taken = at
+            return list(found)
+
+    def passed(self, candidates: list[int], done: int, kept: list[int]) -> None:
+        """The hand moves over the first done of the candidates; kept ones go to the order's end."""
+        with self.lock:
+            if done == len(candidates):
+                self._hand = self._taken
+            else:
+                self._hand = self._order.index(candidates[done], self._hand)
+            self._taken = None
+            self._order.extend(kept)
+            if self._hand > 1024 and self._hand > len(self._order) // 2:
+                del self._order[: self._hand]
+                self._hand = 0
+
+    def pages(self) -> Iterator[int]:
+        """Locked. Every page of the LSPT, in order from the hand."""
+        seen = set()
+        for page in self._order[self._hand :]:
+            if page not in seen and self.state[page] >= CLEAN:
+                seen.add(page)
+                yield page
+
+    # ------------------------------------------------------------ waiting
+
+    def full(self) -> bool:
+        """Locked. Are high_threshold pages here?"""
+        return self.resident >= self._high
+
+    def ask_for_room(self) -> None:
+        """Locked. Wake LPET, and wait until fewer than high_threshold pages are here.
+
+        Raises Stopped if LPET has ended, or ends meanwhile.
+        """
+        self._wanted = True
+        self._work.notify()
+        while self.full():
+            if self._stopped:
+                raise Stopped
+            self._room.wait()
+
+    def wait_for_work(self) -> bool:
+        """LPET's thread: sleep until it is woken; False once stop was called."""
+        with self.lock:
+            while not self._wanted and not self._stopped:
+                self._work.wait()
+            self._wanted = False
+            return not self._stopped
+
+    def stop(self) -> None:
+        """End LPET's wait for work, and the DM-Handler's for room, for good."""
+        with self.lock:
+            self._stopped = True
+            self._work.notify_all()
+            self._room.notify_all()

@@ -1,0 +1,96 @@
+"""The MPI messages between an instance and the DMS.
+
+In the picture: the arrow marked MPI. What travels along it, byte by byte; who sends is
+mpi_client.py, who answers is dms.py.
+
+A message is a header of 16 bytes and what belongs to it, and is as long as MPI says that it is.
+
+    header   u16 kind, u16 zero, u32 count, u64 page           (little-endian)
+
+    from the instance                          from the DMS
+    HELLO      Geometry                        OK, or ERROR
+    GET        count pages from page           NEW_PAGES: they were never accessed
+                                               CONTENT: their bytes follow
+                                               (either for the first count of them)
+    EVICT      count runs, then the bytes of   OK: what was sent is written
+               the dirty ones, in order
+    FREE       count pages from page           OK: they are as never accessed
+    LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
+    BYE                                        OK: the DMS forgets the instance
+
+    run      u64 page, u32 count, u32 1 if dirty
+
+A page is named by its number in the space: (address - start_addr) / PAGE_SIZE. Instead of any of
+these answers the DMS may send ERROR with a reason in UTF-8; then nothing was changed.
+
+Each thread of an instance has an MPI tag of its own for its requests and their answers, and one
+request under way at a time.
+"""
+
+from __future__ import annotations
+
+import mmap
+from enum import IntEnum
+from struct import Struct
+
+from edm.uffd_ctypes import PAGE_SIZE
+
+VERSION = 1
+MAX_PAGES = 256  # at most so many pages of content in one message (1 MiB)
+MAX_RUNS = MAX_PAGES  # at most so many runs in one EVICT
+MAX_LOCATIONS = 1 << 16  # at most so many pages in one LOCATIONS
+
+
+class Kind(IntEnum):
+    HELLO = 1
+    GET = 2
+    EVICT = 3
+    FREE = 4
+    LOCATIONS = 5
+    BYE = 6
+    OK = 16
+    NEW_PAGES = 17
+    CONTENT = 18
+    ERROR = 19
+
+
+# As plain ints for the code on a fault's path, where an enum member costs a lookup more.
+HELLO, GET, EVICT, FREE, LOCATIONS, BYE, OK, NEW_PAGES, CONTENT, ERROR = map(int, Kind)
+
+HEADER = Struct("<HHIQ")
+GEOMETRY = Struct("<IIQQ")  # version, page size, start_addr, end_addr
+RUN = Struct("<QII")
+MAX_MESSAGE = HEADER.size + MAX_RUNS * RUN.size + MAX_PAGES * PAGE_SIZE  # bytes
+
+# A byte of the SPT, and of a LOCATIONS answer: where a page is. INSTANCE | DISK is a page that the
+# instance has and whose bytes on the disk are the same, unless it has been written meanwhile.
+NEW, INSTANCE, DISK = 0, 1, 2
+
+
+def location(byte: int, instance: int) -> str:
+    """A byte of the SPT in the wiki's words: NEW, INSTANCE_n or DISK."""
+    if byte & INSTANCE:
+        return f"INSTANCE_{instance}"
+    return "DISK" if byte & DISK else "NEW"
+
+
+class DMSError(Exception):
+    """The DMS refused a request; the text is its reason."""
+
+
+class MessageBuffer:
+    """Memory for one message, made once: the header, then a body that begins at a page boundary."""
+
+    def __init__(self) -> None:
+        size = 2 * PAGE_SIZE + MAX_RUNS * RUN.size + MAX_PAGES * PAGE_SIZE
+        memory = memoryview(mmap.mmap(-1, size))
+        self.whole = memory[PAGE_SIZE - HEADER.size :]
+        self.body = memory[PAGE_SIZE:]
+
+    def head(self, kind: int, count: int = 0, page: int = 0) -> None:
+        """Write the header."""
+        HEADER.pack_into(self.whole, 0, kind, 0, count, page)
+
+    def message(self, body_length: int = 0) -> memoryview:
+        """The header and the first body_length bytes of the body."""
+        return self.whole[: HEADER.size + body_length]

@@ -1,0 +1,105 @@
+"""MpiClient: an instance's end of the MPI arrow. Sends a request, waits for the DMS's answer.
+
+In the picture: between the pager's threads and the DMS.
+
+Interface: request(kind, ...) and what it is made of for each kind of messages.py: hello, get,
+evict, free, locations, bye. Every one raises DMSError with the DMS's reason if it refuses.
+
+Rules: one MpiClient a thread, each with a tag of its own; so no lock, and an answer can only go to
+who asked. Buffers are made once. An answer's content stays in the client's memory, valid until the
+next request.
+
+Waiting: MPI has no wait that sleeps. The DM-Handler tests in a loop and offers its core
+(sched_yield) after every test, because an answer takes microseconds; LPET and the main thread,
+which nobody waits for, sleep between tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+
+from mpi4py import MPI
+
+from edm import log
+from edm import messages as m
+
+PATIENCE = 50e-6  # seconds that a patient client sleeps between two tests
+
+
+class MpiClient:
+    def __init__(self, comm: MPI.Comm, dms: int, tag: int, patient: bool) -> None:
+        """Talks with rank dms of comm. A patient client sleeps while it waits."""
+        self.answer = m.MessageBuffer()
+        self.question = m.MessageBuffer()
+        self.content = self.answer.body  # where the bytes of a CONTENT answer are
+        self.content_address = ctypes.addressof(ctypes.c_char.from_buffer(self.content))
+        self.bytes_sent = self.bytes_received = 0  # of page content
+        self._comm, self._dms, self._tag, self._patient = comm, dms, tag, patient
+        self._receive = comm.Recv_init([self.answer.whole, MPI.BYTE], dms, tag)
+        self._log = log.logger("MpiClient")
+        self._debug = self._log.isEnabledFor(log.logging.DEBUG)
+
+    # ------------------------------------------------------------ the requests
+
+    def hello(self, start_addr: int, end_addr: int) -> None:
+        """Tell the DMS the geometry (bytes) of this instance's space."""
+        geometry = m.GEOMETRY.pack(m.VERSION, m.PAGE_SIZE, start_addr, end_addr)
+        self.question.body[: len(geometry)] = geometry
+        self.request(m.HELLO, body_length=len(geometry))
+
+    def get(self, page: int, count: int) -> tuple[int, int]:
+        """Ask for count pages from page: (NEW_PAGES or CONTENT, how many it answers for)."""
+        kind, got = self.request(m.GET, count, page)
+        if kind == m.CONTENT:
+            self.bytes_received += got * m.PAGE_SIZE
+        return kind, got
+
+    def evict(self, runs: int, content_length: int) -> None:
+        """Send the run table and the content (bytes) that question.body holds; wait for the ack."""
+        self.request(m.EVICT, runs, body_length=runs * m.RUN.size + content_length)
+        self.bytes_sent += content_length
+
+    def free(self, page: int, count: int) -> None:
+        """Let count pages from page be as if they were never accessed."""
+        self.request(m.FREE, count, page)
+
+    def locations(self, page: int, count: int) -> bytes:
+        """The SPT's byte of each of count pages from page, as dms.SPT has them."""
+        parts = []
+        for at in range(page, page + count, m.MAX_LOCATIONS):
+            _, got = self.request(m.LOCATIONS, min(m.MAX_LOCATIONS, page + count - at), at)
+            parts.append(bytes(self.answer.body[:got]))
+        return b"".join(parts)
+
+    def bye(self) -> None:
+        """The last request: this instance has ended."""
+        self.request(m.BYE)
+
+    # ------------------------------------------------------------ asking and waiting
+
+    def request(
+        self, kind: int, count: int = 0, page: int = 0, body_length: int = 0
+    ) -> tuple[int, int]:
+        """Send question with this header, wait for the answer: its kind and its count."""
+        self.question.head(kind, count, page)
+        self._receive.Start()
+        message = [self.question.message(body_length), MPI.BYTE]
+        if self._patient:
+            self._wait(self._comm.Isend(message, self._dms, self._tag))
+        else:
+            self._comm.Send(message, self._dms, self._tag)
+        self._wait(self._receive)
+        kind, _, count, _ = m.HEADER.unpack_from(self.answer.whole)
+        if kind == m.ERROR:
+            raise m.DMSError(bytes(self.content[:count]).decode(errors="replace"))
+        return kind, count
+
+    def _wait(self, request: MPI.Request) -> None:
+        # A test that succeeds ends a one-time request and readies a persistent one for Start.
+        while not request.Test():
+            if self._patient:
+                time.sleep(PATIENCE)
+            else:
+                os.sched_yield()

@@ -1,0 +1,183 @@
+"""The pager: the process of an instance that is the MPI rank, and pages for the application.
+
+In the picture: the box in the middle. It has three threads: the DM-Handler (dm_handler.py), LPET
+(lpet.py), and the main thread, which starts the two, answers the application's Space (space.py),
+and sees to it that everything ends when the application does, however that ends.
+
+Interface: Pager(...).run() returns the application's exit status.
+
+The figures that Space.figures() returns, counted since the start:
+    faults_first_access, faults_refetch, faults_write_protect, faults_other   faults
+    latencies                      faults by latency, in buckets of 1.024 µs
+    evicted_dirty, evicted_clean, marked_idle                                 pages
+    lpet_runs                      times that LPET was woken
+    bytes_sent, bytes_received     page content, to and from the DMS
+    resident, peak_resident        pages
+    idle_tracker                   its name
+
+Rules: a thread that fails ends the job: its error is kept, the application is killed, and run
+raises the error when everything has stopped. Nothing waits for a thread that can't end.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mpi4py import MPI
+
+from edm import log, space
+from edm import messages as m
+from edm.dm_handler import DmHandler
+from edm.lpet import Lpet
+from edm.lspt import LSPT
+from edm.mpi_client import MpiClient
+from edm.page_idle import BitmapTracker, IdleTracker, Pagemap, TlbFlush, UnmapTracker
+from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
+
+if TYPE_CHECKING:
+    from edm.edm import Config
+
+DMS_RANK = 0
+
+# Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
+# default of 5 ms is what a fault would wait while LPET computes.
+SWITCH_INTERVAL = 50e-6
+
+
+class Pager:
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        config: Config,
+        tracker: str,
+        application: int,
+        control: socket.socket,
+        descriptors: space.Descriptors,
+    ) -> None:
+        """tracker: its name, from page_idle.choose_tracker. application: its process id.
+
+        control: the other end of the application's Space. descriptors: what it has sent.
+        """
+        start_addr, end_addr = config.start_addr, config.end_addr
+        self._application, self._control = application, control
+        uffd, self._memfd, pagemap_fd = descriptors.fds
+        self._lspt = LSPT((end_addr - start_addr) // PAGE_SIZE, config.high_threshold)
+        self._stop_read, self._stop_write = os.pipe()
+        handler_client, lpet_client, self._client = (
+            MpiClient(comm, DMS_RANK, tag, patient)
+            for tag, patient in enumerate((False, True, True))
+        )
+        self._clients = (handler_client, lpet_client, self._client)
+        pagemap = Pagemap(pagemap_fd, start_addr)
+        lpet_uffd = Userfaultfd(uffd)
+        self._tracker: IdleTracker
+        if tracker == BitmapTracker.name:
+            flush = TlbFlush(descriptors.scratch, self._memfd, end_addr - start_addr, lpet_uffd)
+            self._tracker = BitmapTracker(pagemap, flush)
+        else:
+            self._tracker = UnmapTracker(pagemap, self._memfd, lpet_uffd, self._lspt, start_addr)
+        self._handler = DmHandler(
+            Userfaultfd(uffd), handler_client, self._lspt, start_addr, self._stop_read
+        )
+        self._lpet = Lpet(
+            lpet_uffd, self._memfd, lpet_client, self._lspt, self._tracker, pagemap,
+            start_addr, config.low_threshold,
+        )  # fmt: skip
+        self._failure: BaseException | None = None
+        self._client.hello(start_addr, end_addr)
+
+    def run(self) -> int:
+        """Serve until the application has ended; its exit status, 128 + n if signal n ended it.
+
+        Raises what a thread of the pager failed of; the application has then been killed.
+        """
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        threads = [
+            threading.Thread(target=self._guarded, args=(body,), name=name)
+            for name, body in (("DM-Handler", self._handler.run), ("LPET", self._lpet.run))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._answer_the_application()
+            status = os.waitstatus_to_exitcode(os.waitpid(self._application, 0)[1])
+        finally:
+            os.write(self._stop_write, b"x")
+            self._lspt.stop()
+            for thread in threads:
+                thread.join()
+            self._client.bye()
+        if self._failure:
+            raise self._failure
+        if status < 0:
+            name = signal.Signals(-status).name
+            log.logger("EDM CLIENT").error("the application was killed by %s", name)
+            return 128 - status
+        return status
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except BaseException as error:  # noqa: BLE001 - run() raises it
+            self._failure = self._failure or error
+            os.kill(self._application, signal.SIGKILL)
+            self._lspt.stop()
+
+    # ------------------------------------------------------------ the application's calls
+
+    def _answer_the_application(self) -> None:
+        """Until it has ended."""
+        calls = {
+            space.MMAP: lambda page, count: b"",
+            space.MUNMAP: self._munmap,
+            space.LOCATIONS: self._client.locations,
+            space.FIGURES: lambda page, count: json.dumps(self.figures()).encode(),
+        }
+        ended = os.pidfd_open(self._application)
+        poll = select.poll()
+        poll.register(ended, select.POLLIN)
+        poll.register(self._control, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._control.fileno() in ready:
+                packet = self._control.recv(space.CALL.size)
+                if packet:
+                    what, page, count = space.CALL.unpack(packet)
+                    try:
+                        self._control.send(space.ANSWER.pack(0) + calls[what](page, count))
+                    except m.DMSError as error:
+                        self._control.send(space.ANSWER.pack(errno.EIO) + str(error).encode())
+                else:
+                    poll.unregister(self._control)
+            elif ended in ready:
+                os.close(ended)
+                return
+
+    def _munmap(self, page: int, count: int) -> bytes:
+        """The application has unmapped these pages: free them, here and on the DMS."""
+        held = self._lspt.hold_all(page, count)
+        punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
+        self._client.free(page, count)
+        self._lspt.left([(first, length) for first, length, _ in held])
+        return b""
+
+    def figures(self) -> dict[str, object]:
+        """See the top of this file."""
+        return {
+            **self._handler.figures(),
+            **self._lpet.figures(),
+            "bytes_sent": sum(c.bytes_sent for c in self._clients),
+            "bytes_received": sum(c.bytes_received for c in self._clients),
+            "resident": self._lspt.resident,
+            "peak_resident": self._lspt.peak,
+            "idle_tracker": self._tracker.name,
+        }

@@ -1,0 +1,292 @@
+"""Space: what the application sees of EDM, in a process of its own.
+
+In the picture: the box on the left. A Python thread that takes a page fault sleeps in the kernel
+holding the GIL, so whoever resolves its faults must be another process: the pager (pager.py), which
+is this one's parent. This process makes the userfaultfd and the memfd and hands them to the pager;
+from then on it just touches memory.
+
+Interface: for the application, Space: mmap, munmap, and to look at itself: areas, locations,
+figures. For edm.py: Space.open makes everything ready, before the application runs.
+
+The memory: one memfd, as long as the space. An area is a part of it, mapped shared at its own
+address and registered with userfaultfd for MISSING and WP faults. The rest of the space is mapped
+PROT_NONE, so that nothing else of the process ever lands in it.
+
+Rules: any thread of the application may call Space; one call to the pager at a time (`_lock`). A
+process that the application forks has none of the areas (MADV_DONTFORK: touching one is a
+SIGSEGV) and no way to reach the pager: it can't damage the memory.
+
+The control socket (a SOCK_SEQPACKET pair) carries one request, CALL, at a time and its answer,
+ANSWER and what belongs to it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import errno
+import gc
+import json
+import mmap as mmap_module
+import os
+import socket
+import sys
+import threading
+from struct import Struct
+from typing import NamedTuple
+
+from edm import log
+from edm import uffd_ctypes as u
+from edm.messages import location
+from edm.page_idle import TlbFlush
+from edm.uffd_ctypes import PAGE_SIZE
+
+CALL = Struct("=BQQ")  # what, first page, count of pages
+ANSWER = Struct("=i")  # 0, or an errno and then a text
+MMAP, MUNMAP, LOCATIONS, FIGURES = range(4)
+MAX_LOCATIONS = 1 << 15  # pages in one LOCATIONS, as a packet must fit the socket's buffer
+SCRATCH = Struct("=Q")  # sent with the three descriptors: where the scratch area is
+
+
+class Descriptors(NamedTuple):
+    """What Space.open sends to the pager."""
+
+    scratch: int  # the address of the scratch area, see page_idle.TlbFlush
+    fds: list[int]  # userfaultfd, memfd, /proc/self/pagemap
+
+    @classmethod
+    def receive(cls, control: socket.socket) -> Descriptors:
+        """Wait for them. Raises the ValueError or OSError that Space.open failed of."""
+        packet, fds, _, _ = socket.recv_fds(control, 4096, 3)
+        if not packet:
+            raise ConnectionError("the application process ended before it began")
+        if not fds:
+            kind, arguments = json.loads(packet)
+            raise {"ValueError": ValueError, "OSError": OSError}[kind](*arguments)
+        (scratch,) = SCRATCH.unpack(packet)
+        return cls(scratch, fds)
+
+
+class Space:
+    """A range of addresses whose memory is not limited by this machine's."""
+
+    def __init__(
+        self, start_addr: int, end_addr: int, instance: int, control: socket.socket
+    ) -> None:
+        """Use open() instead."""
+        self.instance = instance  # this instance's number, from 0
+        self.start_addr = start_addr
+        self.end_addr = end_addr
+        self._control = control
+        self._lock = threading.Lock()
+        self._areas: list[tuple[int, int]] = []  # (address, length in bytes), sorted
+        self._views: dict[int, tuple[memoryview, int, int]] = {}  # id(view) → view, users, address
+        self._uffd = self._scratch = None
+        self._memfd = -1
+        os.register_at_fork(after_in_child=self._forked)
+
+    # ------------------------------------------------------------ the API
+
+    def mmap(self, length: int, addr: int | None = None) -> memoryview:
+        """Map an area of length bytes: at addr, or where there is room. Its pages read as zeros.
+
+        Returns a writable memoryview of the bytes. The area takes whole pages, and stays until
+        munmap. Raises ValueError for a length that is not positive, an addr that is not a multiple
+        of PAGE_SIZE, and an area that leaves the space or overlaps another; MemoryError when no
+        addr is given and the space has no gap that is large enough. Source: mmap(2).
+        """
+        if length <= 0:
+            raise ValueError(f"length: {length} bytes; an area has at least one")
+        whole = -(-length // PAGE_SIZE) * PAGE_SIZE
+        with self._lock:
+            addr = self._gap(whole) if addr is None else self._check(addr, whole)
+            offset = addr - self.start_addr
+            u.mmap_fixed(
+                addr, whole, u.PROT_READ | u.PROT_WRITE, u.MAP_SHARED | u.MAP_FIXED,
+                self._memfd, offset,
+            )  # fmt: skip
+            u.madvise(addr, whole, u.MADV_DONTFORK)
+            self._uffd.register(addr, whole)
+            self._call(MMAP, offset, whole)
+            bisect.insort(self._areas, (addr, whole))
+            view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
+            self._views[id(view)] = (view, _users(view), addr)
+            return view
+
+    def munmap(self, area: memoryview) -> None:
+        """Unmap an area that mmap returned. Its bytes are gone, here and on the DMS.
+
+        Raises ValueError if it is no such area, and BufferError while anything else (a slice, a
+        NumPy array) still uses it; then nothing was changed. Source: munmap(2).
+        """
+        with self._lock:
+            view, users, addr = self._views.get(id(area), (None, 0, 0))
+            if view is None:
+                raise ValueError("area: not one that mmap returned, or unmapped already")
+            if _users(area) != users:
+                raise BufferError("area: still in use, by a slice or an array made of it")
+            area.release()  # BufferError, if a buffer of it is in use this moment
+            del self._views[id(area)]
+            index = bisect.bisect_left(self._areas, (addr, 0))
+            _, whole = self._areas.pop(index)
+            # Unmapped first: no fault of these pages can come any more while the pager frees them.
+            self._reserve(addr, whole, u.MAP_FIXED)
+            self._call(MUNMAP, addr - self.start_addr, whole)
+
+    def areas(self) -> list[tuple[int, int]]:
+        """The (address, length in bytes) of every area, by address."""
+        with self._lock:
+            return list(self._areas)
+
+    def locations(self, addr: int, length: int) -> list[str]:
+        """Where each page of a range (bytes, whole pages) is: NEW, INSTANCE_n or DISK.
+
+        This is what the DMS's SPT says.
+        """
+        spt = b""
+        with self._lock:
+            for at in range(addr, addr + length, MAX_LOCATIONS * PAGE_SIZE):
+                part = min(MAX_LOCATIONS * PAGE_SIZE, addr + length - at)
+                spt += self._call(LOCATIONS, at - self.start_addr, part)
+        return [location(byte, self.instance) for byte in spt]
+
+    def figures(self) -> dict[str, object]:
+        """What the pager has counted: faults, evictions, bytes, latencies (see pager.py)."""
+        with self._lock:
+            return json.loads(self._call(FIGURES, 0, 0))
+
+    # ------------------------------------------------------------ getting ready
+
+    @classmethod
+    def open(
+        cls, start_addr: int, end_addr: int, instance: int, control: socket.socket
+    ) -> Space | None:
+        """Reserve the space, make userfaultfd and memfd, and send them to the pager.
+
+        If that can't be done, None; the pager is then sent the reason and raises it: ValueError if
+        the range can't be had, OSError if userfaultfd can't.
+        """
+        space = cls(start_addr, end_addr, instance, control)
+        try:
+            space._reserve(start_addr, end_addr - start_addr, u.MAP_FIXED_NOREPLACE)
+            space._make_descriptors()
+        except ValueError as error:
+            control.send(json.dumps(["ValueError", [str(error)]]).encode())
+            return None
+        except OSError as error:
+            control.send(json.dumps(["OSError", [error.errno, error.strerror]]).encode())
+            return None
+        return space
+
+    def _make_descriptors(self) -> None:
+        missing = u.NEEDED_FEATURES & ~u.supported_features()
+        if missing:
+            raise OSError(
+                errno.ENOSYS,
+                f"userfaultfd: this kernel ({os.uname().release}) lacks features {missing:#x}; "
+                "EDM needs Linux 5.19 or later, with CONFIG_USERFAULTFD",
+            )
+        fd, how = u.open_userfaultfd()
+        log.logger("EDM CLIENT").info("userfaultfd permitted by: %s", how)
+        self._uffd = u.Userfaultfd(fd)
+        self._uffd.api(u.NEEDED_FEATURES)
+        # The memfd has a scratch area behind the space, for page_idle.TlbFlush.
+        length, scratch = self.end_addr - self.start_addr, TlbFlush.PAGES * PAGE_SIZE
+        self._memfd = os.memfd_create("edm")
+        os.ftruncate(self._memfd, length + scratch)
+        self._scratch = mmap_module.mmap(self._memfd, scratch, offset=length)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._scratch))
+        self._uffd.register(address, scratch)
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        socket.send_fds(self._control, [SCRATCH.pack(address)], [fd, self._memfd, pagemap])
+        os.close(pagemap)
+
+    def _reserve(self, addr: int, length: int, fixed: int) -> None:
+        flags = u.MAP_PRIVATE | u.MAP_ANONYMOUS | u.MAP_NORESERVE | fixed
+        try:
+            u.mmap_fixed(addr, length, u.PROT_NONE, flags)
+        except OSError as error:
+            at = f"start_addr, end_addr: the range {addr:#x}-{addr + length:#x}"
+            if error.errno == errno.EEXIST:
+                there = ", ".join(_mappings(addr, addr + length))
+                raise ValueError(
+                    f"{at} overlaps what this process has there: {there}; choose another range"
+                ) from None
+            raise ValueError(f"{at} can't be mapped ({error.strerror}); choose another") from None
+
+    # ------------------------------------------------------------ within
+
+    def _check(self, addr: int, whole: int) -> int:
+        if addr % PAGE_SIZE:
+            raise ValueError(f"addr: {addr:#x} is not a multiple of PAGE_SIZE, {PAGE_SIZE:#x}")
+        if not self.start_addr <= addr <= addr + whole <= self.end_addr:
+            raise ValueError(
+                f"addr: the area {addr:#x}-{addr + whole:#x} leaves the space "
+                f"{self.start_addr:#x}-{self.end_addr:#x}"
+            )
+        after = bisect.bisect_left(self._areas, (addr + whole, 0))
+        if after and sum(self._areas[after - 1]) > addr:
+            other, length = self._areas[after - 1]
+            raise ValueError(
+                f"addr: the area {addr:#x}-{addr + whole:#x} overlaps "
+                f"the area {other:#x}-{other + length:#x}"
+            )
+        return addr
+
+    def _gap(self, whole: int) -> int:
+        """The lowest address with room for whole bytes."""
+        at = self.start_addr
+        for addr, length in self._areas:
+            if addr - at >= whole:
+                break
+            at = addr + length
+        if self.end_addr - at < whole:
+            raise MemoryError(
+                f"no gap of {whole} bytes in the space {self.start_addr:#x}-{self.end_addr:#x}; "
+                "a larger end_addr makes room"
+            )
+        return at
+
+    def _call(self, what: int, offset: int, length: int) -> bytes:
+        """Locked. Ask the pager, for a range in bytes from start_addr."""
+        if self._control is None:
+            raise RuntimeError("this process was forked by the application and has no EDM memory")
+        self._control.send(CALL.pack(what, offset // PAGE_SIZE, length // PAGE_SIZE))
+        answer = self._control.recv(1 << 17)
+        if not answer:
+            raise ConnectionError("the pager has ended")
+        (error,) = ANSWER.unpack_from(answer)
+        if error:
+            raise OSError(error, answer[ANSWER.size :].decode())
+        return answer[ANSWER.size :]
+
+    def _forked(self) -> None:
+        """In a process that the application forked: let go of everything that reaches the pager."""
+        self._lock = threading.Lock()
+        if self._control is not None:
+            self._control.close()
+        self._control = None
+        if self._uffd is not None:
+            os.close(self._uffd.fd)
+            os.close(self._memfd)
+        self._uffd, self._memfd = None, -1
+
+
+def _users(view: memoryview) -> int:
+    """How many references the buffer has that this view, its slices and arrays of it all share.
+
+    CPython keeps it in one object for all of them, which gc can show.
+    """
+    return sys.getrefcount(gc.get_referents(view)[0])
+
+
+def _mappings(start: int, end: int) -> list[str]:
+    """The mappings of this process that overlap a range, as /proc/self/maps names them."""
+    found = []
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            span, _, _, _, _, *name = line.split()
+            low, high = (int(x, 16) for x in span.split("-"))
+            if low < end and high > start:
+                found.append(" ".join([span, *name]))
+    return found
