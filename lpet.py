@@ -84,8 +84,10 @@ class Lpet:
         if self._info:
             self._banner.info("\n-----------------START LPET-----------------\n")
             self._show_lspt()
+        # Counted once: the pages that come from here on are not this run's business.
         to_pass = self._lspt.resident  # so many, and every page has been passed
-        while (needed := self._lspt.resident - self._low) > 0:
+        needed = to_pass - self._low
+        while needed > 0:
             if to_pass > 0:
                 candidates = self._lspt.next_candidates(min(BATCH, to_pass))
                 idle = self._tracker.idle(runs_of(sorted(candidates)))
@@ -96,6 +98,7 @@ class Lpet:
                 return  # the rest is COMING, or being unmapped
             chosen, hot, done = self._choose(candidates, idle, needed)
             to_pass -= done
+            needed -= len(chosen)
             self._tracker.mark(runs_of(sorted(hot)))
             self._marked += len(hot)
             self._evict(chosen)

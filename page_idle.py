@@ -17,7 +17,8 @@ while it works (lspt.py), so faults of them wait.
 BitmapTracker needs root and CONFIG_IDLE_PAGE_TRACKING, and knows four things about it:
   * the kernel clears accessed bits without flushing the TLB, and a touch through a translation
     that is still cached goes unseen: so it has the range's translations flushed after marking;
-  * a page that still sits in a per-CPU LRU batch can't be marked; it stays "not idle";
+  * a page that still sits in a per-CPU LRU batch can't be marked: so it reads the marks back, and
+    where one is missing it has the batches drained and marks once more;
   * a page frame number is good only at the moment when it is read, so it is read anew each time;
   * touches that only an exited process made are lost to a multi-generation LRU; no matter here.
 
@@ -94,6 +95,14 @@ class BitmapTracker(IdleTracker):
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def mark(self, runs: Sequence[Run]) -> None:
+        pages = sum(count for _, count in runs)
+        self._set_bits(runs)
+        if len(self.idle(runs)) < pages:
+            drain_lru_batches()
+            self._set_bits(runs)
+        self._flush_tlb()
+
+    def _set_bits(self, runs: Sequence[Run]) -> None:
         words: dict[int, int] = {}
         for page, count in runs:
             for pfn in self._pagemap.pfns(page, count):
@@ -101,7 +110,6 @@ class BitmapTracker(IdleTracker):
                     words[pfn // 64] = words.get(pfn // 64, 0) | 1 << pfn % 64
         for word, bits in words.items():  # a zero bit changes nothing
             os.pwrite(self._fd, _U64.pack(bits), 8 * word)
-        self._flush_tlb()
 
     def idle(self, runs: Sequence[Run]) -> set[int]:
         found = set()
@@ -114,6 +122,16 @@ class BitmapTracker(IdleTracker):
                     if bits >> pfn % 64 & 1:
                         found.add(page + at)
         return found
+
+
+def drain_lru_batches() -> None:
+    """Have every CPU put the pages of its LRU batches on the LRU lists.
+
+    Asking for a mapped page of a file to be dropped from the page cache does that: it can't be
+    dropped, and the kernel thinks that a batch may hold it (mm/fadvise.c, lru_add_drain_all).
+    """
+    with open(sys.executable, "rb") as mapped:
+        os.posix_fadvise(mapped.fileno(), 0, PAGE_SIZE, os.POSIX_FADV_DONTNEED)
 
 
 class UnmapTracker(IdleTracker):

@@ -8,7 +8,7 @@ Interface: Pager(...).run() returns the application's exit status.
 
 The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect, faults_other   faults
-    latencies                      faults by latency, in buckets of 1.024 µs
+    latency_median, latency_99th   of the faults, in µs
     evicted_dirty, evicted_clean, marked_idle                                 pages
     lpet_runs                      times that LPET was woken
     bytes_sent, bytes_received     page content, to and from the DMS

@@ -1,0 +1,95 @@
+"""An array several times as large as what may be here: filled, summed, shuffled, checked.
+
+    mpirun -n 2 python -m edm.examples.bigger_than_memory --size 256 --high-threshold 8192
+
+Nothing but the first line of the code that works on it knows that the array is in EDM.
+"""
+
+import argparse
+import random
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+
+import edm
+
+WORDS = edm.PAGE_SIZE // 8  # 64-bit numbers in a page
+
+
+def work(space: edm.Space) -> None:
+    pages = args.size * (1 << 20) // edm.PAGE_SIZE
+    numbers = space.mmap(pages * edm.PAGE_SIZE).cast("Q")
+    shuffler = random.Random(args.seed)
+    began = time.monotonic()
+
+    def page(n: int) -> slice:
+        return slice(n * WORDS, (n + 1) * WORDS)
+
+    def page_of(first: int) -> array:
+        return array("Q", range(first * WORDS, (first + 1) * WORDS))
+
+    for n in progress("fill", pages):
+        numbers[page(n)] = page_of(n)
+
+    total = sum(sum(numbers[page(n)]) for n in progress("sum", pages))
+
+    # Fisher and Yates, with whole pages: at random, all over the array. `order` remembers, in
+    # ordinary memory, which page is where.
+    order = list(range(pages))
+    for n in progress("shuffle", pages):
+        other = shuffler.randrange(n, pages)
+        order[n], order[other] = order[other], order[n]
+        mine = numbers[page(n)].tobytes()
+        numbers[page(n)] = numbers[page(other)]
+        numbers[page(other)] = memoryview(mine).cast("Q")
+
+    wrong = sum(numbers[page(n)] != page_of(order[n]) for n in progress("check", pages))
+
+    count = pages * WORDS
+    seconds = time.monotonic() - began
+    report(space.figures(), pages, seconds)
+    if total != count * (count - 1) // 2:
+        sys.exit(f"the sum is {total}, not {count * (count - 1) // 2}: FAILURE")
+    if wrong:
+        sys.exit(f"{wrong} of {pages} pages are not as they were written: FAILURE")
+    print("every byte is right: SUCCESS")
+
+
+def progress(what: str, count: int) -> Iterator[int]:
+    """range(count), with a line on stderr that says how far it is."""
+    live = sys.stderr.isatty()
+    step = max(1, count // (100 if live else 4))
+    for n in range(count):
+        if n % step == 0:
+            end = "\r" if live else "\n"
+            print(f"{what:8} {100 * n // count:3} %", end=end, file=sys.stderr, flush=True)
+        yield n
+    print(f"{what:8} 100 %", file=sys.stderr, flush=True)
+
+
+def report(figures: dict, pages: int, seconds: float) -> None:
+    f = figures
+    faults = f["faults_first_access"] + f["faults_refetch"] + f["faults_write_protect"]
+    rows = [
+        ("array", f"{pages} pages, {pages * edm.PAGE_SIZE >> 20} MiB"),
+        ("resident", f"at most {f['peak_resident']} pages, of {config.high_threshold} allowed"),
+        ("time", f"{seconds:.1f} s"),
+        ("faults", f"{faults}, {f['faults_first_access']} of them first accesses, "
+         f"{f['faults_refetch']} refetches, {f['faults_write_protect']} first writes"),
+        ("evictions", f"{f['evicted_dirty']} with their bytes, {f['evicted_clean']} without"),
+        ("to the DMS", f"{f['bytes_sent'] / 1e6:.1f} MB"),
+        ("from it", f"{f['bytes_received'] / 1e6:.1f} MB"),
+        ("latency", f"{f['latency_median']:.0f} µs median, {f['latency_99th']:.0f} µs 99th "
+         "percentile of the faults"),
+    ]  # fmt: skip
+    for name, value in rows:
+        print(f"{name:12} {value}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=64, metavar="MiB", help="of the array (64)")
+    parser.add_argument("--seed", type=int, default=1, help="of the shuffling")
+    args, config = edm.parse_arguments(parser, high_threshold=2048)
+    edm.main(work, config)

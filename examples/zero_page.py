@@ -1,0 +1,36 @@
+"""Example 1 of the wiki: the first access to a page gets a page of zeros.
+
+mpirun -n 2 python -m edm.examples.zero_page
+"""
+
+import argparse
+import sys
+
+import edm
+from edm.examples.layout import Layout, add_option
+from edm.log import logger
+
+AREA_1 = 0x1D4C000
+
+
+def user_code(space: edm.Space) -> None:
+    layout = Layout(space, {AREA_1: "area 1"}, args.layout)
+    area_1 = space.mmap(edm.PAGE_SIZE, addr=AREA_1)
+    layout.step("mapped: nothing has touched area 1 yet")
+    area_1[0] = ord("x")  # the page fault
+    layout.step("written: area 1 has its page")
+    logger("Usercode").info("area_1[0] %c", area_1[0])
+    rest_is_zero = not any(area_1[1:])
+    if area_1[0] != ord("x") or not rest_is_zero:
+        sys.exit("zero page FAILURE")
+    if space.locations(AREA_1, edm.PAGE_SIZE) != [f"INSTANCE_{space.instance}"]:
+        sys.exit("the SPT does not say that the page is in the instance")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_option(parser)
+    args, config = edm.parse_arguments(
+        parser, start_addr=0x1B58000, end_addr=0x1F40000, log_level="info"
+    )
+    edm.main(user_code, config)
