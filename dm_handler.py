@@ -94,6 +94,7 @@ class DmHandler:
             if any(fd == self._stop_fd for fd, _ in ready):
                 return
             began = time.monotonic_ns()
+            self._client.wake_dms()  # so that it wakes up while this thread reads the messages
             for flags, address in self._uffd.read_faults():
                 try:
                     self._resolve(flags, address & -PAGE_SIZE)

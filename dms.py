@@ -20,7 +20,8 @@ meanwhile (CLEAN in the LSPT) goes back without its bytes.
     DISK              DISK
 
 Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next one without pause
-for a moment, offering its core at every look; then it sleeps between looks.
+for a moment, offering its core at every look; then it sleeps until its doorbell rings. It looks
+again now and then all the same, and often if an instance can't ring.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from mpi4py import MPI
 
 from edm import log
 from edm import messages as m
+from edm.doorbell import Doorbell
 from edm.messages import DISK, INSTANCE, NEW
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_TIMERSLACK, prctl, punch_hole
 
-EAGER = 500e-6  # seconds after a message in which the DMS does not sleep
-NAP = 70e-6  # seconds that it then sleeps between two looks
+EAGER = 2 * m.AWAKE  # seconds after a message in which the DMS does not sleep
+NAP = 70e-6  # seconds between two looks, if an instance can't ring
+SLEEP = 10e-3  # seconds between two looks, if all of them can
 
 
 class SPT:
@@ -154,8 +157,11 @@ class DMS:
             m.FREE: self._free,
             m.LOCATIONS: self._locations,
             m.BYE: self._bye,
+            m.RINGS: self._rings,
         }
         self._left = 0  # instances that have said BYE
+        self._doorbell = Doorbell()
+        self._silent = set(range(comm.size - 1))  # instances that do not ring
 
     # ------------------------------------------------------------ receiving and answering
 
@@ -170,6 +176,7 @@ class DMS:
             length = self._receive(status.Get_count(MPI.BYTE), source, tag)
             answer_length = self._handle(source, length)
             self._comm.Send([self._answer.message(answer_length), MPI.BYTE], source, tag)
+        self._doorbell.close()
         for disk in self._disks:
             disk.close()
 
@@ -182,7 +189,8 @@ class DMS:
             if time.monotonic() < eager_until:
                 os.sched_yield()
             else:
-                time.sleep(NAP)
+                if self._doorbell.wait(NAP if self._silent else SLEEP):
+                    eager_until = time.monotonic() + EAGER
 
     def _receive(self, length: int, source: int, tag: int) -> int:
         """Receive the message that was found; 0 stands for one that is too long to be any."""
@@ -239,6 +247,14 @@ class DMS:
                 "instance and DMS differ in (version, page size, start_addr, end_addr): "
                 f"{theirs} and {ours}"
             )
+        address = self._doorbell.address()
+        self._answer.body[: len(address)] = address
+        self._answer.head(m.OK)
+        return len(address)
+
+    def _rings(self, instance: int, page: int, count: int, length: int) -> int:
+        self._check_length(length, 0)
+        self._silent.discard(instance)
         self._answer.head(m.OK)
         return 0
 

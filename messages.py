@@ -8,7 +8,8 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
     header   u16 kind, u16 zero, u32 count, u64 page           (little-endian)
 
     from the instance                          from the DMS
-    HELLO      Geometry                        OK, or ERROR
+    HELLO      GEOMETRY                        OK; the doorbell's address (doorbell.py)
+    RINGS                                      OK: from now on the instance rings
     GET        count pages from page           NEW_PAGES: they were never accessed
                                                CONTENT: their bytes follow
                                                (either for the first count of them)
@@ -48,6 +49,7 @@ class Kind(IntEnum):
     FREE = 4
     LOCATIONS = 5
     BYE = 6
+    RINGS = 7
     OK = 16
     NEW_PAGES = 17
     CONTENT = 18
@@ -55,11 +57,16 @@ class Kind(IntEnum):
 
 
 # As plain ints for the code on a fault's path, where an enum member costs a lookup more.
-HELLO, GET, EVICT, FREE, LOCATIONS, BYE, OK, NEW_PAGES, CONTENT, ERROR = map(int, Kind)
+HELLO, GET, EVICT, FREE, LOCATIONS, BYE, RINGS, OK, NEW_PAGES, CONTENT, ERROR = map(int, Kind)
 
 HEADER = Struct("<HHIQ")
 GEOMETRY = Struct("<IIQQ")  # version, page size, start_addr, end_addr
 RUN = Struct("<QII")
+
+# Seconds after its last answer for which a DMS is surely awake: an instance rings after that. A
+# DMS sleeps after twice as long.
+AWAKE = 250e-6
+
 MAX_MESSAGE = HEADER.size + MAX_RUNS * RUN.size + MAX_PAGES * PAGE_SIZE  # bytes
 
 # A byte of the SPT, and of a LOCATIONS answer: where a page is. INSTANCE | DISK is a page that the

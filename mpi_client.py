@@ -2,8 +2,9 @@
 
 In the picture: between the pager's threads and the DMS.
 
-Interface: request(kind, ...) and what it is made of for each kind of messages.py: hello, get,
-evict, free, locations, bye. Every one raises DMSError with the DMS's reason if it refuses.
+Interface: a method for each kind of request in messages.py: hello, get, evict, free, locations,
+bye; and set_bell, once hello has given one. Each raises DMSError with the DMS's reason if it
+refuses.
 
 Rules: one MpiClient a thread, each with a tag of its own; so no lock, and an answer can only go to
 who asked. Buffers are made once. An answer's content stays in the client's memory, valid until the
@@ -24,13 +25,20 @@ from mpi4py import MPI
 
 from edm import log
 from edm import messages as m
+from edm.doorbell import ADDRESS, Bell
 
 PATIENCE = 50e-6  # seconds that a patient client sleeps between two tests
 
 
 class MpiClient:
-    def __init__(self, comm: MPI.Comm, dms: int, tag: int, patient: bool) -> None:
-        """Talks with rank dms of comm. A patient client sleeps while it waits."""
+    def __init__(
+        self, comm: MPI.Comm, dms: int, tag: int, patient: bool, start_addr: int = 0
+    ) -> None:
+        """Talks with rank dms of comm. A patient client sleeps while it waits.
+
+        start_addr: of the space, for the log.
+        """
+        self._start = start_addr
         self.answer = m.MessageBuffer()
         self.question = m.MessageBuffer()
         self.content = self.answer.body  # where the bytes of a CONTENT answer are
@@ -38,20 +46,49 @@ class MpiClient:
         self.bytes_sent = self.bytes_received = 0  # of page content
         self._comm, self._dms, self._tag, self._patient = comm, dms, tag, patient
         self._receive = comm.Recv_init([self.answer.whole, MPI.BYTE], dms, tag)
+        self._bell: Bell | None = None
+        self._awake_until = 0.0  # the DMS is surely awake until then, in seconds of the clock
         self._log = log.logger("MpiClient")
         self._debug = self._log.isEnabledFor(log.logging.DEBUG)
 
+    def wake_dms(self) -> None:
+        """Ring if the DMS may be asleep: with a request, or earlier, when one is sure to come."""
+        now = time.monotonic()
+        if self._bell and now > self._awake_until:
+            self._bell.ring()
+            self._awake_until = now + m.AWAKE
+
+    def set_bell(self, bell: Bell | None) -> None:
+        """Ring it from now on, when the DMS may be asleep."""
+        self._bell = bell
+
     # ------------------------------------------------------------ the requests
 
-    def hello(self, start_addr: int, end_addr: int) -> None:
-        """Tell the DMS the geometry (bytes) of this instance's space."""
+    def hello(self, start_addr: int, end_addr: int) -> Bell | None:
+        """Tell the DMS the geometry (bytes) of this instance's space.
+
+        Returns its doorbell's bell, for every client of this instance; None if it can't be reached.
+        """
         geometry = m.GEOMETRY.pack(m.VERSION, m.PAGE_SIZE, start_addr, end_addr)
         self.question.body[: len(geometry)] = geometry
         self.request(m.HELLO, body_length=len(geometry))
+        try:
+            bell = Bell(bytes(self.content[: ADDRESS.size]))
+        except OSError as error:
+            self._log.info("no doorbell: %s", error)
+            return None
+        self.request(m.RINGS)
+        return bell
 
     def get(self, page: int, count: int) -> tuple[int, int]:
         """Ask for count pages from page: (NEW_PAGES or CONTENT, how many it answers for)."""
+        if self._debug:
+            address = self._start + page * m.PAGE_SIZE
+            self._log.debug("send DmHandler's request for the page in address %#x", address)
         kind, got = self.request(m.GET, count, page)
+        if self._debug:
+            self._log.debug("get DMS's response for the page in address %#x", address)
+            self._log.debug("RequestPageFromDMS succeeded. ")
         if kind == m.CONTENT:
             self.bytes_received += got * m.PAGE_SIZE
         return kind, got
@@ -86,11 +123,11 @@ class MpiClient:
         self.question.head(kind, count, page)
         self._receive.Start()
         message = [self.question.message(body_length), MPI.BYTE]
-        if self._patient:
-            self._wait(self._comm.Isend(message, self._dms, self._tag))
-        else:
-            self._comm.Send(message, self._dms, self._tag)
+        sending = self._comm.Isend(message, self._dms, self._tag)
+        self.wake_dms()
+        self._wait(sending)
         self._wait(self._receive)
+        self._awake_until = time.monotonic() + m.AWAKE
         kind, _, count, _ = m.HEADER.unpack_from(self.answer.whole)
         if kind == m.ERROR:
             raise m.DMSError(bytes(self.content[:count]).decode(errors="replace"))

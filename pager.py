@@ -73,7 +73,7 @@ class Pager:
         self._lspt = LSPT((end_addr - start_addr) // PAGE_SIZE, config.high_threshold)
         self._stop_read, self._stop_write = os.pipe()
         handler_client, lpet_client, self._client = (
-            MpiClient(comm, DMS_RANK, tag, patient)
+            MpiClient(comm, DMS_RANK, tag, patient, start_addr)
             for tag, patient in enumerate((False, True, True))
         )
         self._clients = (handler_client, lpet_client, self._client)
@@ -93,7 +93,9 @@ class Pager:
             start_addr, config.low_threshold,
         )  # fmt: skip
         self._failure: BaseException | None = None
-        self._client.hello(start_addr, end_addr)
+        bell = self._client.hello(start_addr, end_addr)
+        for client in self._clients:
+            client.set_bell(bell)
 
     def run(self) -> int:
         """Serve until the application has ended; its exit status, 128 + n if signal n ended it.

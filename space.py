@@ -47,6 +47,8 @@ MMAP, MUNMAP, LOCATIONS, FIGURES = range(4)
 MAX_LOCATIONS = 1 << 15  # pages in one LOCATIONS, as a packet must fit the socket's buffer
 SCRATCH = Struct("=Q")  # sent with the three descriptors: where the scratch area is
 
+_FORKED = "this process was forked by the application, and has no EDM memory"
+
 
 class Descriptors(NamedTuple):
     """What Space.open sends to the pager."""
@@ -95,6 +97,8 @@ class Space:
         of PAGE_SIZE, and an area that leaves the space or overlaps another; MemoryError when no
         addr is given and the space has no gap that is large enough. Source: mmap(2).
         """
+        if self._control is None:
+            raise RuntimeError(_FORKED)
         if length <= 0:
             raise ValueError(f"length: {length} bytes; an area has at least one")
         whole = -(-length // PAGE_SIZE) * PAGE_SIZE
@@ -208,7 +212,8 @@ class Space:
         except OSError as error:
             at = f"start_addr, end_addr: the range {addr:#x}-{addr + length:#x}"
             if error.errno == errno.EEXIST:
-                there = ", ".join(_mappings(addr, addr + length))
+                found = _mappings(addr, addr + length)
+                there = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
                 raise ValueError(
                     f"{at} overlaps what this process has there: {there}; choose another range"
                 ) from None
@@ -250,7 +255,7 @@ class Space:
     def _call(self, what: int, offset: int, length: int) -> bytes:
         """Locked. Ask the pager, for a range in bytes from start_addr."""
         if self._control is None:
-            raise RuntimeError("this process was forked by the application and has no EDM memory")
+            raise RuntimeError(_FORKED)
         self._control.send(CALL.pack(what, offset // PAGE_SIZE, length // PAGE_SIZE))
         answer = self._control.recv(1 << 17)
         if not answer:

@@ -71,19 +71,19 @@ def progress(what: str, count: int) -> Iterator[int]:
 def report(figures: dict, pages: int, seconds: float) -> None:
     f = figures
     faults = f["faults_first_access"] + f["faults_refetch"] + f["faults_write_protect"]
-    rows = [
-        ("array", f"{pages} pages, {pages * edm.PAGE_SIZE >> 20} MiB"),
-        ("resident", f"at most {f['peak_resident']} pages, of {config.high_threshold} allowed"),
-        ("time", f"{seconds:.1f} s"),
-        ("faults", f"{faults}, {f['faults_first_access']} of them first accesses, "
-         f"{f['faults_refetch']} refetches, {f['faults_write_protect']} first writes"),
-        ("evictions", f"{f['evicted_dirty']} with their bytes, {f['evicted_clean']} without"),
-        ("to the DMS", f"{f['bytes_sent'] / 1e6:.1f} MB"),
-        ("from it", f"{f['bytes_received'] / 1e6:.1f} MB"),
-        ("latency", f"{f['latency_median']:.0f} µs median, {f['latency_99th']:.0f} µs 99th "
-         "percentile of the faults"),
-    ]  # fmt: skip
-    for name, value in rows:
+    rows = {
+        "array": f"{pages} pages, {pages * edm.PAGE_SIZE >> 20} MiB",
+        "resident": f"at most {f['peak_resident']} pages, of {config.high_threshold} allowed",
+        "time": f"{seconds:.1f} s",
+        "faults": f"{faults}: {f['faults_first_access']} first accesses, "
+        f"{f['faults_refetch']} refetches, {f['faults_write_protect']} first writes",
+        "evictions": f"{f['evicted_dirty']} with their bytes, {f['evicted_clean']} without",
+        "to the DMS": f"{f['bytes_sent'] / 1e6:.1f} MB",
+        "from it": f"{f['bytes_received'] / 1e6:.1f} MB",
+        "latency": f"{f['latency_median']:.0f} µs median, "
+        f"{f['latency_99th']:.0f} µs 99th percentile of the faults",
+    }
+    for name, value in rows.items():
         print(f"{name:12} {value}")
 
 

@@ -1,0 +1,107 @@
+"""mmap and munmap: what they promise, and what they refuse."""
+
+import errno
+import gc
+import os
+import signal
+import sys
+import tempfile
+
+import edm
+
+START, END, PAGE = 0x1B58000, 0x1F40000, edm.PAGE_SIZE
+
+
+def refuses(error, words, call, *arguments, **options):
+    try:
+        call(*arguments, **options)
+    except error as caught:
+        text = str(caught)
+        assert words in text and "\n" not in text, text
+    else:
+        sys.exit(f"{call} took {arguments} {options}")
+
+
+def app(space):
+    area = space.mmap(4 * PAGE, addr=0x1D4C000)
+    assert isinstance(area, memoryview) and area.format == "B" and not area.readonly
+    assert len(area) == 4 * PAGE and not any(area)
+
+    # What mmap refuses.
+    refuses(ValueError, "length", space.mmap, 0)
+    refuses(ValueError, "length", space.mmap, -1)
+    refuses(ValueError, "PAGE_SIZE", space.mmap, PAGE, addr=0x1D5C001)
+    refuses(ValueError, "leaves the space", space.mmap, PAGE, addr=START - PAGE)
+    refuses(ValueError, "leaves the space", space.mmap, 2 * PAGE, addr=END - PAGE)
+    refuses(ValueError, "overlaps", space.mmap, PAGE, addr=0x1D4F000)
+    refuses(ValueError, "overlaps", space.mmap, 2 * PAGE, addr=0x1D4B000)
+    refuses(MemoryError, "end_addr", space.mmap, END - START)
+    assert space.areas() == [(0x1D4C000, 4 * PAGE)]
+
+    # Without an address: where there is room, as often as there is.
+    low = space.mmap(100)
+    assert len(low) == 100 and space.areas()[0] == (START, PAGE)
+    low[99] = 1
+
+    # munmap refuses while anything uses the area, and then everything is as before.
+    area[:] = b"x" * len(area)
+    slice_of_it = area[10:20]
+    refuses(BufferError, "in use", space.munmap, area)
+    assert slice_of_it[0] == area[10] == ord("x")
+    del slice_of_it
+    numbers = area.cast("Q")
+    refuses(BufferError, "in use", space.munmap, area)
+    del numbers
+    refuses(ValueError, "area", space.munmap, memoryview(bytearray(10)))
+
+    # The pages of an area that is unmapped are freed, those on the disk too.
+    low[0] = 2  # a fifth page: LPET evicts two of the area
+    locations = space.locations(0x1D4C000, 4 * PAGE)
+    assert "DISK" in locations and "INSTANCE_0" in locations, locations
+    resident = space.figures()["resident"]
+    space.munmap(area)
+    refuses(ValueError, "unmapped already", space.munmap, area)
+    assert space.locations(0x1D4C000, 4 * PAGE) == ["NEW"] * 4
+    assert space.figures()["resident"] == resident - locations.count("INSTANCE_0")
+    again = space.mmap(6 * PAGE, addr=0x1D4C000)
+    assert not any(again), "a page mapped again does not read as zeros"
+    assert low[99] == 1
+
+    # Mapping and unmapping for ever takes no memory.
+    for n in range(300):
+        more = space.mmap(3 * PAGE)
+        more[PAGE] = n % 256
+        assert more[PAGE] == n % 256 and not more[0]
+        space.munmap(more)
+
+    # System calls into an area: a file read straight into it, and written from it.
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(range(256)) * 64)
+        file.seek(0)
+        try:
+            got = file.readinto(again)
+        except OSError as error:
+            assert error.errno == errno.EFAULT, error
+            print("userfaultfd in user mode only: readinto gives EFAULT")
+        else:
+            assert got == 4 * PAGE and bytes(again[: 4 * PAGE]) == bytes(range(256)) * 64
+            file.seek(0)
+            assert file.write(again[: 4 * PAGE]) == 4 * PAGE
+
+    # A process that the application forks can't touch the memory, nor reach the pager.
+    again[0] = 42
+    child = os.fork()
+    if child == 0:
+        try:
+            space.mmap(PAGE)
+        except RuntimeError:
+            again[0] = 43
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSEGV, status
+    assert again[0] == 42
+    gc.collect()
+    print("areas SUCCESS")
+
+
+edm.run(app, edm.Config(START, END, high_threshold=4, low_threshold=2))

@@ -1,0 +1,232 @@
+"""dms.py and messages.py, without MPI: SPT, Disk, and what the DMS answers to each request."""
+
+import errno
+import os
+import random
+import resource
+
+import pytest
+
+from edm import messages as m
+from edm.dms import DMS, SPT, Disk
+from edm.messages import DISK, INSTANCE, NEW
+from edm.uffd_ctypes import PAGE_SIZE
+
+PAGES = 1000
+START = 0x1B58000
+
+
+class TwoRanks:
+    size = 2
+
+
+@pytest.fixture
+def dms(tmp_path):
+    return DMS(TwoRanks(), str(tmp_path / "disk"), START, START + PAGES * PAGE_SIZE)
+
+
+def ask(dms, kind, page=0, count=0, body=b"", zero=0):
+    """What the DMS answers to instance 0: (kind, count, body)."""
+    m.HEADER.pack_into(dms._question.whole, 0, kind, zero, count, page)
+    dms._question.body[: len(body)] = body
+    length = dms._handle(1, m.HEADER.size + len(body))
+    kind, zero, count, _ = m.HEADER.unpack_from(dms._answer.whole)
+    assert zero == 0
+    return kind, count, bytes(dms._answer.body[:length])
+
+
+def eviction(*runs):
+    """EVICT's arguments from (page, content or a count of clean pages)."""
+    table = b"".join(
+        m.RUN.pack(page, what, 0)
+        if isinstance(what, int)
+        else m.RUN.pack(page, len(what) // PAGE_SIZE, 1)
+        for page, what in runs
+    )
+    return {
+        "kind": m.EVICT,
+        "count": len(runs),
+        "body": table + b"".join(what for _, what in runs if not isinstance(what, int)),
+    }
+
+
+def content(seed, pages=1):
+    return random.Random(seed).randbytes(pages * PAGE_SIZE)
+
+
+def test_the_first_access_of_a_page_is_answered_with_new_and_noted_in_the_spt(dms):
+    assert ask(dms, m.GET, page=7, count=1) == (m.NEW_PAGES, 1, b"")
+    assert ask(dms, m.LOCATIONS, page=6, count=3) == (m.LOCATIONS, 3, bytes((NEW, INSTANCE, NEW)))
+
+
+def test_an_evicted_page_comes_back_with_its_bytes(dms):
+    ask(dms, m.GET, page=7, count=2)
+    assert ask(dms, **eviction((7, content(1, 2)))) == (m.OK, 0, b"")
+    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, DISK))
+    assert ask(dms, m.GET, page=7, count=1) == (m.CONTENT, 1, content(1, 2)[:PAGE_SIZE])
+    assert ask(dms, m.GET, page=8, count=1) == (m.CONTENT, 1, content(1, 2)[PAGE_SIZE:])
+
+
+def test_an_acknowledged_eviction_is_in_the_disk_file(dms, tmp_path):
+    ask(dms, m.GET, page=3, count=1)
+    ask(dms, **eviction((3, content(5))))
+    file = (tmp_path / "disk").read_bytes()
+    assert file[3 * PAGE_SIZE : 4 * PAGE_SIZE] == content(5)
+
+
+def test_get_answers_for_the_first_pages_that_are_in_the_same_place(dms):
+    ask(dms, m.GET, page=2, count=2)
+    ask(dms, **eviction((2, content(1, 2))))
+    assert ask(dms, m.GET, page=0, count=8)[:2] == (m.NEW_PAGES, 2)
+    assert ask(dms, m.GET, page=2, count=6) == (m.CONTENT, 2, content(1, 2))
+    assert ask(dms, m.GET, page=4, count=4)[:2] == (m.NEW_PAGES, 4)
+
+
+def test_a_clean_page_goes_back_without_its_bytes_and_is_still_on_the_disk(dms):
+    ask(dms, m.GET, page=7, count=1)
+    ask(dms, **eviction((7, content(1))))
+    ask(dms, m.GET, page=7, count=1)
+    assert ask(dms, m.LOCATIONS, page=7, count=1)[2] == bytes((INSTANCE | DISK,))
+    assert ask(dms, **eviction((7, 1)))[0] == m.OK
+    assert ask(dms, m.GET, page=7, count=1) == (m.CONTENT, 1, content(1))
+
+
+def test_a_page_that_was_never_written_goes_back_to_new(dms):
+    ask(dms, m.GET, page=7, count=1)
+    assert ask(dms, **eviction((7, 1)))[0] == m.OK
+    assert ask(dms, m.GET, page=7, count=1) == (m.NEW_PAGES, 1, b"")
+
+
+def test_one_eviction_carries_many_runs_clean_and_dirty(dms):
+    ask(dms, m.GET, page=0, count=100)
+    ask(dms, **eviction((0, content(1, 100))))
+    ask(dms, m.GET, page=0, count=100)
+    answer = ask(dms, **eviction((0, 3), (3, content(2, 2)), (5, 1), (90, content(3))))
+    assert answer[0] == m.OK
+    assert ask(dms, m.GET, page=3, count=2)[2] == content(2, 2)
+    assert ask(dms, m.GET, page=5, count=1)[2] == content(1, 100)[5 * PAGE_SIZE : 6 * PAGE_SIZE]
+    assert ask(dms, m.GET, page=90, count=1)[2] == content(3)
+
+
+def test_freed_pages_read_as_new(dms):
+    ask(dms, m.GET, page=0, count=4)
+    ask(dms, **eviction((0, content(1, 2))))
+    assert ask(dms, m.FREE, page=0, count=4)[0] == m.OK
+    assert ask(dms, m.GET, page=0, count=8)[:2] == (m.NEW_PAGES, 8)
+
+
+GEOMETRY = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE)
+
+
+def test_hello_is_welcome_only_with_the_same_geometry(dms):
+    assert ask(dms, m.HELLO, body=GEOMETRY)[0] == m.OK
+    other = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, START, START + 4 * PAGE_SIZE)
+    kind, _, reason = ask(dms, m.HELLO, body=other)
+    assert kind == m.ERROR and b"start_addr" in reason
+
+
+WRONG = {
+    "an unknown kind": {"kind": 77},
+    "an answer's kind": {"kind": m.CONTENT, "count": 1},
+    "a header whose zero is not": {"kind": m.GET, "page": 1, "count": 1, "zero": 5},
+    "a page outside": {"kind": m.GET, "page": PAGES, "count": 1},
+    "a page far outside": {"kind": m.GET, "page": 2**64 - 1, "count": 2},
+    "a range that leaves the space": {"kind": m.GET, "page": PAGES - 1, "count": 2},
+    "no pages": {"kind": m.GET, "page": 1, "count": 0},
+    "too many pages": {"kind": m.GET, "page": 1, "count": m.MAX_PAGES + 1},
+    "a GET with a body": {"kind": m.GET, "page": 1, "count": 1, "body": b"x"},
+    "a page that is here": {"kind": m.GET, "page": 500, "count": 1},
+    "a short HELLO": {"kind": m.HELLO, "body": GEOMETRY[:-1]},
+    "a FREE outside": {"kind": m.FREE, "page": 999, "count": 2},
+    "LOCATIONS of none": {"kind": m.LOCATIONS, "page": 1, "count": 0},
+    "EVICT without runs": {"kind": m.EVICT},
+    "EVICT of too many runs": {"kind": m.EVICT, "count": m.MAX_RUNS + 1},
+    "EVICT with half a table": {"kind": m.EVICT, "count": 2, "body": m.RUN.pack(500, 1, 0)},
+    "EVICT of a page not here": eviction((3, content(1))),
+    "EVICT of a page outside": eviction((PAGES, content(1))),
+    "EVICT of no pages": eviction((500, 0)),
+    "EVICT with bytes missing": {
+        "kind": m.EVICT,
+        "count": 1,
+        "body": m.RUN.pack(500, 1, 1) + b"x" * (PAGE_SIZE - 1),
+    },
+    "EVICT with bytes left over": {
+        "kind": m.EVICT,
+        "count": 1,
+        "body": m.RUN.pack(500, 1, 0) + b"x",
+    },
+    "EVICT with a strange dirty": {"kind": m.EVICT, "count": 1, "body": m.RUN.pack(500, 1, 2)},
+    "EVICT partly of pages not here": eviction((500, content(1)), (501, content(2))),
+}
+
+
+@pytest.mark.parametrize("request_", WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_request_is_answered_with_a_reason_and_changes_nothing(dms, request_):
+    ask(dms, m.GET, page=500, count=1)
+    ask(dms, m.GET, page=600, count=1)
+    ask(dms, **eviction((600, content(6))))
+    before = ask(dms, m.LOCATIONS, page=0, count=PAGES)
+    kind, _, reason = ask(dms, **request_)
+    assert kind == m.ERROR and reason
+    assert ask(dms, m.LOCATIONS, page=0, count=PAGES) == before
+    assert ask(dms, m.GET, page=600, count=1) == (m.CONTENT, 1, content(6))
+
+
+def test_random_bytes_never_end_the_dms(dms):
+    dice = random.Random(4)
+    for _ in range(2000):
+        length = dice.choice((0, 1, 15, 16, 17, 40, 200, 5000))
+        dms._question.whole[:length] = dice.randbytes(length)
+        if length >= 2:  # a kind that there is, most of the time
+            dms._question.whole[0:4] = bytes((dice.choice((1, 2, 3, 4, 5, 99)), 0, 0, 0))
+        dms._handle(1, length)
+    assert ask(dms, m.LOCATIONS, page=0, count=1)[0] == m.LOCATIONS
+
+
+def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
+    ask(dms, m.GET, page=900, count=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_SIZE, hard))  # EFBIG: Python ignores SIGXFSZ
+    try:
+        kind, _, reason = ask(dms, **eviction((900, content(1))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert kind == m.ERROR and os.strerror(errno.EFBIG).encode() in reason
+    assert ask(dms, m.LOCATIONS, page=900, count=1)[2] == bytes((INSTANCE,))
+
+
+def test_the_spt_costs_no_memory_until_it_is_used():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    spt = SPT(1 << 34, 0)  # 64 TiB
+    spt.set(1 << 33, 100, DISK)
+    assert spt.same(1 << 33, 4096) == (DISK, 100)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
+
+
+def test_the_spt_is_printed_as_the_wiki_prints_it():
+    spt = SPT(PAGES, 0)
+    spt.set(2, 1, INSTANCE)
+    spt.set(4, 1, DISK)
+    assert spt.table(0x1D4A000) == (
+        "Print SPT STATE\n"
+        "-----START SPT ----\n"
+        "address : 0x1d4c000  location : INSTANCE_0\n"
+        "address : 0x1d4e000  location : DISK\n"
+        "------END SPT-----"
+    )
+
+
+def test_a_disk_without_a_path_leaves_no_file_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    disk = Disk(None, 10 * PAGE_SIZE)
+    disk.write(9, memoryview(content(1)))
+    back = bytearray(PAGE_SIZE)
+    disk.read(9, memoryview(back))
+    assert back == content(1)
+    assert list(tmp_path.iterdir()) == []
+    disk.close()
+
+
+def test_the_disk_file_is_for_its_owner_only(tmp_path):
+    Disk(str(tmp_path / "disk"), PAGE_SIZE).close()
+    assert (tmp_path / "disk").stat().st_mode & 0o777 == 0o600

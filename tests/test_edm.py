@@ -1,0 +1,89 @@
+"""edm.py and log.py: what the settings refuse, and how lines look."""
+
+import argparse
+import logging
+import re
+import subprocess
+import sys
+
+import pytest
+
+import edm
+from edm import log
+
+WRONG = {
+    "start_addr": {"start_addr": 0x1001},
+    "end_addr": {"start_addr": 0x2000, "end_addr": 0x2000},
+    "high_threshold": {"high_threshold": 1},
+    "low_threshold": {"high_threshold": 4, "low_threshold": 4},
+    "idle_tracker": {"idle_tracker": "psychic"},
+    "log_level": {"log_level": "loud"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_is_a_valueerror_of_one_line_that_names_it(name):
+    with pytest.raises(ValueError, match=f"^{name}: [^\n]*$"):
+        edm.Config(**WRONG[name])
+
+
+@pytest.mark.parametrize("high", [2, 4, 16, 1000])
+def test_the_low_threshold_follows_the_high_one(high):
+    assert 0 < edm.Config(high_threshold=high).low_threshold < high
+
+
+def test_every_setting_has_an_option_and_its_help(monkeypatch):
+    arguments = [
+        "program", "--start-addr", "0x1B58000", "--end-addr", "0x1F40000", "--high-threshold", "4",
+        "--low-threshold", "2", "--disk", "/tmp/x", "--idle-tracker", "unmap",
+        "--log-level", "debug",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    parser = argparse.ArgumentParser()
+    _, config = edm.parse_arguments(parser)
+    assert config == edm.Config(0x1B58000, 0x1F40000, 4, 2, "/tmp/x", "unmap", "debug")
+    assert parser.format_help().count("--") >= 7
+
+
+def test_a_programs_own_defaults_are_taken_and_can_be_overridden(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", "--low-threshold", "3"])
+    _, config = edm.parse_arguments(argparse.ArgumentParser(), high_threshold=10, low_threshold=5)
+    assert (config.high_threshold, config.low_threshold) == (10, 3)
+
+
+def test_log_lines_have_the_wikis_format(capsys):
+    log.start("debug")
+    log.logger("DMS").debug("page accessed first time, set info - new_page")
+    log.logger("Usercode").debug("User code main function start running")
+    log.logger().info("compare pages SUCCESS")
+    lines = capsys.readouterr().err.splitlines()
+    stamp = r"\[\w{3} \w{3} \d\d \d{4} \d\d:\d\d:\d\d\.\d{3}\]"
+    expected = [
+        r":\[Debug\]-\[DMS\] - page accessed first time, set info - new_page",
+        r":\[Debug\]-\[Usercode\] : User code main function start running",
+        r":\[Info\]-compare pages SUCCESS",
+    ]
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(stamp + pattern, line)
+
+
+def test_the_lspt_is_printed_as_the_wiki_prints_it():
+    assert log.lspt_table([(0x1D4C000, 45052, False)]) == (
+        "page list state: \n"
+        "-----START LSPT ----\n"
+        "address : 0x1d4c000  pfn : 45052  is_idle: 0\n"
+        "-----END LSPT ----"
+    )
+
+
+def test_the_log_is_silent_below_warning_by_default(capsys):
+    log.start(edm.Config().log_level)
+    log.logger("DMS").info("no")
+    log.logger("DMS").warning("yes")
+    assert "no" not in capsys.readouterr().err
+    assert not log.logger("DmHandler").isEnabledFor(logging.INFO)
+
+
+def test_importing_edm_does_not_initialise_mpi():
+    code = "import edm, sys; assert 'mpi4py.MPI' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

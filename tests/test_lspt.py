@@ -1,0 +1,200 @@
+"""lspt.py: every transition of a page, the order, and the waits."""
+
+import random
+import threading
+
+import pytest
+
+from edm.lspt import (
+    ABSENT,
+    CLEAN,
+    COMING,
+    DIRTY,
+    HELD_CLEAN,
+    HELD_DIRTY,
+    LSPT,
+    Stopped,
+    runs_of,
+)
+
+
+def come(lspt, page, count=1, dirty=True):
+    with lspt.lock:
+        lspt.expect(page, count)
+    lspt.arrived(page, count, dirty)
+
+
+def in_order(lspt):
+    with lspt.lock:
+        return list(lspt.pages())
+
+
+def evict(lspt, pages):
+    lspt.left([(first, count) for first, count, _ in lspt.hold(runs_of(sorted(pages)))])
+
+
+def test_runs_of_joins_neighbours():
+    assert runs_of([]) == []
+    assert runs_of([0, 1, 2, 5, 7, 8]) == [(0, 3), (5, 1), (7, 2)]
+
+
+def test_a_page_comes_is_written_is_held_and_leaves():
+    lspt = LSPT(8, high_threshold=4)
+    with lspt.lock:
+        lspt.expect(3, 2)
+    assert lspt.state[2:6] == bytes((ABSENT, COMING, COMING, ABSENT)) and lspt.resident == 2
+    lspt.arrived(3, 2, dirty=False)
+    assert lspt.state[3:5] == bytes((CLEAN, CLEAN))
+    with lspt.lock:
+        lspt.written(4)
+    assert lspt.hold([(2, 4)]) == [(3, 1, False), (4, 1, True)]
+    assert lspt.state[3:5] == bytes((HELD_CLEAN, HELD_DIRTY)) and lspt.resident == 2
+    lspt.released([(4, 1)])
+    assert lspt.state[3:5] == bytes((HELD_CLEAN, DIRTY))
+    lspt.left([(3, 1)])
+    assert lspt.state[3:5] == bytes((ABSENT, DIRTY)) and lspt.resident == 1
+    assert lspt.peak == 2
+
+
+def test_what_could_not_be_had_is_absent_again():
+    lspt = LSPT(8, high_threshold=4)
+    with lspt.lock:
+        lspt.expect(3, 1)
+    lspt.not_coming(3, 1)
+    assert lspt.state[3] == ABSENT and lspt.resident == 0 and in_order(lspt) == []
+
+
+@pytest.mark.parametrize("letting_go", ["left", "released"])
+def test_letting_go_tells_which_faults_are_to_be_woken_and_no_others(letting_go):
+    lspt = LSPT(8, high_threshold=8)
+    come(lspt, 0, 8)
+    lspt.hold([(0, 4)])
+    lspt.awaited |= {1, 3, 6}
+    assert sorted(getattr(lspt, letting_go)([(0, 2), (3, 1)])) == [1, 3]
+    assert lspt.awaited == {6}
+
+
+def test_candidates_come_in_the_order_in_which_pages_came():
+    lspt = LSPT(100, high_threshold=100)
+    for page in (40, 10, 30, 20):
+        come(lspt, page)
+    assert lspt.next_candidates(3) == [40, 10, 30]
+
+
+def test_the_hand_goes_round_and_evicted_pages_leave_the_order():
+    lspt = LSPT(100, high_threshold=100)
+    come(lspt, 0, 6)
+    candidates = lspt.next_candidates(4)
+    evict(lspt, [1])
+    lspt.passed(candidates, 3, [0, 2])  # it stopped before page 3
+    assert in_order(lspt) == [3, 4, 5, 0, 2]
+
+
+def test_a_page_that_came_back_after_munmap_stands_in_the_order_once():
+    lspt = LSPT(100, high_threshold=100)
+    come(lspt, 0, 4)
+    evict(lspt, [1, 2])  # as munmap does: their entries stay behind
+    come(lspt, 2)
+    assert in_order(lspt) == [0, 2, 3]
+    assert lspt.next_candidates(10) == [0, 2, 3]
+
+
+def test_pages_held_or_coming_are_no_candidates():
+    lspt = LSPT(100, high_threshold=100)
+    come(lspt, 0, 4)
+    lspt.hold([(1, 2)])
+    with lspt.lock:
+        lspt.expect(9, 1)
+    assert lspt.next_candidates(10) == [0, 3]
+
+
+def test_stale_entries_do_not_pile_up():
+    lspt = LSPT(100, high_threshold=100)
+    for _ in range(1000):
+        come(lspt, 0, 50)
+        evict(lspt, range(50))
+    assert len(lspt._order) < 5000
+    come(lspt, 7)
+    assert in_order(lspt) == [7]
+
+
+def test_any_sequence_of_arrivals_and_evictions_leaves_exactly_the_resident_pages_in_order():
+    for seed in range(20):
+        dice, lspt = random.Random(seed), LSPT(64, high_threshold=1000)
+        here = []
+        for _ in range(500):
+            absent = [p for p in range(64) if p not in here]
+            if absent and dice.random() < 0.6:
+                page = dice.choice(absent)
+                come(lspt, page, dirty=dice.random() < 0.5)
+                here.append(page)
+            elif here:
+                candidates = lspt.next_candidates(dice.randint(1, 10))
+                done = dice.randint(1, len(candidates))
+                gone = [p for p in candidates[:done] if dice.random() < 0.5]
+                evict(lspt, gone)
+                lspt.passed(candidates, done, [p for p in candidates[:done] if p not in gone])
+                here = [p for p in here if p not in gone]
+            assert sorted(in_order(lspt)) == sorted(here)
+            assert lspt.resident == len(here)
+
+
+def waits(call):
+    """Start call in a thread; returns (thread, list that gets its result or exception)."""
+    result = []
+
+    def body():
+        try:
+            result.append(call())
+        except Stopped as error:
+            result.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    return thread, result
+
+
+def test_at_the_high_threshold_a_fault_wakes_lpet_and_waits_for_room():
+    lspt = LSPT(100, high_threshold=4)
+    come(lspt, 0, 4)
+    lpet, woken = waits(lspt.wait_for_work)
+
+    def ask():
+        with lspt.lock:
+            lspt.ask_for_room()
+
+    handler, _ = waits(ask)
+    lpet.join(10)
+    assert woken == [True] and handler.is_alive()
+    evict(lspt, [0])
+    handler.join(10)
+    assert not handler.is_alive()
+
+
+def test_stop_ends_every_wait():
+    lspt = LSPT(100, high_threshold=4)
+    come(lspt, 0, 4)
+
+    def ask():
+        with lspt.lock:
+            lspt.ask_for_room()
+
+    handler, asked = waits(ask)
+    lspt.stop()
+    handler.join(10)
+    assert isinstance(asked[0], Stopped)
+    assert lspt.wait_for_work() is False
+
+
+def test_munmap_waits_until_lpet_and_dm_handler_have_let_go():
+    lspt = LSPT(100, high_threshold=100)
+    come(lspt, 0, 4)
+    lspt.hold([(1, 1)])
+    with lspt.lock:
+        lspt.expect(4, 1)
+    munmap, held = waits(lambda: lspt.hold_all(0, 8))
+    lspt.released([(1, 1)])
+    assert munmap.is_alive()
+    lspt.arrived(4, 1, dirty=False)
+    munmap.join(10)
+    assert held == [[(0, 4, True), (4, 1, False)]]
