@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,53 +49,81 @@ TRACKERS = [
 Run = Callable[..., subprocess.CompletedProcess]
 
 
-@pytest.fixture
-def start() -> Callable[..., subprocess.Popen]:
-    """Start a command in a process group of its own, which ends with the test, whatever happens."""
-    started: list[subprocess.Popen] = []
+class Job(subprocess.Popen):
+    """A command, and all processes that come of it, wherever a launcher puts them.
 
-    def start(*command: object, **options: object) -> subprocess.Popen:
+    MPI launchers make sessions and process groups of their own, so a mark in the environment tells
+    which processes are this job's.
+    """
+
+    def __init__(self, *command: object, **options: object) -> None:
+        self.mark = f"EDM_TEST_JOB={uuid.uuid4()}"
         environment = {
             **os.environ,
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            **dict([self.mark.split("=")]),
         }
-        process = subprocess.Popen(
+        super().__init__(
             [str(part) for part in command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
             env=environment,
             **options,
         )
-        started.append(process)
-        return process
 
-    yield start
-    for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # SIGTERM does not reach a hung page fault
-        except ProcessLookupError:
-            pass  # the whole group has ended, as it should
-        process.wait()
+    def processes(self) -> dict[int, int]:
+        """{process id: its parent's} of those that have not ended."""
+        found = {}
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+            except OSError:
+                continue  # it ended while we looked, or is another user's
+            if self.mark.encode() in environment and state != "Z":
+                found[int(pid)] = int(parent)
+        return found
+
+    def kill_all(self) -> None:
+        """By SIGKILL: SIGTERM does not reach a process in a hung page fault."""
+        while processes := self.processes():
+            for pid in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.wait()
 
 
 @pytest.fixture
-def run(start: Callable[..., subprocess.Popen]) -> Run:
+def start() -> Callable[..., Job]:
+    """Start a command as a Job that ends with the test, whatever happens."""
+    started: list[Job] = []
+
+    def start(*command: object, **options: object) -> Job:
+        started.append(Job(*command, **options))
+        return started[-1]
+
+    yield start
+    for job in started:
+        job.kill_all()
+
+
+@pytest.fixture
+def run(start: Callable[..., Job]) -> Run:
     """Run a command to its end, or fail after timeout seconds; its output is in stdout."""
 
     def run(*command: object, timeout: float = 60, **options: object) -> Run:
-        process = start(*command, **options)
+        job = start(*command, **options)
         try:
-            output, _ = process.communicate(timeout=timeout)
+            output, _ = job.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+            job.kill_all()
+            output, _ = job.communicate()
             pytest.fail(f"still running after {timeout} s:\n{output}")
-        return subprocess.CompletedProcess(process.args, process.returncode, output)
+        return subprocess.CompletedProcess(job.args, job.returncode, output)
 
     return run
 

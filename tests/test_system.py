@@ -23,20 +23,6 @@ def wait_for(condition, seconds=10):
     pytest.fail(f"waited {seconds} s in vain")
 
 
-def processes_of(group):
-    """{pid: parent} of the processes in a process group, without zombies."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                state, parent, pgrp = file.read().rpartition(")")[2].split()[:3]
-        except FileNotFoundError:
-            continue  # it ended while we looked
-        if int(pgrp) == group and state != "Z":
-            found[int(pid)] = int(parent)
-    return found
-
-
 def is_python(pid):
     try:
         return os.readlink(f"/proc/{pid}/exe") == os.path.realpath(sys.executable)
@@ -81,7 +67,7 @@ def test_two_instances_on_one_dms_have_memories_of_their_own(mpirun):
 def test_the_job_ends_with_the_applications_status(mpirun, how, status, words):
     ended = mpirun(PROGRAMS / "ends.py", *how)
     assert ended.returncode == status and words in ended.stdout, ended.stdout
-    assert "thread ran" in ended.stdout
+    assert how == ["kill"] or "thread ran" in ended.stdout
 
 
 def test_run_returns_in_every_rank_when_the_application_has_ended(mpirun):
@@ -96,7 +82,7 @@ def test_a_killed_application_ends_the_job_within_five_seconds_and_leaves_no_pro
     job = start(*mpirun_command("-m", "edm.examples.bigger_than_memory", "--size", "256"))
 
     def application():
-        family = {pid: parent for pid, parent in processes_of(job.pid).items() if is_python(pid)}
+        family = {pid: parent for pid, parent in job.processes().items() if is_python(pid)}
         return next((pid for pid, parent in family.items() if parent in family), None)
 
     output = ""
@@ -110,7 +96,7 @@ def test_a_killed_application_ends_the_job_within_five_seconds_and_leaves_no_pro
     assert time.monotonic() - began < 5
     assert job.returncode not in (0, None)
     assert "the application was killed by SIGKILL" in output + rest
-    wait_for(lambda: not processes_of(job.pid), 5)
+    wait_for(lambda: not job.processes(), 5)
 
 
 def test_no_process_and_no_file_is_left_behind(start, mpirun_command, tmp_path):
@@ -118,7 +104,7 @@ def test_no_process_and_no_file_is_left_behind(start, mpirun_command, tmp_path):
     job = start(*mpirun_command("-m", "edm.examples.eviction"), cwd=tmp_path)
     job.communicate(timeout=60)
     assert job.returncode == 0
-    wait_for(lambda: not processes_of(job.pid), 5)
+    wait_for(lambda: not job.processes(), 5)
     assert list(tmp_path.iterdir()) == []
     assert set(os.listdir("/dev/shm")) <= before
 
