@@ -1,0 +1,159 @@
+"""One system of the benchmark, in a process of its own: python -m bench.system NAME OPTIONS.
+
+Prints one line of JSON: a result for every pattern, and what else the system knows of itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import mmap
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+PAGE = 4096
+PATTERNS = ("seq write", "seq read", "random read", "random write", "zipf", "strided")
+FLOORS = {  # pages a fault, and whether the handler spins
+    "C floor, poll": (1, 0),
+    "C floor, spin": (1, 1),
+    "C floor, poll, 16": (16, 0),
+    "C floor, spin, 16": (16, 1),
+}
+# What the original does: a page at a time, every evicted page sent, its whole LSPT looked through.
+ORIGINAL = {"readahead": 1, "evict_batch": 1, "clean_tracking": False}
+
+
+class Result(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("accesses", "nanoseconds", "longest", "wrong")]
+
+
+def library(path: str) -> ctypes.CDLL:
+    lib = ctypes.CDLL(path)
+    u64 = ctypes.c_uint64
+    lib.pattern.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, u64, u64, u64,
+                            ctypes.c_void_p)  # fmt: skip
+    lib.floor_open.argtypes, lib.floor_open.restype = (u64, u64, ctypes.c_int), ctypes.c_void_p
+    lib.floor_forget.argtypes = (u64,)
+    return lib
+
+
+def measure(args: argparse.Namespace, base: int, between=lambda pattern: None) -> dict:
+    """Run every pattern on the memory at base."""
+    lib, pages = library(args.library), args.size * 256
+    versions = (ctypes.c_uint32 * pages)()
+    accesses = {
+        "seq write": pages, "seq read": pages, "random read": args.random,
+        "random write": args.random, "zipf": 3 * args.random, "strided": pages // 7,
+    }  # fmt: skip
+    found = {}
+    for number, pattern in enumerate(PATTERNS):
+        # Everything must be written once, as the other patterns read it; the rest may be cut off.
+        limit = 10**12 if pattern == "seq write" and not args.floor else args.limit * 10**9
+        between(pattern)
+        r = Result()
+        lib.pattern(number, base, versions, pages, accesses[pattern], limit, ctypes.byref(r))
+        if r.wrong:
+            sys.exit(f"{args.system}: {pattern}: {r.wrong} words are wrong")
+        found[pattern] = {
+            "us": r.nanoseconds / r.accesses / 1e3,
+            "longest_ms": r.longest / 1e6,
+            "accesses": r.accesses,
+        }
+    return found
+
+
+def report(args: argparse.Namespace, **found: object) -> None:
+    print("RESULT " + json.dumps({"system": args.system, **found}), flush=True)
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run_floor(args: argparse.Namespace) -> None:
+    lib = library(args.library)
+    batch, spin = FLOORS[args.system]
+    base = lib.floor_open(args.size * 256, batch, spin)
+    if not base:
+        sys.exit("the floor could not be opened")
+    keep = args.size // args.resident
+    random = ("random read", "random write", "zipf", "strided")
+    patterns = measure(args, base, lambda p: lib.floor_forget(keep if p in random else 0))
+    report(args, patterns=patterns, cpu={"all": cpu_seconds()})
+
+
+def run_kernel(args: argparse.Namespace) -> None:
+    """Anonymous memory or a mapped file, in a cgroup that allows so much of it."""
+    if args.system == "swap":
+        memory = mmap.mmap(-1, args.size << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        with open(args.disk, "w+b") as file:
+            file.truncate(args.size << 20)
+            memory = mmap.mmap(file.fileno(), args.size << 20)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    library(args.library)  # loaded before the limit counts
+    Path(args.cgroup, "cgroup.procs").write_text(str(os.getpid()))
+    report(args, patterns=measure(args, base), cpu={"all": cpu_seconds()})
+
+
+def run_edm(args: argparse.Namespace) -> None:
+    import edm
+
+    settings = dict(ORIGINAL) if args.system == "EDM, original's way" else {}
+    known = {setting.name for setting in dataclasses.fields(edm.Config)}
+    config = edm.Config(
+        high_threshold=args.resident * 256,
+        disk=args.disk,
+        **{name: value for name, value in settings.items() if name in known},
+    )
+
+    def app(space: edm.Space) -> None:
+        area = space.mmap(args.size << 20)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        before: dict[str, object] = {}
+        each: dict[str, object] = {}
+
+        def between(pattern: str) -> None:
+            before[pattern] = (space.figures(), time.process_time())
+
+        patterns = measure(args, base, between)
+        last = space.figures()
+        names = list(PATTERNS)
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            end = before[following][0] if following else last
+            each[name] = {k: v - before[name][0][k] for k, v in end.items() if isinstance(v, int)}
+        report(args, patterns=patterns, figures=each, cpu={"application": cpu_seconds()})
+
+    edm.run(app, config)
+    role = "DMS" if "edm.dms" in sys.modules else "pager"
+    report(args, cpu={role: cpu_seconds()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("system")
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--resident", type=int, required=True)
+    parser.add_argument("--random", type=int, required=True)
+    parser.add_argument("--limit", type=int, required=True)
+    parser.add_argument("--disk")
+    parser.add_argument("--cgroup")
+    args = parser.parse_args()
+    args.floor = args.system in FLOORS
+    if args.floor:
+        run_floor(args)
+    elif args.system in ("swap", "mapped file"):
+        run_kernel(args)
+    else:
+        run_edm(args)
+
+
+if __name__ == "__main__":
+    main()
