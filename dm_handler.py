@@ -12,9 +12,12 @@ One fault, from the message to the woken application:
                       CLEAN, DIRTY    it is there already (another thread's fault): wake;
                                       a first write to a CLEAN page: allow writing, which wakes
                       ABSENT          fetch it
-    _fetch          waits for room if high_threshold pages are here ("avoid memory flood"), asks
-                    the DMS, and installs what comes, which wakes:
-                      first access           zero page
+                      COMING          it was asked for ahead of need: use that
+    _fetch          waits for room if high_threshold pages are here ("avoid memory flood"), and asks
+                    the DMS for the page, or for a window of pages if readahead.py sees a stream
+    _finish         takes the answer, asks for the stream's next window already, and then
+    _install        installs what came, which wakes:
+                      first access           zero pages
                       previously accessed    the content
 
 Rules: this thread is the only one that reads the userfaultfd and that makes pages COME. It never
@@ -30,12 +33,14 @@ import os
 import select
 import time
 from array import array
+from collections.abc import Sequence
 from logging import INFO
 
 from edm import log
-from edm.lspt import ABSENT, CLEAN, DIRTY, LSPT, Stopped
+from edm.lspt import ABSENT, CLEAN, COMING, DIRTY, HELD_CLEAN, HELD_DIRTY, LSPT, Stopped
 from edm.messages import CONTENT
 from edm.mpi_client import MpiClient
+from edm.readahead import Ahead, Readahead, Stream
 from edm.uffd_ctypes import (
     PAGE_SIZE,
     UFFD_PAGEFAULT_FLAG_WP,
@@ -44,23 +49,38 @@ from edm.uffd_ctypes import (
 )
 
 EAGER = 200e-6  # seconds after a fault in which this thread does not sleep
+FIRST_CHUNK, CHUNK = 16, 64  # pages of a window that are installed by one UFFDIO_COPY
+STOP, GIVE_UP = b"s", b"g"  # end; and give up what was asked for ahead of lspt.unwanted
 LATENCY_BUCKETS = 8192  # of 1.024 µs each; the last one takes all that is slower
 
 
 class DmHandler:
     def __init__(
-        self, uffd: Userfaultfd, client: MpiClient, lspt: LSPT, start_addr: int, stop_fd: int
+        self,
+        uffd: Userfaultfd,
+        clients: Sequence[MpiClient],
+        lspt: LSPT,
+        start_addr: int,
+        readahead: Readahead,
+        track_clean: bool,
+        commands_fd: int,
     ) -> None:
-        """run() ends when stop_fd becomes readable."""
-        self._uffd, self._client, self._lspt, self._start = uffd, client, lspt, start_addr
-        self._stop_fd = stop_fd
+        """The first client is for faults, the others for what is asked for ahead of need.
+
+        Without track_clean, every page counts as DIRTY. commands_fd is a pipe: see STOP and GIVE_UP.
+        """
+        self._uffd, self._lspt, self._start = uffd, lspt, start_addr
+        self._client, *self._free_clients = clients
+        self._readahead, self._track_clean = readahead, track_clean
+        self._commands_fd = commands_fd
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # The source of a zero page that is to be write-protected, which UFFDIO_ZEROPAGE can't do
         # in one step with the installing.
-        self._zero_memory = mmap.mmap(-1, PAGE_SIZE)
+        self._zero_memory = mmap.mmap(-1, max(1, readahead.max_window) * PAGE_SIZE)
         self._zeros = ctypes.addressof(ctypes.c_char.from_buffer(self._zero_memory))
         self._first_access = self._refetch = self._write_protect = self._other = 0
+        self._fetched = 0
         self._latencies = array("Q", bytes(8 * LATENCY_BUCKETS))
 
     def figures(self) -> dict[str, object]:
@@ -73,6 +93,7 @@ class DmHandler:
             "faults_refetch": self._refetch,
             "faults_write_protect": self._write_protect,
             "faults_other": self._other,
+            "fetched": self._fetched,
             "latency_median": self._latency(0.5),
             "latency_99th": self._latency(0.99),
         }
@@ -90,13 +111,14 @@ class DmHandler:
         """Resolve faults until told to stop, or until the application has ended."""
         poll = select.poll()
         poll.register(self._uffd.fd, select.POLLIN)
-        poll.register(self._stop_fd, select.POLLIN)
+        poll.register(self._commands_fd, select.POLLIN)
         while True:
             ready = poll.poll(0) or self._look_again(poll) or poll.poll()
-            if any(fd == self._stop_fd for fd, _ in ready):
-                return
             began = time.monotonic_ns()
             self._client.wake_dms()  # so that it wakes up while this thread reads the messages
+            for fd, _ in ready:
+                if fd == self._commands_fd and not self._obey(os.read(fd, 1)):
+                    return
             for flags, address in self._uffd.read_faults():
                 try:
                     self._resolve(flags, address & -PAGE_SIZE)
@@ -104,6 +126,13 @@ class DmHandler:
                     return  # ESRCH, or LPET has stopped: the application has ended, or is about to
                 bucket = min(time.monotonic_ns() - began >> 10, LATENCY_BUCKETS - 1)
                 self._latencies[bucket] += 1
+
+    def _obey(self, command: bytes) -> bool:
+        """False for STOP."""
+        if command == GIVE_UP:
+            for stream in self._readahead.within(*self._lspt.unwanted):
+                self._end(stream)
+        return command != STOP
 
     @staticmethod
     def _look_again(poll: select.poll) -> list[tuple[int, int]]:
@@ -118,6 +147,7 @@ class DmHandler:
     def _resolve(self, flags: int, address: int) -> None:
         page = (address - self._start) // PAGE_SIZE
         lspt = self._lspt
+        write = bool(flags & UFFD_PAGEFAULT_FLAG_WRITE)
         if self._info:
             self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
             self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address)
@@ -127,55 +157,122 @@ class DmHandler:
                 lspt.written(page)
                 self._uffd.writeprotect(address, PAGE_SIZE, False)
                 self._write_protect += 1
-            elif state == ABSENT:
-                self._make_room(address)
-                lspt.expect(page, 1)
-            elif state not in (CLEAN, DIRTY):
+            elif state in (HELD_CLEAN, HELD_DIRTY):
                 lspt.awaited.add(page)
                 self._other += 1
                 if self._info:
                     self._log.info("page in address : %#x is being evicted, wait for it", address)
         if state == ABSENT:
-            self._fetch(page, address, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE))
+            self._fetch(page, address, write)
+        elif state == COMING:
+            self._use_ahead(self._readahead.coming(page), page, address, write)
         elif state == DIRTY or state == CLEAN and not flags & UFFD_PAGEFAULT_FLAG_WP:
             self._uffd.wake(address, PAGE_SIZE)
             self._other += 1
         if self._info:
             self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n")
 
-    def _make_room(self, address: int) -> None:
+    def _make_room(self) -> None:
         """Locked: see LSPT.ask_for_room."""
         if self._lspt.full():
             if self._info:
                 self._log.info("reached high threshold, waking up lpet")
             self._lspt.ask_for_room()
 
+    # ------------------------------------------------------------ fetching, and reading ahead
+
     def _fetch(self, page: int, address: int, write: bool) -> None:
+        """A page that is ABSENT: ask the DMS for it, and for more if a stream has come here."""
+        stream = self._readahead.fault(page)
+        with self._lspt.lock:
+            self._make_room()
+            wanted = stream.window if stream else 1
+            count = self._lspt.fetchable(page, wanted) if wanted > 1 else 1
+            self._lspt.expect(page, max(count, 1))
         if self._info:
             self._log.info("send request for the page in address %#x from DMS", address)
-        kind, _ = self._client.get(page, 1)
+        self._client.ask_get(page, max(count, 1))
+        self._finish(Ahead(page, max(count, 1), self._client), stream, write)
+        for surplus in self._readahead.surplus():
+            self._end(surplus)
+
+    def _use_ahead(self, stream: Stream, page: int, address: int, write: bool) -> None:
+        """A page that is COMING: its window was asked for ahead. Install it."""
+        ahead = stream.ahead
+        stream.ahead = None
+        end = self._finish(ahead, stream, write)
+        self._free_clients.append(ahead.client)  # not before: the pages came out of its memory
+        if page >= end:  # the window has turned out shorter than this page
+            self._fetch(page, address, write)
+
+    def _finish(self, ahead: Ahead, stream: Stream | None, write: bool) -> int:
+        """Wait for the answer, ask for the stream's next window, install; the page after the last."""
+        kind, got = ahead.client.answer_get()
+        if got < ahead.count:
+            self._lspt.not_coming(ahead.page + got, ahead.count - got)
+        end = ahead.page + got
+        if stream:
+            self._readahead.used(stream, end)
+            self._ask_ahead(stream)
+        address = self._start + ahead.page * PAGE_SIZE
         if self._info:
             known = "previously accessed" if kind == CONTENT else "first access"
             self._log.info("received ack for page in address : %#x (%s)", address, known)
             what = "page content from DMS" if kind == CONTENT else "zero page"
             self._log.info("copying %s to address : %#x", what, address)
+        if kind == CONTENT:
+            self._refetch += 1
+        else:
+            self._first_access += 1
+        self._fetched += got
+        # The first few pages wake the application, which works on them while the rest comes.
+        for at in [ahead.page, *range(ahead.page + FIRST_CHUNK, end, CHUNK)]:
+            upto = min(end, at + (FIRST_CHUNK if at == ahead.page else CHUNK))
+            source = ahead.client.content_address + (at - ahead.page) * PAGE_SIZE
+            self._install(at, upto - at, source if kind == CONTENT else None, write)
+        return end
+
+    def _install(self, page: int, count: int, source: int | None, write: bool) -> None:
+        """Pages that are read first are write-protected, to know later that they are still CLEAN.
+
+        source: where their content is in this process; None for pages of zeros.
+        """
+        address, length = self._start + page * PAGE_SIZE, count * PAGE_SIZE
+        dirty = write or not self._track_clean
         try:
-            self._install(page, address, kind == CONTENT, write)
+            if source is not None:
+                self._uffd.copy(address, source, length, not dirty)
+            elif dirty:
+                self._uffd.zeropage(address, length)
+            else:
+                self._uffd.copy(address, self._zeros, length, True)
         except FileNotFoundError:
             # ENOENT: the application has unmapped the area under its own feet. Its fault is woken,
             # to find out; the munmap that is under way tells the DMS.
-            self._lspt.not_coming(page, 1)
-            self._uffd.wake(address, PAGE_SIZE)
-
-    def _install(self, page: int, address: int, content: bool, write: bool) -> None:
-        """A page that is read first is write-protected, to know later that it is still CLEAN."""
-        if content:
-            self._uffd.copy(address, self._client.content_address, PAGE_SIZE, not write)
-            self._refetch += 1
+            self._lspt.not_coming(page, count)
+            self._uffd.wake(address, length)
         else:
-            if write:
-                self._uffd.zeropage(address, PAGE_SIZE)
-            else:
-                self._uffd.copy(address, self._zeros, PAGE_SIZE, True)
-            self._first_access += 1
-        self._lspt.arrived(page, 1, dirty=write)
+            self._lspt.arrived(page, count, dirty)
+
+    def _ask_ahead(self, stream: Stream) -> None:
+        """Ask for the stream's next window before it is needed, if there is room for it."""
+        if not self._free_clients:
+            return
+        with self._lspt.lock:
+            count = self._lspt.fetchable(stream.next, stream.window)
+            if count < 2:
+                return
+            self._lspt.expect(stream.next, count)
+        client = self._free_clients.pop()
+        client.ask_get(stream.next, count)
+        stream.ahead = Ahead(stream.next, count, client)
+
+    def _end(self, stream: Stream) -> None:
+        """End a stream. A window that it has asked for goes back to the DMS, unused."""
+        ahead = stream.ahead
+        self._readahead.ended(stream)
+        if ahead:
+            _, got = ahead.client.answer_get()
+            ahead.client.evict_clean(ahead.page, got)
+            self._free_clients.append(ahead.client)
+            self._lspt.not_coming(ahead.page, ahead.count)

@@ -44,6 +44,7 @@ if __name__ == "edm":
 
 from edm import log
 from edm.lspt import MAX_PAGES
+from edm.messages import MAX_PAGES as MAX_BATCH
 from edm.page_idle import TRACKERS, choose_tracker
 from edm.space import Descriptors, Space
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
@@ -53,6 +54,10 @@ __all__ = ["PAGE_SIZE", "Config", "Space", "main", "parse_arguments", "run"]
 
 def _address(text: str) -> int:
     return int(text, 0)
+
+
+def _yes(text: str) -> bool:
+    return {"yes": True, "no": False}[text]
 
 
 def _setting(default: Any, help: str, parse: Callable[[str], Any], choices: Any = None) -> Any:
@@ -73,7 +78,7 @@ class Config:
         65536, "pages: an instance never holds more; when it holds so many, LPET wakes", int
     )
     low_threshold: int | None = _setting(
-        None, "pages: LPET evicts until no more are left (default: 15/16 of high_threshold)", int
+        None, "pages: LPET evicts until no more are left (default: 7/8 of high_threshold)", int
     )
     disk: str | None = _setting(
         None, "path of the DMS's disk file (default: a temporary file without a name)", str
@@ -85,11 +90,18 @@ class Config:
         str,
         TRACKERS,
     )
+    readahead: int = _setting(
+        256, "pages: at most so many are fetched at once for sequential access; 1: never", int
+    )
+    evict_batch: int = _setting(256, "pages: at most so many are evicted at once", int)
+    clean_tracking: bool = _setting(
+        True, "whether a page that was not written is dropped without being sent", _yes
+    )
     log_level: str = _setting("warning", "the least level of log lines shown", str, log.LEVELS)
 
     def __post_init__(self) -> None:
         if self.low_threshold is None:
-            low = self.high_threshold - max(1, self.high_threshold // 16)
+            low = self.high_threshold - max(1, self.high_threshold // 8)
             object.__setattr__(self, "low_threshold", low)
         for name in ("start_addr", "end_addr"):
             value = getattr(self, name)
@@ -112,6 +124,9 @@ class Config:
                 f"low_threshold: {self.low_threshold} pages; it must be at least 0 and less than "
                 f"high_threshold, {self.high_threshold}"
             )
+        for name in ("readahead", "evict_batch"):
+            if not 1 <= getattr(self, name) <= MAX_BATCH:
+                raise ValueError(f"{name}: {getattr(self, name)} pages; from 1 to {MAX_BATCH}")
         for setting in dataclasses.fields(self):
             choices, value = setting.metadata["choices"], getattr(self, setting.name)
             if choices and value not in choices:

@@ -7,7 +7,8 @@ Interface: run() is the thread; figures() its counts.
 It sleeps until the DM-Handler finds high_threshold pages here, and then evicts until only
 low_threshold are left. Which (the wiki's algorithm): it goes round the LSPT from where the last
 run stopped. An idle page is evicted. Any other is marked idle and passed. When every page has been
-passed and there are still too many, it evicts in order, idle or not.
+passed and there are still too many, it evicts in order, idle or not. With SMALL pages or more
+here, a round is shortened: see LEAST_PASSED.
 
 One eviction, safe under writers (Lpet._evict):
 
@@ -33,12 +34,14 @@ from logging import INFO
 
 from edm import log
 from edm import messages as m
-from edm.lspt import LSPT, HeldRun, Run, runs_of
+from edm.lspt import LSPT, SMALL, HeldRun, Run, runs_of
 from edm.mpi_client import MpiClient
 from edm.page_idle import IdleTracker, Pagemap
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
 
-BATCH = m.MAX_PAGES  # pages looked at, and evicted, at once
+# With many pages here, LPET does not pass all of them before it evicts in order: so many for each
+# page that must go, depending on how often a page that it had passed was used again.
+LEAST_PASSED, MOST_PASSED = 1 / 16, 1.0
 
 
 class Lpet:
@@ -52,10 +55,13 @@ class Lpet:
         pagemap: Pagemap,
         start_addr: int,
         low_threshold: int,
+        batch: int,
     ) -> None:
+        """batch: pages that are looked at and evicted at once."""
         self._uffd, self._memfd, self._client, self._lspt = uffd, memfd, client, lspt
         self._tracker, self._pagemap = tracker, pagemap
-        self._start, self._low = start_addr, low_threshold
+        self._start, self._low, self._batch = start_addr, low_threshold, batch
+        self._worth = 0.5  # the share of marked pages that were touched again, of late
         self._log, self._banner = log.logger("Lpet"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         self._dirty = self._clean = self._marked = self._rounds = 0
@@ -85,39 +91,48 @@ class Lpet:
             self._banner.info("\n-----------------START LPET-----------------\n")
             self._show_lspt()
         # Counted once: the pages that come from here on are not this run's business.
-        to_pass = self._lspt.resident  # so many, and every page has been passed
-        needed = to_pass - self._low
+        resident = self._lspt.resident
+        needed = resident - self._low
+        to_pass = resident  # so many, and every page has been passed
+        if resident >= SMALL:
+            to_pass = int(needed * min(max(2 * self._worth, LEAST_PASSED), MOST_PASSED))
         while needed > 0:
-            if to_pass > 0:
-                candidates = self._lspt.next_candidates(min(BATCH, to_pass))
-                idle = self._tracker.idle(runs_of(sorted(candidates)))
-            else:
-                candidates = self._lspt.next_candidates(min(BATCH, needed))
-                idle = set(candidates)
+            candidates = self._lspt.next_candidates(self._batch)
             if not candidates:
                 return  # the rest is COMING, or being unmapped
-            chosen, hot, done = self._choose(candidates, idle, needed)
-            to_pass -= done
+            chosen, hot = self._choose(candidates, needed, to_pass)
+            to_pass -= len(hot)
             needed -= len(chosen)
             self._tracker.mark(runs_of(sorted(hot)))
             self._marked += len(hot)
             self._evict(chosen)
-            self._lspt.passed(candidates, done, hot)
+            self._lspt.passed(candidates, len(chosen) + len(hot), hot)
         if self._info:
             self._banner.info("\n-----------------FINISH LPET-----------------\n")
 
-    @staticmethod
     def _choose(
-        candidates: Sequence[int], idle: set[int], needed: int
-    ) -> tuple[list[int], list[int], int]:
-        """In order, until enough are idle: the idle ones, the others, and how many were seen."""
+        self, candidates: dict[int, bool], needed: int, to_pass: int
+    ) -> tuple[list[int], list[int]]:
+        """In order, until enough are chosen: those to evict, and those to mark and pass.
+
+        A page that was never marked is not idle. One that was, and was touched since, shows that
+        marking was worth it.
+        """
+        marked = [page for page, was_marked in candidates.items() if was_marked]
+        idle = self._tracker.idle(runs_of(sorted(marked)))
+        if marked:
+            touched = 1 - len(idle) / len(marked)
+            self._worth += (touched - self._worth) * min(1.0, len(marked) / SMALL)
         chosen: list[int] = []
         hot: list[int] = []
         for page in candidates:
             if len(chosen) == needed:
                 break
-            (chosen if page in idle else hot).append(page)
-        return chosen, hot, len(chosen) + len(hot)
+            if page in idle or len(hot) >= to_pass:
+                chosen.append(page)
+            else:
+                hot.append(page)
+        return chosen, hot
 
     def _show_lspt(self) -> None:
         with self._lspt.lock:
@@ -134,7 +149,7 @@ class Lpet:
     # ------------------------------------------------------------ how they leave
 
     def _evict(self, pages: Sequence[int]) -> None:
-        """Send these pages, at most BATCH, to the DMS and give their memory back."""
+        """Send these pages, at most a batch, to the DMS and give their memory back."""
         held = self._lspt.hold(runs_of(sorted(pages)))
         if not held:
             return

@@ -14,7 +14,8 @@ of LSPT are the only code that changes one.
     munmap takes pages the same way: hold_all, then left.
 
 Interface: the methods named on the arrows, and for waiting: ask_for_room, wait_for_work;
-LPET reads the order with next_candidates and turns it with passed.
+LPET reads the order with next_candidates and turns it with passed; the DM-Handler asks
+fetchable how far it may read ahead.
 
 Rules:
     * `lock` protects everything here. Methods whose docstring says "Locked" want the caller to
@@ -34,11 +35,13 @@ a stale entry behind, which is skipped; when those are many, the order is writte
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import mmap
 import re
 import threading
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 ABSENT = 0  # never accessed, or with the DMS
 COMING = 1  # asked for, not yet installed
@@ -47,7 +50,8 @@ DIRTY = 3  # here, writable
 HELD_CLEAN = 4  # as CLEAN, but LPET or munmap has it in its hands: faults wait
 HELD_DIRTY = 5  # as DIRTY, likewise
 
-MAX_PAGES = 1 << 32  # of a space: the order's entries have four bytes
+MAX_PAGES = 1 << 31  # of a space: the order's entries have four bytes, one bit of it the mark
+SMALL = 1024  # with a lower high_threshold, LPET is woken when that is reached, not before
 
 _CLEAN_OR_DIRTY_RUN = re.compile(b"%c+|%c+" % (CLEAN, DIRTY))
 _UNSETTLED = re.compile(b"[%c%c%c]" % (COMING, HELD_CLEAN, HELD_DIRTY))
@@ -78,16 +82,26 @@ class Stopped(Exception):
 
 
 class LSPT:
-    def __init__(self, pages: int, high_threshold: int) -> None:
-        """A table for a space of so many pages, of which at most high_threshold may be here."""
+    def __init__(self, pages: int, high_threshold: int, low_threshold: int = 0) -> None:
+        """A table for a space of so many pages, of which at most high_threshold may be here.
+
+        If that is many, LPET is woken halfway between the thresholds already, so that a fault
+        hardly ever finds no room.
+        """
         self.lock = threading.Lock()
         self.state = mmap.mmap(-1, pages)  # one byte a page: the states above
         self.resident = 0  # how many pages are not ABSENT
         self.peak = 0  # the most that resident ever was
         self.awaited: set[int] = set()  # HELD pages on which a fault has come
+        self.unwanted: Run = (0, 0)  # the pages that munmap waits for
         self._high = high_threshold
-        self._order = array("I")  # page numbers; those before _hand are done with
+        self._wake_at = high_threshold
+        if high_threshold >= SMALL:
+            self._wake_at = (high_threshold + low_threshold) // 2
+        # 2 * page, and 1 more if LPET has marked it; the entries before _hand are done with.
+        self._order = array("I")
         self._hand = 0
+        self._areas: list[Run] = []  # of the application, sorted
         self._taken: int | None = None  # while LPET has candidates: where it has read up to
         self._room = threading.Condition(self.lock)
         self._work = threading.Condition(self.lock)
@@ -106,9 +120,12 @@ class LSPT:
         """COMING → CLEAN or DIRTY: the pages are installed, and join the end of the order."""
         with self.lock:
             self.state[page : page + count] = bytes((DIRTY if dirty else CLEAN,)) * count
-            self._order.extend(range(page, page + count))
+            self._order.extend(range(2 * page, 2 * (page + count), 2))
+            if self.resident >= self._wake_at and not self._wanted and not self.full():
+                self._wanted = True
+                self._work.notify()
             if len(self._order) - self._hand > 2 * self.resident + 1024 and self._taken is None:
-                self._order = array("I", self.pages())  # without the stale entries
+                self._order = array("I", self._entries())  # without the stale ones
                 self._hand = 0
             self._settled.notify_all()
 
@@ -143,9 +160,17 @@ class LSPT:
                 held.append((page + at, end - at, dirty))
         return held
 
-    def hold_all(self, page: int, count: int) -> list[HeldRun]:
-        """For munmap: wait until LPET and DM-Handler have let go of these pages; hold those here."""
+    def hold_all(
+        self, page: int, count: int, give_up: Callable[[], None] = lambda: None
+    ) -> list[HeldRun]:
+        """For munmap: wait until LPET and DM-Handler have let go of these pages; hold those here.
+
+        give_up tells the DM-Handler to let go of those of `unwanted` that it has asked for ahead.
+        """
         with self.lock:
+            self.unwanted = (page, count)
+            if COMING in self.state[page : page + count]:
+                give_up()
             while _UNSETTLED.search(self.state[page : page + count]):
                 self._settled.wait()
             return self._hold([(page, count)])
@@ -182,42 +207,73 @@ class LSPT:
 
     # ------------------------------------------------------------ the order
 
-    def next_candidates(self, limit: int) -> list[int]:
-        """At most limit pages that may be evicted, in order from the hand; LPET's thread only.
+    def next_candidates(self, limit: int) -> dict[int, bool]:
+        """At most limit pages that may be evicted, in order from the hand: {page: is it marked}.
 
-        They stay where they are until passed() or left() speaks of them. [] once there is none.
+        LPET's thread only. They stay where they are until passed() speaks of them. Empty once
+        there is none.
         """
         with self.lock:
-            found: dict[int, None] = {}  # ordered, and without a stale entry's second mention
+            found: dict[int, bool] = {}  # ordered, and without a stale entry's second mention
             at = self._hand
             while len(found) < limit and at < len(self._order):
-                for page in self._order[at : at + limit - len(found)]:
+                for entry in self._order[at : at + limit - len(found)]:
                     at += 1
-                    if self.state[page] in (CLEAN, DIRTY):
-                        found[page] = None
+                    if self.state[entry >> 1] in (CLEAN, DIRTY):
+                        found.setdefault(entry >> 1, bool(entry & 1))
             self._taken = at
-            return list(found)
+            return found
 
-    def passed(self, candidates: list[int], done: int, kept: list[int]) -> None:
-        """The hand moves over the first done of the candidates; kept ones go to the order's end."""
+    def passed(self, candidates: Iterable[int], done: int, kept: Iterable[int]) -> None:
+        """The hand moves over the first done candidates; kept ones go to the order's end, marked."""
         with self.lock:
-            if done == len(candidates):
+            stop = next(itertools.islice(candidates, done, None), None)
+            if stop is None:
                 self._hand = self._taken
             else:
-                self._hand = self._order.index(candidates[done], self._hand)
+                while self._order[self._hand] >> 1 != stop:
+                    self._hand += 1
             self._taken = None
-            self._order.extend(kept)
+            self._order.extend([2 * page + 1 for page in kept])
             if self._hand > 1024 and self._hand > len(self._order) // 2:
                 del self._order[: self._hand]
                 self._hand = 0
 
     def pages(self) -> Iterator[int]:
         """Locked. Every page of the LSPT, in order from the hand."""
+        return (entry >> 1 for entry in self._entries())
+
+    def _entries(self) -> Iterator[int]:
         seen = set()
-        for page in self._order[self._hand :]:
-            if page not in seen and self.state[page] >= CLEAN:
-                seen.add(page)
-                yield page
+        for entry in self._order[self._hand :]:
+            if entry >> 1 not in seen and self.state[entry >> 1] >= CLEAN:
+                seen.add(entry >> 1)
+                yield entry
+
+    # ------------------------------------------------------------ the areas
+
+    def mapped(self, page: int, count: int) -> None:
+        """The application has mapped an area."""
+        with self.lock:
+            bisect.insort(self._areas, (page, count))
+
+    def unmapped(self, page: int, count: int) -> None:
+        """The application has unmapped an area."""
+        with self.lock:
+            self._areas.remove((page, count))
+
+    def fetchable(self, page: int, limit: int) -> int:
+        """Locked. How many pages from this one on, at most limit, may be fetched together.
+
+        They are ABSENT, in one area, and fit under the high threshold.
+        """
+        index = bisect.bisect_right(self._areas, (page, MAX_PAGES)) - 1
+        end = sum(self._areas[index]) if index >= 0 else 0
+        limit = min(limit, end - page, self._high - self.resident)
+        if limit <= 0:
+            return 0
+        states = self.state[page : page + limit]
+        return len(states) - len(states.lstrip(b"\0"))
 
     # ------------------------------------------------------------ waiting
 

@@ -82,11 +82,22 @@ class MpiClient:
 
     def get(self, page: int, count: int) -> tuple[int, int]:
         """Ask for count pages from page: (NEW_PAGES or CONTENT, how many it answers for)."""
+        self.ask_get(page, count)
+        return self.answer_get()
+
+    def ask_get(self, page: int, count: int) -> None:
+        """The first half of get: send the request, and wait for nothing."""
         if self._debug:
             address = self._start + page * m.PAGE_SIZE
             self._log.debug("send DmHandler's request for the page in address %#x", address)
-        kind, got = self.request(m.GET, count, page)
+        self._asked = page
+        self._ask(m.GET, count, page)
+
+    def answer_get(self) -> tuple[int, int]:
+        """The second half of get."""
+        kind, got = self._answer()
         if self._debug:
+            address = self._start + self._asked * m.PAGE_SIZE
             self._log.debug("get DMS's response for the page in address %#x", address)
             self._log.debug("RequestPageFromDMS succeeded. ")
         if kind == m.CONTENT:
@@ -97,6 +108,11 @@ class MpiClient:
         """Send the run table and the content (bytes) that question.body holds; wait for the ack."""
         self.request(m.EVICT, runs, body_length=runs * m.RUN.size + content_length)
         self.bytes_sent += content_length
+
+    def evict_clean(self, page: int, count: int) -> None:
+        """Give back pages that were not written. EVICT, with one run and no bytes."""
+        m.RUN.pack_into(self.question.body, 0, page, count, 0)
+        self.evict(1, 0)
 
     def free(self, page: int, count: int) -> None:
         """Let count pages from page be as if they were never accessed."""
@@ -120,12 +136,18 @@ class MpiClient:
         self, kind: int, count: int = 0, page: int = 0, body_length: int = 0
     ) -> tuple[int, int]:
         """Send question with this header, wait for the answer: its kind and its count."""
+        self._ask(kind, count, page, body_length)
+        return self._answer()
+
+    def _ask(self, kind: int, count: int, page: int, body_length: int = 0) -> None:
         self.question.head(kind, count, page)
         self._receive.Start()
         message = [self.question.message(body_length), MPI.BYTE]
-        sending = self._comm.Isend(message, self._dms, self._tag)
+        self._sending = self._comm.Isend(message, self._dms, self._tag)
         self.wake_dms()
-        self._wait(sending)
+
+    def _answer(self) -> tuple[int, int]:
+        self._wait(self._sending)
         self._wait(self._receive)
         self._awake_until = time.monotonic() + m.AWAKE
         kind, _, count, _ = m.HEADER.unpack_from(self.answer.whole)

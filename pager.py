@@ -8,6 +8,7 @@ Interface: Pager(...).run() returns the application's exit status.
 
 The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect, faults_other   faults
+    fetched                        pages that came, by those faults and by readahead
     latency_median, latency_99th   of the faults, in µs
     evicted_dirty, evicted_clean, marked_idle                                 pages
     lpet_runs                      times that LPET was woken
@@ -36,17 +37,20 @@ from mpi4py import MPI
 
 from edm import log, space
 from edm import messages as m
-from edm.dm_handler import DmHandler
+from edm.dm_handler import GIVE_UP, STOP, DmHandler
 from edm.lpet import Lpet
 from edm.lspt import LSPT
 from edm.mpi_client import MpiClient
 from edm.page_idle import BitmapTracker, IdleTracker, Pagemap, TlbFlush, UnmapTracker
+from edm.readahead import Readahead
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
 
 if TYPE_CHECKING:
     from edm.edm import Config
 
 DMS_RANK = 0
+AHEAD = 3  # windows that the DM-Handler may have asked for ahead of need, a megabyte of buffer each
+SHARE = 64  # a window is at most this part of high_threshold
 
 # Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
 # default of 5 ms is what a fault would wait while LPET computes.
@@ -70,13 +74,17 @@ class Pager:
         start_addr, end_addr = config.start_addr, config.end_addr
         self._application, self._control = application, control
         uffd, self._memfd, pagemap_fd = descriptors.fds
-        self._lspt = LSPT((end_addr - start_addr) // PAGE_SIZE, config.high_threshold)
-        self._stop_read, self._stop_write = os.pipe()
-        handler_client, lpet_client, self._client = (
-            MpiClient(comm, DMS_RANK, tag, patient, start_addr)
-            for tag, patient in enumerate((False, True, True))
+        self._lspt = LSPT(
+            (end_addr - start_addr) // PAGE_SIZE, config.high_threshold, config.low_threshold
         )
-        self._clients = (handler_client, lpet_client, self._client)
+        commands_read, self._commands = os.pipe()
+        max_window = min(config.readahead, m.MAX_PAGES, config.high_threshold // SHARE)
+        slots = AHEAD if max_window > 1 else 0
+        self._client, lpet_client, *handler_clients = (
+            MpiClient(comm, DMS_RANK, tag, patient=tag < 2, start_addr=start_addr)
+            for tag in range(3 + slots)
+        )
+        self._clients = (self._client, lpet_client, *handler_clients)
         pagemap = Pagemap(pagemap_fd, start_addr)
         lpet_uffd = Userfaultfd(uffd)
         self._tracker: IdleTracker
@@ -86,11 +94,12 @@ class Pager:
         else:
             self._tracker = UnmapTracker(pagemap, self._memfd, lpet_uffd, self._lspt, start_addr)
         self._handler = DmHandler(
-            Userfaultfd(uffd), handler_client, self._lspt, start_addr, self._stop_read
-        )
+            Userfaultfd(uffd), handler_clients, self._lspt, start_addr, Readahead(max_window),
+            config.clean_tracking, commands_read,
+        )  # fmt: skip
         self._lpet = Lpet(
             lpet_uffd, self._memfd, lpet_client, self._lspt, self._tracker, pagemap,
-            start_addr, config.low_threshold,
+            start_addr, config.low_threshold, config.evict_batch,
         )  # fmt: skip
         self._failure: BaseException | None = None
         bell = self._client.hello(start_addr, end_addr)
@@ -113,7 +122,7 @@ class Pager:
             self._answer_the_application()
             status = os.waitstatus_to_exitcode(os.waitpid(self._application, 0)[1])
         finally:
-            os.write(self._stop_write, b"x")
+            os.write(self._commands, STOP)
             self._lspt.stop()
             for thread in threads:
                 thread.join()
@@ -139,7 +148,7 @@ class Pager:
     def _answer_the_application(self) -> None:
         """Until it has ended."""
         calls = {
-            space.MMAP: lambda page, count: b"",
+            space.MMAP: self._mmap,
             space.MUNMAP: self._munmap,
             space.LOCATIONS: self._client.locations,
             space.FIGURES: lambda page, count: json.dumps(self.figures()).encode(),
@@ -164,9 +173,14 @@ class Pager:
                 os.close(ended)
                 return
 
+    def _mmap(self, page: int, count: int) -> bytes:
+        self._lspt.mapped(page, count)
+        return b""
+
     def _munmap(self, page: int, count: int) -> bytes:
         """The application has unmapped these pages: free them, here and on the DMS."""
-        held = self._lspt.hold_all(page, count)
+        self._lspt.unmapped(page, count)
+        held = self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
         punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
         self._client.free(page, count)
         self._lspt.left([(first, length) for first, length, _ in held])

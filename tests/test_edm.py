@@ -1,6 +1,7 @@
 """edm.py and log.py: what the settings refuse, and how lines look."""
 
 import argparse
+import dataclasses
 import logging
 import re
 import subprocess
@@ -16,6 +17,8 @@ WRONG = {
     "end_addr": {"start_addr": 0x2000, "end_addr": 0x2000},
     "high_threshold": {"high_threshold": 1},
     "low_threshold": {"high_threshold": 4, "low_threshold": 4},
+    "readahead": {"readahead": 0},
+    "evict_batch": {"evict_batch": 257},
     "idle_tracker": {"idle_tracker": "psychic"},
     "log_level": {"log_level": "loud"},
 }
@@ -36,13 +39,18 @@ def test_every_setting_has_an_option_and_its_help(monkeypatch):
     arguments = [
         "program", "--start-addr", "0x1B58000", "--end-addr", "0x1F40000", "--high-threshold", "4",
         "--low-threshold", "2", "--disk", "/tmp/x", "--idle-tracker", "unmap",
-        "--log-level", "debug",
+        "--log-level", "debug", "--readahead", "16", "--evict-batch", "8", "--clean-tracking", "no",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     parser = argparse.ArgumentParser()
     _, config = edm.parse_arguments(parser)
-    assert config == edm.Config(0x1B58000, 0x1F40000, 4, 2, "/tmp/x", "unmap", "debug")
-    assert parser.format_help().count("--") >= 7
+    assert config == edm.Config(
+        start_addr=0x1B58000, end_addr=0x1F40000, high_threshold=4, low_threshold=2,
+        disk="/tmp/x", idle_tracker="unmap", readahead=16, evict_batch=8, clean_tracking=False,
+        log_level="debug",
+    )  # fmt: skip
+    for setting in dataclasses.fields(edm.Config):
+        assert f"--{setting.name.replace('_', '-')} " in parser.format_help()
 
 
 def test_a_programs_own_defaults_are_taken_and_can_be_overridden(monkeypatch):

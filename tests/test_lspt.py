@@ -78,7 +78,7 @@ def test_candidates_come_in_the_order_in_which_pages_came():
     lspt = LSPT(100, high_threshold=100)
     for page in (40, 10, 30, 20):
         come(lspt, page)
-    assert lspt.next_candidates(3) == [40, 10, 30]
+    assert list(lspt.next_candidates(3)) == [40, 10, 30]
 
 
 def test_the_hand_goes_round_and_evicted_pages_leave_the_order():
@@ -96,7 +96,7 @@ def test_a_page_that_came_back_after_munmap_stands_in_the_order_once():
     evict(lspt, [1, 2])  # as munmap does: their entries stay behind
     come(lspt, 2)
     assert in_order(lspt) == [0, 2, 3]
-    assert lspt.next_candidates(10) == [0, 2, 3]
+    assert list(lspt.next_candidates(10)) == [0, 2, 3]
 
 
 def test_pages_held_or_coming_are_no_candidates():
@@ -105,7 +105,7 @@ def test_pages_held_or_coming_are_no_candidates():
     lspt.hold([(1, 2)])
     with lspt.lock:
         lspt.expect(9, 1)
-    assert lspt.next_candidates(10) == [0, 3]
+    assert list(lspt.next_candidates(10)) == [0, 3]
 
 
 def test_stale_entries_do_not_pile_up():
@@ -129,7 +129,7 @@ def test_any_sequence_of_arrivals_and_evictions_leaves_exactly_the_resident_page
                 come(lspt, page, dirty=dice.random() < 0.5)
                 here.append(page)
             elif here:
-                candidates = lspt.next_candidates(dice.randint(1, 10))
+                candidates = list(lspt.next_candidates(dice.randint(1, 10)))
                 done = dice.randint(1, len(candidates))
                 gone = [p for p in candidates[:done] if dice.random() < 0.5]
                 evict(lspt, gone)

@@ -1,0 +1,107 @@
+"""Readahead: which faults belong to a sequential stream, and how many pages to ask for then.
+
+In the picture: a part of the DM-Handler, which does what this decides.
+
+Interface: Readahead.fault(page) is told every fault of a page that is neither here nor asked for,
+and gives the Stream that it continues, if any. The DM-Handler fetches stream.window pages, asks for
+the next window ahead of need (stream.ahead), and tells of what came of it: used, unused.
+
+A stream begins with the second of two faults in neighbouring pages, with a small window, which
+doubles each time that a window was used up, to at most max_window. A window that nobody used makes
+the next streams begin with less. Random access only ever pays for one look into a small table.
+
+Rules: the DM-Handler's thread only. Pages, not bytes.
+
+The idea is the kernel's (mm/readahead.c); what differs is that a page which was asked for ahead is
+installed only when its window's first page faults, because nothing else would tell that the
+application has come so far.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edm.mpi_client import MpiClient
+
+STREAMS = 4  # followed at once
+REMEMBERED = 16  # single faults that may yet turn out to begin a stream
+FIRST_WINDOW = 8
+
+
+@dataclass
+class Ahead:
+    """A window that was asked for ahead of need: its pages are COMING."""
+
+    page: int
+    count: int
+    client: MpiClient  # which has the request under way, or its answer
+
+
+@dataclass
+class Stream:
+    next: int  # the page whose fault would continue it
+    window: int  # pages to fetch then
+    ahead: Ahead | None = None
+
+
+class Readahead:
+    def __init__(self, max_window: int) -> None:
+        """max_window: pages at most in one window; less than 2 turns readahead off."""
+        self.max_window = max_window
+        self._first_window = min(FIRST_WINDOW, max_window)
+        self._streams: list[Stream] = []  # the one used last is the last
+        self._recent: OrderedDict[int, None] = OrderedDict()  # pages after a single fault
+
+    def fault(self, page: int) -> Stream | None:
+        """The stream that a fault of this page continues or begins."""
+        if self.max_window < 2:
+            return None
+        for stream in self._streams:
+            # Pages that were here already do not end a stream. One that has asked ahead goes on
+            # with a fault of what it has asked for, and not with this one.
+            if not stream.ahead and stream.next <= page < stream.next + stream.window:
+                return stream
+        if page in self._recent:
+            del self._recent[page]
+            stream = Stream(page, self._first_window)
+            self._streams.append(stream)
+            return stream
+        self._recent[page + 1] = None
+        if len(self._recent) > REMEMBERED:
+            self._recent.popitem(last=False)
+        return None
+
+    def coming(self, page: int) -> Stream | None:
+        """The stream that has asked for this page ahead."""
+        for stream in self._streams:
+            if stream.ahead and stream.ahead.page <= page < stream.ahead.page + stream.ahead.count:
+                return stream
+        return None
+
+    def used(self, stream: Stream, end: int) -> None:
+        """The stream has been continued up to the page end."""
+        stream.next = end
+        stream.window = min(2 * stream.window, self.max_window)
+        self._streams.remove(stream)
+        self._streams.append(stream)
+        self._first_window = min(2 * self._first_window, FIRST_WINDOW, self.max_window)
+
+    def surplus(self) -> list[Stream]:
+        """The streams that are to be ended, as there are more than STREAMS: the longest unused."""
+        return self._streams[:-STREAMS]
+
+    def within(self, page: int, count: int) -> list[Stream]:
+        """The streams that have asked ahead for any of these pages."""
+        return [
+            s for s in self._streams
+            if s.ahead and s.ahead.page < page + count and page < s.ahead.page + s.ahead.count
+        ]  # fmt: skip
+
+    def ended(self, stream: Stream) -> None:
+        """Forget a stream; what it has asked for ahead was for nothing."""
+        self._streams.remove(stream)
+        if stream.ahead:
+            self._first_window = max(2, self._first_window // 2)
