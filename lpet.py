@@ -10,7 +10,7 @@ run stopped. An idle page is evicted. Any other is marked idle and passed. When 
 passed and there are still too many, it evicts in order, idle or not. With SMALL pages or more
 here, a round is shortened: see LEAST_PASSED.
 
-One eviction, safe under writers (Lpet._evict):
+One eviction, safe under writers (Lpet._send, and then _finish_sent):
 
     hold             the pages' faults wait from here on
     WRITEPROTECT     those that are DIRTY: a writer now sleeps in a WP fault
@@ -49,7 +49,7 @@ class Lpet:
         self,
         uffd: Userfaultfd,
         memfd: int,
-        client: MpiClient,
+        clients: Sequence[MpiClient],
         lspt: LSPT,
         tracker: IdleTracker,
         pagemap: Pagemap,
@@ -57,11 +57,13 @@ class Lpet:
         low_threshold: int,
         batch: int,
     ) -> None:
-        """batch: pages that are looked at and evicted at once."""
-        self._uffd, self._memfd, self._client, self._lspt = uffd, memfd, client, lspt
+        """Two clients, used in turn. batch: pages that are looked at and evicted at once."""
+        self._uffd, self._memfd, self._lspt = uffd, memfd, lspt
+        self._clients = list(clients)  # the next one to send with, and the one that has sent
+        self._sent: list[HeldRun] = []  # the pages that the latter has sent
         self._tracker, self._pagemap = tracker, pagemap
         self._start, self._low, self._batch = start_addr, low_threshold, batch
-        self._worth = 0.5  # the share of marked pages that were touched again, of late
+        self._worth = 0.1  # the share of marked pages that were touched again, of late
         self._log, self._banner = log.logger("Lpet"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         self._dirty = self._clean = self._marked = self._rounds = 0
@@ -99,14 +101,15 @@ class Lpet:
         while needed > 0:
             candidates = self._lspt.next_candidates(self._batch)
             if not candidates:
-                return  # the rest is COMING, or being unmapped
+                break  # the rest is COMING, being unmapped, or sent
             chosen, hot = self._choose(candidates, needed, to_pass)
             to_pass -= len(hot)
             needed -= len(chosen)
             self._tracker.mark(runs_of(sorted(hot)))
             self._marked += len(hot)
-            self._evict(chosen)
+            self._send(chosen)
             self._lspt.passed(candidates, len(chosen) + len(hot), hot)
+        self._finish_sent()
         if self._info:
             self._banner.info("\n-----------------FINISH LPET-----------------\n")
 
@@ -148,27 +151,40 @@ class Lpet:
 
     # ------------------------------------------------------------ how they leave
 
-    def _evict(self, pages: Sequence[int]) -> None:
-        """Send these pages, at most a batch, to the DMS and give their memory back."""
+    def _send(self, pages: Sequence[int]) -> None:
+        """Hold these pages, at most a batch, and send them; what was sent before is then finished.
+
+        So the DMS writes one batch while the next is being read.
+        """
         held = self._lspt.hold(runs_of(sorted(pages)))
-        if not held:
-            return
-        content = len(held) * m.RUN.size  # where the bytes begin: behind the run table
-        body = self._client.question.body
-        at = content
-        for index, (page, count, dirty) in enumerate(held):
-            m.RUN.pack_into(body, index * m.RUN.size, page, count, dirty)
-            if dirty:
-                self._read_protected(page, count, body[at : at + count * PAGE_SIZE])
-                at += count * PAGE_SIZE
-                self._dirty += count
-            else:
-                self._clean += count
-            if self._info:
-                for p in range(page, page + count):
-                    self._log.info("evict page in address: %#x", self._start + p * PAGE_SIZE)
-        self._client.evict(len(held), at - content)
-        self._drop(held)
+        if held:
+            client = self._clients[0]
+            content = len(held) * m.RUN.size  # where the bytes begin: behind the run table
+            body = client.question.body
+            at = content
+            for index, (page, count, dirty) in enumerate(held):
+                m.RUN.pack_into(body, index * m.RUN.size, page, count, dirty)
+                if dirty:
+                    self._read_protected(page, count, body[at : at + count * PAGE_SIZE])
+                    at += count * PAGE_SIZE
+                    self._dirty += count
+                else:
+                    self._clean += count
+                if self._info:
+                    for p in range(page, page + count):
+                        self._log.info("evict page in address: %#x", self._start + p * PAGE_SIZE)
+            client.ask_evict(len(held), at - content)
+        self._finish_sent()
+        if held:
+            self._sent = held
+            self._clients.reverse()
+
+    def _finish_sent(self) -> None:
+        """Wait until the DMS has written what was sent, and give the memory back."""
+        held, self._sent = self._sent, []
+        if held:
+            self._clients[1].answer_evict()
+            self._drop(held)
 
     def _read_protected(self, page: int, count: int, into: memoryview) -> None:
         self._uffd.writeprotect_mapped(self._start + page * PAGE_SIZE, count * PAGE_SIZE, True)

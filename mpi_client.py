@@ -106,8 +106,17 @@ class MpiClient:
 
     def evict(self, runs: int, content_length: int) -> None:
         """Send the run table and the content (bytes) that question.body holds; wait for the ack."""
-        self.request(m.EVICT, runs, body_length=runs * m.RUN.size + content_length)
+        self.ask_evict(runs, content_length)
+        self.answer_evict()
+
+    def ask_evict(self, runs: int, content_length: int) -> None:
+        """The first half of evict: send, and wait for nothing."""
+        self._ask(m.EVICT, runs, 0, runs * m.RUN.size + content_length)
         self.bytes_sent += content_length
+
+    def answer_evict(self) -> None:
+        """The second half of evict."""
+        self._answer()
 
     def evict_clean(self, page: int, count: int) -> None:
         """Give back pages that were not written. EVICT, with one run and no bytes."""
@@ -147,18 +156,20 @@ class MpiClient:
         self.wake_dms()
 
     def _answer(self) -> tuple[int, int]:
-        self._wait(self._sending)
-        self._wait(self._receive)
+        # A large message travels only while both ends look after it: no sleeping here.
+        self._wait(self._sending, patient=False)
+        self._wait(self._receive, self._patient)
         self._awake_until = time.monotonic() + m.AWAKE
         kind, _, count, _ = m.HEADER.unpack_from(self.answer.whole)
         if kind == m.ERROR:
             raise m.DMSError(bytes(self.content[:count]).decode(errors="replace"))
         return kind, count
 
-    def _wait(self, request: MPI.Request) -> None:
+    @staticmethod
+    def _wait(request: MPI.Request, patient: bool) -> None:
         # A test that succeeds ends a one-time request and readies a persistent one for Start.
         while not request.Test():
-            if self._patient:
+            if patient:
                 time.sleep(PATIENCE)
             else:
                 os.sched_yield()

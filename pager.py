@@ -22,6 +22,7 @@ raises the error when everything has stopped. Nothing waits for a thread that ca
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -80,11 +81,12 @@ class Pager:
         commands_read, self._commands = os.pipe()
         max_window = min(config.readahead, m.MAX_PAGES, config.high_threshold // SHARE)
         slots = AHEAD if max_window > 1 else 0
-        self._client, lpet_client, *handler_clients = (
-            MpiClient(comm, DMS_RANK, tag, patient=tag < 2, start_addr=start_addr)
-            for tag in range(3 + slots)
+        self._client, *clients = (
+            MpiClient(comm, DMS_RANK, tag, patient=tag < 3, start_addr=start_addr)
+            for tag in range(4 + slots)
         )
-        self._clients = (self._client, lpet_client, *handler_clients)
+        lpet_clients, handler_clients = clients[:2], clients[2:]
+        self._clients = (self._client, *clients)
         pagemap = Pagemap(pagemap_fd, start_addr)
         lpet_uffd = Userfaultfd(uffd)
         self._tracker: IdleTracker
@@ -98,7 +100,7 @@ class Pager:
             config.clean_tracking, commands_read,
         )  # fmt: skip
         self._lpet = Lpet(
-            lpet_uffd, self._memfd, lpet_client, self._lspt, self._tracker, pagemap,
+            lpet_uffd, self._memfd, lpet_clients, self._lspt, self._tracker, pagemap,
             start_addr, config.low_threshold, config.evict_batch,
         )  # fmt: skip
         self._failure: BaseException | None = None
@@ -160,15 +162,20 @@ class Pager:
         while True:
             ready = {fd for fd, _ in poll.poll()}
             if self._control.fileno() in ready:
-                packet = self._control.recv(space.CALL.size)
-                if packet:
-                    what, page, count = space.CALL.unpack(packet)
-                    try:
-                        self._control.send(space.ANSWER.pack(0) + calls[what](page, count))
-                    except m.DMSError as error:
-                        self._control.send(space.ANSWER.pack(errno.EIO) + str(error).encode())
-                else:
+                try:
+                    packet = self._control.recv(space.CALL.size)
+                except ConnectionResetError:  # it has ended without reading the last answer
+                    packet = b""
+                if not packet:
                     poll.unregister(self._control)
+                    continue
+                what, page, count = space.CALL.unpack(packet)
+                try:
+                    answer = space.ANSWER.pack(0) + calls[what](page, count)
+                except m.DMSError as error:
+                    answer = space.ANSWER.pack(errno.EIO) + str(error).encode()
+                with contextlib.suppress(ConnectionError):  # it may have ended meanwhile
+                    self._control.send(answer)
             elif ended in ready:
                 os.close(ended)
                 return
