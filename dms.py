@@ -44,6 +44,7 @@ from edm.uffd_ctypes import PAGE_SIZE, PR_SET_TIMERSLACK, prctl, punch_hole
 
 EAGER = 2 * m.AWAKE  # seconds after a message in which the DMS does not sleep
 NAP = 70e-6  # seconds between two looks, if an instance can't ring
+LOOK = 20e-6  # seconds that a look takes
 SLEEP = 10e-3  # seconds between two looks, if all of them can
 
 
@@ -51,6 +52,7 @@ class SPT:
     """Where each page of one instance's space is. Pages are numbered from its start_addr."""
 
     _SAME = re.compile(rb"(?s)(.)\1*")
+    _ELSEWHERE = re.compile(rb"[\0\2]")
     _ACCESSED = re.compile(rb"[^\0]")
 
     def __init__(self, pages: int, instance: int) -> None:
@@ -64,10 +66,15 @@ class SPT:
 
     def same(self, page: int, count: int) -> tuple[int, int]:
         """The byte of this page, and how many of the count pages from it on have the same."""
+        if count == 1:
+            return self._bytes[page], 1
         found = self._SAME.match(self.read(page, count))
         return found[0][0], found.end()
 
     def set(self, page: int, count: int, byte: int) -> None:
+        if count == 1:
+            self._bytes[page] = byte
+            return
         self._bytes[page : page + count] = bytes((byte,)) * count
 
     def dropped(self, page: int, count: int) -> None:
@@ -76,7 +83,9 @@ class SPT:
         self._bytes[page : page + count] = kept
 
     def all_in_instance(self, page: int, count: int) -> bool:
-        return not re.search(rb"[\0\2]", self.read(page, count))
+        if count == 1:
+            return bool(self._bytes[page] & INSTANCE)
+        return not self._ELSEWHERE.search(self.read(page, count))
 
     def table(self, start_addr: int) -> str:
         """The SPT as the wiki prints it: a line for each page that was accessed."""
@@ -188,9 +197,10 @@ class DMS:
         while not probe(any_source, any_tag, status):
             if time.monotonic() < eager_until:
                 os.sched_yield()
-            else:
-                if self._doorbell.wait(NAP if self._silent else SLEEP):
-                    eager_until = time.monotonic() + EAGER
+            elif self._doorbell.rung() or self._doorbell.wait(NAP if self._silent else SLEEP):
+                eager_until = time.monotonic() + EAGER
+            else:  # one look may not find what has come: MPI moves on a little at every look
+                eager_until = time.monotonic() + LOOK
 
     def _receive(self, length: int, source: int, tag: int) -> int:
         """Receive the message that was found; 0 stands for one that is too long to be any."""

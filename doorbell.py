@@ -6,7 +6,7 @@ for a moment sleeps in select(2) on a pipe of its own, and whoever sends it a me
 byte into it.
 
 Interface:
-    Doorbell()          the DMS's: address(), wait(seconds)
+    Doorbell()          the DMS's: address(), rung(), wait(seconds)
     Bell(address)       an instance's: ring()
 
 The pipe has no name. The instance opens it through /proc/PID/fd, which the kernel allows to
@@ -34,18 +34,22 @@ def _boot_id() -> bytes:
 class Doorbell:
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._rang = False
 
     def address(self) -> bytes:
         """Where a Bell of this machine finds the pipe."""
         return ADDRESS.pack(os.getpid(), self._write, os.fstat(self._write).st_ino, _boot_id())
 
+    def rung(self) -> bool:
+        """Has it rung since this was last asked? Call this before wait: what rings in between,
+        and what rang for a message that has not come yet, must not be slept over."""
+        try:
+            return bool(os.read(self._read, 4096))
+        except BlockingIOError:
+            return False
+
     def wait(self, seconds: float) -> bool:
-        """Sleep until the bell rings, at most so long. Did it, now or since the last wait?"""
-        if self._rang:  # not when it rang: a fault was waiting then
-            os.read(self._read, 4096)
-        self._rang = bool(select.select([self._read], [], [], seconds)[0])
-        return self._rang
+        """Sleep until the bell rings, at most so long. Did it?"""
+        return bool(select.select([self._read], [], [], seconds)[0])
 
     def close(self) -> None:
         os.close(self._read)

@@ -39,6 +39,7 @@ from edm.mpi_client import MpiClient
 from edm.page_idle import IdleTracker, Pagemap
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
 
+RUNS = 32  # in one message: each is a write of its own for the DMS, and a fault may wait for all
 # With many pages here, LPET does not pass all of them before it evicts in order: so many for each
 # page that must go, depending on how often a page that it had passed was used again.
 LEAST_PASSED, MOST_PASSED = 1 / 16, 1.0
@@ -107,7 +108,9 @@ class Lpet:
             needed -= len(chosen)
             self._tracker.mark(runs_of(sorted(hot)))
             self._marked += len(hot)
-            self._send(chosen)
+            runs = runs_of(sorted(chosen))
+            for at in range(0, len(runs), RUNS):
+                self._send(runs[at : at + RUNS])
             self._lspt.passed(candidates, len(chosen) + len(hot), hot)
         self._finish_sent()
         if self._info:
@@ -151,12 +154,12 @@ class Lpet:
 
     # ------------------------------------------------------------ how they leave
 
-    def _send(self, pages: Sequence[int]) -> None:
+    def _send(self, runs: Sequence[Run]) -> None:
         """Hold these pages, at most a batch, and send them; what was sent before is then finished.
 
         So the DMS writes one batch while the next is being read.
         """
-        held = self._lspt.hold(runs_of(sorted(pages)))
+        held = self._lspt.hold(runs)
         if held:
             client = self._clients[0]
             content = len(held) * m.RUN.size  # where the bytes begin: behind the run table

@@ -63,8 +63,8 @@ HEADER = Struct("<HHIQ")
 GEOMETRY = Struct("<IIQQ")  # version, page size, start_addr, end_addr
 RUN = Struct("<QII")
 
-# Seconds after its last answer for which a DMS is surely awake: an instance rings after that. A
-# DMS sleeps after twice as long.
+# Seconds after a request that was answered for which the DMS is surely awake: an instance rings
+# after that. A DMS sleeps when it has had nothing to do for twice as long.
 AWAKE = 250e-6
 
 MAX_MESSAGE = HEADER.size + MAX_RUNS * RUN.size + MAX_PAGES * PAGE_SIZE  # bytes

@@ -47,6 +47,7 @@ class MpiClient:
         self._comm, self._dms, self._tag, self._patient = comm, dms, tag, patient
         self._receive = comm.Recv_init([self.answer.whole, MPI.BYTE], dms, tag)
         self._bell: Bell | None = None
+        self._asked_at = 0.0
         self._awake_until = 0.0  # the DMS is surely awake until then, in seconds of the clock
         self._log = log.logger("MpiClient")
         self._debug = self._log.isEnabledFor(log.logging.DEBUG)
@@ -154,12 +155,14 @@ class MpiClient:
         message = [self.question.message(body_length), MPI.BYTE]
         self._sending = self._comm.Isend(message, self._dms, self._tag)
         self.wake_dms()
+        self._asked_at = time.monotonic()
 
     def _answer(self) -> tuple[int, int]:
         # A large message travels only while both ends look after it: no sleeping here.
         self._wait(self._sending, patient=False)
         self._wait(self._receive, self._patient)
-        self._awake_until = time.monotonic() + m.AWAKE
+        # Counted from the request: the answer may have lain here for a while.
+        self._awake_until = self._asked_at + m.AWAKE
         kind, _, count, _ = m.HEADER.unpack_from(self.answer.whole)
         if kind == m.ERROR:
             raise m.DMSError(bytes(self.content[:count]).decode(errors="replace"))

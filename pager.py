@@ -55,7 +55,7 @@ SHARE = 64  # a window is at most this part of high_threshold
 
 # Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
 # default of 5 ms is what a fault would wait while LPET computes.
-SWITCH_INTERVAL = 50e-6
+SWITCH_INTERVAL = 1e-6
 
 
 class Pager:

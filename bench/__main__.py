@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="MiB of memory (1024)")
     parser.add_argument("--resident", type=int, default=128, help="MiB of it resident (128)")
     parser.add_argument("--random", type=int, default=30000, help="random accesses (30000)")
-    parser.add_argument("--limit", type=int, default=4, help="seconds a pattern at most (4)")
+    parser.add_argument("--limit", type=int, default=2, help="seconds a pattern at most (2)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system (3)")
     parser.add_argument("--only", action="append", choices=SYSTEMS, help="this system (repeat)")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="a folder")
