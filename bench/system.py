@@ -13,8 +13,9 @@ import mmap
 import os
 import resource
 import sys
-import time
 from pathlib import Path
+
+from bench.stages import Stages
 
 PAGE = 4096
 PATTERNS = ("seq write", "seq read", "random read", "random write", "zipf", "strided")
@@ -113,22 +114,37 @@ def run_edm(args: argparse.Namespace) -> None:
         **{name: value for name, value in settings.items() if name in known},
     )
 
+    stages = Stages()
+    if args.stages:
+        library_of_run = sys.modules[edm.run.__module__]
+        make_pager = library_of_run._make_pager
+
+        def make_pager_with_stages(*arguments: object) -> object:
+            stages.install()
+            return make_pager(*arguments)
+
+        library_of_run._make_pager = make_pager_with_stages
+
     def app(space: edm.Space) -> None:
         area = space.mmap(args.size << 20)
         base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-        before: dict[str, object] = {}
-        each: dict[str, object] = {}
+        looks: list[tuple[dict, list[float]]] = []
 
-        def between(pattern: str) -> None:
-            before[pattern] = (space.figures(), time.process_time())
+        def between(_: str = "") -> None:
+            looks.append((space.figures(), stages.seconds()))
 
         patterns = measure(args, base, between)
-        last = space.figures()
-        names = list(PATTERNS)
-        for name, following in zip(names, [*names[1:], None], strict=True):
-            end = before[following][0] if following else last
-            each[name] = {k: v - before[name][0][k] for k, v in end.items() if isinstance(v, int)}
-        report(args, patterns=patterns, figures=each, cpu={"application": cpu_seconds()})
+        between()
+        each = {
+            name: {
+                "figures": {k: v - was[k] for k, v in now.items() if isinstance(v, int)},
+                "seconds": [t - u for t, u in zip(then, before, strict=True)],
+            }
+            for name, (was, before), (now, then) in zip(
+                PATTERNS, looks[:-1], looks[1:], strict=True
+            )
+        }
+        report(args, patterns=patterns, pager=each, cpu={"application": cpu_seconds()})
 
     edm.run(app, config)
     role = "DMS" if "edm.dms" in sys.modules else "pager"
@@ -144,6 +160,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, required=True)
     parser.add_argument("--limit", type=int, required=True)
     parser.add_argument("--disk")
+    parser.add_argument("--stages", action="store_true", help="time the pager's stages")
     parser.add_argument("--cgroup")
     args = parser.parse_args()
     args.floor = args.system in FLOORS

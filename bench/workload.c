@@ -200,15 +200,20 @@ char *floor_open(uint64_t pages, uint64_t batch, int spin)
 /* Between patterns: what was written goes to `local`, and all but one page of `keep` leaves. */
 void floor_forget(uint64_t keep)
 {
-	for (uint64_t page = 0; page < floor_.pages; page++) {
-		unsigned char present;
-		if (!mincore(floor_.base + page * PAGE, PAGE, &present) && present & 1)
+	unsigned char *present = malloc(floor_.pages);
+	mincore(floor_.base, floor_.pages * PAGE, present);
+	for (uint64_t page = 0; page < floor_.pages; page++)
+		if (present[page] & 1)
 			memcpy(floor_.local + page * PAGE, floor_.base + page * PAGE, PAGE);
-	}
+	free(present);
 	madvise(floor_.base, floor_.pages * PAGE, MADV_REMOVE);
 	for (uint64_t page = 0; keep && page < floor_.pages; page++)
 		if (mix(page) % keep == 0) {
-			volatile char touch = floor_.base[page * PAGE];
-			(void)touch;
+			struct uffdio_copy c = {
+				.dst = (uintptr_t)floor_.base + page * PAGE,
+				.src = (uintptr_t)floor_.local + page * PAGE,
+				.len = PAGE,
+			};
+			ioctl(floor_.fd, UFFDIO_COPY, &c);
 		}
 }

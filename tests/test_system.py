@@ -39,6 +39,11 @@ def test_no_update_of_concurrent_writers_is_lost_under_constant_eviction(mpirun,
     assert ended.returncode == 0, ended.stdout
 
 
+def test_readahead_beside_writers_and_munmap_loses_nothing(mpirun):
+    ended = mpirun(PROGRAMS / "streams.py")
+    assert ended.returncode == 0 and "streams SUCCESS" in ended.stdout, ended.stdout
+
+
 def test_mmap_munmap_system_calls_and_fork_keep_their_promises(mpirun):
     ended = mpirun(PROGRAMS / "areas.py")
     assert ended.returncode == 0 and "areas SUCCESS" in ended.stdout, ended.stdout

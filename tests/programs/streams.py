@@ -1,0 +1,72 @@
+"""Sequential readers, each with its readahead, beside a writer; and munmap in the middle of it."""
+
+import ctypes
+import sys
+import threading
+
+import edm
+
+libc = ctypes.CDLL(None)  # these calls let go of the GIL, so that all threads really run
+for call in (libc.memcpy, libc.memcmp):
+    call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+PAGE = edm.PAGE_SIZE
+PAGES, READERS, ROUNDS = 6000, 3, 2
+
+
+def content(page):
+    return page.to_bytes(8, "little") * (PAGE // 8)
+
+
+def app(space):
+    area = space.mmap(PAGES * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for page in range(PAGES):
+        libc.memcpy(base + page * PAGE, content(page), PAGE)
+    wrong = []
+
+    def read(number):
+        """Forwards from its own place, round and round; the last word of each page is left out."""
+        for n in range(ROUNDS * PAGES):
+            page = (n + number * PAGES // READERS) % PAGES
+            if libc.memcmp(base + page * PAGE, content(page), PAGE - 8):
+                wrong.append(page)
+
+    def write():
+        """The last word of every 7th page."""
+        for page in range(0, PAGES, 7):
+            libc.memcpy(base + page * PAGE + PAGE - 8, (page + 1).to_bytes(8, "little"), 8)
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(READERS)]
+    threads.append(threading.Thread(target=write))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for page in range(PAGES):
+        last = page if page % 7 else page + 1
+        if area[page * PAGE + PAGE - 8 : (page + 1) * PAGE] != last.to_bytes(8, "little"):
+            wrong.append(page)
+    figures = space.figures()
+    faults = figures["faults_first_access"] + figures["faults_refetch"]
+    print(figures)
+    if wrong:
+        sys.exit(f"wrong pages: {sorted(set(wrong))}")
+    if figures["fetched"] < 2 * faults:
+        sys.exit(f"{figures['fetched']} pages for {faults} faults: there was no readahead")
+
+    # A stream is cut off by munmap: what it has asked for ahead is given up, and then reads as zeros.
+    for length in (10, 30, 100, 300):
+        part = space.mmap(PAGES * PAGE)
+        at = ctypes.addressof(ctypes.c_ubyte.from_address(space.areas()[-1][0]))
+        for page in range(length):
+            libc.memcpy(at + page * PAGE, content(page + 1), PAGE)
+        space.munmap(part)
+        part = space.mmap(PAGES * PAGE)
+        if any(part[: 400 * PAGE]):
+            sys.exit("a page mapped again does not read as zeros")
+        space.munmap(part)
+    print("streams SUCCESS")
+
+
+edm.run(app, edm.Config(high_threshold=1024))
