@@ -109,6 +109,13 @@ class DmHandler:
 
     def run(self) -> None:
         """Resolve faults until told to stop, or until the application has ended."""
+        try:
+            self._serve()
+        finally:
+            for stream in self._readahead.asked():  # no answer may be left under way
+                stream.ahead.client.answer_get()
+
+    def _serve(self) -> None:
         poll = select.poll()
         poll.register(self._uffd.fd, select.POLLIN)
         poll.register(self._commands_fd, select.POLLIN)
@@ -184,15 +191,16 @@ class DmHandler:
     def _fetch(self, page: int, address: int, write: bool) -> None:
         """A page that is ABSENT: ask the DMS for it, and for more if a stream has come here."""
         stream = self._readahead.fault(page)
+        pages = range(page, page + 1)
         with self._lspt.lock:
             self._make_room()
-            wanted = stream.window if stream else 1
-            count = self._lspt.fetchable(page, wanted) if wanted > 1 else 1
-            self._lspt.expect(page, max(count, 1))
+            if stream:
+                pages = self._lspt.fetchable(stream.wanted(page)) or pages
+            self._lspt.expect(pages)
         if self._info:
             self._log.info("send request for the page in address %#x from DMS", address)
-        self._client.ask_get(page, max(count, 1))
-        self._finish(Ahead(page, max(count, 1), self._client), stream, write)
+        self._client.ask_get(pages)
+        self._finish(Ahead(pages, self._client), stream, write)
         for surplus in self._readahead.surplus():
             self._end(surplus)
 
@@ -200,22 +208,22 @@ class DmHandler:
         """A page that is COMING: its window was asked for ahead. Install it."""
         ahead = stream.ahead
         stream.ahead = None
-        end = self._finish(ahead, stream, write)
+        came = self._finish(ahead, stream, write)
         self._free_clients.append(ahead.client)  # not before: the pages came out of its memory
-        if page >= end:  # the window has turned out shorter than this page
+        if page not in came:  # the window has turned out shorter
             self._fetch(page, address, write)
 
-    def _finish(self, ahead: Ahead, stream: Stream | None, write: bool) -> int:
-        """Wait for the answer, ask for the stream's next window, install; the page after the last."""
+    def _finish(self, ahead: Ahead, stream: Stream | None, write: bool) -> range:
+        """Wait for the answer, ask for the stream's next window, install; the pages that came."""
         kind, got = ahead.client.answer_get()
-        if got < ahead.count:
-            self._lspt.not_coming(ahead.page + got, ahead.count - got)
-        end = ahead.page + got
+        pages, missed = ahead.pages[:got], ahead.pages[got:]
+        if missed:
+            self._lspt.not_coming(missed)
         if stream:
-            self._readahead.used(stream, end)
+            self._readahead.used(stream, pages)
             self._ask_ahead(stream)
-        address = self._start + ahead.page * PAGE_SIZE
         if self._info:
+            address = self._start + pages.start * PAGE_SIZE
             known = "previously accessed" if kind == CONTENT else "first access"
             self._log.info("received ack for page in address : %#x (%s)", address, known)
             what = "page content from DMS" if kind == CONTENT else "zero page"
@@ -226,18 +234,20 @@ class DmHandler:
             self._first_access += 1
         self._fetched += got
         # The first few pages wake the application, which works on them while the rest comes.
-        for at in [ahead.page, *range(ahead.page + FIRST_CHUNK, end, CHUNK)]:
-            upto = min(end, at + (FIRST_CHUNK if at == ahead.page else CHUNK))
-            source = ahead.client.content_address + (at - ahead.page) * PAGE_SIZE
-            self._install(at, upto - at, source if kind == CONTENT else None, write)
-        return end
+        at = 0
+        while at < got:
+            upto = at + (FIRST_CHUNK if at == 0 else CHUNK) if pages.step == 1 else at + 1
+            source = ahead.client.content_address + at * PAGE_SIZE
+            self._install(pages[at:upto], source if kind == CONTENT else None, write)
+            at = upto
+        return pages
 
-    def _install(self, page: int, count: int, source: int | None, write: bool) -> None:
-        """Pages that are read first are write-protected, to know later that they are still CLEAN.
+    def _install(self, pages: range, source: int | None, write: bool) -> None:
+        """Neighbours. Those that are read first are write-protected, to know if they stay CLEAN.
 
         source: where their content is in this process; None for pages of zeros.
         """
-        address, length = self._start + page * PAGE_SIZE, count * PAGE_SIZE
+        address, length = self._start + pages.start * PAGE_SIZE, len(pages) * PAGE_SIZE
         dirty = write or not self._track_clean
         try:
             if source is not None:
@@ -249,23 +259,23 @@ class DmHandler:
         except FileNotFoundError:
             # ENOENT: the application has unmapped the area under its own feet. Its fault is woken,
             # to find out; the munmap that is under way tells the DMS.
-            self._lspt.not_coming(page, count)
+            self._lspt.not_coming(pages)
             self._uffd.wake(address, length)
         else:
-            self._lspt.arrived(page, count, dirty)
+            self._lspt.arrived(pages, dirty)
 
     def _ask_ahead(self, stream: Stream) -> None:
         """Ask for the stream's next window before it is needed, if there is room for it."""
         if not self._free_clients:
             return
         with self._lspt.lock:
-            count = self._lspt.fetchable(stream.next, stream.window)
-            if count < 2:
+            pages = self._lspt.fetchable(stream.wanted(stream.next))
+            if len(pages) < 2:
                 return
-            self._lspt.expect(stream.next, count)
+            self._lspt.expect(pages)
         client = self._free_clients.pop()
-        client.ask_get(stream.next, count)
-        stream.ahead = Ahead(stream.next, count, client)
+        client.ask_get(pages)
+        stream.ahead = Ahead(pages, client)
 
     def _end(self, stream: Stream) -> None:
         """End a stream. A window that it has asked for goes back to the DMS, unused."""
@@ -273,6 +283,6 @@ class DmHandler:
         self._readahead.ended(stream)
         if ahead:
             _, got = ahead.client.answer_get()
-            ahead.client.evict_clean(ahead.page, got)
+            ahead.client.evict_clean(ahead.pages[:got])
             self._free_clients.append(ahead.client)
-            self._lspt.not_coming(ahead.page, ahead.count)
+            self._lspt.not_coming(ahead.pages)

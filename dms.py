@@ -64,18 +64,18 @@ class SPT:
         """The bytes of count pages from page."""
         return self._bytes[page : page + count]
 
-    def same(self, page: int, count: int) -> tuple[int, int]:
-        """The byte of this page, and how many of the count pages from it on have the same."""
-        if count == 1:
-            return self._bytes[page], 1
-        found = self._SAME.match(self.read(page, count))
+    def same(self, pages: range) -> tuple[int, int]:
+        """The byte of the first of these pages, and how many from it on have the same."""
+        if len(pages) == 1:
+            return self._bytes[pages.start], 1
+        found = self._SAME.match(self._bytes[pages.start : pages.stop : pages.step])
         return found[0][0], found.end()
 
-    def set(self, page: int, count: int, byte: int) -> None:
-        if count == 1:
-            self._bytes[page] = byte
-            return
-        self._bytes[page : page + count] = bytes((byte,)) * count
+    def set(self, pages: range, byte: int) -> None:
+        if len(pages) == 1:
+            self._bytes[pages.start] = byte
+        else:
+            self._bytes[pages.start : pages.stop : pages.step] = bytes((byte,)) * len(pages)
 
     def dropped(self, page: int, count: int) -> None:
         """INSTANCE → NEW, INSTANCE | DISK → DISK: the instance gives back what it did not write."""
@@ -116,9 +116,12 @@ class Disk:
         except OSError as error:
             raise OSError(error.errno, f"ftruncate to {length} bytes: {error.strerror}", path)
 
-    def read(self, page: int, into: memoryview) -> None:
-        if os.preadv(self._fd, [into], page * PAGE_SIZE) != len(into):
-            raise OSError(errno.EIO, "preadv: short read of the disk file")
+    def read(self, pages: range, into: memoryview) -> None:
+        """Read these pages, one behind the other."""
+        length = len(into) if pages.step == 1 else PAGE_SIZE
+        for at, page in zip(range(0, len(into), length), pages, strict=False):
+            if os.preadv(self._fd, [into[at : at + length]], page * PAGE_SIZE) != length:
+                raise OSError(errno.EIO, "preadv: short read of the disk file")
 
     def write(self, page: int, content: memoryview) -> None:
         if os.pwrite(self._fd, content, page * PAGE_SIZE) != len(content):
@@ -161,7 +164,6 @@ class DMS:
         self._debug = self._log.isEnabledFor(DEBUG)
         self._actions = {
             m.HELLO: self._hello,
-            m.GET: self._get,
             m.EVICT: self._evict,
             m.FREE: self._free,
             m.LOCATIONS: self._locations,
@@ -218,11 +220,14 @@ class DMS:
         try:
             if length < m.HEADER.size:
                 raise BadRequest(f"a message of {length} bytes is none of the EDM's")
-            kind, zero, count, page = m.HEADER.unpack_from(self._question.whole)
+            kind, stride, count, page = m.HEADER.unpack_from(self._question.whole)
+            length -= m.HEADER.size
+            if kind == m.GET:
+                return self._get(source - 1, page, count, length, max(stride, 1))
             action = self._actions.get(kind)
-            if action is None or zero:
-                raise BadRequest(f"there is no request of kind {kind}")
-            return action(source - 1, page, count, length - m.HEADER.size)
+            if action is None or stride:
+                raise BadRequest(f"there is no request of kind {kind} and stride {stride}")
+            return action(source - 1, page, count, length)
         except (BadRequest, OSError) as error:
             reason = f"{error}"
             self._log.warning("request of INSTANCE_%d refused: %s", source - 1, reason)
@@ -268,19 +273,23 @@ class DMS:
         self._answer.head(m.OK)
         return 0
 
-    def _get(self, instance: int, page: int, count: int, length: int) -> int:
+    def _get(self, instance: int, page: int, count: int, length: int, stride: int) -> int:
         self._check_length(length, 0)
-        self._check(page, count, m.MAX_PAGES)
+        if not 0 < count <= m.MAX_PAGES:
+            raise BadRequest(f"a count of {count} pages, where 1 to {m.MAX_PAGES} may be")
+        self._check(page, (count - 1) * stride + 1, self._spts[0].pages)
         spt = self._spts[instance]
         if self._info:
             self._log.info(
                 "get request to send content of page in address: %#x", self._address(page)
             )
-        byte, same = spt.same(page, count)
+        pages = range(page, page + count * stride, stride)
+        byte, same = spt.same(pages)
+        pages = pages[:same]
         if byte & INSTANCE:
             raise BadRequest(f"page {page} is in INSTANCE_{instance} already")
         if byte == NEW:
-            spt.set(page, same, INSTANCE)
+            spt.set(pages, INSTANCE)
             self._answer.head(m.NEW_PAGES, same, page)
             if self._debug:
                 self._log.debug("page accessed first time, set info - new_page")
@@ -289,8 +298,8 @@ class DMS:
             answer_length = same * PAGE_SIZE
             if self._debug:
                 self._log.debug("read page address: %#x from disk", self._address(page))
-            self._disks[instance].read(page, self._answer.body[:answer_length])
-            spt.set(page, same, INSTANCE | DISK)
+            self._disks[instance].read(pages, self._answer.body[:answer_length])
+            spt.set(pages, INSTANCE | DISK)
             self._answer.head(m.CONTENT, same, page)
         self._show(instance)
         if self._debug:
@@ -322,7 +331,7 @@ class DMS:
                 at += count * PAGE_SIZE
         for first, count, dirty in table:
             if dirty:
-                spt.set(first, count, DISK)
+                spt.set(range(first, first + count), DISK)
             else:
                 spt.dropped(first, count)
             if self._info:
@@ -336,7 +345,7 @@ class DMS:
         self._check_length(length, 0)
         self._check(page, count, self._spts[instance].pages)
         self._disks[instance].discard(page, count)
-        self._spts[instance].set(page, count, NEW)
+        self._spts[instance].set(range(page, page + count), NEW)
         self._show(instance)
         self._answer.head(m.OK)
         return 0

@@ -10,7 +10,7 @@ run stopped. An idle page is evicted. Any other is marked idle and passed. When 
 passed and there are still too many, it evicts in order, idle or not. With SMALL pages or more
 here, a round is shortened: see LEAST_PASSED.
 
-One eviction, safe under writers (Lpet._send, and then _finish_sent):
+One eviction, safe under writers (Lpet._send, and then _finish):
 
     hold             the pages' faults wait from here on
     WRITEPROTECT     those that are DIRTY: a writer now sleeps in a WP fault
@@ -60,8 +60,8 @@ class Lpet:
     ) -> None:
         """Two clients, used in turn. batch: pages that are looked at and evicted at once."""
         self._uffd, self._memfd, self._lspt = uffd, memfd, lspt
-        self._clients = list(clients)  # the next one to send with, and the one that has sent
-        self._sent: list[HeldRun] = []  # the pages that the latter has sent
+        self._clients = list(clients)  # the first is the next one to send with
+        self._sent: tuple[MpiClient, list[HeldRun]] | None = None  # not acknowledged yet
         self._tracker, self._pagemap = tracker, pagemap
         self._start, self._low, self._batch = start_addr, low_threshold, batch
         self._worth = 0.1  # the share of marked pages that were touched again, of late
@@ -80,11 +80,14 @@ class Lpet:
 
     def run(self) -> None:
         """Evict whenever woken, until told to stop, or until the application has ended."""
-        while self._lspt.wait_for_work():
-            try:
+        try:
+            while self._lspt.wait_for_work():
                 self._evict_until_low_threshold()
-            except ProcessLookupError:
-                return  # ESRCH: the application has ended; the main thread knows, or will
+        except ProcessLookupError:
+            pass  # ESRCH: the application has ended; the main thread knows, or will
+        finally:
+            if self._sent:  # no answer may be left under way
+                self._sent[0].answer_evict()
 
     # ------------------------------------------------------------ which pages
 
@@ -160,33 +163,37 @@ class Lpet:
         So the DMS writes one batch while the next is being read.
         """
         held = self._lspt.hold(runs)
-        if held:
-            client = self._clients[0]
-            content = len(held) * m.RUN.size  # where the bytes begin: behind the run table
-            body = client.question.body
-            at = content
-            for index, (page, count, dirty) in enumerate(held):
-                m.RUN.pack_into(body, index * m.RUN.size, page, count, dirty)
-                if dirty:
-                    self._read_protected(page, count, body[at : at + count * PAGE_SIZE])
-                    at += count * PAGE_SIZE
-                    self._dirty += count
-                else:
-                    self._clean += count
-                if self._info:
-                    for p in range(page, page + count):
-                        self._log.info("evict page in address: %#x", self._start + p * PAGE_SIZE)
-            client.ask_evict(len(held), at - content)
-        self._finish_sent()
-        if held:
-            self._sent = held
-            self._clients.reverse()
+        if not held:
+            return
+        client = self._clients[0]
+        content = len(held) * m.RUN.size  # where the bytes begin: behind the run table
+        body = client.question.body
+        at = content
+        for index, (page, count, dirty) in enumerate(held):
+            m.RUN.pack_into(body, index * m.RUN.size, page, count, dirty)
+            if dirty:
+                self._read_protected(page, count, body[at : at + count * PAGE_SIZE])
+                at += count * PAGE_SIZE
+                self._dirty += count
+            else:
+                self._clean += count
+            if self._info:
+                for p in range(page, page + count):
+                    self._log.info("evict page in address: %#x", self._start + p * PAGE_SIZE)
+        client.ask_evict(len(held), at - content)
+        before, self._sent = self._sent, (client, held)
+        self._clients.reverse()
+        self._finish(before)
 
     def _finish_sent(self) -> None:
+        sent, self._sent = self._sent, None
+        self._finish(sent)
+
+    def _finish(self, sent: tuple[MpiClient, list[HeldRun]] | None) -> None:
         """Wait until the DMS has written what was sent, and give the memory back."""
-        held, self._sent = self._sent, []
-        if held:
-            self._clients[1].answer_evict()
+        if sent:
+            client, held = sent
+            client.answer_evict()
             self._drop(held)
 
     def _read_protected(self, page: int, count: int, into: memoryview) -> None:

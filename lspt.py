@@ -110,17 +110,17 @@ class LSPT:
 
     # ------------------------------------------------------------ the DM-Handler's transitions
 
-    def expect(self, page: int, count: int) -> None:
+    def expect(self, pages: range) -> None:
         """Locked. ABSENT → COMING: the pages are on their way, and count as resident."""
-        self.state[page : page + count] = bytes((COMING,)) * count
-        self.resident += count
+        self._set(pages, COMING)
+        self.resident += len(pages)
         self.peak = max(self.peak, self.resident)
 
-    def arrived(self, page: int, count: int, dirty: bool) -> None:
+    def arrived(self, pages: range, dirty: bool) -> None:
         """COMING → CLEAN or DIRTY: the pages are installed, and join the end of the order."""
         with self.lock:
-            self.state[page : page + count] = bytes((DIRTY if dirty else CLEAN,)) * count
-            self._order.extend(range(2 * page, 2 * (page + count), 2))
+            self._set(pages, DIRTY if dirty else CLEAN)
+            self._order.extend(range(2 * pages.start, 2 * pages.stop, 2 * pages.step))
             if self.resident >= self._wake_at and not self._wanted and not self.full():
                 self._wanted = True
                 self._work.notify()
@@ -129,10 +129,10 @@ class LSPT:
                 self._hand = 0
             self._settled.notify_all()
 
-    def not_coming(self, page: int, count: int) -> None:
+    def not_coming(self, pages: range) -> None:
         """COMING → ABSENT: they could not be had after all."""
         with self.lock:
-            self._absent(page, count)
+            self._absent(pages)
 
     def written(self, page: int) -> None:
         """Locked. CLEAN → DIRTY: the caller lifts the write-protection, still locked."""
@@ -189,12 +189,18 @@ class LSPT:
         """HELD → ABSENT. Returns the pages whose faults are to be woken."""
         with self.lock:
             for page, count in runs:
-                self._absent(page, count)
+                self._absent(range(page, page + count))
             return self._no_longer_awaited(runs)
 
-    def _absent(self, page: int, count: int) -> None:
-        self.state[page : page + count] = bytes(count)
-        self.resident -= count
+    def _set(self, pages: range, state: int) -> None:
+        if len(pages) == 1:
+            self.state[pages.start] = state
+        else:
+            self.state[pages.start : pages.stop : pages.step] = bytes((state,)) * len(pages)
+
+    def _absent(self, pages: range) -> None:
+        self._set(pages, ABSENT)
+        self.resident -= len(pages)
         self._room.notify_all()
         self._settled.notify_all()
 
@@ -262,18 +268,18 @@ class LSPT:
         with self.lock:
             self._areas.remove((page, count))
 
-    def fetchable(self, page: int, limit: int) -> int:
-        """Locked. How many pages from this one on, at most limit, may be fetched together.
+    def fetchable(self, wanted: range) -> range:
+        """Locked. As many of these pages, from the first on, as may be fetched together.
 
         They are ABSENT, in one area, and fit under the high threshold.
         """
+        page = wanted.start
         index = bisect.bisect_right(self._areas, (page, MAX_PAGES)) - 1
         end = sum(self._areas[index]) if index >= 0 else 0
-        limit = min(limit, end - page, self._high - self.resident)
-        if limit <= 0:
-            return 0
-        states = self.state[page : page + limit]
-        return len(states) - len(states.lstrip(b"\0"))
+        wanted = range(page, min(wanted.stop, end), wanted.step)
+        wanted = wanted[: max(0, self._high - self.resident)]
+        states = self.state[wanted.start : wanted.stop : wanted.step]
+        return wanted[: len(states) - len(states.lstrip(b"\0"))]
 
     # ------------------------------------------------------------ waiting
 

@@ -5,13 +5,13 @@ mpi_client.py, who answers is dms.py.
 
 A message is a header of 16 bytes and what belongs to it, and is as long as MPI says that it is.
 
-    header   u16 kind, u16 zero, u32 count, u64 page           (little-endian)
+    header   u16 kind, u16 stride, u32 count, u64 page         (little-endian)
 
     from the instance                          from the DMS
     HELLO      GEOMETRY                        OK; the doorbell's address (doorbell.py)
     RINGS                                      OK: from now on the instance rings
-    GET        count pages from page           NEW_PAGES: they were never accessed
-                                               CONTENT: their bytes follow
+    GET        count pages from page on,       NEW_PAGES: they were never accessed
+               stride apart (0: as 1)          CONTENT: their bytes follow
                                                (either for the first count of them)
     EVICT      count runs, then the bytes of   OK: what was sent is written
                the dirty ones, in order
@@ -94,9 +94,9 @@ class MessageBuffer:
         self.whole = memory[PAGE_SIZE - HEADER.size :]
         self.body = memory[PAGE_SIZE:]
 
-    def head(self, kind: int, count: int = 0, page: int = 0) -> None:
+    def head(self, kind: int, count: int = 0, page: int = 0, stride: int = 0) -> None:
         """Write the header."""
-        HEADER.pack_into(self.whole, 0, kind, 0, count, page)
+        HEADER.pack_into(self.whole, 0, kind, stride, count, page)
 
     def message(self, body_length: int = 0) -> memoryview:
         """The header and the first body_length bytes of the body."""

@@ -81,21 +81,17 @@ class MpiClient:
         self.request(m.RINGS)
         return bell
 
-    def get(self, page: int, count: int) -> tuple[int, int]:
-        """Ask for count pages from page: (NEW_PAGES or CONTENT, how many it answers for)."""
-        self.ask_get(page, count)
-        return self.answer_get()
-
-    def ask_get(self, page: int, count: int) -> None:
-        """The first half of get: send the request, and wait for nothing."""
+    def ask_get(self, pages: range) -> None:
+        """Ask for these pages, at most MAX_PAGES, and wait for nothing."""
+        page = pages.start
         if self._debug:
             address = self._start + page * m.PAGE_SIZE
             self._log.debug("send DmHandler's request for the page in address %#x", address)
         self._asked = page
-        self._ask(m.GET, count, page)
+        self._ask(m.GET, len(pages), page, stride=pages.step)
 
     def answer_get(self) -> tuple[int, int]:
-        """The second half of get."""
+        """Wait for the answer: (NEW_PAGES or CONTENT, for how many of the pages it is)."""
         kind, got = self._answer()
         if self._debug:
             address = self._start + self._asked * m.PAGE_SIZE
@@ -105,24 +101,21 @@ class MpiClient:
             self.bytes_received += got * m.PAGE_SIZE
         return kind, got
 
-    def evict(self, runs: int, content_length: int) -> None:
-        """Send the run table and the content (bytes) that question.body holds; wait for the ack."""
-        self.ask_evict(runs, content_length)
-        self.answer_evict()
-
     def ask_evict(self, runs: int, content_length: int) -> None:
-        """The first half of evict: send, and wait for nothing."""
+        """Send the run table and the content (bytes) that question.body holds; wait for nothing."""
         self._ask(m.EVICT, runs, 0, runs * m.RUN.size + content_length)
         self.bytes_sent += content_length
 
     def answer_evict(self) -> None:
-        """The second half of evict."""
+        """Wait until the DMS has written what was sent."""
         self._answer()
 
-    def evict_clean(self, page: int, count: int) -> None:
-        """Give back pages that were not written. EVICT, with one run and no bytes."""
-        m.RUN.pack_into(self.question.body, 0, page, count, 0)
-        self.evict(1, 0)
+    def evict_clean(self, pages: range) -> None:
+        """Give back pages, at most MAX_RUNS, that were not written: EVICT without bytes."""
+        for index, page in enumerate(pages):
+            m.RUN.pack_into(self.question.body, index * m.RUN.size, page, 1, 0)
+        self.ask_evict(len(pages), 0)
+        self.answer_evict()
 
     def free(self, page: int, count: int) -> None:
         """Let count pages from page be as if they were never accessed."""
@@ -149,8 +142,8 @@ class MpiClient:
         self._ask(kind, count, page, body_length)
         return self._answer()
 
-    def _ask(self, kind: int, count: int, page: int, body_length: int = 0) -> None:
-        self.question.head(kind, count, page)
+    def _ask(self, kind: int, count: int, page: int, body_length: int = 0, stride: int = 0) -> None:
+        self.question.head(kind, count, page, stride)
         self._receive.Start()
         message = [self.question.message(body_length), MPI.BYTE]
         self._sending = self._comm.Isend(message, self._dms, self._tag)

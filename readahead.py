@@ -6,9 +6,10 @@ Interface: Readahead.fault(page) is told every fault of a page that is neither h
 and gives the Stream that it continues, if any. The DM-Handler fetches stream.window pages, asks for
 the next window ahead of need (stream.ahead), and tells of what came of it: used, unused.
 
-A stream begins with the second of two faults in neighbouring pages, with a small window, which
-doubles each time that a window was used up, to at most max_window. A window that nobody used makes
-the next streams begin with less. Random access only ever pays for one look into a small table.
+A stream begins with the second of two faults in neighbouring pages, or with the third of three at
+equal distances (its stride, at most MAX_STRIDE), with a small window, which doubles each time that
+a window was used up, to at most max_window. A window that nobody used makes the next streams begin
+with less. Random access only ever pays for one look into a small table.
 
 Rules: the DM-Handler's thread only. Pages, not bytes.
 
@@ -29,14 +30,15 @@ if TYPE_CHECKING:
 STREAMS = 4  # followed at once
 REMEMBERED = 16  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 8
+MAX_STRIDE = 64
+STRIDED_WINDOW = 64  # at most: the pages of one are read and installed one by one
 
 
 @dataclass
 class Ahead:
     """A window that was asked for ahead of need: its pages are COMING."""
 
-    page: int
-    count: int
+    pages: range
     client: MpiClient  # which has the request under way, or its answer
 
 
@@ -44,7 +46,12 @@ class Ahead:
 class Stream:
     next: int  # the page whose fault would continue it
     window: int  # pages to fetch then
+    stride: int = 1  # between them
     ahead: Ahead | None = None
+
+    def wanted(self, page: int) -> range:
+        """The pages to fetch when this one faults."""
+        return range(page, page + self.window * self.stride, self.stride)
 
 
 class Readahead:
@@ -53,7 +60,7 @@ class Readahead:
         self.max_window = max_window
         self._first_window = min(FIRST_WINDOW, max_window)
         self._streams: list[Stream] = []  # the one used last is the last
-        self._recent: OrderedDict[int, None] = OrderedDict()  # pages after a single fault
+        self._recent: OrderedDict[int, None] = OrderedDict()  # pages of single faults, in order
 
     def fault(self, page: int) -> Stream | None:
         """The stream that a fault of this page continues or begins."""
@@ -62,29 +69,29 @@ class Readahead:
         for stream in self._streams:
             # Pages that were here already do not end a stream. One that has asked ahead goes on
             # with a fault of what it has asked for, and not with this one.
-            if not stream.ahead and stream.next <= page < stream.next + stream.window:
+            if not stream.ahead and page in stream.wanted(stream.next):
                 return stream
-        if page in self._recent:
-            del self._recent[page]
-            stream = Stream(page, self._first_window)
-            self._streams.append(stream)
-            return stream
-        self._recent[page + 1] = None
+        for before in self._recent:
+            stride = page - before
+            if stride == 1 or 1 < stride <= MAX_STRIDE and before - stride in self._recent:
+                del self._recent[before]
+                stream = Stream(page, self._first_window, stride)
+                self._streams.append(stream)
+                return stream
+        self._recent[page] = None
         if len(self._recent) > REMEMBERED:
             self._recent.popitem(last=False)
         return None
 
     def coming(self, page: int) -> Stream | None:
         """The stream that has asked for this page ahead."""
-        for stream in self._streams:
-            if stream.ahead and stream.ahead.page <= page < stream.ahead.page + stream.ahead.count:
-                return stream
-        return None
+        return next((s for s in self.asked() if page in s.ahead.pages), None)
 
-    def used(self, stream: Stream, end: int) -> None:
-        """The stream has been continued up to the page end."""
-        stream.next = end
-        stream.window = min(2 * stream.window, self.max_window)
+    def used(self, stream: Stream, pages: range) -> None:
+        """The stream has been continued with these pages."""
+        stream.next = pages.stop
+        most = self.max_window if stream.stride == 1 else min(self.max_window, STRIDED_WINDOW)
+        stream.window = min(2 * stream.window, most)
         self._streams.remove(stream)
         self._streams.append(stream)
         self._first_window = min(2 * self._first_window, FIRST_WINDOW, self.max_window)
@@ -93,11 +100,15 @@ class Readahead:
         """The streams that are to be ended, as there are more than STREAMS: the longest unused."""
         return self._streams[:-STREAMS]
 
+    def asked(self) -> list[Stream]:
+        """The streams that have asked ahead."""
+        return [stream for stream in self._streams if stream.ahead]
+
     def within(self, page: int, count: int) -> list[Stream]:
         """The streams that have asked ahead for any of these pages."""
         return [
-            s for s in self._streams
-            if s.ahead and s.ahead.page < page + count and page < s.ahead.page + s.ahead.count
+            stream for stream in self.asked()
+            if stream.ahead.pages.start < page + count and page < stream.ahead.pages.stop
         ]  # fmt: skip
 
     def ended(self, stream: Stream) -> None:

@@ -25,9 +25,9 @@ def dms(tmp_path):
     return DMS(TwoRanks(), str(tmp_path / "disk"), START, START + PAGES * PAGE_SIZE)
 
 
-def ask(dms, kind, page=0, count=0, body=b"", zero=0):
+def ask(dms, kind, page=0, count=0, body=b"", stride=0):
     """What the DMS answers to instance 0: (kind, count, body)."""
-    m.HEADER.pack_into(dms._question.whole, 0, kind, zero, count, page)
+    m.HEADER.pack_into(dms._question.whole, 0, kind, stride, count, page)
     dms._question.body[: len(body)] = body
     length = dms._handle(1, m.HEADER.size + len(body))
     kind, zero, count, _ = m.HEADER.unpack_from(dms._answer.whole)
@@ -82,6 +82,16 @@ def test_get_answers_for_the_first_pages_that_are_in_the_same_place(dms):
     assert ask(dms, m.GET, page=4, count=4)[:2] == (m.NEW_PAGES, 4)
 
 
+def test_get_takes_every_stride_th_page(dms):
+    ask(dms, m.GET, page=0, count=30)
+    ask(dms, **eviction((0, content(1, 30))))
+    pages = [content(1, 30)[p * PAGE_SIZE : (p + 1) * PAGE_SIZE] for p in (3, 10, 17, 24)]
+    assert ask(dms, m.GET, page=3, count=6, stride=7) == (m.CONTENT, 4, b"".join(pages))
+    where = ask(dms, m.LOCATIONS, page=0, count=40)[2]
+    assert [p for p in range(40) if where[p] == INSTANCE | DISK] == [3, 10, 17, 24]
+    assert ask(dms, m.GET, page=31, count=6, stride=7)[:2] == (m.NEW_PAGES, 6)
+
+
 def test_a_clean_page_goes_back_without_its_bytes_and_is_still_on_the_disk(dms):
     ask(dms, m.GET, page=7, count=1)
     ask(dms, **eviction((7, content(1))))
@@ -128,7 +138,8 @@ def test_hello_is_welcome_only_with_the_same_geometry(dms):
 WRONG = {
     "an unknown kind": {"kind": 77},
     "an answer's kind": {"kind": m.CONTENT, "count": 1},
-    "a header whose zero is not": {"kind": m.GET, "page": 1, "count": 1, "zero": 5},
+    "a stride where none belongs": {"kind": m.FREE, "page": 1, "count": 1, "stride": 5},
+    "a stride that leaves the space": {"kind": m.GET, "page": 1, "count": 21, "stride": 50},
     "a page outside": {"kind": m.GET, "page": PAGES, "count": 1},
     "a page far outside": {"kind": m.GET, "page": 2**64 - 1, "count": 2},
     "a range that leaves the space": {"kind": m.GET, "page": PAGES - 1, "count": 2},
@@ -198,15 +209,15 @@ def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
 def test_the_spt_costs_no_memory_until_it_is_used():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     spt = SPT(1 << 34, 0)  # 64 TiB
-    spt.set(1 << 33, 100, DISK)
-    assert spt.same(1 << 33, 4096) == (DISK, 100)
+    spt.set(range(1 << 33, (1 << 33) + 100), DISK)
+    assert spt.same(range(1 << 33, (1 << 33) + 4096)) == (DISK, 100)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
 
 
 def test_the_spt_is_printed_as_the_wiki_prints_it():
     spt = SPT(PAGES, 0)
-    spt.set(2, 1, INSTANCE)
-    spt.set(4, 1, DISK)
+    spt.set(range(2, 3), INSTANCE)
+    spt.set(range(4, 5), DISK)
     assert spt.table(0x1D4A000) == (
         "Print SPT STATE\n"
         "-----START SPT ----\n"
@@ -221,7 +232,7 @@ def test_a_disk_without_a_path_leaves_no_file_behind(tmp_path, monkeypatch):
     disk = Disk(None, 10 * PAGE_SIZE)
     disk.write(9, memoryview(content(1)))
     back = bytearray(PAGE_SIZE)
-    disk.read(9, memoryview(back))
+    disk.read(range(9, 10), memoryview(back))
     assert back == content(1)
     assert list(tmp_path.iterdir()) == []
     disk.close()

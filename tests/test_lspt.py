@@ -20,8 +20,8 @@ from edm.lspt import (
 
 def come(lspt, page, count=1, dirty=True):
     with lspt.lock:
-        lspt.expect(page, count)
-    lspt.arrived(page, count, dirty)
+        lspt.expect(range(page, page + count))
+    lspt.arrived(range(page, page + count), dirty)
 
 
 def in_order(lspt):
@@ -41,9 +41,9 @@ def test_runs_of_joins_neighbours():
 def test_a_page_comes_is_written_is_held_and_leaves():
     lspt = LSPT(8, high_threshold=4)
     with lspt.lock:
-        lspt.expect(3, 2)
+        lspt.expect(range(3, 5))
     assert lspt.state[2:6] == bytes((ABSENT, COMING, COMING, ABSENT)) and lspt.resident == 2
-    lspt.arrived(3, 2, dirty=False)
+    lspt.arrived(range(3, 5), dirty=False)
     assert lspt.state[3:5] == bytes((CLEAN, CLEAN))
     with lspt.lock:
         lspt.written(4)
@@ -59,8 +59,8 @@ def test_a_page_comes_is_written_is_held_and_leaves():
 def test_what_could_not_be_had_is_absent_again():
     lspt = LSPT(8, high_threshold=4)
     with lspt.lock:
-        lspt.expect(3, 1)
-    lspt.not_coming(3, 1)
+        lspt.expect(range(3, 4))
+    lspt.not_coming(range(3, 4))
     assert lspt.state[3] == ABSENT and lspt.resident == 0 and in_order(lspt) == []
 
 
@@ -104,7 +104,7 @@ def test_pages_held_or_coming_are_no_candidates():
     come(lspt, 0, 4)
     lspt.hold([(1, 2)])
     with lspt.lock:
-        lspt.expect(9, 1)
+        lspt.expect(range(9, 10))
     assert list(lspt.next_candidates(10)) == [0, 3]
 
 
@@ -191,10 +191,32 @@ def test_munmap_waits_until_lpet_and_dm_handler_have_let_go():
     come(lspt, 0, 4)
     lspt.hold([(1, 1)])
     with lspt.lock:
-        lspt.expect(4, 1)
+        lspt.expect(range(4, 5))
     munmap, held = waits(lambda: lspt.hold_all(0, 8))
     lspt.released([(1, 1)])
     assert munmap.is_alive()
-    lspt.arrived(4, 1, dirty=False)
+    lspt.arrived(range(4, 5), dirty=False)
     munmap.join(10)
     assert held == [[(0, 4, True), (4, 1, False)]]
+
+
+def test_what_may_be_fetched_together_is_absent_in_one_area_and_fits():
+    lspt = LSPT(100, high_threshold=10)
+
+    def fetchable(wanted):
+        with lspt.lock:
+            return lspt.fetchable(wanted)
+
+    assert len(fetchable(range(5))) == 0  # no area
+    lspt.mapped(10, 20)
+    lspt.mapped(30, 5)
+    assert fetchable(range(10, 15)) == range(10, 15)
+    assert fetchable(range(27, 40)) == range(27, 30)
+    assert fetchable(range(10, 70, 3)) == range(10, 30, 3)
+    come(lspt, 16)
+    assert fetchable(range(10, 40)) == range(10, 16)
+    assert fetchable(range(10, 40, 3)) == range(10, 16, 3)
+    come(lspt, 40, 7)
+    assert fetchable(range(20, 30)) == range(20, 22)
+    lspt.unmapped(10, 20)
+    assert len(fetchable(range(20, 30))) == 0

@@ -5,17 +5,18 @@ import random
 from edm.readahead import REMEMBERED, STREAMS, Ahead, Readahead
 
 
-def follow(readahead, page, windows):
+def follow(readahead, page, windows, stride=1):
     """Fault at page and go on from window to window; returns the sizes of the windows."""
     sizes = []
     for _ in range(windows):
         stream = readahead.fault(page)
         if stream:
             sizes.append(stream.window)
-            page += stream.window
-            readahead.used(stream, page)
+            pages = stream.wanted(page)
+            readahead.used(stream, pages)
+            page = pages.stop
         else:
-            page += 1
+            page += stride
     return sizes
 
 
@@ -23,9 +24,20 @@ def test_two_neighbouring_faults_begin_a_stream_whose_window_doubles_to_the_maxi
     assert follow(Readahead(256), 1000, 9) == [8, 16, 32, 64, 128, 256, 256, 256]
 
 
+def test_three_faults_at_equal_distances_begin_a_strided_stream():
+    assert follow(Readahead(256), 1000, 8, stride=7) == [8, 16, 32, 64, 64, 64]
+
+
+def test_strided_streams_are_recognised_between_each_other():
+    readahead = Readahead(256)
+    found = [[readahead.fault(start + 5 * n) for start in (0, 10**6)] for n in range(3)]
+    assert found[:2] == [[None, None], [None, None]]
+    assert [stream.wanted(stream.next).step for stream in found[2]] == [5, 5]
+
+
 def test_random_faults_never_begin_a_stream():
     readahead, dice = Readahead(256), random.Random(1)
-    assert all(readahead.fault(2 * dice.randrange(10**6)) is None for _ in range(10000))
+    assert all(readahead.fault(100 * dice.randrange(10**6)) is None for _ in range(10000))
     assert readahead.surplus() == [] and len(readahead._recent) <= REMEMBERED
 
 
@@ -36,7 +48,7 @@ def test_several_streams_are_followed_at_once():
         readahead.fault(start)
     streams = [readahead.fault(start + 1) for start in starts]
     for stream, start in zip(streams, starts, strict=True):
-        readahead.used(stream, start + 9)
+        readahead.used(stream, range(start + 1, start + 9))
     for stream, start in zip(streams, starts, strict=True):
         assert readahead.fault(start + 9) is stream
     assert readahead.surplus() == []
@@ -58,7 +70,7 @@ def test_a_window_that_was_asked_for_in_vain_makes_the_next_streams_begin_smalle
     readahead = Readahead(256)
     readahead.fault(0)
     stream = readahead.fault(1)
-    stream.ahead = Ahead(9, 8, None)
+    stream.ahead = Ahead(range(9, 17), None)
     assert readahead.coming(16) is stream and readahead.coming(17) is None
     assert readahead.within(0, 9) == [] and readahead.within(16, 100) == [stream]
     readahead.ended(stream)
@@ -69,7 +81,7 @@ def test_pages_that_are_here_already_do_not_end_a_stream():
     readahead = Readahead(256)
     readahead.fault(0)
     stream = readahead.fault(1)
-    readahead.used(stream, 9)
+    readahead.used(stream, range(1, 9))
     assert readahead.fault(12) is stream
 
 
@@ -77,8 +89,8 @@ def test_a_stream_that_has_asked_ahead_is_not_continued_by_a_fault_beyond_that()
     readahead = Readahead(256)
     readahead.fault(0)
     stream = readahead.fault(1)
-    readahead.used(stream, 9)
-    stream.ahead = Ahead(9, 4, None)
+    readahead.used(stream, range(1, 9))
+    stream.ahead = Ahead(range(9, 13), None)
     assert readahead.fault(14) is not stream
 
 

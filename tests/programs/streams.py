@@ -37,8 +37,15 @@ def app(space):
         for page in range(0, PAGES, 7):
             libc.memcpy(base + page * PAGE + PAGE - 8, (page + 1).to_bytes(8, "little"), 8)
 
+    def stride():
+        """The first word of every 11th page, from each of the first pages on."""
+        for start in range(11):
+            for page in range(start, PAGES, 11):
+                if libc.memcmp(base + page * PAGE, content(page), 8):
+                    wrong.append(page)
+
     threads = [threading.Thread(target=read, args=(n,)) for n in range(READERS)]
-    threads.append(threading.Thread(target=write))
+    threads += [threading.Thread(target=write), threading.Thread(target=stride)]
     for thread in threads:
         thread.start()
     for thread in threads:
