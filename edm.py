@@ -7,9 +7,10 @@
     │   space.mmap(...)   │ page fault │   LPET thread       │     │   disk file         │
     │   a[0] = 1          │ ─────────► │   LSPT local pages  │     │                     │
     └─────────────────────┘ ◄───────── └─────────────────────┘     └─────────────────────┘
-         space.py             a page     pager.py dm_handler.py      dms.py
-                                         lpet.py lspt.py             (messages.py and
-                                         page_idle.py                 mpi_client.py: the arrow)
+         space.py             a page     pager.py lspt.py            dms.py
+                                         dm_handler.py               (the arrow: messages.py
+                                         readahead.py                 mpi_client.py
+                                         lpet.py page_idle.py         doorbell.py)
 
 Interface:
     Config                     the settings
@@ -148,8 +149,6 @@ def run(app: Callable[[Space], object], config: Config | None = None) -> None:
     application starts wherever possible.
     """
     config = config or Config()
-    if sys.platform != "linux":
-        raise OSError(f"EDM needs Linux 5.19 or later; this is {sys.platform}")
     if "mpi4py.MPI" in sys.modules:
         raise ValueError(
             "edm.run: mpi4py.MPI is imported already; import it after edm.run, if ever"

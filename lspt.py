@@ -166,12 +166,15 @@ class LSPT:
         """For munmap: wait until LPET and DM-Handler have let go of these pages; hold those here.
 
         give_up tells the DM-Handler to let go of those of `unwanted` that it has asked for ahead.
+        Raises Stopped if they have ended, or end meanwhile.
         """
         with self.lock:
             self.unwanted = (page, count)
             if COMING in self.state[page : page + count]:
                 give_up()
             while _UNSETTLED.search(self.state[page : page + count]):
+                if self._stopped:
+                    raise Stopped
                 self._settled.wait()
             return self._hold([(page, count)])
 
@@ -308,8 +311,8 @@ class LSPT:
             return not self._stopped
 
     def stop(self) -> None:
-        """End LPET's wait for work, and the DM-Handler's for room, for good."""
+        """End every wait for good: LPET's for work, the DM-Handler's for room, and munmap's."""
         with self.lock:
             self._stopped = True
-            self._work.notify_all()
-            self._room.notify_all()
+            for waiting in (self._work, self._room, self._settled):
+                waiting.notify_all()

@@ -40,7 +40,7 @@ from edm import log, space
 from edm import messages as m
 from edm.dm_handler import GIVE_UP, STOP, DmHandler
 from edm.lpet import Lpet
-from edm.lspt import LSPT
+from edm.lspt import LSPT, Stopped
 from edm.mpi_client import MpiClient
 from edm.page_idle import BitmapTracker, IdleTracker, Pagemap, TlbFlush, UnmapTracker
 from edm.readahead import Readahead
@@ -143,7 +143,8 @@ class Pager:
         except BaseException as error:  # noqa: BLE001 - run() raises it
             self._failure = self._failure or error
             os.kill(self._application, signal.SIGKILL)
-            self._lspt.stop()
+        finally:
+            self._lspt.stop()  # what this thread held or had asked for is nobody's any more
 
     # ------------------------------------------------------------ the application's calls
 
@@ -172,6 +173,8 @@ class Pager:
                 what, page, count = space.CALL.unpack(packet)
                 try:
                     answer = space.ANSWER.pack(0) + calls[what](page, count)
+                except Stopped:
+                    continue  # the application has been killed, or is just being
                 except m.DMSError as error:
                     answer = space.ANSWER.pack(errno.EIO) + str(error).encode()
                 with contextlib.suppress(ConnectionError):  # it may have ended meanwhile

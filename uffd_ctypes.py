@@ -27,8 +27,12 @@ import ctypes
 import errno
 import os
 import platform
+import sys
 from ctypes import c_int, c_int64, c_long, c_size_t, c_uint64, c_ulong, c_void_p
 from struct import Struct
+
+if sys.platform != "linux":
+    raise OSError(f"EDM needs Linux 5.19 or later; this is {sys.platform}")
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")  # bytes
 

@@ -116,11 +116,10 @@ def run_once(
                  *Path("/dev/shm").glob(f"edm-bench-{os.getpid()}*")):  # fmt: skip
         path.unlink(missing_ok=True)
     result: dict = {"cpu": {}}
-    for line in ended.stdout.splitlines():
-        if line.startswith("RESULT "):
-            part = json.loads(line.removeprefix("RESULT "))
-            result["cpu"] |= part.pop("cpu")
-            result |= part
+    for text in ended.stdout.split("RESULT ")[1:]:  # two ranks' lines may come as one
+        part, _ = json.JSONDecoder().raw_decode(text)
+        result["cpu"] |= part.pop("cpu")
+        result |= part
     return result
 
 

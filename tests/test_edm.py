@@ -95,3 +95,12 @@ def test_the_log_is_silent_below_warning_by_default(capsys):
 def test_importing_edm_does_not_initialise_mpi():
     code = "import edm, sys; assert 'mpi4py.MPI' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_another_system_than_linux_is_told_so():
+    code = "import sys; sys.platform = 'darwin'; import edm"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], text=True, capture_output=True, check=False
+    )
+    assert ended.returncode != 0
+    assert "EDM needs Linux 5.19 or later; this is darwin" in ended.stderr.splitlines()[-1]

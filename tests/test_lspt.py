@@ -180,9 +180,12 @@ def test_stop_ends_every_wait():
             lspt.ask_for_room()
 
     handler, asked = waits(ask)
+    lspt.hold([(1, 1)])
+    munmap, held = waits(lambda: lspt.hold_all(0, 8))
     lspt.stop()
-    handler.join(10)
-    assert isinstance(asked[0], Stopped)
+    for thread in (handler, munmap):
+        thread.join(10)
+    assert isinstance(asked[0], Stopped) and isinstance(held[0], Stopped)
     assert lspt.wait_for_work() is False
 
 
