@@ -34,7 +34,7 @@ MAX_STRIDE = 64
 STRIDED_WINDOW = 64  # at most: the pages of one are read and installed one by one
 
 
-@dataclass
+@dataclass(eq=False)  # two with equal fields are still two
 class Ahead:
     """A window that was asked for ahead of need: its pages are COMING."""
 
@@ -42,7 +42,7 @@ class Ahead:
     client: MpiClient  # which has the request under way, or its answer
 
 
-@dataclass
+@dataclass(eq=False)  # two with equal fields are still two
 class Stream:
     next: int  # the page whose fault would continue it
     window: int  # pages to fetch then

@@ -96,3 +96,17 @@ def test_a_stream_that_has_asked_ahead_is_not_continued_by_a_fault_beyond_that()
 
 def test_readahead_can_be_turned_off():
     assert follow(Readahead(1), 0, 100) == []
+
+
+def test_two_streams_that_have_come_to_the_same_page_stay_two():
+    readahead = Readahead(256)
+    for start in (0, 100):
+        readahead.fault(start)
+    first, second = readahead.fault(1), readahead.fault(101)
+    readahead.used(first, range(200, 208))
+    readahead.used(second, range(300, 308))
+    second.window = 8
+    readahead.used(second, range(200, 208))  # now the two are alike in everything
+    readahead.ended(first)
+    readahead.ended(second)
+    assert readahead._streams == []
