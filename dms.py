@@ -192,11 +192,8 @@ class DMS:
             disk.close()
 
     def _wait(self, status: MPI.Status) -> None:
-        probe, any_source, any_tag = self._comm.Iprobe, MPI.ANY_SOURCE, MPI.ANY_TAG
-        if probe(any_source, any_tag, status):
-            return
         eager_until = time.monotonic() + EAGER
-        while not probe(any_source, any_tag, status):
+        while not self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
             if time.monotonic() < eager_until:
                 os.sched_yield()
             elif self._doorbell.rung() or self._doorbell.wait(NAP if self._silent else SLEEP):
@@ -275,8 +272,7 @@ class DMS:
 
     def _get(self, instance: int, page: int, count: int, length: int, stride: int) -> int:
         self._check_length(length, 0)
-        if not 0 < count <= m.MAX_PAGES:
-            raise BadRequest(f"a count of {count} pages, where 1 to {m.MAX_PAGES} may be")
+        self._check(page, count, m.MAX_PAGES)
         self._check(page, (count - 1) * stride + 1, self._spts[0].pages)
         spt = self._spts[instance]
         if self._info:

@@ -11,7 +11,7 @@ Interface:
 
 The pipe has no name. The instance opens it through /proc/PID/fd, which the kernel allows to
 processes of the same user only; where that fails (another machine, another container), Bell raises
-OSError, and the DMS, told so in HELLO, has to look often.
+OSError, and the DMS, which hears no RINGS of it, has to look often.
 
 Source: proc(5) on /proc/PID/fd; pipe(7).
 """

@@ -53,16 +53,24 @@ from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
 __all__ = ["PAGE_SIZE", "Config", "Space", "main", "parse_arguments", "run"]
 
 
-def _address(text: str) -> int:
-    return int(text, 0)
-
-
 def _yes(text: str) -> bool:
-    return {"yes": True, "no": False}[text]
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r}; yes or no")
+    return text == "yes"
 
 
-def _setting(default: Any, help: str, parse: Callable[[str], Any], choices: Any = None) -> Any:
-    return field(default=default, metadata={"help": help, "parse": parse, "choices": choices})
+# How a setting reads on a command line: what makes it of the text, and what the help calls it.
+_PARSE = {
+    "ADDR": lambda text: int(text, 0),
+    "PAGES": int,
+    "PATH": str,
+    "yes|no": _yes,
+}
+
+
+def _setting(default: Any, help: str, metavar: str = "", choices: Any = None) -> Any:
+    """metavar: a key of _PARSE; with choices, none."""
+    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -70,35 +78,34 @@ class Config:
     """The settings of a job. Raises ValueError, which names the setting, for what can't be."""
 
     start_addr: int = _setting(
-        0x10_0000_0000, "where the address space begins (an address, whole pages)", _address
+        0x10_0000_0000, "where the address space begins (an address, whole pages)", "ADDR"
     )
     end_addr: int = _setting(
-        0x20_0000_0000, "where it ends (an address, whole pages; not part of it)", _address
+        0x20_0000_0000, "where it ends (an address, whole pages; not part of it)", "ADDR"
     )
     high_threshold: int = _setting(
-        65536, "pages: an instance never holds more; when it holds so many, LPET wakes", int
+        65536, "an instance never holds more; when it holds so many, LPET wakes", "PAGES"
     )
     low_threshold: int | None = _setting(
-        None, "pages: LPET evicts until no more are left (default: 7/8 of high_threshold)", int
+        None, "LPET evicts until no more are left (default: 7/8 of high_threshold)", "PAGES"
     )
     disk: str | None = _setting(
-        None, "path of the DMS's disk file (default: a temporary file without a name)", str
+        None, "the DMS's disk file (default: a temporary file without a name)", "PATH"
     )
     idle_tracker: str = _setting(
         "auto",
         "how LPET finds idle pages: the kernel's idle bitmap (needs root and a kernel that has "
         "it), or unmapping; auto takes the bitmap where it can",
-        str,
-        TRACKERS,
+        choices=TRACKERS,
     )
     readahead: int = _setting(
-        256, "pages: at most so many are fetched at once for sequential access; 1: never", int
+        256, "at most so many are fetched at once for sequential access; 1: never", "PAGES"
     )
-    evict_batch: int = _setting(256, "pages: at most so many are evicted at once", int)
+    evict_batch: int = _setting(256, "at most so many are evicted at once", "PAGES")
     clean_tracking: bool = _setting(
-        True, "whether a page that was not written is dropped without being sent", _yes
+        True, "whether a page that was not written is dropped without being sent", "yes|no"
     )
-    log_level: str = _setting("warning", "the least level of log lines shown", str, log.LEVELS)
+    log_level: str = _setting("warning", "the least level of log lines shown", choices=log.LEVELS)
 
     def __post_init__(self) -> None:
         if self.low_threshold is None:
@@ -310,17 +317,17 @@ def parse_arguments(
     defaults: settings of this program that differ from Config's. A mistake is told in one line, by
     one rank, and ends the program with status 2.
     """
-    settings = parser.add_argument_group("EDM", "thresholds count pages")
+    settings = parser.add_argument_group("EDM")
     for setting in dataclasses.fields(Config):
+        metavar = setting.metadata["metavar"]
         settings.add_argument(
             "--" + setting.name.replace("_", "-"),
-            type=setting.metadata["parse"],
+            type=_PARSE.get(metavar, str),
             choices=setting.metadata["choices"],
             default=defaults.get(setting.name, setting.default),
             help=setting.metadata["help"],
-            metavar=None if setting.metadata["choices"] else "N" if "pages:" in
-            setting.metadata["help"] else "PATH" if setting.name == "disk" else "ADDR",
-        )  # fmt: skip
+            metavar=metavar or None,
+        )
     args = parser.parse_args()
     try:
         return args, Config(**{s.name: getattr(args, s.name) for s in dataclasses.fields(Config)})

@@ -230,7 +230,7 @@ class LSPT:
                     at += 1
                     if self.state[entry >> 1] in (CLEAN, DIRTY):
                         found.setdefault(entry >> 1, bool(entry & 1))
-            self._taken = at
+            self._taken = at if found else None
             return found
 
     def passed(self, candidates: Iterable[int], done: int, kept: Iterable[int]) -> None:

@@ -24,7 +24,7 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
 A page is named by its number in the space: (address - start_addr) / PAGE_SIZE. Instead of any of
 these answers the DMS may send ERROR with a reason in UTF-8; then nothing was changed.
 
-Each thread of an instance has an MPI tag of its own for its requests and their answers, and one
+Each MpiClient of an instance has an MPI tag of its own for its requests and their answers, and one
 request under way at a time.
 """
 
@@ -89,9 +89,9 @@ class MessageBuffer:
     """Memory for one message, made once: the header, then a body that begins at a page boundary."""
 
     def __init__(self) -> None:
-        size = 2 * PAGE_SIZE + MAX_RUNS * RUN.size + MAX_PAGES * PAGE_SIZE
-        memory = memoryview(mmap.mmap(-1, size))
-        self.whole = memory[PAGE_SIZE - HEADER.size :]
+        begin = PAGE_SIZE - HEADER.size
+        memory = memoryview(mmap.mmap(-1, begin + MAX_MESSAGE))
+        self.whole = memory[begin:]
         self.body = memory[PAGE_SIZE:]
 
     def head(self, kind: int, count: int = 0, page: int = 0, stride: int = 0) -> None:

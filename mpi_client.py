@@ -2,13 +2,14 @@
 
 In the picture: between the pager's threads and the DMS.
 
-Interface: a method for each kind of request in messages.py: hello, get, evict, free, locations,
-bye; and set_bell, once hello has given one. Each raises DMSError with the DMS's reason if it
+Interface: a method for each kind of request in messages.py: hello, free, locations, bye; and for
+those that a thread has other work to do during, two: ask_get and answer_get, ask_evict and
+answer_evict. set_bell, once hello has given one. Each raises DMSError with the DMS's reason if it
 refuses.
 
-Rules: one MpiClient a thread, each with a tag of its own; so no lock, and an answer can only go to
-who asked. Buffers are made once. An answer's content stays in the client's memory, valid until the
-next request.
+Rules: an MpiClient belongs to one thread, which may have several, each with a tag of its own; so
+no lock, and an answer can only go to who asked. One request at a time. Buffers are made once. An
+answer's content stays in the client's memory, valid until the next request.
 
 Waiting: MPI has no wait that sleeps. The DM-Handler tests in a loop and offers its core
 (sched_yield) after every test, because an answer takes microseconds; LPET and the main thread,

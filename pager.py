@@ -55,7 +55,7 @@ SHARE = 64  # a window is at most this part of high_threshold
 
 # Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
 # default of 5 ms is what a fault would wait while LPET computes.
-SWITCH_INTERVAL = 1e-6
+SWITCH_INTERVAL = 50e-6
 
 
 class Pager:
@@ -75,6 +75,7 @@ class Pager:
         start_addr, end_addr = config.start_addr, config.end_addr
         self._application, self._control = application, control
         uffd, self._memfd, pagemap_fd = descriptors.fds
+        self._uffd, self._start = Userfaultfd(uffd), start_addr
         self._lspt = LSPT(
             (end_addr - start_addr) // PAGE_SIZE, config.high_threshold, config.low_threshold
         )
@@ -193,7 +194,9 @@ class Pager:
         held = self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
         punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
         self._client.free(page, count)
-        self._lspt.left([(first, length) for first, length, _ in held])
+        # A thread that was in the midst of a fault there tries again, and finds nothing mapped.
+        for awaited in self._lspt.left([(first, length) for first, length, _ in held]):
+            self._uffd.wake(self._start + awaited * PAGE_SIZE, PAGE_SIZE)
         return b""
 
     def figures(self) -> dict[str, object]:

@@ -4,7 +4,7 @@ In the picture: a part of the DM-Handler, which does what this decides.
 
 Interface: Readahead.fault(page) is told every fault of a page that is neither here nor asked for,
 and gives the Stream that it continues, if any. The DM-Handler fetches stream.window pages, asks for
-the next window ahead of need (stream.ahead), and tells of what came of it: used, unused.
+the next window ahead of need (stream.ahead), and tells what came of it: used, ended.
 
 A stream begins with the second of two faults in neighbouring pages, or with the third of three at
 equal distances (its stride, at most MAX_STRIDE), with a small window, which doubles each time that
@@ -20,7 +20,6 @@ application has come so far.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +59,7 @@ class Readahead:
         self.max_window = max_window
         self._first_window = min(FIRST_WINDOW, max_window)
         self._streams: list[Stream] = []  # the one used last is the last
-        self._recent: OrderedDict[int, None] = OrderedDict()  # pages of single faults, in order
+        self._recent: dict[int, None] = {}  # pages of single faults, in order
 
     def fault(self, page: int) -> Stream | None:
         """The stream that a fault of this page continues or begins."""
@@ -80,7 +79,7 @@ class Readahead:
                 return stream
         self._recent[page] = None
         if len(self._recent) > REMEMBERED:
-            self._recent.popitem(last=False)
+            del self._recent[next(iter(self._recent))]
         return None
 
     def coming(self, page: int) -> Stream | None:
