@@ -11,10 +11,11 @@ One fault, from the message to the woken application:
                       HELD            LPET has it in its hands and will wake the fault: note that
                       CLEAN, DIRTY    it is there already (another thread's fault): wake;
                                       a first write to a CLEAN page: allow writing, which wakes
-                      ABSENT          fetch it
-                      COMING          it was asked for ahead of need: use that
-    _fetch          waits for room if high_threshold pages are here ("avoid memory flood"), and asks
-                    the DMS for the page, or for a window of pages if readahead.py sees a stream
+                      NEW, AWAY       fetch it: _get
+                      COMING          it was asked for ahead of need: _use_ahead
+    _get            waits for room if high_threshold pages are here ("avoid memory flood"), and asks
+                    the DMS for the page, or for a window of pages if readahead.py sees a stream.
+                    For NEW ones the answer is known, and is taken when nobody waits for it
     _finish         takes the answer, asks for the stream's next window already, and then
     _install        installs what came, which wakes:
                       first access           zero pages
@@ -37,8 +38,8 @@ from collections.abc import Sequence
 from logging import INFO
 
 from edm import log
-from edm.lspt import ABSENT, CLEAN, COMING, DIRTY, HELD_CLEAN, HELD_DIRTY, LSPT, Stopped
-from edm.messages import CONTENT
+from edm.lspt import AWAY, CLEAN, COMING, DIRTY, HELD_CLEAN, HELD_DIRTY, LSPT, NEW, Stopped
+from edm.messages import CONTENT, NEW_PAGES
 from edm.mpi_client import MpiClient
 from edm.readahead import Ahead, Readahead, Stream
 from edm.uffd_ctypes import (
@@ -112,6 +113,7 @@ class DmHandler:
         try:
             self._serve()
         finally:
+            self._client.take_ack()
             for stream in self._readahead.asked():  # no answer may be left under way
                 stream.ahead.client.answer_get()
 
@@ -141,14 +143,17 @@ class DmHandler:
                 self._end(stream)
         return command != STOP
 
-    @staticmethod
-    def _look_again(poll: select.poll) -> list[tuple[int, int]]:
-        """For EAGER seconds, offering the core at every look: the next fault is often near."""
+    def _look_again(self, poll: select.poll) -> list[tuple[int, int]]:
+        """For EAGER seconds, offering the core at every look: the next fault is often near.
+
+        Takes the ack of what the DMS was told, if no fault comes before it.
+        """
         until = time.monotonic() + EAGER
-        while time.monotonic() < until:
+        while time.monotonic() < until or not self._client.acked():
             os.sched_yield()
             if ready := poll.poll(0):
                 return ready
+        self._take_ack()
         return []
 
     def _resolve(self, flags: int, address: int) -> None:
@@ -169,10 +174,8 @@ class DmHandler:
                 self._other += 1
                 if self._info:
                     self._log.info("page in address : %#x is being evicted, wait for it", address)
-        if state == ABSENT:
-            self._fetch(page, address, write)
-        elif state == COMING:
-            self._use_ahead(self._readahead.coming(page), page, address, write)
+        if state in (NEW, AWAY, COMING):
+            self._fetch(page, write)
         elif state == DIRTY or state == CLEAN and not flags & UFFD_PAGEFAULT_FLAG_WP:
             self._uffd.wake(address, PAGE_SIZE)
             self._other += 1
@@ -188,30 +191,54 @@ class DmHandler:
 
     # ------------------------------------------------------------ fetching, and reading ahead
 
-    def _fetch(self, page: int, address: int, write: bool) -> None:
-        """A page that is ABSENT: ask the DMS for it, and for more if a stream has come here."""
+    def _fetch(self, page: int, write: bool) -> None:
+        """A page that is not here: see to it that it comes."""
+        came = range(0)
+        while page not in came:
+            # More than once if what was asked for ahead turns out shorter than up to this page;
+            # the window that was asked for then may have it, or not.
+            if self._lspt.state[page] == COMING:
+                came = self._use_ahead(self._readahead.coming(page), write)
+            else:
+                came = self._get(page, write)
+
+    def _get(self, page: int, write: bool) -> range:
+        """A page that is NEW or AWAY: ask the DMS for it, and for more if a stream has come here.
+
+        Returns the pages that came.
+        """
         stream = self._readahead.fault(page)
         pages = range(page, page + 1)
         with self._lspt.lock:
             self._make_room()
             if stream:
                 pages = self._lspt.fetchable(stream.wanted(page)) or pages
+            new = self._lspt.state[page] == NEW
             self._lspt.expect(pages)
+        self._take_ack()
         if self._info:
+            address = self._start + page * PAGE_SIZE
             self._log.info("send request for the page in address %#x from DMS", address)
-        self._client.ask_get(pages)
-        self._finish(Ahead(pages, self._client), stream, write)
+        if new:
+            self._client.tell_new(pages)
+            self._first_access += 1
+            if stream:
+                self._readahead.used(stream, pages)
+            self._install_all(pages, None, write)
+        else:
+            self._client.ask_get(pages)
+            pages = self._finish(Ahead(pages, self._client), stream, write)
         for surplus in self._readahead.surplus():
             self._end(surplus)
+        return pages
 
-    def _use_ahead(self, stream: Stream, page: int, address: int, write: bool) -> None:
-        """A page that is COMING: its window was asked for ahead. Install it."""
+    def _use_ahead(self, stream: Stream, write: bool) -> range:
+        """A page that is COMING: its window was asked for ahead. Install it; the pages that came."""
         ahead = stream.ahead
         stream.ahead = None
         came = self._finish(ahead, stream, write)
         self._free_clients.append(ahead.client)  # not before: the pages came out of its memory
-        if page not in came:  # the window has turned out shorter
-            self._fetch(page, address, write)
+        return came
 
     def _finish(self, ahead: Ahead, stream: Stream | None, write: bool) -> range:
         """Wait for the answer, ask for the stream's next window, install; the pages that came."""
@@ -222,31 +249,42 @@ class DmHandler:
         if stream:
             self._readahead.used(stream, pages)
             self._ask_ahead(stream)
-        if self._info:
-            address = self._start + pages.start * PAGE_SIZE
-            known = "previously accessed" if kind == CONTENT else "first access"
-            self._log.info("received ack for page in address : %#x (%s)", address, known)
-            what = "page content from DMS" if kind == CONTENT else "zero page"
-            self._log.info("copying %s to address : %#x", what, address)
+        self._log_ack(pages, kind)
         if kind == CONTENT:
             self._refetch += 1
+            self._install_all(pages, ahead.client.content_address, write)
         else:
             self._first_access += 1
+            self._install_all(pages, None, write)
+        return pages
+
+    def _take_ack(self) -> None:
+        if pages := self._client.take_ack():
+            self._log_ack(pages, NEW_PAGES)
+
+    def _log_ack(self, pages: range, kind: int) -> None:
+        if self._info:
+            address = self._start + pages[0] * PAGE_SIZE
+            known = "previously accessed" if kind == CONTENT else "first access"
+            self._log.info("received ack for page in address : %#x (%s)", address, known)
+
+    def _install_all(self, pages: range, source: int | None, write: bool) -> None:
+        """source: where their content is in this process; None for pages of zeros."""
+        if self._info:
+            what = "zero page" if source is None else "page content from DMS"
+            self._log.info("copying %s to address : %#x", what, self._start + pages[0] * PAGE_SIZE)
+        got = len(pages)
         self._fetched += got
         # The first few pages wake the application, which works on them while the rest comes.
         at = 0
         while at < got:
             upto = at + (FIRST_CHUNK if at == 0 else CHUNK) if pages.step == 1 else at + 1
-            source = ahead.client.content_address + at * PAGE_SIZE
-            self._install(pages[at:upto], source if kind == CONTENT else None, write)
+            here = None if source is None else source + at * PAGE_SIZE
+            self._install(pages[at:upto], here, write)
             at = upto
-        return pages
 
     def _install(self, pages: range, source: int | None, write: bool) -> None:
-        """Neighbours. Those that are read first are write-protected, to know if they stay CLEAN.
-
-        source: where their content is in this process; None for pages of zeros.
-        """
+        """Neighbours. Those that are read first are write-protected, to know if they stay CLEAN."""
         address, length = self._start + pages.start * PAGE_SIZE, len(pages) * PAGE_SIZE
         dirty = write or not self._track_clean
         try:
@@ -258,7 +296,9 @@ class DmHandler:
                 self._uffd.copy(address, self._zeros, length, True)
         except FileNotFoundError:
             # ENOENT: the application has unmapped the area under its own feet. Its fault is woken,
-            # to find out; the munmap that is under way tells the DMS.
+            # to find out. The DMS gets the pages back here, as the munmap may be over already.
+            self._take_ack()
+            self._client.evict_clean(pages)
             self._lspt.not_coming(pages)
             self._uffd.wake(address, length)
         else:
@@ -270,7 +310,7 @@ class DmHandler:
             return
         with self._lspt.lock:
             pages = self._lspt.fetchable(stream.wanted(stream.next))
-            if len(pages) < 2:
+            if len(pages) < 2 or self._lspt.state[pages.start] == NEW:
                 return
             self._lspt.expect(pages)
         client = self._free_clients.pop()

@@ -4,14 +4,14 @@ In the picture: the table between the DM-Handler (which adds pages), LPET (which
 and the main thread (which frees them at munmap). Every page state is named here, and the methods
 of LSPT are the only code that changes one.
 
-                         expect             arrived
-        ABSENT  ──────────────────►  COMING  ──────►  CLEAN or DIRTY
-          ▲                                              │ CLEAN ──written──► DIRTY
-          │ left                                         │
-          └───────────  HELD  ◄───────── hold ───────────┤   (LPET: to evict it, or to mark it idle)
-                        └────── released ───────────────►┘   (marked, or the DMS refused it)
+                           expect            arrived
+        NEW or AWAY  ──────────────►  COMING  ─────►  CLEAN or DIRTY
+              ▲                                          │ CLEAN ──written──► DIRTY
+              │ left                                     │
+              └──────────────  HELD  ◄────── hold ───────┤   (LPET: to evict it, or to mark it idle)
+                               └────── released ────────►┘   (marked, or the DMS refused it)
 
-    munmap takes pages the same way: hold_all, then left.
+    munmap takes pages the same way, and makes them NEW: hold_all, then freed.
 
 Interface: the methods named on the arrows, and for waiting: ask_for_room, wait_for_work;
 LPET reads the order with next_candidates and turns it with passed; the DM-Handler asks
@@ -43,19 +43,21 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 
-ABSENT = 0  # never accessed, or with the DMS
-COMING = 1  # asked for, not yet installed
-CLEAN = 2  # here, write-protected
-DIRTY = 3  # here, writable
-HELD_CLEAN = 4  # as CLEAN, but LPET or munmap has it in its hands: faults wait
-HELD_DIRTY = 5  # as DIRTY, likewise
+NEW = 0  # never accessed: the DMS knows no more of it than that it is zeros
+AWAY = 1  # it was here, or may have been: the DMS has to be asked
+COMING = 2  # asked for, not yet installed
+CLEAN = 3  # here, write-protected
+DIRTY = 4  # here, writable
+HELD_CLEAN = 5  # as CLEAN, but LPET or munmap has it in its hands: faults wait
+HELD_DIRTY = 6  # as DIRTY, likewise
 
 MAX_PAGES = 1 << 31  # of a space: the order's entries have four bytes, one bit of it the mark
 SMALL = 1024  # with a lower high_threshold, LPET is woken when that is reached, not before
 
 _CLEAN_OR_DIRTY_RUN = re.compile(b"%c+|%c+" % (CLEAN, DIRTY))
+_FETCHABLE = re.compile(b"%c+|%c*" % (AWAY, NEW))
 _UNSETTLED = re.compile(b"[%c%c%c]" % (COMING, HELD_CLEAN, HELD_DIRTY))
-_RELEASE = bytes((0, 1, 2, 3, CLEAN, DIRTY)) + bytes(250)
+_RELEASE = bytes((NEW, AWAY, COMING, CLEAN, DIRTY, CLEAN, DIRTY)) + bytes(249)
 
 Run = tuple[int, int]  # (first page, count of pages)
 HeldRun = tuple[int, int, bool]  # (first page, count of pages, whether they were DIRTY)
@@ -90,7 +92,7 @@ class LSPT:
         """
         self.lock = threading.Lock()
         self.state = mmap.mmap(-1, pages)  # one byte a page: the states above
-        self.resident = 0  # how many pages are not ABSENT
+        self.resident = 0  # how many pages are neither NEW nor AWAY
         self.peak = 0  # the most that resident ever was
         self.awaited: set[int] = set()  # HELD pages on which a fault has come
         self.unwanted: Run = (0, 0)  # the pages that munmap waits for
@@ -111,7 +113,7 @@ class LSPT:
     # ------------------------------------------------------------ the DM-Handler's transitions
 
     def expect(self, pages: range) -> None:
-        """Locked. ABSENT → COMING: the pages are on their way, and count as resident."""
+        """Locked. NEW or AWAY → COMING: they are on their way, and count as resident."""
         self._set(pages, COMING)
         self.resident += len(pages)
         self.peak = max(self.peak, self.resident)
@@ -130,9 +132,9 @@ class LSPT:
             self._settled.notify_all()
 
     def not_coming(self, pages: range) -> None:
-        """COMING → ABSENT: they could not be had after all."""
+        """COMING → AWAY: they could not be had after all."""
         with self.lock:
-            self._absent(pages)
+            self._leave(pages, AWAY, len(pages))
 
     def written(self, page: int) -> None:
         """Locked. CLEAN → DIRTY: the caller lifts the write-protection, still locked."""
@@ -189,11 +191,19 @@ class LSPT:
             return self._no_longer_awaited(runs)
 
     def left(self, runs: Iterable[Run]) -> list[int]:
-        """HELD → ABSENT. Returns the pages whose faults are to be woken."""
+        """HELD → AWAY. Returns the pages whose faults are to be woken."""
         with self.lock:
             for page, count in runs:
-                self._absent(range(page, page + count))
+                self._leave(range(page, page + count), AWAY, count)
             return self._no_longer_awaited(runs)
+
+    def freed(self, page: int, count: int) -> list[int]:
+        """For munmap: HELD or AWAY → NEW. Returns the pages whose faults are to be woken."""
+        with self.lock:
+            states = self.state[page : page + count]
+            held = states.count(HELD_CLEAN) + states.count(HELD_DIRTY)
+            self._leave(range(page, page + count), NEW, held)
+            return self._no_longer_awaited([(page, count)])
 
     def _set(self, pages: range, state: int) -> None:
         if len(pages) == 1:
@@ -201,9 +211,9 @@ class LSPT:
         else:
             self.state[pages.start : pages.stop : pages.step] = bytes((state,)) * len(pages)
 
-    def _absent(self, pages: range) -> None:
-        self._set(pages, ABSENT)
-        self.resident -= len(pages)
+    def _leave(self, pages: range, state: int, resident: int) -> None:
+        self._set(pages, state)
+        self.resident -= resident
         self._room.notify_all()
         self._settled.notify_all()
 
@@ -274,7 +284,7 @@ class LSPT:
     def fetchable(self, wanted: range) -> range:
         """Locked. As many of these pages, from the first on, as may be fetched together.
 
-        They are ABSENT, in one area, and fit under the high threshold.
+        They are all NEW or all AWAY, in one area, and fit under the high threshold.
         """
         page = wanted.start
         index = bisect.bisect_right(self._areas, (page, MAX_PAGES)) - 1
@@ -282,7 +292,7 @@ class LSPT:
         wanted = range(page, min(wanted.stop, end), wanted.step)
         wanted = wanted[: max(0, self._high - self.resident)]
         states = self.state[wanted.start : wanted.stop : wanted.step]
-        return wanted[: len(states) - len(states.lstrip(b"\0"))]
+        return wanted[: _FETCHABLE.match(states).end()]
 
     # ------------------------------------------------------------ waiting
 

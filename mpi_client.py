@@ -4,8 +4,7 @@ In the picture: between the pager's threads and the DMS.
 
 Interface: a method for each kind of request in messages.py: hello, free, locations, bye; and for
 those that a thread has other work to do during, two: ask_get and answer_get, ask_evict and
-answer_evict. set_bell, once hello has given one. Each raises DMSError with the DMS's reason if it
-refuses.
+answer_evict, tell_new and take_ack. set_bell, once hello has given one. Each raises DMSError with the DMS's reason if it refuses.
 
 Rules: an MpiClient belongs to one thread, which may have several, each with a tag of its own; so
 no lock, and an answer can only go to who asked. One request at a time. Buffers are made once. An
@@ -48,6 +47,7 @@ class MpiClient:
         self._comm, self._dms, self._tag, self._patient = comm, dms, tag, patient
         self._receive = comm.Recv_init([self.answer.whole, MPI.BYTE], dms, tag)
         self._bell: Bell | None = None
+        self._told = range(0)  # pages of tell_new whose ack was not taken yet
         self._asked_at = 0.0
         self._awake_until = 0.0  # the DMS is surely awake until then, in seconds of the clock
         self._log = log.logger("MpiClient")
@@ -101,6 +101,22 @@ class MpiClient:
         if kind == m.CONTENT:
             self.bytes_received += got * m.PAGE_SIZE
         return kind, got
+
+    def tell_new(self, pages: range) -> None:
+        """Tell the DMS that the instance has taken these pages, which were NEW; wait for nothing."""
+        self.ask_get(pages)
+        self._told = pages
+
+    def acked(self) -> bool:
+        """Would take_ack wait for nothing?"""
+        return not self._told or self._receive.Test()
+
+    def take_ack(self) -> range:
+        """Wait for the ack of what tell_new has told, if it was not taken yet. Of which pages?"""
+        told, self._told = self._told, range(0)
+        if told and self.answer_get() != (m.NEW_PAGES, len(told)):
+            raise m.DMSError(f"{told} were taken for new, and the DMS has some of them")
+        return told
 
     def ask_evict(self, runs: int, content_length: int) -> None:
         """Send the run table and the content (bytes) that question.body holds; wait for nothing."""

@@ -191,11 +191,11 @@ class Pager:
     def _munmap(self, page: int, count: int) -> bytes:
         """The application has unmapped these pages: free them, here and on the DMS."""
         self._lspt.unmapped(page, count)
-        held = self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
+        self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
         punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
         self._client.free(page, count)
         # A thread that was in the midst of a fault there tries again, and finds nothing mapped.
-        for awaited in self._lspt.left([(first, length) for first, length, _ in held]):
+        for awaited in self._lspt.freed(page, count):
             self._uffd.wake(self._start + awaited * PAGE_SIZE, PAGE_SIZE)
         return b""
 

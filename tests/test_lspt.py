@@ -6,13 +6,14 @@ import threading
 import pytest
 
 from edm.lspt import (
-    ABSENT,
+    AWAY,
     CLEAN,
     COMING,
     DIRTY,
     HELD_CLEAN,
     HELD_DIRTY,
     LSPT,
+    NEW,
     Stopped,
     runs_of,
 )
@@ -42,7 +43,7 @@ def test_a_page_comes_is_written_is_held_and_leaves():
     lspt = LSPT(8, high_threshold=4)
     with lspt.lock:
         lspt.expect(range(3, 5))
-    assert lspt.state[2:6] == bytes((ABSENT, COMING, COMING, ABSENT)) and lspt.resident == 2
+    assert lspt.state[2:6] == bytes((NEW, COMING, COMING, NEW)) and lspt.resident == 2
     lspt.arrived(range(3, 5), dirty=False)
     assert lspt.state[3:5] == bytes((CLEAN, CLEAN))
     with lspt.lock:
@@ -52,16 +53,16 @@ def test_a_page_comes_is_written_is_held_and_leaves():
     lspt.released([(4, 1)])
     assert lspt.state[3:5] == bytes((HELD_CLEAN, DIRTY))
     lspt.left([(3, 1)])
-    assert lspt.state[3:5] == bytes((ABSENT, DIRTY)) and lspt.resident == 1
+    assert lspt.state[3:5] == bytes((AWAY, DIRTY)) and lspt.resident == 1
     assert lspt.peak == 2
 
 
-def test_what_could_not_be_had_is_absent_again():
+def test_what_could_not_be_had_is_to_be_asked_for_again():
     lspt = LSPT(8, high_threshold=4)
     with lspt.lock:
         lspt.expect(range(3, 4))
     lspt.not_coming(range(3, 4))
-    assert lspt.state[3] == ABSENT and lspt.resident == 0 and in_order(lspt) == []
+    assert lspt.state[3] == AWAY and lspt.resident == 0 and in_order(lspt) == []
 
 
 @pytest.mark.parametrize("letting_go", ["left", "released"])
@@ -203,7 +204,18 @@ def test_munmap_waits_until_lpet_and_dm_handler_have_let_go():
     assert held == [[(0, 4, True), (4, 1, False)]]
 
 
-def test_what_may_be_fetched_together_is_absent_in_one_area_and_fits():
+def test_freed_pages_are_new_and_their_faults_are_woken():
+    lspt = LSPT(100, high_threshold=100)
+    come(lspt, 0, 4)
+    evict(lspt, [1])
+    lspt.hold_all(0, 3)
+    lspt.awaited |= {2, 50}
+    assert lspt.freed(0, 3) == [2]
+    assert lspt.state[:4] == bytes((NEW, NEW, NEW, DIRTY)) and lspt.resident == 1
+    assert lspt.awaited == {50}
+
+
+def test_what_may_be_fetched_together_is_of_one_state_in_one_area_and_fits():
     lspt = LSPT(100, high_threshold=10)
 
     def fetchable(wanted):
@@ -219,7 +231,10 @@ def test_what_may_be_fetched_together_is_absent_in_one_area_and_fits():
     come(lspt, 16)
     assert fetchable(range(10, 40)) == range(10, 16)
     assert fetchable(range(10, 40, 3)) == range(10, 16, 3)
-    come(lspt, 40, 7)
+    evict(lspt, [16])
+    assert fetchable(range(10, 20)) == range(10, 16)
+    assert fetchable(range(16, 20)) == range(16, 17)
+    come(lspt, 40, 8)
     assert fetchable(range(20, 30)) == range(20, 22)
     lspt.unmapped(10, 20)
     assert len(fetchable(range(20, 30))) == 0

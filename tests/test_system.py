@@ -151,7 +151,17 @@ def test_mpi_imported_before_run_is_refused(run):
     assert ended.returncode != 0 and "ValueError: edm.run: mpi4py.MPI" in ended.stdout
 
 
-# ---------------------------------------------------------------- while nothing happens
+# ---------------------------------------------------------------- what it costs
+
+
+def test_a_page_in_use_takes_less_than_16_bytes_and_64_gib_begin_in_under_a_second(
+    mpirun, tmp_path
+):
+    """For pager and DMS together."""
+    ended = mpirun(PROGRAMS / "memory.py", tmp_path / "pids", time.time(), 0.25)
+    assert ended.returncode == 0, ended.stdout
+    assert float(re.search(r"bytes a page (\S+)", ended.stdout)[1]) <= 16
+    assert float(re.search(r"began after (\S+)", ended.stdout)[1]) < 1
 
 
 def test_a_silent_dms_takes_less_than_5_percent_of_a_core_and_wakes_when_needed(mpirun):

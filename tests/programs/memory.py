@@ -1,0 +1,47 @@
+"""What pager and DMS take for a page of address space in use, and when the application begins."""
+
+import os
+import sys
+import time
+
+import edm
+
+# The DMS tells its process id here. argv: that file, when the job was started, and how
+# many GiB to touch.
+pids, started = sys.argv[1], float(sys.argv[2])
+with open(pids, "a") as file:
+    print(os.getpid(), file=file)
+
+PAGE, GIB = edm.PAGE_SIZE, 1 << 30
+SIZE = int(float(sys.argv[3]) * GIB)  # bytes touched
+WARM = 64 << 20  # bytes touched before the first look: by then every buffer is in use
+
+
+def taken(pid):
+    """Bytes of memory that the process has, apart from files' pages."""
+    with open(f"/proc/{pid}/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+
+
+def app(space):
+    print("began after", time.time() - started)
+    with open(pids) as file:
+        ranks = set(map(int, file.read().split()))
+    area = space.mmap(SIZE + WARM)
+
+    def touch(begin, end):
+        for at in range(begin, end, PAGE):
+            if at // PAGE % 2:
+                area[at] = 1
+            elif area[at]:
+                sys.exit("a page that nobody wrote is not zero")
+
+    touch(0, WARM)
+    before = sum(map(taken, ranks))
+    touch(WARM, WARM + SIZE)
+    grown = sum(map(taken, ranks)) - before
+    print("bytes a page", grown / (SIZE / PAGE))
+
+
+edm.run(app, edm.Config(high_threshold=4096, end_addr=0x10_0000_0000 + 64 * GIB))
