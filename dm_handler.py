@@ -13,6 +13,7 @@ One fault, from the message to the woken application:
                                       a first write to a CLEAN page: allow writing, which wakes
                       NEW, AWAY       fetch it: _get
                       COMING          it was asked for ahead of need: _use_ahead
+                      LOST            another thread's fault has found it so: wake
     _get            waits for room if high_threshold pages are here ("avoid memory flood"), and asks
                     the DMS for the page, or for a window of pages if readahead.py sees a stream.
                     For NEW ones the answer is known, and is taken when nobody waits for it
@@ -29,6 +30,7 @@ because LPET must find either a protected CLEAN page or a writable DIRTY one.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import select
@@ -38,8 +40,19 @@ from collections.abc import Sequence
 from logging import INFO
 
 from edm import log
-from edm.lspt import AWAY, CLEAN, COMING, DIRTY, HELD_CLEAN, HELD_DIRTY, LSPT, NEW, Stopped
-from edm.messages import CONTENT, NEW_PAGES
+from edm.lspt import (
+    AWAY,
+    CLEAN,
+    COMING,
+    DIRTY,
+    HELD_CLEAN,
+    HELD_DIRTY,
+    LOST,
+    LSPT,
+    NEW,
+    Stopped,
+)
+from edm.messages import CONTENT, NEW_PAGES, UNREADABLE
 from edm.mpi_client import MpiClient
 from edm.readahead import Ahead, Readahead, Stream
 from edm.uffd_ctypes import (
@@ -176,7 +189,7 @@ class DmHandler:
                     self._log.info("page in address : %#x is being evicted, wait for it", address)
         if state in (NEW, AWAY, COMING):
             self._fetch(page, write)
-        elif state == DIRTY or state == CLEAN and not flags & UFFD_PAGEFAULT_FLAG_WP:
+        elif state in (DIRTY, LOST) or state == CLEAN and not flags & UFFD_PAGEFAULT_FLAG_WP:
             self._uffd.wake(address, PAGE_SIZE)
             self._other += 1
         if self._info:
@@ -228,9 +241,33 @@ class DmHandler:
         else:
             self._client.ask_get(pages)
             pages = self._finish(Ahead(pages, self._client), stream, write)
+            if not pages:
+                self._lose(page)
+                pages = range(page, page + 1)
         for surplus in self._readahead.surplus():
             self._end(surplus)
         return pages
+
+    def _lose(self, page: int) -> None:
+        """The DMS can't give this page back: touching it is a SIGBUS from now on, never zeros."""
+        address, reason = self._start + page * PAGE_SIZE, self._client.reason()
+        self._log.error("page in address %#x can't be brought back: %s", address, reason)
+        self._lspt.lost(page)
+        try:
+            # A page that was write-protected has left a mark of that in the page table, and poison
+            # wants an empty place there (EEXIST).
+            self._uffd.writeprotect_mapped(address, PAGE_SIZE, False)
+            self._uffd.poison(address, PAGE_SIZE)
+        except (FileNotFoundError, ProcessLookupError):
+            self._uffd.wake(address, PAGE_SIZE)  # it is unmapped, or nobody is there any more
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTTY):
+                raise
+            raise OSError(
+                errno.EIO,
+                f"page in address {address:#x} can't be brought back: {reason}; and this kernel "
+                "can't tell the application so (UFFDIO_POISON: Linux 6.6)",
+            ) from None
 
     def _use_ahead(self, stream: Stream, write: bool) -> range:
         """A page that is COMING: its window was asked for ahead. Install it; the pages that came."""
@@ -246,6 +283,10 @@ class DmHandler:
         pages, missed = ahead.pages[:got], ahead.pages[got:]
         if missed:
             self._lspt.not_coming(missed)
+        if kind == UNREADABLE:
+            if stream:
+                self._readahead.ended(stream)
+            return pages
         if stream:
             self._readahead.used(stream, pages)
             self._ask_ahead(stream)
@@ -288,12 +329,14 @@ class DmHandler:
         address, length = self._start + pages.start * PAGE_SIZE, len(pages) * PAGE_SIZE
         dirty = write or not self._track_clean
         try:
-            if source is not None:
-                self._uffd.copy(address, source, length, not dirty)
-            elif dirty:
-                self._uffd.zeropage(address, length)
-            else:
-                self._uffd.copy(address, self._zeros, length, True)
+            with self._lspt.installing:
+                if source is not None:
+                    self._uffd.copy(address, source, length, not dirty)
+                elif dirty:
+                    self._uffd.zeropage(address, length)
+                else:
+                    self._uffd.copy(address, self._zeros, length, True)
+                self._lspt.arrived(pages, dirty)
         except FileNotFoundError:
             # ENOENT: the application has unmapped the area under its own feet. Its fault is woken,
             # to find out. The DMS gets the pages back here, as the munmap may be over already.
@@ -301,8 +344,6 @@ class DmHandler:
             self._client.evict_clean(pages)
             self._lspt.not_coming(pages)
             self._uffd.wake(address, length)
-        else:
-            self._lspt.arrived(pages, dirty)
 
     def _ask_ahead(self, stream: Stream) -> None:
         """Ask for the stream's next window before it is needed, if there is room for it."""
@@ -323,6 +364,7 @@ class DmHandler:
         self._readahead.ended(stream)
         if ahead:
             _, got = ahead.client.answer_get()
-            ahead.client.evict_clean(ahead.pages[:got])
+            if got:
+                ahead.client.evict_clean(ahead.pages[:got])
             self._free_clients.append(ahead.client)
             self._lspt.not_coming(ahead.pages)

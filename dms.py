@@ -4,11 +4,12 @@ In the picture: the box on the right, rank 0 of the job.
 
 Interface: DMS(comm, ...).serve() answers the instances' requests until the last has said BYE.
     SPT     of one instance: a byte a page, where it is now
-    Disk    of one instance: the file, reached by pread and pwrite at a page's own offset
+    Disk    of one instance: the file, reached by pread and pwrite at a page's own places
 
 Rules: one thread, one process, no locks. A request is checked before anything is changed, and one
-that is wrong is answered with ERROR and a reason; nothing that arrives ends the DMS. An eviction
-is acknowledged when its bytes are written to the disk file.
+that is wrong is answered with ERROR and a reason; nothing that arrives ends the DMS, SIGTERM and
+SIGINT neither: the instances end it, when they have written back what they hold. An eviction is
+acknowledged when its bytes are written to the disk file.
 
 A page's bytes stay on the disk while the instance has the page too. So a page that was not written
 meanwhile (CLEAN in the LSPT) goes back without its bytes.
@@ -19,6 +20,28 @@ meanwhile (CLEAN in the LSPT) goes back without its bytes.
     INSTANCE | DISK   INSTANCE_n      DISK
     DISK              DISK
 
+and SLOT beside DISK, if the page's bytes are in the second of its two places.
+
+The disk file (little-endian; all of it is sparse):
+
+    at 0, at 64 KiB        the header, twice: HEADER and the crc32 of that. Epoch n is written into
+                           the copy n % 2, so that there always is a whole one. The newer counts
+    at 128 KiB (TABLE)     for each page a pair of entries, of its first place and its second:
+                             u64   epoch << 33 | hole << 32 | crc32 of the page's bytes
+                           0: nothing there. hole: no bytes, the page was freed
+    after it, at a         the pages' first places; behind those, if the disk is kept, the second
+    multiple of 64 KiB     ones. A page is at its number times its size
+
+The epoch of the header is that of the last sync; a page that is written belongs to the next one,
+whose entries only count when the next sync has written the header. The entry with the greater epoch
+is the page's current one. A page is always written to the place which that last sync does not need,
+its bytes first, then its entry. So at every moment the file holds all pages as they were when the
+last sync returned, whatever was written since; and that is what a job which resumes it gets, unless
+the one before it ended with a sync, as it does unless DMS or pager are killed. sync is: fsync, write
+the header, fsync.
+
+A disk that is not kept has the same format, uses the first places only, and begins anew.
+
 Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next one without pause
 for a moment, offering its core at every look; then it sleeps until its doorbell rings. It looks
 again now and then all the same, and often if an instance can't ring.
@@ -27,19 +50,26 @@ again now and then all the same, and often if an instance can't ring.
 from __future__ import annotations
 
 import errno
+import fcntl
+import itertools
 import mmap
 import os
 import re
+import signal
 import tempfile
 import time
+import zlib
+from array import array
+from collections.abc import Iterator
 from logging import DEBUG, INFO
+from struct import Struct
 
 from mpi4py import MPI
 
 from edm import log
 from edm import messages as m
 from edm.doorbell import Doorbell
-from edm.messages import DISK, INSTANCE, NEW
+from edm.messages import DISK, INSTANCE, NEW, SLOT
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_TIMERSLACK, prctl, punch_hole
 
 EAGER = 2 * m.AWAKE  # seconds after a message in which the DMS does not sleep
@@ -48,11 +78,22 @@ LOOK = 20e-6  # seconds that a look takes
 SLEEP = 10e-3  # seconds between two looks, if all of them can
 
 
+# The disk file's format.
+MAGIC, FORMAT = b"EDM disk", 1
+HEADER = Struct("<8sII IQQ Q")  # magic, format, kept; page size, start_addr, end_addr; epoch
+CRC = Struct("<I")
+HEADER_COPY = 64 << 10  # bytes from one copy to the other; divisible by every page size
+TABLE = 2 * HEADER_COPY
+PAIR = 16  # bytes of a page's two entries
+EPOCH, HOLE = 33, 1 << 32
+PART = 1 << 16  # pages at most whose entries are looked at together
+
+
 class SPT:
     """Where each page of one instance's space is. Pages are numbered from its start_addr."""
 
     _SAME = re.compile(rb"(?s)(.)\1*")
-    _ELSEWHERE = re.compile(rb"[\0\2]")
+    _ELSEWHERE = re.compile(rb"[\0\2\6]")
     _ACCESSED = re.compile(rb"[^\0]")
 
     def __init__(self, pages: int, instance: int) -> None:
@@ -79,8 +120,11 @@ class SPT:
 
     def dropped(self, page: int, count: int) -> None:
         """INSTANCE → NEW, INSTANCE | DISK → DISK: the instance gives back what it did not write."""
-        kept = self.read(page, count).translate(bytes((NEW, NEW, DISK, DISK)) + bytes(252))
-        self._bytes[page : page + count] = kept
+        self.load(page, self.read(page, count).translate(bytes(b & ~INSTANCE for b in range(256))))
+
+    def load(self, page: int, states: bytes) -> None:
+        """Set the bytes of as many pages, from page on."""
+        self._bytes[page : page + len(states)] = states
 
     def all_in_instance(self, page: int, count: int) -> bool:
         if count == 1:
@@ -97,43 +141,255 @@ class SPT:
 
 
 class Disk:
-    """The file of one instance's pages: page n is at n * PAGE_SIZE.
+    """The file of one instance's pages. Its format is at the top of this file."""
 
-    Without a path, a temporary file without a name, which nobody else can open and which is gone
-    with the DMS.
-    """
+    def __init__(self, path: str | None, start_addr: int, end_addr: int, keep: bool) -> None:
+        """Without a path, a temporary file without a name. keep: it outlives the job.
 
-    def __init__(self, path: str | None, length: int) -> None:
-        """Raises OSError, which names the file, when it can't be made."""
+        Raises ValueError, which names the file, if it is not one to use; OSError when it can't be
+        made.
+        """
+        self._path, self._keep = path, keep
+        self._geometry = (PAGE_SIZE, start_addr, end_addr)
+        pages = (end_addr - start_addr) // PAGE_SIZE
+        self._data = -(-(TABLE + pages * PAIR) // HEADER_COPY) * HEADER_COPY
+        self._slot = pages * PAGE_SIZE  # bytes from a page's first place to its second
+        self._synced = 0  # the epoch that the disk goes back to after a crash
+        self._freed: list[tuple[int, int]] = []  # (first page, count) since then
+        self._failed_sync: OSError | None = None
         if path is None:
             self._fd, name = tempfile.mkstemp(prefix="edm-")
             os.unlink(name)
         else:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_TRUNC
-            self._fd = os.open(path, flags, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(self._fd, length)
+            self._begin(path or name)
+            os.ftruncate(self._fd, self._data + self._slot * (2 if keep else 1))
         except OSError as error:
-            raise OSError(error.errno, f"ftruncate to {length} bytes: {error.strerror}", path)
+            os.close(self._fd)
+            raise OSError(error.errno, f"{error.strerror} ({path or name})") from None
+        except ValueError:
+            os.close(self._fd)
+            raise
 
-    def read(self, pages: range, into: memoryview) -> None:
-        """Read these pages, one behind the other."""
-        length = len(into) if pages.step == 1 else PAGE_SIZE
-        for at, page in zip(range(0, len(into), length), pages, strict=False):
-            if os.preadv(self._fd, [into[at : at + length]], page * PAGE_SIZE) != length:
-                raise OSError(errno.EIO, "preadv: short read of the disk file")
-
-    def write(self, page: int, content: memoryview) -> None:
-        if os.pwrite(self._fd, content, page * PAGE_SIZE) != len(content):
-            raise OSError(errno.EIO, "pwrite: short write to the disk file")
-
-    def discard(self, page: int, count: int) -> None:
-        """Give the blocks back, where the file system can do that; the SPT says NEW anyway."""
+    def _begin(self, name: str) -> None:
         try:
-            punch_hole(self._fd, page * PAGE_SIZE, count * PAGE_SIZE)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"disk: {name} is in use by another job") from None
+        found = os.fstat(self._fd).st_size
+        if found:
+            kept = self._read_header(name)
+            if kept and not self._keep:
+                raise ValueError(
+                    f"disk: {name} is the kept disk of an earlier job; "
+                    "--keep yes goes on with it, removing the file gives it up"
+                )
+            if self._keep and not kept:
+                raise ValueError(f"disk: {name} was not kept by its job; remove it")
+        os.fchmod(self._fd, 0o600)
+        if not self._keep:
+            os.ftruncate(self._fd, 0)
+        if not self._keep or not found:
+            self._write_header()
+            os.fsync(self._fd)
+
+    # ------------------------------------------------------------ the header
+
+    def _write_header(self) -> None:
+        fields = HEADER.pack(MAGIC, FORMAT, self._keep, *self._geometry, self._synced)
+        copy = fields + CRC.pack(zlib.crc32(fields))
+        self._write_all(memoryview(copy), self._synced % 2 * HEADER_COPY)
+
+    def _read_header(self, name: str) -> bool:
+        """Take the epoch from the newer copy. Was the disk kept?"""
+        magic, whole = False, []
+        for at in (0, HEADER_COPY):
+            raw = os.pread(self._fd, HEADER.size + CRC.size, at)
+            magic = magic or raw.startswith(MAGIC)
+            if len(raw) == HEADER.size + CRC.size:
+                fields, crc = raw[: HEADER.size], raw[HEADER.size :]
+                if magic and CRC.pack(zlib.crc32(fields)) == crc:
+                    whole.append(HEADER.unpack(fields))
+        if not magic:
+            raise ValueError(f"disk: {name} is not an EDM disk; choose another path")
+        if not whole:
+            raise ValueError(f"disk: the header of {name} is damaged; no job can use it")
+        _, version, kept, *geometry, self._synced = max(whole, key=lambda header: header[-1])
+        if version != FORMAT:
+            raise ValueError(
+                f"disk: {name} has version {version} of the format; this EDM knows {FORMAT}"
+            )
+        if kept and tuple(geometry) != self._geometry:
+            size, start, end = geometry
+            raise ValueError(
+                f"disk: {name} is of another geometry: pages of {size} bytes, start_addr "
+                f"{start:#x}, end_addr {end:#x}; give the same ones"
+            )
+        return bool(kept)
+
+    # ------------------------------------------------------------ the table
+
+    def _read_pairs(self, page: int, count: int) -> array:
+        """Two entries for each of these pages: of its first place, and of its second."""
+        pairs = array("Q", os.pread(self._fd, count * PAIR, TABLE + page * PAIR))
+        if len(pairs) != 2 * count:
+            raise OSError(errno.EIO, "pread: short read of the disk file's table")
+        return pairs
+
+    def _write_pairs(self, page: int, pairs: array) -> None:
+        self._write_all(memoryview(pairs).cast("B"), TABLE + page * PAIR)
+
+    def _used(self, page: int, count: int) -> Iterator[tuple[int, array]]:
+        """(first page, pairs) for the parts of this range that have entries at all."""
+        at, end = TABLE + page * PAIR, TABLE + (page + count) * PAIR
+        while at < end:
+            try:
+                at = max(at, os.lseek(self._fd, at, os.SEEK_DATA)) // PAIR * PAIR
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return  # there is no more data
+            stop = min(end, at + PART * PAIR, os.lseek(self._fd, at, os.SEEK_HOLE))
+            stop = -(-stop // PAIR) * PAIR
+            if at < end:
+                first = (at - TABLE) // PAIR
+                yield first, self._read_pairs(first, (stop - at) // PAIR)
+            at = stop
+
+    def _writable(self, pairs: array) -> list[int]:
+        """Which place of each page is to be written: the one that a crash would not go back to."""
+        if not self._keep:
+            return [0] * (len(pairs) // 2)
+        synced = self._synced
+        return [
+            (b > a) if max(a, b) >> EPOCH > synced else not b > a
+            for a, b in zip(pairs[0::2], pairs[1::2], strict=True)
+        ]
+
+    def restore(self) -> Iterator[tuple[int, bytes]]:
+        """Go back to the last sync: (first page, the SPT's bytes from it on) for what there is."""
+        newest = self._synced + 1 << EPOCH
+        for first, pairs in self._used(0, self._slot // PAGE_SIZE):
+            if max(pairs) >= newest:
+                pairs = array("Q", [0 if entry >= newest else entry for entry in pairs])
+                self._write_pairs(first, pairs)
+            yield (
+                first,
+                bytes(
+                    0 if not (a or b) or max(a, b) & HOLE else DISK | (SLOT if b > a else 0)
+                    for a, b in zip(pairs[0::2], pairs[1::2], strict=True)
+                ),
+            )
+
+    # ------------------------------------------------------------ the pages
+
+    def read(self, pages: range, byte: int, into: memoryview) -> int:
+        """Read these pages, one behind the other, from where the SPT's byte says.
+
+        Returns how many are whole, from the first on. Raises OSError if not even that is.
+        """
+        slot = bool(byte & SLOT)
+        span = pages[-1] + 1 - pages.start
+        entries = self._read_pairs(pages.start, span)[slot :: 2 * pages.step]
+        base = self._data + slot * self._slot
+        failure = OSError(errno.EIO, "the checksum is wrong")
+        try:
+            if pages.step == 1:
+                got = os.preadv(self._fd, [into], base + pages.start * PAGE_SIZE)
+            else:
+                got = 0
+                for page in pages:
+                    here = into[got : got + PAGE_SIZE]
+                    got += os.preadv(self._fd, [here], base + page * PAGE_SIZE)
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
+            if len(pages) > 1:  # which of them is it? Those before it are good
+                return self.read(pages[:1], byte, into[:PAGE_SIZE])
+            failure, got = error, 0
+        for index in range(got // PAGE_SIZE):
+            content = into[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
+            if zlib.crc32(content) != entries[index] & 0xFFFFFFFF:
+                got = index * PAGE_SIZE
+                break
+        if got < PAGE_SIZE:
+            raise failure
+        return got // PAGE_SIZE
+
+    def write(self, page: int, content: memoryview) -> list[tuple[range, int]]:
+        """Write these pages, whole ones. Returns the SPT's DISK byte for each run of them."""
+        count = len(content) // PAGE_SIZE
+        pairs = self._read_pairs(page, count) if self._keep else array("Q", bytes(count * PAIR))
+        slots = self._writable(pairs)
+        epoch = self._synced + 1 << EPOCH
+        for index, slot in enumerate(slots):
+            crc = zlib.crc32(content[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
+            pairs[2 * index + slot] = epoch | crc
+        written = []
+        at = 0
+        for slot, same in itertools.groupby(slots):
+            upto = at + len(list(same))
+            self._write_all(
+                content[at * PAGE_SIZE : upto * PAGE_SIZE],
+                self._data + slot * self._slot + (page + at) * PAGE_SIZE,
+            )
+            written.append((range(page + at, page + upto), DISK | (SLOT if slot else 0)))
+            at = upto
+        self._write_pairs(page, pairs)
+        return written
+
+    def _write_all(self, content: memoryview, at: int) -> None:
+        while content:
+            done = os.pwrite(self._fd, content, at)
+            content, at = content[done:], at + done
+
+    def free(self, page: int, count: int) -> None:
+        """These pages are as never written. Gives their blocks back: on a kept disk, at a sync."""
+        if not self._keep:
+            self._punch(TABLE + page * PAIR, count * PAIR)
+            self._punch(self._data + page * PAGE_SIZE, count * PAGE_SIZE)
+            return
+        epoch = self._synced + 1 << EPOCH
+        for first, pairs in self._used(page, count):
+            for index, slot in enumerate(self._writable(pairs)):
+                if pairs[2 * index] or pairs[2 * index + 1]:
+                    pairs[2 * index + slot] = epoch | HOLE
+            self._write_pairs(first, pairs)
+            self._freed.append((first, len(pairs) // 2))
+
+    def _punch(self, at: int, length: int) -> None:
+        try:
+            punch_hole(self._fd, at, length)
+        except OSError as error:  # a file system that can't: the entries say it anyway
+            if error.errno != errno.EOPNOTSUPP or at < self._data:
                 raise
+
+    def sync(self) -> None:
+        """What was written so far is what a crash goes back to.
+
+        Raises OSError, and for ever after once the file system has failed to: what it has lost by
+        then it does not tell again.
+        """
+        if self._failed_sync:
+            raise self._failed_sync
+        try:
+            os.fsync(self._fd)
+            if self._keep:
+                self._synced += 1
+                self._write_header()
+                os.fsync(self._fd)
+        except OSError as error:
+            self._failed_sync = error
+            raise
+        for page, count in self._freed:
+            pairs = self._read_pairs(page, count)
+            holes = [max(a, b) & HOLE for a, b in zip(pairs[0::2], pairs[1::2], strict=True)]
+            for hole, same in itertools.groupby(holes):
+                length = len(list(same))
+                if hole:
+                    for base in (self._data, self._data + self._slot):
+                        self._punch(base + page * PAGE_SIZE, length * PAGE_SIZE)
+                page += length
+        self._freed.clear()
 
     def close(self) -> None:
         os.close(self._fd)
@@ -144,20 +400,26 @@ class BadRequest(Exception):
 
 
 class DMS:
-    def __init__(self, comm: MPI.Comm, path: str | None, start_addr: int, end_addr: int) -> None:
+    def __init__(
+        self, comm: MPI.Comm, path: str | None, start_addr: int, end_addr: int, keep: bool = False
+    ) -> None:
         """The server of every other rank of comm.
 
-        path: the disk file of rank 1's instance; a further one's has its number added. Raises
-        OSError when a disk can't be made.
+        path: the disk file of rank 1's instance; a further one's has its number added. keep: as
+        Config's. Raises OSError when a disk can't be made, ValueError when it is not to be used.
         """
         self._comm = comm
         self._start, self._end = start_addr, end_addr
         pages = (end_addr - start_addr) // PAGE_SIZE
         self._spts = [SPT(pages, instance) for instance in range(comm.size - 1)]
+        self._keep = keep
         self._disks = []
-        for instance in range(comm.size - 1):
+        for instance, spt in enumerate(self._spts):
             own = path if path is None or instance == 0 else f"{path}.{instance}"
-            self._disks.append(Disk(own, pages * PAGE_SIZE))
+            self._disks.append(Disk(own, start_addr, end_addr, keep))
+            if keep:
+                for page, states in self._disks[instance].restore():
+                    spt.load(page, states)
         self._question, self._answer = m.MessageBuffer(), m.MessageBuffer()
         self._log = log.logger("DMS")
         self._info = self._log.isEnabledFor(INFO)
@@ -165,12 +427,15 @@ class DMS:
         self._actions = {
             m.HELLO: self._hello,
             m.EVICT: self._evict,
+            m.STORE: self._store,
+            m.SYNC: self._sync,
             m.FREE: self._free,
             m.LOCATIONS: self._locations,
             m.BYE: self._bye,
             m.RINGS: self._rings,
         }
         self._left = 0  # instances that have said BYE
+        self._refused = ""  # the last reason
         self._doorbell = Doorbell()
         self._silent = set(range(comm.size - 1))  # instances that do not ring
 
@@ -179,6 +444,8 @@ class DMS:
     def serve(self) -> None:
         """Answer requests until every instance has said BYE."""
         prctl(PR_SET_TIMERSLACK, 1)  # nanosecond: else a nap takes 50 µs more than it should
+        for ending in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(ending, signal.SIG_IGN)
         self._log.debug("DMS ready for serving requests")
         status = MPI.Status()
         while self._left < self._comm.size - 1:
@@ -226,12 +493,16 @@ class DMS:
                 raise BadRequest(f"there is no request of kind {kind} and stride {stride}")
             return action(source - 1, page, count, length)
         except (BadRequest, OSError) as error:
-            reason = f"{error}"
-            self._log.warning("request of INSTANCE_%d refused: %s", source - 1, reason)
-            text = reason.encode()[:1000]
-            self._answer.body[: len(text)] = text
-            self._answer.head(m.ERROR, len(text))
-            return len(text)
+            return self._refuse(m.ERROR, source - 1, f"{error}")
+
+    def _refuse(self, kind: int, instance: int, reason: str) -> int:
+        if reason != self._refused:  # a full disk refuses again and again
+            self._log.warning("request of INSTANCE_%d refused: %s", instance, reason)
+        self._refused = reason
+        text = reason.encode()[:1000]
+        self._answer.body[: len(text)] = text
+        self._answer.head(kind, len(text))
+        return len(text)
 
     def _check(self, page: int, count: int, most: int) -> None:
         pages = self._spts[0].pages
@@ -261,7 +532,7 @@ class DMS:
             )
         address = self._doorbell.address()
         self._answer.body[: len(address)] = address
-        self._answer.head(m.OK)
+        self._answer.head(m.OK, self._keep)
         return len(address)
 
     def _rings(self, instance: int, page: int, count: int, length: int) -> int:
@@ -294,8 +565,13 @@ class DMS:
             answer_length = same * PAGE_SIZE
             if self._debug:
                 self._log.debug("read page address: %#x from disk", self._address(page))
-            self._disks[instance].read(pages, self._answer.body[:answer_length])
-            spt.set(pages, INSTANCE | DISK)
+            try:
+                body = self._answer.body[:answer_length]
+                same = self._disks[instance].read(pages, byte, body)
+            except OSError as error:
+                return self._refuse(m.UNREADABLE, instance, f"page {page}: {error}")
+            answer_length = same * PAGE_SIZE
+            spt.set(pages[:same], byte | INSTANCE)
             self._answer.head(m.CONTENT, same, page)
         self._show(instance)
         if self._debug:
@@ -303,6 +579,13 @@ class DMS:
         return answer_length
 
     def _evict(self, instance: int, page: int, runs: int, length: int) -> int:
+        return self._write(instance, runs, length, 0)
+
+    def _store(self, instance: int, page: int, runs: int, length: int) -> int:
+        return self._write(instance, runs, length, INSTANCE)
+
+    def _write(self, instance: int, runs: int, length: int, stay: int) -> int:
+        """stay: INSTANCE, if the instance goes on having the pages; else 0."""
         if not 0 < runs <= m.MAX_RUNS:
             raise BadRequest(f"{runs} runs, where 1 to {m.MAX_RUNS} may be")
         table_length = runs * m.RUN.size
@@ -321,14 +604,15 @@ class DMS:
             content_length += dirty * count * PAGE_SIZE
         self._check_length(length, table_length + content_length)
         at = table_length
+        written = []
         for first, count, dirty in table:
             if dirty:
-                disk.write(first, body[at : at + count * PAGE_SIZE])
+                written += disk.write(first, body[at : at + count * PAGE_SIZE])
                 at += count * PAGE_SIZE
+        for pages, byte in written:
+            spt.set(pages, byte | stay)
         for first, count, dirty in table:
-            if dirty:
-                spt.set(range(first, first + count), DISK)
-            else:
+            if not dirty and not stay:
                 spt.dropped(first, count)
             if self._info:
                 for p in range(first, first + count):
@@ -340,16 +624,23 @@ class DMS:
     def _free(self, instance: int, page: int, count: int, length: int) -> int:
         self._check_length(length, 0)
         self._check(page, count, self._spts[instance].pages)
-        self._disks[instance].discard(page, count)
+        self._disks[instance].free(page, count)
         self._spts[instance].set(range(page, page + count), NEW)
         self._show(instance)
+        self._answer.head(m.OK)
+        return 0
+
+    def _sync(self, instance: int, page: int, count: int, length: int) -> int:
+        self._check_length(length, 0)
+        self._disks[instance].sync()
         self._answer.head(m.OK)
         return 0
 
     def _locations(self, instance: int, page: int, count: int, length: int) -> int:
         self._check_length(length, 0)
         self._check(page, count, m.MAX_LOCATIONS)
-        self._answer.body[:count] = self._spts[instance].read(page, count)
+        states = self._spts[instance].read(page, count)
+        self._answer.body[:count] = states.translate(bytes(b & ~SLOT for b in range(256)))
         self._answer.head(m.LOCATIONS, count, page)
         return count
 

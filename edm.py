@@ -92,6 +92,11 @@ class Config:
     disk: str | None = _setting(
         None, "the DMS's disk file (default: a temporary file without a name)", "PATH"
     )
+    keep: bool = _setting(
+        False,
+        "whether the disk outlives the job, and the next one finds its memory there",
+        "yes|no",
+    )
     idle_tracker: str = _setting(
         "auto",
         "how LPET finds idle pages: the kernel's idle bitmap (needs root and a kernel that has "
@@ -132,6 +137,8 @@ class Config:
                 f"low_threshold: {self.low_threshold} pages; it must be at least 0 and less than "
                 f"high_threshold, {self.high_threshold}"
             )
+        if self.keep and not self.disk:
+            raise ValueError("keep: needs a disk that has a name; give its path as disk")
         for name in ("readahead", "evict_batch"):
             if not 1 <= getattr(self, name) <= MAX_BATCH:
                 raise ValueError(f"{name}: {getattr(self, name)} pages; from 1 to {MAX_BATCH}")
@@ -233,7 +240,7 @@ def _prepare(MPI: Any, comm: Any, make: Callable[[], Callable[[], int]]) -> Any:
 def _make_dms(comm: Any, config: Config) -> Callable[[], int]:
     from edm.dms import DMS
 
-    server = DMS(comm, config.disk, config.start_addr, config.end_addr)
+    server = DMS(comm, config.disk, config.start_addr, config.end_addr, config.keep)
 
     def serve() -> int:
         server.serve()

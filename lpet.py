@@ -2,7 +2,9 @@
 
 In the picture: in the pager process, beside the DM-Handler, with the LSPT between them.
 
-Interface: run() is the thread; figures() its counts.
+Interface: run() is the thread; figures() its counts. store() sends the DMS what it does not have
+yet, without evicting it: in this thread when LSPT.ask_to_store asks for it, and for the main thread
+when this one has ended.
 
 It sleeps until the DM-Handler finds high_threshold pages here, and then evicts until only
 low_threshold are left. Which (the wiki's algorithm): it goes round the LSPT from where the last
@@ -19,7 +21,12 @@ One eviction, safe under writers (Lpet._send, and then _finish):
     PUNCH_HOLE       the pages leave the memfd and the application's page table
     left, WAKE       who waited faults again, MISSING now, and gets the page back
 
-A CLEAN page is protected already, and as the DMS has its bytes, EVICT only names it.
+A CLEAN page is protected already, and as the DMS has its bytes, EVICT only names it. To store a page
+is the same, with STORE for EVICT, and without the end: it stays, CLEAN, still write-protected.
+
+When the DMS refuses an eviction, because its disk is full or fails, the pages are released, and from
+then on LPET evicts CLEAN ones only, until it has rested for a while and tries again. If a fault has
+waited for GRACE seconds without any room, the job ends with the DMS's reason.
 
 Rules: this thread alone turns the LSPT's order, and has the idle tracker and its own MpiClient to
 itself. It holds the LSPT's lock for no system call.
@@ -29,12 +36,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from logging import INFO
+from typing import Any
 
 from edm import log
 from edm import messages as m
-from edm.lspt import LSPT, SMALL, HeldRun, Run, runs_of
+from edm.lspt import DIRTY, LSPT, SMALL, HeldRun, Run, runs_of
 from edm.mpi_client import MpiClient
 from edm.page_idle import IdleTracker, Pagemap
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
@@ -43,6 +53,8 @@ RUNS = 32  # in one message: each is a write of its own for the DMS, and a fault
 # With many pages here, LPET does not pass all of them before it evicts in order: so many for each
 # page that must go, depending on how often a page that it had passed was used again.
 LEAST_PASSED, MOST_PASSED = 1 / 16, 1.0
+GRACE = 5.0  # seconds
+SHORTEST_REST, LONGEST_REST = 0.02, 1.0  # seconds between two tries to send what was refused
 
 
 class Lpet:
@@ -61,51 +73,118 @@ class Lpet:
         """Two clients, used in turn. batch: pages that are looked at and evicted at once."""
         self._uffd, self._memfd, self._lspt = uffd, memfd, lspt
         self._clients = list(clients)  # the first is the next one to send with
-        self._sent: tuple[MpiClient, list[HeldRun]] | None = None  # not acknowledged yet
+        # What was sent and is not acknowledged yet, and what is then to be done with it.
+        self._sent: tuple[MpiClient, list[HeldRun], Callable[[Sequence[HeldRun]], None]] | None = (
+            None
+        )
+        self._refusal = ""  # the DMS's reason, since this run of LPET has begun
+        self._stuck_since: float | None = None  # seconds of the clock: no room since then
         self._tracker, self._pagemap = tracker, pagemap
         self._start, self._low, self._batch = start_addr, low_threshold, batch
         self._worth = 0.1  # the share of marked pages that were touched again, of late
         self._log, self._banner = log.logger("Lpet"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
-        self._dirty = self._clean = self._marked = self._rounds = 0
+        self._dirty = self._clean = self._marked = self._rounds = self._refused = 0
 
     def figures(self) -> dict[str, object]:
-        """Counts: pages evicted with and without their bytes, marked idle, and runs of LPET."""
+        """See the top of pager.py."""
         return {
             "evicted_dirty": self._dirty,
             "evicted_clean": self._clean,
             "marked_idle": self._marked,
             "lpet_runs": self._rounds,
+            "refused": self._refused,
         }
 
     def run(self) -> None:
         """Evict whenever woken, until told to stop, or until the application has ended."""
+        rest = 0.0
         try:
-            while self._lspt.wait_for_work():
-                self._evict_until_low_threshold()
+            while any(work := self._lspt.wait_for_work(rest)):
+                evict, stored = work
+                if evict:
+                    self._evict_until_low_threshold()
+                    rest = self._rest(rest)
+                else:
+                    self._answer(stored)
         except ProcessLookupError:
             pass  # ESRCH: the application has ended; the main thread knows, or will
         finally:
-            if self._sent:  # no answer may be left under way
-                self._sent[0].answer_evict()
+            self._finish_sent()  # no answer may be left under way
+
+    def _rest(self, rested: float) -> float:
+        """How many seconds to wait before the next try, if the DMS has refused something."""
+        if not self._refusal or not self._lspt.waiting:
+            self._stuck_since = None
+        elif self._stuck_since is None:
+            self._stuck_since = time.monotonic()
+        elif time.monotonic() - self._stuck_since > GRACE:
+            raise m.DMSError(
+                f"no page can be evicted, and the application needs another one: {self._refusal}"
+            )
+        return min(max(2 * rested, SHORTEST_REST), LONGEST_REST) if self._refusal else 0.0
+
+    # ------------------------------------------------------------ storing
+
+    def _answer(self, stored: Future[int]) -> None:
+        try:
+            pages = self.store()
+        except m.DMSError as error:
+            stored.set_exception(error)
+        else:
+            stored.set_result(pages)
+
+    def store(self) -> int:
+        """Send every DIRTY page, and keep it; how many there were.
+
+        Raises DMSError if the DMS refuses one.
+        """
+        self._refusal = ""
+        pages = 0
+        group: list[Run] = []  # as much as one message may have
+        room = self._batch
+        for page, count in runs_of(sorted(set(self._lspt.maybe_here()))):
+            while count and not self._refusal:
+                part = min(count, room)
+                group.append((page, part))
+                page, count, room = page + part, count - part, room - part
+                if not room or len(group) == RUNS:
+                    pages += self._store_group(group)
+                    group, room = [], self._batch
+        pages += self._store_group(group)
+        self._finish_sent()
+        if self._refusal:
+            raise m.DMSError(self._refusal)
+        return pages
+
+    def _store_group(self, runs: Sequence[Run]) -> int:
+        held = self._lspt.hold_dirty(runs)
+        self._send(held, self._keep)
+        return sum(count for _, count, _ in held)
+
+    def _keep(self, held: Sequence[HeldRun]) -> None:
+        self._wake(self._lspt.stored([(page, count) for page, count, _ in held]))
 
     # ------------------------------------------------------------ which pages
 
     def _evict_until_low_threshold(self) -> None:
         self._rounds += 1
+        self._refusal = ""
         if self._info:
             self._banner.info("\n-----------------START LPET-----------------\n")
             self._show_lspt()
         # Counted once: the pages that come from here on are not this run's business.
         resident = self._lspt.resident
         needed = resident - self._low
+        seen = 0
         to_pass = resident  # so many, and every page has been passed
         if resident >= SMALL:
             to_pass = int(needed * min(max(2 * self._worth, LEAST_PASSED), MOST_PASSED))
         while needed > 0:
             candidates = self._lspt.next_candidates(self._batch)
-            if not candidates:
-                break  # the rest is COMING, being unmapped, or sent
+            if not candidates or self._refusal and seen > resident:
+                break  # the rest is COMING, being unmapped, sent, or refused
+            seen += len(candidates)
             chosen, hot = self._choose(candidates, needed, to_pass)
             to_pass -= len(hot)
             needed -= len(chosen)
@@ -113,8 +192,13 @@ class Lpet:
             self._marked += len(hot)
             runs = runs_of(sorted(chosen))
             for at in range(0, len(runs), RUNS):
-                self._send(runs[at : at + RUNS])
-            self._lspt.passed(candidates, len(chosen) + len(hot), hot)
+                held = self._lspt.hold(runs[at : at + RUNS], only_clean=bool(self._refusal))
+                self._send(held, self._drop)
+            kept = hot
+            if self._refusal:
+                kept = hot + [p for p in chosen if self._lspt.state[p] == DIRTY]
+                needed += len(kept) - len(hot)
+            self._lspt.passed(candidates, len(chosen) + len(hot), kept)
         self._finish_sent()
         if self._info:
             self._banner.info("\n-----------------FINISH LPET-----------------\n")
@@ -157,12 +241,12 @@ class Lpet:
 
     # ------------------------------------------------------------ how they leave
 
-    def _send(self, runs: Sequence[Run]) -> None:
-        """Hold these pages, at most a batch, and send them; what was sent before is then finished.
+    def _send(self, held: Sequence[HeldRun], acked: Callable[[Sequence[HeldRun]], None]) -> None:
+        """Send these pages, at most a batch; what was sent before is then finished.
 
-        So the DMS writes one batch while the next is being read.
+        So the DMS writes one batch while the next is being read. acked: what is to be done with
+        these when the DMS has them; _drop, or _keep to let them stay.
         """
-        held = self._lspt.hold(runs)
         if not held:
             return
         client = self._clients[0]
@@ -174,14 +258,11 @@ class Lpet:
             if dirty:
                 self._read_protected(page, count, body[at : at + count * PAGE_SIZE])
                 at += count * PAGE_SIZE
-                self._dirty += count
-            else:
-                self._clean += count
-            if self._info:
+            if self._info and acked == self._drop:
                 for p in range(page, page + count):
                     self._log.info("evict page in address: %#x", self._start + p * PAGE_SIZE)
-        client.ask_evict(len(held), at - content)
-        before, self._sent = self._sent, (client, held)
+        client.ask_evict(len(held), at - content, stay=acked == self._keep)
+        before, self._sent = self._sent, (client, held, acked)
         self._clients.reverse()
         self._finish(before)
 
@@ -189,26 +270,47 @@ class Lpet:
         sent, self._sent = self._sent, None
         self._finish(sent)
 
-    def _finish(self, sent: tuple[MpiClient, list[HeldRun]] | None) -> None:
-        """Wait until the DMS has written what was sent, and give the memory back."""
+    def _finish(self, sent: Any) -> None:
+        """Wait until the DMS has written what was sent; or has refused it, which then stays."""
         if sent:
-            client, held = sent
-            client.answer_evict()
-            self._drop(held)
+            client, held, acked = sent
+            try:
+                client.answer_evict()
+            except m.DMSError as error:
+                self._refusal = str(error)
+                self._take_back(held)
+            else:
+                acked(held)
 
     def _read_protected(self, page: int, count: int, into: memoryview) -> None:
         self._uffd.writeprotect_mapped(self._start + page * PAGE_SIZE, count * PAGE_SIZE, True)
         if os.preadv(self._memfd, [into], page * PAGE_SIZE) != count * PAGE_SIZE:
             raise OSError(errno.EIO, "preadv: short read of the memfd")
 
+    def _take_back(self, held: Sequence[HeldRun]) -> None:
+        self._refused += sum(count for _, count, _ in held)
+        for page, count, dirty in held:
+            if dirty:
+                address = self._start + page * PAGE_SIZE
+                self._uffd.writeprotect_mapped(address, count * PAGE_SIZE, False)
+        self._wake(self._lspt.refused([(page, count) for page, count, _ in held]))
+
     def _drop(self, held: Sequence[HeldRun]) -> None:
+        """Give the memory back."""
         runs: list[Run] = []
-        for page, count, _ in held:  # neighbours, one dirty and one not, are punched as one
+        for page, count, dirty in held:  # neighbours, one dirty and one not, are punched as one
+            if dirty:
+                self._dirty += count
+            else:
+                self._clean += count
             if runs and sum(runs[-1]) == page:
                 runs[-1] = (runs[-1][0], runs[-1][1] + count)
             else:
                 runs.append((page, count))
         for page, count in runs:
             punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
-        for awaited in self._lspt.left(runs):
+        self._wake(self._lspt.left(runs))
+
+    def _wake(self, pages: Iterable[int]) -> None:
+        for awaited in pages:
             self._uffd.wake(self._start + awaited * PAGE_SIZE, PAGE_SIZE)

@@ -8,19 +8,26 @@ of LSPT are the only code that changes one.
         NEW or AWAY  ──────────────►  COMING  ─────►  CLEAN or DIRTY
               ▲                                          │ CLEAN ──written──► DIRTY
               │ left                                     │
-              └──────────────  HELD  ◄────── hold ───────┤   (LPET: to evict it, or to mark it idle)
-                               └────── released ────────►┘   (marked, or the DMS refused it)
+              └──────────────  HELD  ◄────── hold ───────┤   (LPET: to evict it, to store it, or to
+                                │                        │    mark it idle)
+                                └───── released ────────►┤   (marked)
+                                └───── refused ─────────►┤   (the DMS has not taken it)
+                                └───── stored ──────────►┘   (CLEAN now: the DMS has its bytes)
 
-    munmap takes pages the same way, and makes them NEW: hold_all, then freed.
+    munmap takes pages the same way, and makes them NEW: hold_all, then freed. A page whose bytes
+    the DMS can't give back is LOST until then.
 
-Interface: the methods named on the arrows, and for waiting: ask_for_room, wait_for_work;
-LPET reads the order with next_candidates and turns it with passed; the DM-Handler asks
-fetchable how far it may read ahead.
+Interface: the methods named on the arrows, and for waiting: ask_for_room, ask_to_store,
+wait_for_work; LPET reads the order with next_candidates and turns it with passed; the DM-Handler
+asks fetchable how far it may read ahead.
 
 Rules:
     * `lock` protects everything here. Methods whose docstring says "Locked" want the caller to
       hold it; the others take it themselves. The state of a page may be read without it where a
       stale answer does no harm.
+    * The DM-Handler holds `installing` from before a page is installed until it has arrived:
+      installing wakes the application, which may write the page and call for a sync meanwhile.
+      Who wants both takes `installing` first.
     * COMING belongs to the DM-Handler and HELD to whoever held it: nobody else touches such a
       page's memory or state. A fault of a HELD page is put into `awaited`; who holds the page
       wakes those that wait when it lets go.
@@ -40,24 +47,30 @@ import itertools
 import mmap
 import re
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 
 NEW = 0  # never accessed: the DMS knows no more of it than that it is zeros
 AWAY = 1  # it was here, or may have been: the DMS has to be asked
-COMING = 2  # asked for, not yet installed
-CLEAN = 3  # here, write-protected
-DIRTY = 4  # here, writable
-HELD_CLEAN = 5  # as CLEAN, but LPET or munmap has it in its hands: faults wait
-HELD_DIRTY = 6  # as DIRTY, likewise
+LOST = 2  # touching it is a SIGBUS
+COMING = 3  # asked for, not yet installed
+CLEAN = 4  # here, write-protected
+DIRTY = 5  # here, writable
+HELD_CLEAN = 6  # as CLEAN, but LPET or munmap has it in its hands: faults wait
+HELD_DIRTY = 7  # as DIRTY, likewise
 
 MAX_PAGES = 1 << 31  # of a space: the order's entries have four bytes, one bit of it the mark
 SMALL = 1024  # with a lower high_threshold, LPET is woken when that is reached, not before
 
 _CLEAN_OR_DIRTY_RUN = re.compile(b"%c+|%c+" % (CLEAN, DIRTY))
+_CLEAN_RUN = re.compile(b"%c+" % CLEAN)
+_DIRTY_RUN = re.compile(b"[%c%c]+" % (DIRTY, HELD_DIRTY))
 _FETCHABLE = re.compile(b"%c+|%c*" % (AWAY, NEW))
 _UNSETTLED = re.compile(b"[%c%c%c]" % (COMING, HELD_CLEAN, HELD_DIRTY))
-_RELEASE = bytes((NEW, AWAY, COMING, CLEAN, DIRTY, CLEAN, DIRTY)) + bytes(249)
+_RELEASE = bytes((NEW, AWAY, LOST, COMING, CLEAN, DIRTY, CLEAN, DIRTY)) + bytes(248)
+_STORED = bytes((NEW, AWAY, LOST, COMING, CLEAN, DIRTY, CLEAN, CLEAN)) + bytes(248)
 
 Run = tuple[int, int]  # (first page, count of pages)
 HeldRun = tuple[int, int, bool]  # (first page, count of pages, whether they were DIRTY)
@@ -91,11 +104,13 @@ class LSPT:
         hardly ever finds no room.
         """
         self.lock = threading.Lock()
+        self.installing = threading.Lock()
         self.state = mmap.mmap(-1, pages)  # one byte a page: the states above
-        self.resident = 0  # how many pages are neither NEW nor AWAY
+        self.resident = 0  # how many pages are COMING, CLEAN, DIRTY or HELD
         self.peak = 0  # the most that resident ever was
         self.awaited: set[int] = set()  # HELD pages on which a fault has come
         self.unwanted: Run = (0, 0)  # the pages that munmap waits for
+        self.waiting = False  # does a fault wait for room?
         self._high = high_threshold
         self._wake_at = high_threshold
         if high_threshold >= SMALL:
@@ -109,6 +124,7 @@ class LSPT:
         self._work = threading.Condition(self.lock)
         self._settled = threading.Condition(self.lock)
         self._wanted = self._stopped = False
+        self._to_store: Future[int] | None = None
 
     # ------------------------------------------------------------ the DM-Handler's transitions
 
@@ -136,27 +152,37 @@ class LSPT:
         with self.lock:
             self._leave(pages, AWAY, len(pages))
 
+    def lost(self, page: int) -> None:
+        """AWAY → LOST: the DMS can't give it back."""
+        with self.lock:
+            self.state[page] = LOST
+
     def written(self, page: int) -> None:
         """Locked. CLEAN → DIRTY: the caller lifts the write-protection, still locked."""
         self.state[page] = DIRTY
 
     # ------------------------------------------------------------ LPET's and munmap's transitions
 
-    def hold(self, runs: Iterable[Run]) -> list[HeldRun]:
+    def hold(self, runs: Iterable[Run], only_clean: bool = False) -> list[HeldRun]:
         """CLEAN → HELD_CLEAN, DIRTY → HELD_DIRTY: from now on, faults of them wait.
 
         Pages in other states are left out of what is returned.
         """
         with self.lock:
-            return self._hold(runs)
+            return self._hold(runs, _CLEAN_RUN if only_clean else _CLEAN_OR_DIRTY_RUN)
 
-    def _hold(self, runs: Iterable[Run]) -> list[HeldRun]:
+    def hold_dirty(self, runs: Iterable[Run]) -> list[HeldRun]:
+        """As hold, but DIRTY pages only; and those that a thread which has failed was holding."""
+        with self.lock:
+            return self._hold(runs, _DIRTY_RUN)
+
+    def _hold(self, runs: Iterable[Run], which: re.Pattern[bytes]) -> list[HeldRun]:
         held = []
         for page, count in runs:
             states = self.state[page : page + count]
-            for run in _CLEAN_OR_DIRTY_RUN.finditer(states):
+            for run in which.finditer(states):
                 at, end = run.span()
-                dirty = states[at] == DIRTY
+                dirty = states[at] != CLEAN
                 hold = HELD_DIRTY if dirty else HELD_CLEAN
                 self.state[page + at : page + end] = bytes((hold,)) * (end - at)
                 held.append((page + at, end - at, dirty))
@@ -178,17 +204,30 @@ class LSPT:
                 if self._stopped:
                     raise Stopped
                 self._settled.wait()
-            return self._hold([(page, count)])
+            return self._hold([(page, count)], _CLEAN_OR_DIRTY_RUN)
 
     def released(self, runs: Iterable[Run]) -> list[int]:
         """HELD_CLEAN → CLEAN, HELD_DIRTY → DIRTY. Returns the pages whose faults are to be woken."""
         with self.lock:
+            return self._let_go(runs, _RELEASE)
+
+    def refused(self, runs: Iterable[Run]) -> list[int]:
+        """As released; and as LPET's hand has passed the pages, they join the order's end again."""
+        with self.lock:
             for page, count in runs:
-                self.state[page : page + count] = self.state[page : page + count].translate(
-                    _RELEASE
-                )
-            self._settled.notify_all()
-            return self._no_longer_awaited(runs)
+                self._order.extend(range(2 * page, 2 * (page + count), 2))
+            return self._let_go(runs, _RELEASE)
+
+    def stored(self, runs: Iterable[Run]) -> list[int]:
+        """HELD → CLEAN: still write-protected. Returns the pages whose faults are to be woken."""
+        with self.lock:
+            return self._let_go(runs, _STORED)
+
+    def _let_go(self, runs: Iterable[Run], states: bytes) -> list[int]:
+        for page, count in runs:
+            self.state[page : page + count] = self.state[page : page + count].translate(states)
+        self._settled.notify_all()
+        return self._no_longer_awaited(runs)
 
     def left(self, runs: Iterable[Run]) -> list[int]:
         """HELD → AWAY. Returns the pages whose faults are to be woken."""
@@ -258,6 +297,15 @@ class LSPT:
                 del self._order[: self._hand]
                 self._hand = 0
 
+    def maybe_here(self) -> array[int]:
+        """A page number each for everything that is here, and perhaps more; not in order.
+
+        What the application has been woken for is among them, and not COMING any more.
+        """
+        with self.installing, self.lock:
+            entries = self._order[self._hand :]
+        return array("I", [entry >> 1 for entry in entries])
+
     def pages(self) -> Iterator[int]:
         """Locked. Every page of the LSPT, in order from the hand."""
         return (entry >> 1 for entry in self._entries())
@@ -271,10 +319,12 @@ class LSPT:
 
     # ------------------------------------------------------------ the areas
 
-    def mapped(self, page: int, count: int) -> None:
-        """The application has mapped an area."""
+    def mapped(self, page: int, count: int, away: Iterable[Run] = ()) -> None:
+        """The application has mapped an area. away: NEW → AWAY, what the DMS has of it already."""
         with self.lock:
             bisect.insort(self._areas, (page, count))
+            for first, length in away:
+                self._set(range(first, first + length), AWAY)
 
     def unmapped(self, page: int, count: int) -> None:
         """The application has unmapped an area."""
@@ -310,19 +360,47 @@ class LSPT:
         while self.full():
             if self._stopped:
                 raise Stopped
+            self.waiting = True
             self._room.wait()
+        self.waiting = False
 
-    def wait_for_work(self) -> bool:
-        """LPET's thread: sleep until it is woken; False once stop was called."""
+    def ask_to_store(self) -> Future[int]:
+        """Have LPET send every DIRTY page to the DMS, which makes it CLEAN; of how many pages.
+
+        Cancelled if LPET has ended, or ends meanwhile.
+        """
         with self.lock:
-            while not self._wanted and not self._stopped:
-                self._work.wait()
-            self._wanted = False
-            return not self._stopped
+            self._to_store = stored = Future()
+            if self._stopped:
+                stored.cancel()
+            self._work.notify()
+        return stored
+
+    def wait_for_work(self, rest: float = 0) -> tuple[bool, Future[int] | None]:
+        """LPET's thread: sleep until it is woken: (is it to evict, is it to store).
+
+        Neither, once stop was called. rest: do not evict for so many seconds.
+        """
+        until = time.monotonic() + rest
+        with self.lock:
+            while not self._stopped and not self._to_store:
+                left = until - time.monotonic()
+                if (self._wanted or self.waiting and self.full()) and left <= 0:
+                    break
+                self._work.wait(left if left > 0 else None)
+            store, self._to_store = self._to_store, None
+            if self._stopped and store:
+                store.cancel()
+            evict = not self._stopped and not store
+            if evict:
+                self._wanted = False
+            return evict, None if self._stopped else store
 
     def stop(self) -> None:
         """End every wait for good: LPET's for work, the DM-Handler's for room, and munmap's."""
         with self.lock:
             self._stopped = True
+            if self._to_store:
+                self._to_store.cancel()
             for waiting in (self._work, self._room, self._settled):
                 waiting.notify_all()

@@ -8,13 +8,17 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
     header   u16 kind, u16 stride, u32 count, u64 page         (little-endian)
 
     from the instance                          from the DMS
-    HELLO      GEOMETRY                        OK; the doorbell's address (doorbell.py)
+    HELLO      GEOMETRY                        OK, count 1 if the disk is kept; then
+                                               the doorbell's address (doorbell.py)
     RINGS                                      OK: from now on the instance rings
     GET        count pages from page on,       NEW_PAGES: they were never accessed
                stride apart (0: as 1)          CONTENT: their bytes follow
                                                (either for the first count of them)
+                                               UNREADABLE, a reason: the first one is lost
     EVICT      count runs, then the bytes of   OK: what was sent is written
                the dirty ones, in order
+    STORE      as EVICT; the pages stay        OK: likewise
+    SYNC                                       OK: what was written survives a crash
     FREE       count pages from page           OK: they are as never accessed
     LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
     BYE                                        OK: the DMS forgets the instance
@@ -36,7 +40,7 @@ from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE
 
-VERSION = 1
+VERSION = 2
 MAX_PAGES = 256  # at most so many pages of content in one message (1 MiB)
 MAX_RUNS = MAX_PAGES  # at most so many runs in one EVICT
 MAX_LOCATIONS = 1 << 16  # at most so many pages in one LOCATIONS
@@ -50,14 +54,18 @@ class Kind(IntEnum):
     LOCATIONS = 5
     BYE = 6
     RINGS = 7
+    STORE = 8
+    SYNC = 9
     OK = 16
     NEW_PAGES = 17
     CONTENT = 18
     ERROR = 19
+    UNREADABLE = 20
 
 
 # As plain ints for the code on a fault's path, where an enum member costs a lookup more.
-HELLO, GET, EVICT, FREE, LOCATIONS, BYE, RINGS, OK, NEW_PAGES, CONTENT, ERROR = map(int, Kind)
+HELLO, GET, EVICT, FREE, LOCATIONS, BYE, RINGS, STORE, SYNC = map(int, list(Kind)[:9])
+OK, NEW_PAGES, CONTENT, ERROR, UNREADABLE = map(int, list(Kind)[9:])
 
 HEADER = Struct("<HHIQ")
 GEOMETRY = Struct("<IIQQ")  # version, page size, start_addr, end_addr
@@ -70,8 +78,9 @@ AWAKE = 250e-6
 MAX_MESSAGE = HEADER.size + MAX_RUNS * RUN.size + MAX_PAGES * PAGE_SIZE  # bytes
 
 # A byte of the SPT, and of a LOCATIONS answer: where a page is. INSTANCE | DISK is a page that the
-# instance has and whose bytes on the disk are the same, unless it has been written meanwhile.
-NEW, INSTANCE, DISK = 0, 1, 2
+# instance has and whose bytes on the disk are the same, unless it has been written meanwhile. SLOT
+# is the SPT's own, see dms.py.
+NEW, INSTANCE, DISK, SLOT = 0, 1, 2, 4
 
 
 def location(byte: int, instance: int) -> str:
@@ -81,7 +90,7 @@ def location(byte: int, instance: int) -> str:
     return "DISK" if byte & DISK else "NEW"
 
 
-class DMSError(Exception):
+class DMSError(OSError):
     """The DMS refused a request; the text is its reason."""
 
 

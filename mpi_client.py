@@ -2,9 +2,10 @@
 
 In the picture: between the pager's threads and the DMS.
 
-Interface: a method for each kind of request in messages.py: hello, free, locations, bye; and for
+Interface: a method for each kind of request in messages.py: hello, free, locations, sync, bye; for
 those that a thread has other work to do during, two: ask_get and answer_get, ask_evict and
-answer_evict, tell_new and take_ack. set_bell, once hello has given one. Each raises DMSError with the DMS's reason if it refuses.
+answer_evict (which are STORE's too), tell_new and take_ack; and set_bell, once hello has given one.
+Each raises DMSError with the DMS's reason if it refuses.
 
 Rules: an MpiClient belongs to one thread, which may have several, each with a tag of its own; so
 no lock, and an answer can only go to who asked. One request at a time. Buffers are made once. An
@@ -66,21 +67,22 @@ class MpiClient:
 
     # ------------------------------------------------------------ the requests
 
-    def hello(self, start_addr: int, end_addr: int) -> Bell | None:
+    def hello(self, start_addr: int, end_addr: int) -> tuple[bool, Bell | None]:
         """Tell the DMS the geometry (bytes) of this instance's space.
 
-        Returns its doorbell's bell, for every client of this instance; None if it can't be reached.
+        Returns whether its disk is a kept one, so that it may have pages already; and its doorbell's
+        bell, for every client of this instance, None if it can't be reached.
         """
         geometry = m.GEOMETRY.pack(m.VERSION, m.PAGE_SIZE, start_addr, end_addr)
         self.question.body[: len(geometry)] = geometry
-        self.request(m.HELLO, body_length=len(geometry))
+        _, kept = self.request(m.HELLO, body_length=len(geometry))
         try:
             bell = Bell(bytes(self.content[: ADDRESS.size]))
         except OSError as error:
             self._log.info("no doorbell: %s", error)
-            return None
+            return bool(kept), None
         self.request(m.RINGS)
-        return bell
+        return bool(kept), bell
 
     def ask_get(self, pages: range) -> None:
         """Ask for these pages, at most MAX_PAGES, and wait for nothing."""
@@ -92,8 +94,14 @@ class MpiClient:
         self._ask(m.GET, len(pages), page, stride=pages.step)
 
     def answer_get(self) -> tuple[int, int]:
-        """Wait for the answer: (NEW_PAGES or CONTENT, for how many of the pages it is)."""
+        """Wait for the answer: (NEW_PAGES or CONTENT, for how many of the pages it is).
+
+        (UNREADABLE, 0) if the first one's bytes are lost; reason() then tells why.
+        """
         kind, got = self._answer()
+        if kind == m.UNREADABLE:
+            self._reason = self._text(got)
+            got = 0
         if self._debug:
             address = self._start + self._asked * m.PAGE_SIZE
             self._log.debug("get DMS's response for the page in address %#x", address)
@@ -101,6 +109,9 @@ class MpiClient:
         if kind == m.CONTENT:
             self.bytes_received += got * m.PAGE_SIZE
         return kind, got
+
+    def reason(self) -> str:
+        return self._reason
 
     def tell_new(self, pages: range) -> None:
         """Tell the DMS that the instance has taken these pages, which were NEW; wait for nothing."""
@@ -118,9 +129,13 @@ class MpiClient:
             raise m.DMSError(f"{told} were taken for new, and the DMS has some of them")
         return told
 
-    def ask_evict(self, runs: int, content_length: int) -> None:
-        """Send the run table and the content (bytes) that question.body holds; wait for nothing."""
-        self._ask(m.EVICT, runs, 0, runs * m.RUN.size + content_length)
+    def ask_evict(self, runs: int, content_length: int, stay: bool = False) -> None:
+        """Send the run table and the content (bytes) that question.body holds; wait for nothing.
+
+        stay: the pages stay in the instance.
+        """
+        kind = m.STORE if stay else m.EVICT
+        self._ask(kind, runs, 0, runs * m.RUN.size + content_length)
         self.bytes_sent += content_length
 
     def answer_evict(self) -> None:
@@ -145,6 +160,10 @@ class MpiClient:
             _, got = self.request(m.LOCATIONS, min(m.MAX_LOCATIONS, page + count - at), at)
             parts.append(bytes(self.answer.body[:got]))
         return b"".join(parts)
+
+    def sync(self) -> None:
+        """Wait until everything that was sent would survive a crash."""
+        self.request(m.SYNC)
 
     def bye(self) -> None:
         """The last request: this instance has ended."""
@@ -175,8 +194,11 @@ class MpiClient:
         self._awake_until = self._asked_at + m.AWAKE
         kind, _, count, _ = m.HEADER.unpack_from(self.answer.whole)
         if kind == m.ERROR:
-            raise m.DMSError(bytes(self.content[:count]).decode(errors="replace"))
+            raise m.DMSError(self._text(count))
         return kind, count
+
+    def _text(self, length: int) -> str:
+        return bytes(self.content[:length]).decode(errors="replace")
 
     @staticmethod
     def _wait(request: MPI.Request, patient: bool) -> None:

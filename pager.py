@@ -12,12 +12,15 @@ The figures that Space.figures() returns, counted since the start:
     latency_median, latency_99th   of the faults, in µs
     evicted_dirty, evicted_clean, marked_idle                                 pages
     lpet_runs                      times that LPET was woken
+    refused                        pages that the DMS would not take, each time
     bytes_sent, bytes_received     page content, to and from the DMS
     resident, peak_resident        pages
     idle_tracker                   its name
 
 Rules: a thread that fails ends the job: its error is kept, the application is killed, and run
-raises the error when everything has stopped. Nothing waits for a thread that can't end.
+raises the error when everything has stopped. Nothing waits for a thread that can't end. SIGTERM and
+SIGINT end the application. However it ended, what it has written is still in the memfd: if the disk
+is a kept one, it is written back, and the disk synced, before the DMS is told BYE.
 """
 
 from __future__ import annotations
@@ -25,13 +28,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
+import re
 import select
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 
 from mpi4py import MPI
@@ -58,6 +65,9 @@ SHARE = 64  # a window is at most this part of high_threshold
 SWITCH_INTERVAL = 50e-6
 
 
+_ON_DISK = re.compile(b"%c+" % m.DISK)
+
+
 class Pager:
     def __init__(
         self,
@@ -74,6 +84,7 @@ class Pager:
         """
         start_addr, end_addr = config.start_addr, config.end_addr
         self._application, self._control = application, control
+        self._process = os.pidfd_open(application)  # readable when it has ended
         uffd, self._memfd, pagemap_fd = descriptors.fds
         self._uffd, self._start = Userfaultfd(uffd), start_addr
         self._lspt = LSPT(
@@ -105,7 +116,8 @@ class Pager:
             start_addr, config.low_threshold, config.evict_batch,
         )  # fmt: skip
         self._failure: BaseException | None = None
-        bell = self._client.hello(start_addr, end_addr)
+        self._ended_by: signal.Signals | None = None  # which signal has come to the pager
+        self._kept, bell = self._client.hello(start_addr, end_addr)
         for client in self._clients:
             client.set_bell(bell)
 
@@ -115,6 +127,7 @@ class Pager:
         Raises what a thread of the pager failed of; the application has then been killed.
         """
         sys.setswitchinterval(SWITCH_INTERVAL)
+        before = {n: signal.signal(n, self._end) for n in (signal.SIGTERM, signal.SIGINT)}
         threads = [
             threading.Thread(target=self._guarded, args=(body,), name=name)
             for name, body in (("DM-Handler", self._handler.run), ("LPET", self._lpet.run))
@@ -129,21 +142,54 @@ class Pager:
             self._lspt.stop()
             for thread in threads:
                 thread.join()
+            if self._kept:
+                self._write_back()
             self._client.bye()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(self._process)
         if self._failure:
             raise self._failure
+        if self._ended_by:
+            log.logger("EDM CLIENT").error("the job was ended by %s", self._ended_by.name)
+            return 128 + self._ended_by
         if status < 0:
             name = signal.Signals(-status).name
             log.logger("EDM CLIENT").error("the application was killed by %s", name)
             return 128 - status
         return status
 
+    def _end(self, number: int, frame: object) -> None:
+        """SIGTERM or SIGINT has come: end the application, which ends all the rest."""
+        self._ended_by = signal.Signals(number)
+        self._kill_the_application()
+
+    def _kill_the_application(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            signal.pidfd_send_signal(self._process, signal.SIGKILL)
+
+    def _write_back(self) -> None:
+        """The application and the other threads have ended: send what they left, and sync."""
+        began = time.monotonic()
+        try:
+            pages = self._lpet.store()
+            self._client.sync()
+        except m.DMSError as error:
+            reason = f"what the application wrote last could not be written back: {error}"
+            self._failure = self._failure or m.DMSError(reason)
+            return
+        level = logging.WARNING if self._ended_by else logging.INFO
+        log.logger("EDM CLIENT").log(
+            level, "%s: wrote %d pages back and synced the disk in %.1f s",
+            self._ended_by.name if self._ended_by else "end", pages, time.monotonic() - began,
+        )  # fmt: skip
+
     def _guarded(self, body: Callable[[], None]) -> None:
         try:
             body()
         except BaseException as error:  # noqa: BLE001 - run() raises it
             self._failure = self._failure or error
-            os.kill(self._application, signal.SIGKILL)
+            self._kill_the_application()
         finally:
             self._lspt.stop()  # what this thread held or had asked for is nobody's any more
 
@@ -155,9 +201,10 @@ class Pager:
             space.MMAP: self._mmap,
             space.MUNMAP: self._munmap,
             space.LOCATIONS: self._client.locations,
+            space.SYNC: self._sync,
             space.FIGURES: lambda page, count: json.dumps(self.figures()).encode(),
         }
-        ended = os.pidfd_open(self._application)
+        ended = self._process
         poll = select.poll()
         poll.register(ended, select.POLLIN)
         poll.register(self._control, select.POLLIN)
@@ -174,19 +221,27 @@ class Pager:
                 what, page, count = space.CALL.unpack(packet)
                 try:
                     answer = space.ANSWER.pack(0) + calls[what](page, count)
-                except Stopped:
+                except (Stopped, CancelledError):
                     continue  # the application has been killed, or is just being
                 except m.DMSError as error:
                     answer = space.ANSWER.pack(errno.EIO) + str(error).encode()
                 with contextlib.suppress(ConnectionError):  # it may have ended meanwhile
                     self._control.send(answer)
             elif ended in ready:
-                os.close(ended)
                 return
 
     def _mmap(self, page: int, count: int) -> bytes:
-        self._lspt.mapped(page, count)
+        away = []
+        if self._kept:
+            for found in _ON_DISK.finditer(self._client.locations(page, count)):
+                away.append((page + found.start(), found.end() - found.start()))
+        self._lspt.mapped(page, count, away)
         return b""
+
+    def _sync(self, page: int, count: int) -> bytes:
+        pages = self._lspt.ask_to_store().result()
+        self._client.sync()
+        return b"%d" % pages
 
     def _munmap(self, page: int, count: int) -> bytes:
         """The application has unmapped these pages: free them, here and on the DMS."""

@@ -5,8 +5,8 @@ holding the GIL, so whoever resolves its faults must be another process: the pag
 is this one's parent. This process makes the userfaultfd and the memfd and hands them to the pager;
 from then on it just touches memory.
 
-Interface: for the application, Space: mmap, munmap, and to look at itself: areas, locations,
-figures. For edm.py: Space.open makes everything ready, before the application runs.
+Interface: for the application, Space: mmap, munmap, sync, and to look at itself: areas,
+locations, figures. For edm.py: Space.open makes everything ready, before the application runs.
 
 The memory: one memfd, as long as the space. An area is a part of it, mapped shared at its own
 address and registered with userfaultfd for MISSING and WP faults. The rest of the space is mapped
@@ -43,7 +43,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 
 CALL = Struct("=BQQ")  # what, first page, count of pages
 ANSWER = Struct("=i")  # 0, or an errno and then a text
-MMAP, MUNMAP, LOCATIONS, FIGURES = range(4)
+MMAP, MUNMAP, LOCATIONS, FIGURES, SYNC = range(5)
 MAX_LOCATIONS = 1 << 15  # pages in one LOCATIONS, as a packet must fit the socket's buffer
 SCRATCH = Struct("=Q")  # sent with the three descriptors: where the scratch area is
 
@@ -137,6 +137,17 @@ class Space:
             self._reserve(addr, whole, u.MAP_FIXED)
             self._call(MUNMAP, addr - self.start_addr, whole)
 
+    def sync(self) -> int:
+        """Make everything written so far durable, without evicting it; how many pages were sent.
+
+        When this returns, the disk (Config's disk and keep) holds every page that was written
+        before it was called, and a job that resumes it after any crash finds them so, or as a
+        later sync has left them. Raises OSError with the DMS's reason when it can't write.
+        Source: fsync(2).
+        """
+        with self._lock:
+            return int(self._call(SYNC, 0, 0))
+
     def areas(self) -> list[tuple[int, int]]:
         """The (address, length in bytes) of every area, by address."""
         with self._lock:
@@ -183,7 +194,8 @@ class Space:
         return space
 
     def _make_descriptors(self) -> None:
-        missing = u.NEEDED_FEATURES & ~u.supported_features()
+        supported = u.supported_features()
+        missing = u.NEEDED_FEATURES & ~supported
         if missing:
             raise OSError(
                 errno.ENOSYS,
@@ -193,7 +205,7 @@ class Space:
         fd, how = u.open_userfaultfd()
         log.logger("EDM CLIENT").info("userfaultfd permitted by: %s", how)
         self._uffd = u.Userfaultfd(fd)
-        self._uffd.api(u.NEEDED_FEATURES)
+        self._uffd.api(u.NEEDED_FEATURES | supported & u.UFFD_FEATURE_POISON)
         # The memfd has a scratch area behind the space, for page_idle.TlbFlush.
         length, scratch = self.end_addr - self.start_addr, TlbFlush.PAGES * PAGE_SIZE
         self._memfd = os.memfd_create("edm")

@@ -288,10 +288,12 @@ class Userfaultfd:
     def writeprotect_mapped(self, start: int, length: int, protect: bool) -> None:
         """As writeprotect, but passes over pages that the application has unmapped meanwhile.
 
-        Nobody can write to those any more.
+        Nobody can write to those any more; nor to any, if the application has ended.
         """
         try:
             self.writeprotect(start, length, protect)
+        except ProcessLookupError:
+            pass  # ESRCH
         except FileNotFoundError:
             if length > PAGE_SIZE:
                 for page in range(start, start + length, PAGE_SIZE):

@@ -38,6 +38,12 @@ def _mpirun() -> str | None:
     return str(own) if own.exists() else shutil.which("mpirun")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help="crash, soak and property tests at full length"
+    )
+
+
 needs_userfaultfd = pytest.mark.skipif(bool(_userfaultfd_missing()), reason=_userfaultfd_missing())
 TRACKERS = [
     "unmap",
@@ -87,6 +93,32 @@ class Job(subprocess.Popen):
             if self.mark.encode() in environment and state != "Z":
                 found[int(pid)] = int(parent)
         return found
+
+    def parts(self) -> dict[str, int]:
+        """{"DMS", "pager", "application": process id} of a job of two ranks, once it has them."""
+        processes = self.processes()
+        ranks = {rank: pid for pid in processes if (rank := self._rank(pid)) is not None}
+        if not {0, 1} <= ranks.keys():
+            return {}
+        applications = [pid for pid, parent in processes.items() if parent == ranks[1]]
+        if not applications:
+            return {}
+        return {"DMS": ranks[0], "pager": ranks[1], "application": applications[0]}
+
+    @staticmethod
+    def _rank(pid: int) -> int | None:
+        """The rank that a process is; None for others, and children of ranks."""
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+            parents = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+        except OSError:
+            return None
+        for name in (b"PMI_RANK=", b"OMPI_COMM_WORLD_RANK="):
+            for variable in set(environment) - set(parents):
+                if variable.startswith(name):
+                    return int(variable.removeprefix(name))
+        return None
 
     def kill_all(self) -> None:
         """By SIGKILL: SIGTERM does not reach a process in a hung page fault."""

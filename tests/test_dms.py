@@ -1,4 +1,4 @@
-"""dms.py and messages.py, without MPI: SPT, Disk, and what the DMS answers to each request."""
+"""dms.py and messages.py, without MPI: SPT, and what the DMS answers to each request."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from edm import messages as m
-from edm.dms import DMS, SPT, Disk
+from edm.dms import DMS, SPT
 from edm.messages import DISK, INSTANCE, NEW
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -20,9 +20,10 @@ class TwoRanks:
     size = 2
 
 
-@pytest.fixture
-def dms(tmp_path):
-    return DMS(TwoRanks(), str(tmp_path / "disk"), START, START + PAGES * PAGE_SIZE)
+@pytest.fixture(params=[False, True], ids=["scratch", "kept"])
+def dms(tmp_path, request):
+    disk = str(tmp_path / "disk")
+    return DMS(TwoRanks(), disk, START, START + PAGES * PAGE_SIZE, request.param)
 
 
 def ask(dms, kind, page=0, count=0, body=b"", stride=0):
@@ -70,8 +71,7 @@ def test_an_evicted_page_comes_back_with_its_bytes(dms):
 def test_an_acknowledged_eviction_is_in_the_disk_file(dms, tmp_path):
     ask(dms, m.GET, page=3, count=1)
     ask(dms, **eviction((3, content(5))))
-    file = (tmp_path / "disk").read_bytes()
-    assert file[3 * PAGE_SIZE : 4 * PAGE_SIZE] == content(5)
+    assert content(5) in (tmp_path / "disk").read_bytes()
 
 
 def test_get_answers_for_the_first_pages_that_are_in_the_same_place(dms):
@@ -116,6 +116,31 @@ def test_one_eviction_carries_many_runs_clean_and_dirty(dms):
     assert ask(dms, m.GET, page=3, count=2)[2] == content(2, 2)
     assert ask(dms, m.GET, page=5, count=1)[2] == content(1, 100)[5 * PAGE_SIZE : 6 * PAGE_SIZE]
     assert ask(dms, m.GET, page=90, count=1)[2] == content(3)
+
+
+def test_a_stored_page_is_on_the_disk_and_stays_in_the_instance(dms):
+    ask(dms, m.GET, page=7, count=2)
+    assert ask(dms, **eviction((7, content(1, 2))) | {"kind": m.STORE})[0] == m.OK
+    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((INSTANCE | DISK,)) * 2
+    assert ask(dms, **eviction((7, 2)))[0] == m.OK
+    assert ask(dms, m.GET, page=7, count=2) == (m.CONTENT, 2, content(1, 2))
+
+
+def test_a_page_that_the_disk_has_lost_is_unreadable_and_those_around_it_are_not(dms, tmp_path):
+    ask(dms, m.GET, page=10, count=5)
+    ask(dms, **eviction((10, content(1, 5))))
+    file = tmp_path / "disk"
+    at = file.read_bytes().index(content(1, 5)) + 2 * PAGE_SIZE + 100
+    with file.open("r+b") as disk:
+        disk.seek(at)
+        flipped = disk.read(1)[0] ^ 1
+        disk.seek(at)
+        disk.write(bytes((flipped,)))
+    assert ask(dms, m.GET, page=10, count=5) == (m.CONTENT, 2, content(1, 5)[: 2 * PAGE_SIZE])
+    kind, _, reason = ask(dms, m.GET, page=12, count=3)
+    assert kind == m.UNREADABLE and b"page 12" in reason and b"checksum" in reason
+    assert ask(dms, m.LOCATIONS, page=12, count=1)[2] == bytes((DISK,))
+    assert ask(dms, m.GET, page=13, count=2) == (m.CONTENT, 2, content(1, 5)[3 * PAGE_SIZE :])
 
 
 def test_freed_pages_read_as_new(dms):
@@ -168,6 +193,10 @@ WRONG = {
     },
     "EVICT with a strange dirty": {"kind": m.EVICT, "count": 1, "body": m.RUN.pack(500, 1, 2)},
     "EVICT partly of pages not here": eviction((500, content(1)), (501, content(2))),
+    "STORE of a page not here": eviction((3, content(1))) | {"kind": m.STORE},
+    "SYNC with a body": {"kind": m.SYNC, "body": b"x"},
+    "BYE with a body": {"kind": m.BYE, "body": b"x"},
+    "RINGS with a body": {"kind": m.RINGS, "body": b"x"},
 }
 
 
@@ -189,13 +218,15 @@ def test_random_bytes_never_end_the_dms(dms):
         length = dice.choice((0, 1, 15, 16, 17, 40, 200, 5000))
         dms._question.whole[:length] = dice.randbytes(length)
         if length >= 2:  # a kind that there is, most of the time
-            dms._question.whole[0:4] = bytes((dice.choice((1, 2, 3, 4, 5, 99)), 0, 0, 0))
+            dms._question.whole[0:4] = bytes((dice.choice((*range(1, 10), 99)), 0, 0, 0))
         dms._handle(1, length)
     assert ask(dms, m.LOCATIONS, page=0, count=1)[0] == m.LOCATIONS
 
 
 def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
     ask(dms, m.GET, page=900, count=1)
+    ask(dms, m.GET, page=7, count=1)
+    ask(dms, **eviction((7, content(7))))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_SIZE, hard))  # EFBIG: Python ignores SIGXFSZ
     try:
@@ -204,6 +235,9 @@ def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert kind == m.ERROR and os.strerror(errno.EFBIG).encode() in reason
     assert ask(dms, m.LOCATIONS, page=900, count=1)[2] == bytes((INSTANCE,))
+    assert ask(dms, m.GET, page=7, count=1) == (m.CONTENT, 1, content(7))
+    assert ask(dms, **eviction((900, content(1))))[0] == m.OK
+    assert ask(dms, m.GET, page=900, count=1) == (m.CONTENT, 1, content(1))
 
 
 def test_the_spt_costs_no_memory_until_it_is_used():
@@ -225,19 +259,3 @@ def test_the_spt_is_printed_as_the_wiki_prints_it():
         "address : 0x1d4e000  location : DISK\n"
         "------END SPT-----"
     )
-
-
-def test_a_disk_without_a_path_leaves_no_file_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    disk = Disk(None, 10 * PAGE_SIZE)
-    disk.write(9, memoryview(content(1)))
-    back = bytearray(PAGE_SIZE)
-    disk.read(range(9, 10), memoryview(back))
-    assert back == content(1)
-    assert list(tmp_path.iterdir()) == []
-    disk.close()
-
-
-def test_the_disk_file_is_for_its_owner_only(tmp_path):
-    Disk(str(tmp_path / "disk"), PAGE_SIZE).close()
-    assert (tmp_path / "disk").stat().st_mode & 0o777 == 0o600

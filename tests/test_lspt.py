@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import pytest
 
@@ -166,10 +167,81 @@ def test_at_the_high_threshold_a_fault_wakes_lpet_and_waits_for_room():
 
     handler, _ = waits(ask)
     lpet.join(10)
-    assert woken == [True] and handler.is_alive()
+    assert woken == [(True, None)] and handler.is_alive() and lspt.waiting
     evict(lspt, [0])
     handler.join(10)
-    assert not handler.is_alive()
+    assert not handler.is_alive() and not lspt.waiting
+
+
+def test_lpet_evicts_again_while_a_fault_waits_but_not_before_it_has_rested():
+    lspt = LSPT(100, high_threshold=4)
+    come(lspt, 0, 4)
+
+    def ask():
+        with lspt.lock:
+            lspt.ask_for_room()
+
+    handler, _ = waits(ask)
+    assert lspt.wait_for_work() == (True, None)
+    began = time.monotonic()
+    assert lspt.wait_for_work(rest=0.2) == (True, None)
+    assert time.monotonic() - began >= 0.2
+    evict(lspt, [0])
+    handler.join(10)
+
+
+def test_storing_is_asked_of_lpet_and_makes_dirty_pages_clean():
+    lspt = LSPT(100, high_threshold=100)
+    come(lspt, 0, 2)
+    come(lspt, 2, 2, dirty=False)
+    asked = lspt.ask_to_store()
+    assert lspt.wait_for_work(rest=100) == (False, asked)
+    assert sorted(lspt.maybe_here()) == [0, 1, 2, 3]
+    held = lspt.hold_dirty([(0, 4)])
+    assert held == [(0, 2, True)]
+    lspt.awaited.add(1)
+    assert lspt.stored([(0, 2)]) == [1]
+    assert lspt.state[:4] == bytes((CLEAN,)) * 4
+    assert lspt.hold([(0, 4)]) == [(0, 4, False)]
+
+
+def test_what_is_being_installed_has_arrived_before_storing_looks():
+    lspt = LSPT(100, high_threshold=100)
+    with lspt.installing:
+        storing, seen = waits(lspt.maybe_here)
+        come(lspt, 7)
+    storing.join(10)
+    assert list(seen[0]) == [7]
+
+
+def test_storing_is_cancelled_when_lpet_has_ended_or_ends():
+    lspt = LSPT(100, high_threshold=100)
+    asked = lspt.ask_to_store()
+    lspt.stop()
+    assert asked.cancelled() and lspt.ask_to_store().cancelled()
+
+
+def test_refused_pages_are_as_before_and_at_the_end_of_the_order():
+    lspt = LSPT(100, high_threshold=100)
+    come(lspt, 0, 4)
+    candidates = lspt.next_candidates(2)
+    held = lspt.hold([(0, 2)])
+    lspt.passed(candidates, 2, [])
+    lspt.refused([(page, count) for page, count, _ in held])
+    assert lspt.state[:4] == bytes((DIRTY,)) * 4
+    assert in_order(lspt) == [2, 3, 0, 1]
+
+
+def test_a_lost_page_is_neither_fetched_nor_evicted_until_it_is_freed():
+    lspt = LSPT(100, high_threshold=100)
+    lspt.mapped(0, 100, away=[(5, 3)])
+    assert lspt.state[4:9] == bytes((NEW, AWAY, AWAY, AWAY, NEW))
+    lspt.lost(6)
+    with lspt.lock:
+        assert lspt.fetchable(range(5, 8)) == range(5, 6)
+    assert lspt.hold([(0, 10)]) == []
+    lspt.freed(0, 10)
+    assert lspt.state[6] == NEW and lspt.resident == 0
 
 
 def test_stop_ends_every_wait():
@@ -187,7 +259,7 @@ def test_stop_ends_every_wait():
     for thread in (handler, munmap):
         thread.join(10)
     assert isinstance(asked[0], Stopped) and isinstance(held[0], Stopped)
-    assert lspt.wait_for_work() is False
+    assert not any(lspt.wait_for_work())
 
 
 def test_munmap_waits_until_lpet_and_dm_handler_have_let_go():

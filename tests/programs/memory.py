@@ -4,16 +4,17 @@ import os
 import sys
 import time
 
+started = time.time()
 import edm
 
-# The DMS tells its process id here. argv: that file, when the job was started, and how
-# many GiB to touch.
-pids, started = sys.argv[1], float(sys.argv[2])
+# The DMS tells its process id here. argv: that file, and how many GiB to touch of
+# how many.
+pids = sys.argv[1]
 with open(pids, "a") as file:
     print(os.getpid(), file=file)
 
 PAGE, GIB = edm.PAGE_SIZE, 1 << 30
-SIZE = int(float(sys.argv[3]) * GIB)  # bytes touched
+SIZE = int(float(sys.argv[2]) * GIB)  # bytes touched
 WARM = 64 << 20  # bytes touched before the first look: by then every buffer is in use
 
 
@@ -44,4 +45,4 @@ def app(space):
     print("bytes a page", grown / (SIZE / PAGE))
 
 
-edm.run(app, edm.Config(high_threshold=4096, end_addr=0x10_0000_0000 + 64 * GIB))
+edm.run(app, edm.Config(high_threshold=4096, end_addr=0x10_0000_0000 + int(sys.argv[3]) * GIB))

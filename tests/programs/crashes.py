@@ -1,0 +1,58 @@
+"""Writes and syncs without end, and is killed in the midst of it. argv: the kept disk.
+
+Every step writes some pages with bytes that the step's number determines; page 0 has the number of
+the last step before a sync. A resumed run first compares the whole memory with what the steps up to
+that number give.
+"""
+
+import random
+import sys
+
+import edm
+
+PAGE = edm.PAGE_SIZE
+PAGES = 150
+
+
+def pages_of(step):
+    """What this step writes: {page: its new bytes}."""
+    dice = random.Random(step)
+    return {
+        dice.randrange(1, PAGES): step.to_bytes(8, "little") * (PAGE // 8)
+        for _ in range(dice.randint(1, 12))
+    }
+
+
+def app(space):
+    area = space.mmap(PAGES * PAGE)
+    done = area[:8].cast("Q")[0]
+    expected = {}
+    for step in range(1, done + 1):
+        expected.update(pages_of(step))
+    for page in range(1, PAGES):
+        if area[page * PAGE : (page + 1) * PAGE] != expected.get(page, bytes(PAGE)):
+            sys.exit(f"page {page} is not as it was after step {done}")
+    print("found", done, flush=True)
+    step = done
+    while True:
+        step += 1
+        for page, content in pages_of(step).items():
+            area[page * PAGE : (page + 1) * PAGE] = content
+        if step % 3 == 0:
+            area[:8].cast("Q")[0] = step
+            space.sync()
+            print("synced", step, flush=True)
+
+
+START = 0x10_0000_0000
+edm.main(
+    app,
+    edm.Config(
+        START,
+        START + PAGES * PAGE,
+        high_threshold=24,
+        low_threshold=12,
+        disk=sys.argv[1],
+        keep=True,
+    ),
+)

@@ -1,0 +1,59 @@
+"""The disk is full. argv: the disk, on a small file system; then "frees" or "goes on".
+
+Either way what was written before is whole. With "frees", an area is unmapped when it is full, and
+the writer goes on; else it goes on writing until the job is ended.
+"""
+
+import ctypes
+import sys
+import threading
+import time
+
+import edm
+
+libc = ctypes.CDLL(None)  # its calls let go of the GIL, so that one thread may wait for a page
+for call in (libc.memcpy, libc.memcmp):
+    call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+PAGE = edm.PAGE_SIZE
+disk, frees = sys.argv[1], sys.argv[2] == "frees"
+
+
+def content(page):
+    return (page + 1).to_bytes(8, "little") * (PAGE // 8)
+
+
+def app(space):
+    first = space.mmap(500 * PAGE)
+    second = space.mmap(3000 * PAGE, addr=space.start_addr + 10000 * PAGE)
+    addresses = [address for address, _ in space.areas()]
+    written = [0, 0]
+
+    def write(area, pages):
+        for page in range(pages):
+            libc.memcpy(addresses[area] + page * PAGE, content(page), PAGE)
+            written[area] = page + 1
+
+    def check(area):
+        for page in range(written[area]):
+            if libc.memcmp(addresses[area] + page * PAGE, content(page), PAGE):
+                sys.exit(f"page {page} of area {area} is wrong")
+
+    write(0, 500)
+    check(0)
+    writer = threading.Thread(target=write, args=(1, 800 if frees else 3000))
+    writer.start()
+    deadline = time.monotonic() + 30
+    while frees and not space.figures()["refused"]:
+        if time.monotonic() > deadline:
+            sys.exit("the disk never was full")
+        time.sleep(0.01)
+    if frees:
+        print("full after", written[1], "pages; freeing", flush=True)
+        space.munmap(first)
+    writer.join()
+    check(1)
+    print("full disk SUCCESS", written, len(second))
+
+
+edm.main(app, edm.Config(high_threshold=64, low_threshold=48, disk=disk))

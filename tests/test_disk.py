@@ -1,0 +1,266 @@
+"""dms.Disk: what the disk file promises, alone and after a crash."""
+
+import os
+import random
+
+import pytest
+
+from edm.dms import HEADER_COPY, PAIR, SPT, TABLE, Disk
+from edm.messages import DISK
+from edm.uffd_ctypes import PAGE_SIZE
+
+PAGES = 300
+START = 0x1B58000
+END = START + PAGES * PAGE_SIZE
+
+
+def content(seed, pages=1):
+    return random.Random(seed).randbytes(pages * PAGE_SIZE)
+
+
+class Kept:
+    """A kept disk with the SPT that goes with it, opened as the DMS does."""
+
+    def __init__(self, path, start=START, end=END):
+        self.disk = Disk(str(path), start, end, keep=True)
+        self.spt = SPT((end - start) // PAGE_SIZE, 0)
+        for page, states in self.disk.restore():
+            self.spt.load(page, states)
+
+    def write(self, page, *seeds):
+        for pages, byte in self.disk.write(page, memoryview(b"".join(map(content, seeds)))):
+            self.spt.set(pages, byte)
+
+    def free(self, page, count):
+        self.disk.free(page, count)
+        self.spt.set(range(page, page + count), 0)
+
+    def read(self, page):
+        """The page's bytes, or None if it was never written."""
+        byte = self.spt.read(page, 1)[0]
+        if not byte & DISK:
+            return None
+        into = bytearray(PAGE_SIZE)
+        assert self.disk.read(range(page, page + 1), byte, memoryview(into)) == 1
+        return bytes(into)
+
+    def all(self):
+        return [self.read(page) for page in range(PAGES)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "disk"
+
+
+def crash_and_resume(kept):
+    """As after kill -9: the file is all that is left. A copy of it, as the lock is still held."""
+    path = f"/proc/self/fd/{kept.disk._fd}"
+    copy = os.path.realpath(path) + ".crashed"
+    with open(path, "rb") as file, open(copy, "wb") as to:
+        to.write(file.read())
+    return Kept(copy)
+
+
+# ---------------------------------------------------------------- one job
+
+
+def test_a_disk_without_a_path_leaves_no_file_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    disk = Disk(None, START, END, keep=False)
+    disk.write(9, memoryview(content(1)))
+    back = bytearray(PAGE_SIZE)
+    assert disk.read(range(9, 10), DISK, memoryview(back)) == 1
+    assert back == content(1)
+    assert list(tmp_path.iterdir()) == []
+    disk.close()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_disk_file_is_for_its_owner_only(path, keep):
+    path.touch(0o666)
+    Disk(str(path), START, END, keep).close()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_freed_pages_give_their_blocks_back(path):
+    kept = Kept(path)
+    kept.write(0, *range(200))
+    kept.disk.sync()
+    full = path.stat().st_blocks
+    kept.free(0, 190)
+    kept.disk.sync()
+    assert path.stat().st_blocks < full / 5
+    assert kept.all()[190:200] == [content(seed) for seed in range(190, 200)]
+    scratch = Disk(None, START, END, keep=False)
+    scratch.write(0, memoryview(content(1, 200)))
+    full = os.fstat(scratch._fd).st_blocks
+    scratch.free(0, 190)
+    assert os.fstat(scratch._fd).st_blocks < full / 5
+
+
+# ---------------------------------------------------------------- the next job
+
+
+def test_what_was_synced_is_there_when_the_disk_is_opened_again(path):
+    kept = Kept(path)
+    kept.write(5, 1, 2, 3)
+    kept.write(6, 4)
+    kept.free(7, 1)
+    kept.disk.sync()
+    before = kept.all()
+    assert before[5:8] == [content(1), content(4), None]
+    kept.disk.close()
+    assert Kept(path).all() == before
+
+
+def test_a_crash_goes_back_to_the_last_sync_whatever_was_written_since(path):
+    kept = Kept(path)
+    kept.write(0, *range(20))
+    kept.free(3, 2)
+    kept.disk.sync()
+    before = kept.all()
+    kept.write(0, 100, 101, 102, 103)
+    kept.write(1, 110)  # a second time since the sync
+    kept.free(8, 4)
+    kept.write(9, 120)
+    kept.write(40, 130)
+    again = crash_and_resume(kept)
+    assert again.all() == before
+    # And what the crashed job had begun does not come to life with the next sync.
+    again.write(50, 140)
+    again.disk.sync()
+    before[50] = content(140)
+    assert again.all() == before
+    again.disk.close()
+
+
+def test_a_crash_before_any_sync_leaves_an_empty_disk(path):
+    kept = Kept(path)
+    kept.write(0, 1, 2)
+    assert crash_and_resume(kept).all() == [None] * PAGES
+
+
+def test_any_sequence_of_writes_frees_syncs_and_crashes_gives_what_the_last_sync_had(tmp_path):
+    for seed in range(30):
+        dice, kept = random.Random(seed), Kept(tmp_path / f"disk{seed}")
+        now, synced = [None] * PAGES, [None] * PAGES
+        for _ in range(60):
+            page, count = dice.randrange(40), dice.randint(1, 10)
+            action = dice.choice(["write", "write", "write", "free", "sync", "crash"])
+            if action == "write":
+                seeds = [dice.random() for _ in range(count)]
+                kept.write(page, *seeds)
+                now[page : page + count] = map(content, seeds)
+            elif action == "free":
+                kept.free(page, count)
+                now[page : page + count] = [None] * count
+            elif action == "sync":
+                kept.disk.sync()
+                synced = now.copy()
+            else:
+                crashed = kept
+                kept, now = crash_and_resume(kept), synced.copy()
+                crashed.disk.close()
+            assert kept.all() == now
+        kept.disk.close()
+
+
+def test_a_torn_header_leaves_the_other_copy(path):
+    kept = Kept(path)
+    kept.write(0, 1)
+    kept.disk.sync()  # epoch 1, in the second copy
+    kept.write(0, 2)
+    kept.disk.sync()  # epoch 2, in the first
+    kept.disk.close()
+    with path.open("r+b") as file:
+        file.seek(20)
+        file.write(b"torn")
+    assert Kept(path).read(0) == content(1)
+
+
+def test_a_failed_sync_is_never_followed_by_one_that_succeeds(path, monkeypatch):
+    kept = Kept(path)
+    kept.write(0, 1)
+    with monkeypatch.context() as broken:
+
+        def fail(fd):
+            raise OSError(5, "Input/output error")
+
+        broken.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            kept.disk.sync()
+    with pytest.raises(OSError, match="Input/output"):
+        kept.disk.sync()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def made(path):
+    kept = Kept(path)
+    kept.write(0, 1)
+    kept.disk.sync()
+    kept.disk.close()
+
+
+def test_a_disk_in_use_is_refused(path):
+    for keep in (True, False):
+        disk = Disk(str(path), START, END, keep)
+        for other in (True, False):
+            with pytest.raises(ValueError, match="disk: .* in use by another job"):
+                Disk(str(path), START, END, other)
+        disk.close()
+        path.unlink()
+
+
+def test_a_file_that_is_no_disk_is_refused_and_left_as_it_is(path):
+    for text in (b"x", b"my thesis\n" * 30000):
+        for keep in (True, False):
+            path.write_bytes(text)
+            with pytest.raises(ValueError, match="disk: .* is not an EDM disk"):
+                Disk(str(path), START, END, keep)
+            assert path.read_bytes() == text
+
+
+def test_another_geometry_is_refused(path):
+    made(path)
+    for start, end in ((START, END + PAGE_SIZE), (START + PAGE_SIZE, END)):
+        with pytest.raises(ValueError, match="geometry.*start_addr 0x1b58000"):
+            Disk(str(path), start, end, keep=True)
+
+
+def test_another_version_of_the_format_is_refused(path, monkeypatch):
+    monkeypatch.setattr("edm.dms.FORMAT", 99)
+    made(path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="version 99"):
+        Disk(str(path), START, END, keep=True)
+
+
+def test_a_damaged_header_is_told(path):
+    made(path)
+    with path.open("r+b") as file:
+        for at in (0, HEADER_COPY):
+            file.seek(at + 30)
+            file.write(b"damage")
+    with pytest.raises(ValueError, match="damaged"):
+        Disk(str(path), START, END, keep=True)
+
+
+def test_a_kept_disk_is_not_overwritten_by_a_job_that_does_not_keep_it(path):
+    made(path)
+    with pytest.raises(ValueError, match="kept disk of an earlier job; --keep yes"):
+        Disk(str(path), START, END, keep=False)
+    assert Kept(path).read(0) == content(1)
+
+
+def test_a_disk_that_was_not_kept_is_refused_for_keeping_and_else_begins_anew(path):
+    disk = Disk(str(path), START, END, keep=False)
+    disk.write(0, memoryview(content(1)))
+    disk.close()
+    with pytest.raises(ValueError, match="not kept"):
+        Disk(str(path), START, END, keep=True)
+    disk = Disk(str(path), START, END, keep=False)
+    assert os.pread(disk._fd, PAIR, TABLE) == bytes(PAIR)
+    disk.close()

@@ -1,0 +1,280 @@
+"""What the README promises of each failure, by causing it."""
+
+import json
+import os
+import random
+import re
+import select
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import PROGRAMS, TRACKERS, needs_userfaultfd
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytestmark = needs_userfaultfd
+
+
+@pytest.fixture
+def long(request):
+    return request.config.getoption("--long")
+
+
+def read_until(job, words, seconds=30):
+    """Read the job's output until it has these words."""
+    output = ""
+    while words not in output:
+        assert select.select([job.stdout], [], [], seconds)[0], output
+        part = os.read(job.stdout.fileno(), 1 << 16).decode()
+        assert part, output
+        output += part
+    return output
+
+
+def wait_until_gone(job, seconds=5):
+    deadline = time.monotonic() + seconds
+    while left := job.processes():
+        assert time.monotonic() < deadline, f"still there after {seconds} s: {left}"
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- the disk
+
+
+@pytest.fixture
+def small_file_system(tmp_path):
+    """4 MiB, mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]
+    if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_when_the_disk_is_full_nothing_is_lost_and_the_application_goes_on_when_there_is_room(
+    mpirun, small_file_system
+):
+    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "frees")
+    assert ended.returncode == 0 and "full disk SUCCESS" in ended.stdout, ended.stdout
+    assert "No space left on device" in ended.stdout
+
+
+def test_when_the_disk_is_full_and_the_application_can_go_no_further_the_job_ends_and_says_why(
+    mpirun, small_file_system
+):
+    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "goes on")
+    assert ended.returncode not in (0, 1)
+    assert "full disk SUCCESS" not in ended.stdout and "is wrong" not in ended.stdout
+    errors = [line for line in ended.stdout.splitlines() if "edm: error:" in line]
+    assert len(errors) == 1 and "No space left on device" in errors[0], ended.stdout
+
+
+def test_a_flipped_byte_in_the_disk_file_is_a_sigbus_and_the_other_pages_are_whole(
+    mpirun, tmp_path
+):
+    ended = mpirun(PROGRAMS / "lost_page.py", tmp_path / "disk")
+    assert "the others are right" in ended.stdout and "never seen" not in ended.stdout
+    assert "can't be brought back: page 20: " in ended.stdout, ended.stdout
+    assert "the checksum is wrong" in ended.stdout
+    assert ended.returncode == 128 + signal.SIGBUS, ended.stdout
+
+
+# ---------------------------------------------------------------- who dies
+
+
+@pytest.mark.parametrize("who", ["pager", "DMS"])
+def test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs(
+    start, mpirun_command, who
+):
+    job = start(*mpirun_command("-m", "edm.examples.bigger_than_memory", "--size", "256"))
+    output = read_until(job, "25 %")
+    parts = job.parts()
+    os.kill(parts[who], signal.SIGKILL)
+    began = time.monotonic()
+    if who == "pager":
+        while os.path.exists(f"/proc/{parts['application']}/exe"):
+            assert time.monotonic() - began < 1, "the application lives on"
+            time.sleep(0.01)
+    rest, _ = job.communicate(timeout=20)
+    assert job.returncode not in (0, None), output + rest
+    assert re.search(r"signal|terminat|killed", rest, re.IGNORECASE), output + rest
+    assert "SUCCESS" not in rest
+    wait_until_gone(job)
+
+
+# ---------------------------------------------------------------- keep and resume
+
+
+def resume(mpirun_command, disk, *more):
+    return mpirun_command("-m", "edm.examples.resume", "--disk", disk, *more)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_everything_back_and_the_next_job_goes_on(
+    start, run, mpirun_command, tmp_path, number
+):
+    disk = tmp_path / "disk"
+    job = start(*resume(mpirun_command, disk, "--pages", "65536"))
+    read_until(job, "page 4096")
+    os.kill(job.parts()["pager"], number)
+    rest, _ = job.communicate(timeout=30)
+    assert job.returncode == 128 + number, rest
+    name = signal.Signals(number).name
+    assert re.search(rf"{name}: wrote \d+ pages back and synced the disk in \S+ s", rest), rest
+    again = run(*resume(mpirun_command, disk, "--pages", "20000"))
+    assert again.returncode == 0 and "resume SUCCESS" in again.stdout, again.stdout
+    assert int(re.search(r"the space has (\d+) of", again.stdout)[1]) >= 4096
+
+
+def test_sigterm_to_the_launcher_writes_everything_back_too(start, run, mpirun_command, tmp_path):
+    disk = tmp_path / "disk"
+    job = start(*resume(mpirun_command, disk, "--pages", "65536"))
+    read_until(job, "page 8192")
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=30)
+    assert job.returncode != 0
+    wait_until_gone(job)
+    again = run(*resume(mpirun_command, disk, "--pages", "20000"))
+    assert again.returncode == 0 and "resume SUCCESS" in again.stdout, again.stdout
+    assert int(re.search(r"the space has (\d+) of", again.stdout)[1]) >= 8192
+
+
+def test_killed_at_any_moment_the_disk_has_what_the_last_sync_had(
+    start, mpirun_command, tmp_path, long
+):
+    synced, dice = 0, random.Random()
+    for _ in range(50 if long else 8):
+        job = start(*mpirun_command(PROGRAMS / "crashes.py", tmp_path / "disk"))
+        output = read_until(job, "\n")
+        found = re.match(r"found (\d+)", output)
+        assert found, output
+        assert int(found[1]) >= synced, f"a sync that had returned is lost: {synced}, {output}"
+        moment = time.monotonic() + dice.random() * 0.4
+        while time.monotonic() < moment:
+            if select.select([job.stdout], [], [], moment - time.monotonic())[0]:
+                output += os.read(job.stdout.fileno(), 1 << 16).decode()
+        parts = job.parts()
+        for who in dice.sample(["DMS", "pager"], 2):
+            os.kill(parts[who], signal.SIGKILL)
+        rest, _ = job.communicate(timeout=20)
+        assert "not as it was" not in output + rest
+        wait_until_gone(job)
+        synced = max(map(int, re.findall(r"synced (\d+)\n", output + rest)), default=synced)
+    assert synced > 0
+
+
+def test_a_disk_in_use_and_other_mistakes_get_one_line(start, mpirun, mpirun_command, tmp_path):
+    disk = tmp_path / "disk"
+    job = start(*resume(mpirun_command, disk))
+    read_until(job, "page 4096")
+    for arguments, words in (
+        (["--disk", disk], "in use by another job"),
+        (["--disk", disk, "--keep", "no"], "in use by another job"),
+        (["--disk", __file__], "is not an EDM disk"),
+        (["--disk", ""], "keep: needs a disk"),
+    ):
+        ended = mpirun("-m", "edm.examples.resume", *arguments)
+        lines = [line for line in ended.stdout.splitlines() if "error:" in line]
+        assert ended.returncode != 0
+        assert len(lines) == 1 and words in lines[0], ended.stdout
+
+
+# ---------------------------------------------------------------- everything at once
+
+WHICH, WHERE = st.integers(0, 9), st.integers(0, 1 << 16)
+WRITE = st.tuples(st.just("write"), WHICH, WHERE, st.integers(1, 20000), st.integers(0, 1 << 30))
+READ = st.tuples(st.just("read"), WHICH, WHERE, st.integers(1, 9000))
+SYNC = st.tuples(st.just("sync"))
+OPERATIONS = st.one_of(
+    *(WRITE, WRITE, WRITE, WRITE, READ, READ, READ, SYNC, SYNC),
+    st.tuples(st.just("map"), st.integers(0, 60), st.integers(1, 14)),
+    st.tuples(st.just("unmap"), WHICH),
+    st.tuples(st.just("compare"), WHICH),
+    st.tuples(st.just("crash")),
+)
+
+
+def test_any_sequence_of_operations_gives_what_a_plain_bytearray_gives(
+    start, mpirun_command, tmp_path_factory, long
+):
+    """Map, unmap, write, read, sync, crash and resume, on the real kernel, evicting all the time."""
+
+    @settings(
+        max_examples=100 if long else 6,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(OPERATIONS, min_size=30, max_size=120))
+    def holds(operations):
+        folder = tmp_path_factory.mktemp("operations")
+        (folder / "list").write_text(json.dumps([["map", 0, 10], *operations]))
+        for _ in range(1 + sum(name == "crash" for name, *_ in operations)):
+            job = start(
+                *mpirun_command(
+                    PROGRAMS / "operations.py", folder / "list", folder / "disk", folder / "saved"
+                )
+            )
+            try:
+                output, _ = job.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                job.kill_all()
+                pytest.fail(f"hangs: {operations}")
+            assert "is wrong" not in output and "Traceback" not in output, output
+            assert "are wrong" not in output and "error:" not in output, output
+            wait_until_gone(job)
+        assert "operations SUCCESS" in output, output
+
+    holds()
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_four_threads_lose_no_update_and_pager_and_dms_do_not_grow(mpirun, tmp_path, tracker, long):
+    seconds = 300 if long else 6
+    ended = mpirun(PROGRAMS / "soak.py", tmp_path / "pids", seconds, tracker, timeout=seconds + 60)
+    assert ended.returncode == 0 and "soak SUCCESS" in ended.stdout, ended.stdout
+
+
+def test_malformed_messages_are_refused_and_the_dms_goes_on_serving(mpirun):
+    ended = mpirun(PROGRAMS / "malformed.py")
+    assert ended.returncode == 0 and "malformed SUCCESS" in ended.stdout, ended.stdout[-3000:]
+
+
+# ---------------------------------------------------------------- who else may look
+
+
+def test_no_other_user_can_read_the_disk_or_find_a_name_or_a_socket(
+    start, mpirun_command, tmp_path
+):
+    disk = tmp_path / "disk"
+    old = os.umask(0)
+    try:
+        job = start(*resume(mpirun_command, disk))
+    finally:
+        os.umask(old)
+    read_until(job, "page 4096")
+    assert disk.stat().st_mode & 0o777 == 0o600
+    application = job.parts()["application"]
+
+    def sockets(pid):
+        files = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+        return {re.search(r"\d+", name)[0] for name in files if name.startswith("socket:")}
+
+    # The launcher's own are inherited.
+    inodes = sockets(application)
+    for pid in job.processes().keys() - set(job.parts().values()):
+        inodes -= sockets(pid)
+    assert inodes
+    for protocol in ("tcp", "tcp6", "udp", "udp6"):
+        with open(f"/proc/net/{protocol}") as table:
+            for line in list(table)[1:]:
+                fields = line.split()
+                assert fields[9] not in inodes or fields[3] != "0A", line
+    with open("/proc/net/unix") as table:
+        for line in list(table)[1:]:
+            fields = line.split()
+            assert fields[6] not in inodes or len(fields) == 7, f"a socket with a name: {line}"
