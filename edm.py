@@ -359,3 +359,10 @@ def _launched_rank() -> int:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
+
+
+if __name__ == "__main__":
+    # `python -m edm`, by a Python that was started in this folder.
+    from edm.__main__ import main as command
+
+    command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 mpi4py.rc(initialize=False, finalize=False)
 
 from edm import uffd_ctypes
+from edm.doctor import find_mpirun
 from edm.page_idle import bitmap_missing
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -30,12 +30,6 @@ def _userfaultfd_missing() -> str:
     except OSError as error:
         return str(error)
     return f"this kernel's userfaultfd lacks features {missing:#x}" if missing else ""
-
-
-def _mpirun() -> str | None:
-    """mpirun of the same environment as this Python, else the one on PATH."""
-    own = Path(sys.prefix) / "bin" / "mpirun"
-    return str(own) if own.exists() else shutil.which("mpirun")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -163,7 +157,7 @@ def run(start: Callable[..., Job]) -> Run:
 @pytest.fixture
 def mpirun_command() -> Callable[..., list[object]]:
     """The command line that runs `python ...` with so many ranks."""
-    mpirun = _mpirun()
+    mpirun = find_mpirun()
     if mpirun is None:
         pytest.skip("there is no mpirun: pip install mpich")
 

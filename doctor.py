@@ -1,0 +1,260 @@
+"""python -m edm doctor: can EDM run on this machine? And if not, what is missing, and what gives it.
+
+In the picture: nothing; it tries each arrow of it once, by itself.
+
+Interface: main() prints a line for each check, and returns the exit status: 0 if EDM can run. A line
+begins with "ok", with "missing" (EDM can't run), or with "without" (EDM runs, but has to do without).
+What follows "try:" is a command to type.
+
+Rules: imports nothing of MPI into its own process, as MPI may be what is missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from edm import uffd_ctypes as u
+from edm.page_idle import bitmap_missing
+from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
+
+OLDEST = (5, 19)  # Linux
+DEADLINE = 30  # seconds for anything that could hang
+ENOUGH_DISK = 1 << 30  # bytes
+
+Finding = tuple[str, str, str]  # ("ok", "missing" or "without", what was found, what to try)
+
+
+def main() -> int:
+    """Check everything, and print what was found. Returns the exit status."""
+    can_run = True
+    for name, check in CHECKS.items():
+        state, found, remedy = check()
+        print(f"{state:8} {name}: {found}")
+        if remedy:
+            print(f"         try: {remedy}")
+        can_run = can_run and state != "missing"
+    print("EDM can run here." if can_run else "EDM can't run here.")
+    return 0 if can_run else 1
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+def kernel() -> Finding:
+    release = os.uname().release
+    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2])
+    if numbers < OLDEST:
+        return "missing", f"Linux {release} is older than 5.19; a newer kernel is needed", ""
+    return "ok", f"Linux {release}", ""
+
+
+def userfaultfd() -> Finding:
+    try:
+        fd, how = u.open_userfaultfd()
+    except OSError as error:
+        return "missing", f"{error.strerror}", "sudo sysctl vm.unprivileged_userfaultfd=1"
+    os.close(fd)
+    if how == "user mode only":
+        found = "for user mode only: read(2) and the like into a page that is not here give EFAULT"
+        return "without", found, "sudo sysctl vm.unprivileged_userfaultfd=1"
+    return "ok", f"permitted by {how}", ""
+
+
+def features() -> Finding:
+    try:
+        supported = u.supported_features()
+    except OSError as error:
+        return "missing", f"{error.strerror}", ""
+    if missing := u.NEEDED_FEATURES & ~supported:
+        found = f"this kernel lacks {missing:#x}, which Linux 5.19 has with CONFIG_USERFAULTFD"
+        return "missing", found, "grep USERFAULTFD /boot/config-$(uname -r)"
+    if not supported & u.UFFD_FEATURE_POISON:
+        return "without", "UFFDIO_POISON (Linux 6.6): a page that is lost ends the job", ""
+    return "ok", "missing pages and write-protection of shared memory, poison", ""
+
+
+def page_fault() -> Finding:
+    """A child touches a page of its own; this process brings it in."""
+    ours, childs = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        status = 1
+        try:
+            status = _touch(childs)
+        finally:
+            os._exit(status)
+    childs.close()
+    try:
+        found = _bring_in(ours)
+    except (OSError, ValueError) as error:
+        found = f"{error}"
+    finally:
+        if found:
+            os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if not found and status:
+        found = "the page came, but with other bytes"
+    return ("missing" if found else "ok", found or "a page was brought in by userfaultfd", "")
+
+
+def _touch(control: socket.socket) -> int:
+    """The child: 0 if the page that it touches has the bytes that the parent installs."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    memfd = os.memfd_create("edm")
+    os.ftruncate(memfd, PAGE_SIZE)
+    fd, _ = u.open_userfaultfd()
+    uffd = u.Userfaultfd(fd)
+    uffd.api(u.NEEDED_FEATURES)
+    address = 0x10_0000_0000
+    flags = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
+    u.mmap_fixed(address, PAGE_SIZE, u.PROT_READ | u.PROT_WRITE, flags, memfd, 0)
+    uffd.register(address, PAGE_SIZE)
+    socket.send_fds(control, [b"x"], [fd])
+    return bytes((ctypes.c_ubyte * PAGE_SIZE).from_address(address)) != b"E" * PAGE_SIZE
+
+
+def _bring_in(control: socket.socket) -> str:
+    """The parent: why the page could not be brought in; "" if it was."""
+    control.settimeout(DEADLINE)
+    _, fds, _, _ = socket.recv_fds(control, 1, 1)
+    if not fds:
+        return "the process that was to fault could not make its memory"
+    uffd = u.Userfaultfd(fds[0])
+    if not select.select([uffd.fd], [], [], DEADLINE)[0]:
+        return "no page fault came"
+    (_, address), *_ = uffd.read_faults()
+    page = ctypes.create_string_buffer(b"E" * PAGE_SIZE, PAGE_SIZE)
+    uffd.copy(address & -PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
+    os.close(uffd.fd)
+    return ""
+
+
+def idle_pages() -> Finding:
+    if missing := bitmap_missing():
+        return "without", f"the kernel's bitmap ({missing}); LPET takes unmapping", ""
+    return "ok", "the kernel's bitmap can be used", ""
+
+
+def pagemap() -> Finding:
+    try:
+        with open("/proc/self/pagemap", "rb") as file:
+            file.read(8)
+    except OSError as error:
+        return "missing", f"/proc/self/pagemap: {error.strerror}", "mount -t proc proc /proc"
+    if bitmap_missing().startswith("/proc/PID/pagemap"):
+        return "without", "page frame numbers, in the log's LSPT tables: they are for root", ""
+    return "ok", "readable", ""
+
+
+# ---------------------------------------------------------------- MPI
+
+
+def find_mpirun() -> str | None:
+    """The path of mpirun: the one of this Python's environment, else the one on PATH."""
+    own = Path(sys.prefix) / "bin" / "mpirun"
+    return str(own) if own.exists() else shutil.which("mpirun")
+
+
+def _run(*command: str) -> tuple[int, str]:
+    """Run a command to its end: (exit status, what it printed)."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return 1, f"nothing happened within {DEADLINE} s"
+        output.seek(0)
+        return status, output.read().strip()
+
+
+def mpi() -> Finding:
+    code = (
+        "import mpi4py; mpi4py.rc.initialize = False\n"
+        "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
+    )
+    status, output = _run(sys.executable, "-c", code)
+    last = output.splitlines()[-1] if output else f"exit status {status}"
+    if status and "No module named" in last:
+        return "missing", "mpi4py is not installed", f"{sys.executable} -m pip install mpi4py mpich"
+    if status:
+        found = f"mpi4py finds no MPI library ({last})"
+        return "missing", found, f"{sys.executable} -m pip install mpich"
+    return "ok", last.strip("\0 "), ""
+
+
+def two_ranks() -> Finding:
+    mpirun = find_mpirun()
+    if mpirun is None:
+        return "missing", "there is no mpirun", f"{sys.executable} -m pip install mpich"
+    code = "import edm.doctor; edm.doctor.exchange()"
+    status, output = _run(mpirun, "-n", "2", sys.executable, "-c", code)
+    if not status and "a page came over" in output:
+        return "ok", f"{mpirun} starts them, and a page came over", ""
+    remedy = f"{mpirun} -n 2 hostname"
+    if "OMPI_ALLOW_RUN_AS_ROOT" in output or "as root" in output:
+        remedy = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    elif "slots" in output:
+        remedy = "export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
+    elif "one rank each" in output:
+        remedy = f"{sys.executable} -m pip install --force-reinstall mpich"
+    lines = [line.strip() for line in output.splitlines() if line.strip(" -\t")]
+    return "missing", f"{mpirun}: {lines[0] if lines else f'exit status {status}'}", remedy
+
+
+def exchange() -> None:
+    """In each of two ranks: rank 0 sends a page, rank 1 receives it and says so."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    if comm.size != 2:
+        sys.exit("one rank each: mpirun and mpi4py's MPI library are not of the same kind")
+    if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        sys.exit("this MPI library has no MPI_THREAD_MULTIPLE")
+    page = bytearray(b"E" * PAGE_SIZE if comm.rank == 0 else PAGE_SIZE)
+    if comm.rank == 0:
+        comm.Send([page, MPI.BYTE], 1)
+    else:
+        comm.Recv([page, MPI.BYTE], 0)
+        if page == b"E" * PAGE_SIZE:
+            print("a page came over")
+
+
+# ---------------------------------------------------------------- the disk
+
+
+def disk() -> Finding:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    found = f"{free / (1 << 30):.1f} GiB free in {folder}, where the DMS keeps pages by default"
+    if free < ENOUGH_DISK:
+        return "without", found, "TMPDIR=/a/larger/disk before mpirun, or --disk PATH"
+    return "ok", found, ""
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "kernel": kernel,
+    "userfaultfd": userfaultfd,
+    "its features": features,
+    "a page fault": page_fault,
+    "idle pages": idle_pages,
+    "pagemap": pagemap,
+    "MPI": mpi,
+    "two ranks": two_ranks,
+    "disk": disk,
+}
