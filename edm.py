@@ -202,9 +202,13 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
     except (ValueError, OSError):
         control.close()
         raise
-    except BaseException:
+    except BaseException as error:
         # Another rank may be waiting for this one: end the job rather than hang.
-        traceback.print_exc()
+        if isinstance(error, MPI.Exception):
+            reason = str(error).splitlines()[-1]
+            print(f"edm: error: MPI: {reason}; a process of the job has died?", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.stderr.flush()
         world.Abort(1)
         raise

@@ -176,6 +176,7 @@ class Pager:
             self._client.sync()
         except m.DMSError as error:
             reason = f"what the application wrote last could not be written back: {error}"
+            log.logger("EDM CLIENT").error("%s", reason)
             self._failure = self._failure or m.DMSError(reason)
             return
         level = logging.WARNING if self._ended_by else logging.INFO
@@ -246,9 +247,13 @@ class Pager:
     def _munmap(self, page: int, count: int) -> bytes:
         """The application has unmapped these pages: free them, here and on the DMS."""
         self._lspt.unmapped(page, count)
-        self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
+        held = self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
+        try:
+            self._client.free(page, count)
+        except m.DMSError:
+            self._lspt.released([(first, length) for first, length, _ in held])
+            raise
         punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
-        self._client.free(page, count)
         # A thread that was in the midst of a fault there tries again, and finds nothing mapped.
         for awaited in self._lspt.freed(page, count):
             self._uffd.wake(self._start + awaited * PAGE_SIZE, PAGE_SIZE)

@@ -101,7 +101,7 @@ def test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs(
             time.sleep(0.01)
     rest, _ = job.communicate(timeout=20)
     assert job.returncode not in (0, None), output + rest
-    assert re.search(r"signal|terminat|killed", rest, re.IGNORECASE), output + rest
+    assert re.search(r"signal|terminat|killed|has died", rest, re.IGNORECASE), output + rest
     assert "SUCCESS" not in rest
     wait_until_gone(job)
 
