@@ -88,6 +88,10 @@ PAIR = 16  # bytes of a page's two entries
 EPOCH, HOLE = 33, 1 << 32
 PART = 1 << 16  # pages at most whose entries are looked at together
 
+# What becomes of an SPT byte, as tables for bytes.translate.
+_DROPPED = bytes(byte & ~INSTANCE for byte in range(256))
+_WITHOUT_SLOT = bytes(byte & ~SLOT for byte in range(256))
+
 
 class SPT:
     """Where each page of one instance's space is. Pages are numbered from its start_addr."""
@@ -120,7 +124,7 @@ class SPT:
 
     def dropped(self, page: int, count: int) -> None:
         """INSTANCE → NEW, INSTANCE | DISK → DISK: the instance gives back what it did not write."""
-        self.load(page, self.read(page, count).translate(bytes(b & ~INSTANCE for b in range(256))))
+        self.load(page, self.read(page, count).translate(_DROPPED))
 
     def load(self, page: int, states: bytes) -> None:
         """Set the bytes of as many pages, from page on."""
@@ -290,30 +294,31 @@ class Disk:
         Returns how many are whole, from the first on. Raises OSError if not even that is.
         """
         slot = bool(byte & SLOT)
-        span = pages[-1] + 1 - pages.start
-        entries = self._read_pairs(pages.start, span)[slot :: 2 * pages.step]
         base = self._data + slot * self._slot
-        failure = OSError(errno.EIO, "the checksum is wrong")
+        if len(pages) == 1:
+            entry = os.pread(self._fd, CRC.size, TABLE + pages.start * PAIR + slot * PAIR // 2)
+            got = os.preadv(self._fd, [into], base + pages.start * PAGE_SIZE)
+            if got != PAGE_SIZE or CRC.pack(zlib.crc32(into)) != entry:
+                raise OSError(errno.EIO, "the checksum is wrong")
+            return 1
+        span = pages[-1] + 1 - pages.start
+        got = 0
         try:
+            entries = self._read_pairs(pages.start, span)[slot :: 2 * pages.step]
             if pages.step == 1:
                 got = os.preadv(self._fd, [into], base + pages.start * PAGE_SIZE)
             else:
-                got = 0
                 for page in pages:
                     here = into[got : got + PAGE_SIZE]
                     got += os.preadv(self._fd, [here], base + page * PAGE_SIZE)
-        except OSError as error:
-            if len(pages) > 1:  # which of them is it? Those before it are good
-                return self.read(pages[:1], byte, into[:PAGE_SIZE])
-            failure, got = error, 0
+        except OSError as error:  # which of them is it? Perhaps not the first
+            log.logger("DMS").info("%d pages from page %d: %s", len(pages), pages.start, error)
         for index in range(got // PAGE_SIZE):
             content = into[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
             if zlib.crc32(content) != entries[index] & 0xFFFFFFFF:
                 got = index * PAGE_SIZE
                 break
-        if got < PAGE_SIZE:
-            raise failure
-        return got // PAGE_SIZE
+        return got // PAGE_SIZE or self.read(pages[:1], byte, into[:PAGE_SIZE])
 
     def write(self, page: int, content: memoryview) -> list[tuple[range, int]]:
         """Write these pages, whole ones. Returns the SPT's DISK byte for each run of them."""
@@ -640,7 +645,7 @@ class DMS:
         self._check_length(length, 0)
         self._check(page, count, m.MAX_LOCATIONS)
         states = self._spts[instance].read(page, count)
-        self._answer.body[:count] = states.translate(bytes(b & ~SLOT for b in range(256)))
+        self._answer.body[:count] = states.translate(_WITHOUT_SLOT)
         self._answer.head(m.LOCATIONS, count, page)
         return count
 
