@@ -1,17 +1,26 @@
-"""python -m edm COMMAND. The only command is doctor: can EDM run here?"""
+"""python -m edm COMMAND: `run` starts a program, `doctor` tells whether EDM can run here."""
 
 import argparse
 import sys
 
-from edm import doctor
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edm", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("doctor", help="can EDM run on this machine, and what is missing?")
-    parser.parse_args()
-    sys.exit(doctor.main())
+    parser.add_argument("command", choices=("run", "doctor"), help="see: COMMAND --help")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
+    args = parser.parse_args()
+    if args.command == "run":
+        from edm.launch import main as run
+
+        run(args.arguments)
+    else:
+        from edm import doctor
+
+        parser = argparse.ArgumentParser(
+            prog="python -m edm doctor", description=doctor.__doc__.splitlines()[0]
+        )
+        parser.parse_args(args.arguments)
+        sys.exit(doctor.main())
 
 
 if __name__ == "__main__":

@@ -29,13 +29,16 @@ because LPET must find either a protected CLEAN page or a writable DIRTY one.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 import select
 import time
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from logging import INFO
 
@@ -78,15 +81,17 @@ class DmHandler:
         readahead: Readahead,
         track_clean: bool,
         commands_fd: int,
+        came: deque[tuple[int, int]] | None,
     ) -> None:
         """The first client is for faults, the others for what is asked for ahead of need.
 
         Without track_clean, every page counts as DIRTY. commands_fd is a pipe: see STOP and GIVE_UP.
+        came: who wants to know gets (page, count) of what is installed.
         """
         self._uffd, self._lspt, self._start = uffd, lspt, start_addr
         self._client, *self._free_clients = clients
         self._readahead, self._track_clean = readahead, track_clean
-        self._commands_fd = commands_fd
+        self._commands_fd, self._came = commands_fd, came
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # The source of a zero page that is to be write-protected, which UFFDIO_ZEROPAGE can't do
@@ -94,11 +99,12 @@ class DmHandler:
         self._zero_memory = mmap.mmap(-1, max(1, readahead.max_window) * PAGE_SIZE)
         self._zeros = ctypes.addressof(ctypes.c_char.from_buffer(self._zero_memory))
         self._first_access = self._refetch = self._write_protect = self._other = 0
-        self._fetched = 0
+        self._fetched = self._waited = 0  # pages; nanoseconds
         self._latencies = array("Q", bytes(8 * LATENCY_BUCKETS))
 
     def figures(self) -> dict[str, object]:
-        """Counts of faults by kind; the median and the 99th percentile of their latency, in µs.
+        """Counts of faults by kind; the median and the 99th percentile of their latency, in µs; the
+        sum of all, in seconds.
 
         Latency: from the message's arrival to the woken application, as this thread sees it.
         """
@@ -110,16 +116,18 @@ class DmHandler:
             "fetched": self._fetched,
             "latency_median": self._latency(0.5),
             "latency_99th": self._latency(0.99),
+            "waited": round(self._waited / 1e9, 3),
         }
 
     def _latency(self, share: float) -> float:
         """So many µs at most took this share of the faults."""
-        seen, wanted = 0, share * sum(self._latencies)
-        for bucket, faults in enumerate(self._latencies):
-            seen += faults
-            if seen >= wanted:
-                return round((bucket + (faults > 0)) * 1.024, 3)
-        return 0.0
+        seen = list(itertools.accumulate(self._latencies))
+        bucket = bisect.bisect_left(seen, share * seen[-1])
+        return round((bucket + (self._latencies[bucket] > 0)) * 1.024, 3)
+
+    def latencies(self) -> list[tuple[float, int]]:
+        """(µs at most, how many faults took so long), ascending; without those that none took."""
+        return [((at + 1) * 1.024, n) for at, n in enumerate(self._latencies) if n]
 
     def run(self) -> None:
         """Resolve faults until told to stop, or until the application has ended."""
@@ -146,8 +154,9 @@ class DmHandler:
                     self._resolve(flags, address & -PAGE_SIZE)
                 except (ProcessLookupError, Stopped):
                     return  # ESRCH, or LPET has stopped: the application has ended, or is about to
-                bucket = min(time.monotonic_ns() - began >> 10, LATENCY_BUCKETS - 1)
-                self._latencies[bucket] += 1
+                took = time.monotonic_ns() - began
+                self._waited += took
+                self._latencies[min(took >> 10, LATENCY_BUCKETS - 1)] += 1
 
     def _obey(self, command: bytes) -> bool:
         """False for STOP."""
@@ -337,6 +346,8 @@ class DmHandler:
                 else:
                     self._uffd.copy(address, self._zeros, length, True)
                 self._lspt.arrived(pages, dirty)
+            if self._came is not None:
+                self._came.append((pages.start, len(pages)))
         except FileNotFoundError:
             # ENOENT: the application has unmapped the area under its own feet. Its fault is woken,
             # to find out. The DMS gets the pages back here, as the munmap may be over already.

@@ -187,7 +187,7 @@ class Disk:
             if kept and not self._keep:
                 raise ValueError(
                     f"disk: {name} is the kept disk of an earlier job; "
-                    "--keep yes goes on with it, removing the file gives it up"
+                    "--keep goes on with it, removing the file gives it up"
                 )
             if self._keep and not kept:
                 raise ValueError(f"disk: {name} was not kept by its job; remove it")

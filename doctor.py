@@ -21,9 +21,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 from edm import uffd_ctypes as u
+from edm.launch import find_mpirun
 from edm.page_idle import bitmap_missing
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
 
@@ -64,7 +64,7 @@ def userfaultfd() -> Finding:
     except OSError as error:
         return "missing", f"{error.strerror}", "sudo sysctl vm.unprivileged_userfaultfd=1"
     os.close(fd)
-    if how == "user mode only":
+    if how == u.USER_MODE:
         found = "for user mode only: read(2) and the like into a page that is not here give EFAULT"
         return "without", found, "sudo sysctl vm.unprivileged_userfaultfd=1"
     return "ok", f"permitted by {how}", ""
@@ -158,12 +158,6 @@ def pagemap() -> Finding:
 
 
 # ---------------------------------------------------------------- MPI
-
-
-def find_mpirun() -> str | None:
-    """The path of mpirun: the one of this Python's environment, else the one on PATH."""
-    own = Path(sys.prefix) / "bin" / "mpirun"
-    return str(own) if own.exists() else shutil.which("mpirun")
 
 
 def _run(*command: str) -> tuple[int, str]:

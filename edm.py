@@ -7,16 +7,20 @@
     │   space.mmap(...)   │ page fault │   LPET thread       │     │   disk file         │
     │   a[0] = 1          │ ─────────► │   LSPT local pages  │     │                     │
     └─────────────────────┘ ◄───────── └─────────────────────┘     └─────────────────────┘
-         space.py             a page     pager.py lspt.py            dms.py
-                                         dm_handler.py               (the arrow: messages.py
+         address_space.py     a page     pager.py lspt.py            dms.py
+         numpy_mem_handler.py            dm_handler.py               (the arrow: messages.py
                                          readahead.py                 mpi_client.py
                                          lpet.py page_idle.py         doorbell.py)
 
 Interface:
     Config                     the settings
     run(app, config)           run app(space) as the application of every instance of an MPI job
-    parse_arguments, main      the same for a program with command-line options
+    space()                    in an application: its Space
+    numpy_allocator(...)       in an application: NumPy's large arrays live in its Space
+    parse_arguments, main      as run, for a program with command-line options
     PAGE_SIZE                  bytes
+
+`python -m edm run` (launch.py) runs a program that knows nothing of all this.
 
 Rules: rank 0 of the job is the DMS; every other rank is an instance, whose application process is
 forked *before* MPI is initialised and never calls MPI. So a program that calls run() must not
@@ -27,14 +31,17 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import dataclasses
+import gc
+import io
 import os
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,21 +49,25 @@ from typing import Any, NoReturn
 if __name__ == "edm":
     # Python was started in this folder, and found this file before the package of the same name.
     __path__ = [str(Path(__file__).parent)]
+    sys.modules["edm.edm"] = sys.modules["edm"]
 
 from edm import log
+from edm.address_space import Descriptors, Space
 from edm.lspt import MAX_PAGES
 from edm.messages import MAX_PAGES as MAX_BATCH
 from edm.page_idle import TRACKERS, choose_tracker
-from edm.space import Descriptors, Space
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
 
-__all__ = ["PAGE_SIZE", "Config", "Space", "main", "parse_arguments", "run"]
-
-
-def _yes(text: str) -> bool:
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r}; yes or no")
-    return text == "yes"
+__all__ = [
+    "PAGE_SIZE",
+    "Config",
+    "Space",
+    "main",
+    "numpy_allocator",
+    "parse_arguments",
+    "run",
+    "space",
+]
 
 
 # How a setting reads on a command line: what makes it of the text, and what the help calls it.
@@ -64,7 +75,7 @@ _PARSE = {
     "ADDR": lambda text: int(text, 0),
     "PAGES": int,
     "PATH": str,
-    "yes|no": _yes,
+    "FILE.html": str,
 }
 
 
@@ -93,9 +104,7 @@ class Config:
         None, "the DMS's disk file (default: a temporary file without a name)", "PATH"
     )
     keep: bool = _setting(
-        False,
-        "whether the disk outlives the job, and the next one finds its memory there",
-        "yes|no",
+        False, "whether the disk outlives the job, and the next one finds its memory there"
     )
     idle_tracker: str = _setting(
         "auto",
@@ -108,8 +117,13 @@ class Config:
     )
     evict_batch: int = _setting(256, "at most so many are evicted at once", "PAGES")
     clean_tracking: bool = _setting(
-        True, "whether a page that was not written is dropped without being sent", "yes|no"
+        True, "whether a page that was not written is dropped without being sent"
     )
+    stats: bool = _setting(False, "whether a table at the end tells what EDM did")
+    progress: bool = _setting(
+        False, "whether a live line tells what EDM does, where stderr is a terminal"
+    )
+    report: str | None = _setting(None, "write an HTML page of what EDM did there", "FILE.html")
     log_level: str = _setting("warning", "the least level of log lines shown", choices=log.LEVELS)
 
     def __post_init__(self) -> None:
@@ -137,6 +151,8 @@ class Config:
                 f"low_threshold: {self.low_threshold} pages; it must be at least 0 and less than "
                 f"high_threshold, {self.high_threshold}"
             )
+        if self.report and not os.path.isdir(os.path.dirname(self.report) or "."):
+            raise ValueError(f"report: there is no folder for {self.report}; make it first")
         if self.keep and not self.disk:
             raise ValueError("keep: needs a disk that has a name; give its path as disk")
         for name in ("readahead", "evict_batch"):
@@ -285,22 +301,30 @@ def _run_application(
     if not instance:
         os._exit(0)  # this rank is the DMS, or has ended
     atexit._clear()  # those of the parent are the parent's
-    space = Space.open(config.start_addr, config.end_addr, instance[0], control)
-    if space is None or not control.recv(2):
+    global _space
+    resident_limit = config.high_threshold * PAGE_SIZE
+    _space = Space.open(config.start_addr, config.end_addr, resident_limit, instance[0], control)
+    if _space is None or not control.recv(2):
         os._exit(1)
     status = 1
     try:
         log.logger("Usercode").debug("User code main function start running")
-        app(space)
+        app(_space)
         status = 0
     except SystemExit as exit:
         status = _exit_status(exit.code)
     except BaseException:  # noqa: BLE001 - whatever it raised, it has ended
         traceback.print_exc()
-    # As a Python process ends: its threads, its exit functions, its buffers.
+    # As a Python process ends: its threads, its exit functions, and what is left in buffers.
     try:
         threading._shutdown()
         atexit._run_exitfuncs()
+        sys.modules["__main__"].__dict__.clear()
+        gc.collect()
+        for left in gc.get_objects():
+            if isinstance(left, (io.TextIOWrapper, io.BufferedWriter)) and not left.closed:
+                with contextlib.suppress(OSError, ValueError):  # Python's own end ignores them too
+                    left.flush()
         sys.stdout.flush()
     finally:
         sys.stderr.flush()
@@ -317,6 +341,28 @@ def _exit_status(code: object) -> int:
     return 1
 
 
+# ---------------------------------------------------------------- in the application
+
+_space: Space | None = None  # of this process, if it is an application
+
+
+def space() -> Space:
+    """The Space of the application that this is. Raises RuntimeError elsewhere."""
+    if _space is None:
+        raise RuntimeError("edm.space: this process is not an application of EDM's")
+    return _space
+
+
+def numpy_allocator(threshold: int = 1 << 20) -> contextlib.AbstractContextManager[None]:
+    """A context manager: NumPy arrays made meanwhile, from threshold bytes on, live in the space.
+
+    Raises RuntimeError where there is no space, ImportError where there is no NumPy from 1.22 on.
+    """
+    from edm import numpy_mem_handler  # the only one that needs NumPy
+
+    return numpy_mem_handler.numpy_allocator(space(), threshold)
+
+
 # ---------------------------------------------------------------- command-line programs
 
 
@@ -328,23 +374,40 @@ def parse_arguments(
     defaults: settings of this program that differ from Config's. A mistake is told in one line, by
     one rank, and ends the program with status 2.
     """
-    settings = parser.add_argument_group("EDM")
-    for setting in dataclasses.fields(Config):
-        metavar = setting.metadata["metavar"]
-        settings.add_argument(
-            "--" + setting.name.replace("_", "-"),
-            type=_PARSE.get(metavar, str),
-            choices=setting.metadata["choices"],
-            default=defaults.get(setting.name, setting.default),
-            help=setting.metadata["help"],
-            metavar=metavar or None,
-        )
+    add_settings(parser, **defaults)
     args = parser.parse_args()
-    try:
+    with told_in_one_line(parser.prog):
         return args, Config(**{s.name: getattr(args, s.name) for s in dataclasses.fields(Config)})
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, leave_out: Iterable[str] = (), **defaults: Any
+) -> None:
+    """Add an option for every setting of Config, but for those to leave out."""
+    group = parser.add_argument_group("EDM")
+    for setting in dataclasses.fields(Config):
+        if setting.name not in leave_out:
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if not isinstance(setting.default, bool):
+                metavar = setting.metadata["metavar"]
+                kind = {"type": _PARSE.get(metavar, str), "metavar": metavar or None}
+                kind["choices"] = setting.metadata["choices"]
+            group.add_argument(
+                "--" + setting.name.replace("_", "-"),
+                default=defaults.get(setting.name, setting.default),
+                help=setting.metadata["help"],
+                **kind,
+            )
+
+
+@contextlib.contextmanager
+def told_in_one_line(prog: str) -> Iterator[None]:
+    """A ValueError in here is a mistake of the user's: one rank tells it, and the status is 2."""
+    try:
+        yield
     except ValueError as error:
-        if _launched_rank() == 0:
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        if not launched_rank():
+            print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -357,12 +420,13 @@ def main(app: Callable[[Space], object], config: Config) -> None:
         sys.exit(2)
 
 
-def _launched_rank() -> int:
-    """This process's rank, as far as the launcher's environment tells before MPI is initialised."""
-    for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
+def launched_rank() -> int | None:
+    """This process's rank, if an MPI launcher has started it; known before MPI is initialised."""
+    for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_STEP_NODELIST"):
+        if name in os.environ:
+            rank = os.environ.get(name if name.endswith("_RANK") else "SLURM_PROCID", "")
+            return int(rank) if rank.isdigit() else 0
+    return None
 
 
 if __name__ == "__main__":

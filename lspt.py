@@ -61,6 +61,7 @@ DIRTY = 5  # here, writable
 HELD_CLEAN = 6  # as CLEAN, but LPET or munmap has it in its hands: faults wait
 HELD_DIRTY = 7  # as DIRTY, likewise
 
+PART = 1 << 18  # pages that are counted at once: no other thread runs meanwhile
 MAX_PAGES = 1 << 31  # of a space: the order's entries have four bytes, one bit of it the mark
 SMALL = 1024  # with a lower high_threshold, LPET is woken when that is reached, not before
 
@@ -343,6 +344,17 @@ class LSPT:
         wanted = wanted[: max(0, self._high - self.resident)]
         states = self.state[wanted.start : wanted.stop : wanted.step]
         return wanted[: _FETCHABLE.match(states).end()]
+
+    def away(self) -> int:
+        """How many pages the DMS has and this instance has not; a while ago, some of them."""
+        with self.lock:
+            areas = list(self._areas)
+        parts = (
+            self.state[at : min(at + PART, page + count)]
+            for page, count in areas
+            for at in range(page, page + count, PART)
+        )
+        return sum(part.count(AWAY) for part in parts)
 
     # ------------------------------------------------------------ waiting
 

@@ -1,8 +1,8 @@
 """The pager: the process of an instance that is the MPI rank, and pages for the application.
 
 In the picture: the box in the middle. It has three threads: the DM-Handler (dm_handler.py), LPET
-(lpet.py), and the main thread, which starts the two, answers the application's Space (space.py),
-and sees to it that everything ends when the application does, however that ends.
+(lpet.py), and the main thread, which starts the two, answers the application's Space
+(address_space.py), and sees to it that everything ends when the application does, however that ends.
 
 Interface: Pager(...).run() returns the application's exit status.
 
@@ -10,6 +10,7 @@ The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect, faults_other   faults
     fetched                        pages that came, by those faults and by readahead
     latency_median, latency_99th   of the faults, in µs
+    waited                         the sum of them, in seconds
     evicted_dirty, evicted_clean, marked_idle                                 pages
     lpet_runs                      times that LPET was woken
     refused                        pages that the DMS would not take, each time
@@ -32,6 +33,7 @@ import logging
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import sys
@@ -39,11 +41,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
-from edm import log, space
+from edm import address_space, log, report
 from edm import messages as m
 from edm.dm_handler import GIVE_UP, STOP, DmHandler
 from edm.lpet import Lpet
@@ -51,6 +54,7 @@ from edm.lspt import LSPT, Stopped
 from edm.mpi_client import MpiClient
 from edm.page_idle import BitmapTracker, IdleTracker, Pagemap, TlbFlush, UnmapTracker
 from edm.readahead import Readahead
+from edm.report import Progress, Report
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
 
 if TYPE_CHECKING:
@@ -59,6 +63,8 @@ if TYPE_CHECKING:
 DMS_RANK = 0
 AHEAD = 3  # windows that the DM-Handler may have asked for ahead of need, a megabyte of buffer each
 SHARE = 64  # a window is at most this part of high_threshold
+
+LOOK = 0.25  # seconds between two looks at how it goes
 
 # Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
 # default of 5 ms is what a fault would wait while LPET computes.
@@ -76,7 +82,7 @@ class Pager:
         tracker: str,
         application: int,
         control: socket.socket,
-        descriptors: space.Descriptors,
+        descriptors: address_space.Descriptors,
     ) -> None:
         """tracker: its name, from page_idle.choose_tracker. application: its process id.
 
@@ -107,9 +113,18 @@ class Pager:
             self._tracker = BitmapTracker(pagemap, flush)
         else:
             self._tracker = UnmapTracker(pagemap, self._memfd, lpet_uffd, self._lspt, start_addr)
+        self._stats = config.stats
+        self._progress = Progress() if config.progress and sys.stderr.isatty() else None
+        self._report = Report(start_addr) if config.report else None
+        self._report_path = config.report or ""
+        if comm.size > 2 and config.report:  # an instance each
+            path = Path(config.report)
+            self._report_path = str(path.with_stem(f"{path.stem}.{comm.rank - 1}"))
+        self._instance = comm.rank - 1
+        self._look_due = time.monotonic()
         self._handler = DmHandler(
             Userfaultfd(uffd), handler_clients, self._lspt, start_addr, Readahead(max_window),
-            config.clean_tracking, commands_read,
+            config.clean_tracking, commands_read, self._report and self._report.came,
         )  # fmt: skip
         self._lpet = Lpet(
             lpet_uffd, self._memfd, lpet_clients, self._lspt, self._tracker, pagemap,
@@ -145,6 +160,7 @@ class Pager:
             if self._kept:
                 self._write_back()
             self._client.bye()
+            self._tell()
             for number, handler in before.items():
                 signal.signal(number, handler)
             os.close(self._process)
@@ -168,6 +184,10 @@ class Pager:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
 
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._kill_the_application()
+
     def _write_back(self) -> None:
         """The application and the other threads have ended: send what they left, and sync."""
         began = time.monotonic()
@@ -189,8 +209,7 @@ class Pager:
         try:
             body()
         except BaseException as error:  # noqa: BLE001 - run() raises it
-            self._failure = self._failure or error
-            self._kill_the_application()
+            self._fail(error)
         finally:
             self._lspt.stop()  # what this thread held or had asked for is nobody's any more
 
@@ -199,37 +218,77 @@ class Pager:
     def _answer_the_application(self) -> None:
         """Until it has ended."""
         calls = {
-            space.MMAP: self._mmap,
-            space.MUNMAP: self._munmap,
-            space.LOCATIONS: self._client.locations,
-            space.SYNC: self._sync,
-            space.FIGURES: lambda page, count: json.dumps(self.figures()).encode(),
+            address_space.MMAP: self._mmap,
+            address_space.ALLOCATE: self._allocate,
+            address_space.MUNMAP: self._munmap,
+            address_space.RELEASE: self._munmap,
+            address_space.LOCATIONS: self._client.locations,
+            address_space.SYNC: self._sync,
+            address_space.FIGURES: lambda page, count: json.dumps(self.figures()).encode(),
         }
         ended = self._process
         poll = select.poll()
         poll.register(ended, select.POLLIN)
         poll.register(self._control, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(self._watch())}
             if self._control.fileno() in ready:
                 try:
-                    packet = self._control.recv(space.CALL.size)
+                    packet = self._control.recv(address_space.CALL.size + address_space.MAX_NAME)
                 except ConnectionResetError:  # it has ended without reading the last answer
                     packet = b""
                 if not packet:
                     poll.unregister(self._control)
                     continue
-                what, page, count = space.CALL.unpack(packet)
+                what, page, count = address_space.CALL.unpack_from(packet)
                 try:
-                    answer = space.ANSWER.pack(0) + calls[what](page, count)
+                    answer = address_space.ANSWER.pack(0) + calls[what](page, count)
                 except (Stopped, CancelledError):
                     continue  # the application has been killed, or is just being
                 except m.DMSError as error:
-                    answer = space.ANSWER.pack(errno.EIO) + str(error).encode()
-                with contextlib.suppress(ConnectionError):  # it may have ended meanwhile
-                    self._control.send(answer)
+                    if what == address_space.RELEASE:  # and no zeros for who gets the pages next
+                        self._fail(error)
+                    answer = address_space.ANSWER.pack(errno.EIO) + str(error).encode()
+                if self._report and what in (address_space.MMAP, address_space.ALLOCATE):
+                    name = packet[address_space.CALL.size :].decode(errors="replace")
+                    self._report.mapped(page, count, name)
+                elif self._report and what in (address_space.MUNMAP, address_space.RELEASE):
+                    self._report.unmapped(page)
+                if what != address_space.RELEASE:
+                    with contextlib.suppress(ConnectionError):  # it may have ended meanwhile
+                        self._control.send(answer)
             elif ended in ready:
                 return
+
+    def _watch(self) -> float | None:
+        """Look at how it goes, if it is time and somebody wants to know; milliseconds until then."""
+        if not self._progress and not self._report:
+            return None
+        now = time.monotonic()
+        if now >= self._look_due:
+            figures, away = self.figures(), self._lspt.away()
+            if self._progress:
+                self._progress.show(figures, away)
+            if self._report:
+                self._report.sample(figures, away)
+            self._look_due = now + LOOK
+        return 1000 * max(0.0, self._look_due - now)
+
+    def _tell(self) -> None:
+        """At the end: what was asked for."""
+        figures = self.figures()
+        if self._progress:
+            self._progress.end()
+        title = f"EDM, INSTANCE_{self._instance}: {shlex.join(sys.orig_argv[1:])}"
+        if self._stats:
+            print(report.table(figures, title), file=sys.stderr, flush=True)
+        if self._report:
+            self._report.sample(figures, self._lspt.away())
+            latencies = self._handler.latencies()
+            try:
+                self._report.write(self._report_path, title, figures, latencies, self._lspt.state)
+            except OSError as error:
+                log.logger("EDM CLIENT").error("report: %s", error)
 
     def _mmap(self, page: int, count: int) -> bytes:
         away = []
@@ -237,6 +296,13 @@ class Pager:
             for found in _ON_DISK.finditer(self._client.locations(page, count)):
                 away.append((page + found.start(), found.end() - found.start()))
         self._lspt.mapped(page, count, away)
+        return b""
+
+    def _allocate(self, page: int, count: int) -> bytes:
+        """As _mmap, but the pages are to be zeros, whatever a kept disk has of them."""
+        if self._kept:
+            self._client.free(page, count)
+        self._lspt.mapped(page, count)
         return b""
 
     def _sync(self, page: int, count: int) -> bytes:

@@ -140,6 +140,7 @@ UFFD_PAGEFAULT_FLAG_WRITE = 1 << 0
 UFFD_PAGEFAULT_FLAG_WP = 1 << 1
 
 UFFD_USER_MODE_ONLY = 1
+USER_MODE = "user mode only"  # open_userfaultfd's word for it
 
 # struct uffd_msg of a page fault: event, flags, address.
 _UFFD_MSG = Struct("=B7xQQ8x")
@@ -186,7 +187,7 @@ def open_userfaultfd() -> tuple[int, str]:
             return fd, "/dev/userfaultfd"
     fd = _libc.syscall(number, flags | UFFD_USER_MODE_ONLY)
     if fd >= 0:
-        return fd, "user mode only"
+        return fd, USER_MODE
     raise OSError(
         ctypes.get_errno(),
         "userfaultfd: not permitted here (a container's seccomp filter?); what gives it: "

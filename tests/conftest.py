@@ -18,7 +18,7 @@ import pytest
 mpi4py.rc(initialize=False, finalize=False)
 
 from edm import uffd_ctypes
-from edm.doctor import find_mpirun
+from edm.launch import find_mpirun
 from edm.page_idle import bitmap_missing
 
 PROGRAMS = Path(__file__).parent / "programs"

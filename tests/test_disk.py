@@ -250,7 +250,7 @@ def test_a_damaged_header_is_told(path):
 
 def test_a_kept_disk_is_not_overwritten_by_a_job_that_does_not_keep_it(path):
     made(path)
-    with pytest.raises(ValueError, match="kept disk of an earlier job; --keep yes"):
+    with pytest.raises(ValueError, match="kept disk of an earlier job; --keep goes on"):
         Disk(str(path), START, END, keep=False)
     assert Kept(path).read(0) == content(1)
 

@@ -39,7 +39,7 @@ def test_every_setting_has_an_option_and_its_help(monkeypatch):
     arguments = [
         "program", "--start-addr", "0x1B58000", "--end-addr", "0x1F40000", "--high-threshold", "4",
         "--low-threshold", "2", "--disk", "/tmp/x", "--idle-tracker", "unmap",
-        "--log-level", "debug", "--readahead", "16", "--evict-batch", "8", "--clean-tracking", "no",
+        "--log-level", "debug", "--readahead", "16", "--evict-batch", "8", "--no-clean-tracking",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     parser = argparse.ArgumentParser()

@@ -173,7 +173,7 @@ def test_a_disk_in_use_and_other_mistakes_get_one_line(start, mpirun, mpirun_com
     read_until(job, "page 4096")
     for arguments, words in (
         (["--disk", disk], "in use by another job"),
-        (["--disk", disk, "--keep", "no"], "in use by another job"),
+        (["--disk", disk, "--no-keep"], "in use by another job"),
         (["--disk", __file__], "is not an EDM disk"),
         (["--disk", ""], "keep: needs a disk"),
     ):

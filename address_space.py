@@ -6,23 +6,27 @@ is this one's parent. This process makes the userfaultfd and the memfd and hands
 from then on it just touches memory.
 
 Interface: for the application, Space: mmap, munmap, sync, and to look at itself: areas,
-locations, figures. For edm.py: Space.open makes everything ready, before the application runs.
+locations, figures. For numpy_mem_handler.py: allocate and release. For edm.py: Space.open makes
+everything ready, before the application runs.
 
 The memory: one memfd, as long as the space. An area is a part of it, mapped shared at its own
 address and registered with userfaultfd for MISSING and WP faults. The rest of the space is mapped
 PROT_NONE, so that nothing else of the process ever lands in it.
 
-Rules: any thread of the application may call Space; one call to the pager at a time (`_lock`). A
-process that the application forks has none of the areas (MADV_DONTFORK: touching one is a
-SIGSEGV) and no way to reach the pager: it can't damage the memory.
+Rules: any thread of the application may call Space; one call to the pager at a time (`_lock`). An
+allocator is called in the midst of anything, even of one of these methods, by a garbage collection:
+so allocate gives up rather than wait for its own thread, and release never waits. A process that the
+application forks has none of the areas (MADV_DONTFORK: touching one is a SIGSEGV) and no way to
+reach the pager: it can't damage the memory.
 
-The control socket (a SOCK_SEQPACKET pair) carries one request, CALL, at a time and its answer,
-ANSWER and what belongs to it.
+The control socket (a SOCK_SEQPACKET pair) carries one request, CALL and for a new area its name, at a
+time and its answer, ANSWER and what belongs to it. RELEASE has no answer.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import errno
 import gc
@@ -32,6 +36,8 @@ import os
 import socket
 import sys
 import threading
+from collections import deque
+from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple
 
@@ -43,7 +49,8 @@ from edm.uffd_ctypes import PAGE_SIZE
 
 CALL = Struct("=BQQ")  # what, first page, count of pages
 ANSWER = Struct("=i")  # 0, or an errno and then a text
-MMAP, MUNMAP, LOCATIONS, FIGURES, SYNC = range(5)
+MMAP, ALLOCATE, MUNMAP, RELEASE, LOCATIONS, FIGURES, SYNC = range(7)
+MAX_NAME = 200  # bytes of an area's name
 MAX_LOCATIONS = 1 << 15  # pages in one LOCATIONS, as a packet must fit the socket's buffer
 SCRATCH = Struct("=Q")  # sent with the three descriptors: where the scratch area is
 
@@ -69,18 +76,32 @@ class Descriptors(NamedTuple):
         return cls(scratch, fds)
 
 
+def whole_pages(length: int) -> int:
+    """So many bytes, made whole pages."""
+    return -(-length // PAGE_SIZE) * PAGE_SIZE
+
+
 class Space:
     """A range of addresses whose memory is not limited by this machine's."""
 
     def __init__(
-        self, start_addr: int, end_addr: int, instance: int, control: socket.socket
+        self,
+        start_addr: int,
+        end_addr: int,
+        resident_limit: int,
+        instance: int,
+        control: socket.socket,
     ) -> None:
         """Use open() instead."""
         self.instance = instance  # this instance's number, from 0
+        self.resident_limit = resident_limit  # bytes
         self.start_addr = start_addr
         self.end_addr = end_addr
         self._control = control
+        self.user_mode_only = False  # do system calls fail with EFAULT on a page that is not here?
         self._lock = threading.Lock()
+        self._owner = 0  # the thread that holds it
+        self._released: deque[int] = deque()  # areas that are to be unmapped when nobody holds it
         self._areas: list[tuple[int, int]] = []  # (address, length in bytes), sorted
         self._views: dict[int, tuple[memoryview, int, int]] = {}  # id(view) → view, users, address
         self._uffd = self._scratch = None
@@ -89,30 +110,23 @@ class Space:
 
     # ------------------------------------------------------------ the API
 
-    def mmap(self, length: int, addr: int | None = None) -> memoryview:
+    def mmap(self, length: int, addr: int | None = None, name: str = "") -> memoryview:
         """Map an area of length bytes: at addr, or where there is room. Its pages read as zeros.
 
         Returns a writable memoryview of the bytes. The area takes whole pages, and stays until
-        munmap. Raises ValueError for a length that is not positive, an addr that is not a multiple
-        of PAGE_SIZE, and an area that leaves the space or overlaps another; MemoryError when no
-        addr is given and the space has no gap that is large enough. Source: mmap(2).
+        munmap. name: what a report calls it. Raises ValueError for a length that is not positive,
+        an addr that is not a multiple of PAGE_SIZE, and an area that leaves the space or overlaps
+        another; MemoryError when no addr is given and the space has no gap that is large enough.
+        Source: mmap(2).
         """
         if self._control is None:
             raise RuntimeError(_FORKED)
         if length <= 0:
             raise ValueError(f"length: {length} bytes; an area has at least one")
-        whole = -(-length // PAGE_SIZE) * PAGE_SIZE
-        with self._lock:
+        whole = whole_pages(length)
+        with self._locked():
             addr = self._gap(whole) if addr is None else self._check(addr, whole)
-            offset = addr - self.start_addr
-            u.mmap_fixed(
-                addr, whole, u.PROT_READ | u.PROT_WRITE, u.MAP_SHARED | u.MAP_FIXED,
-                self._memfd, offset,
-            )  # fmt: skip
-            u.madvise(addr, whole, u.MADV_DONTFORK)
-            self._uffd.register(addr, whole)
-            self._call(MMAP, offset, whole)
-            bisect.insort(self._areas, (addr, whole))
+            self._map(addr, whole, MMAP, name)
             view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
             self._views[id(view)] = (view, _users(view), addr)
             return view
@@ -123,7 +137,7 @@ class Space:
         Raises ValueError if it is no such area, and BufferError while anything else (a slice, a
         NumPy array) still uses it; then nothing was changed. Source: munmap(2).
         """
-        with self._lock:
+        with self._locked():
             view, users, addr = self._views.get(id(area), (None, 0, 0))
             if view is None:
                 raise ValueError("area: not one that mmap returned, or unmapped already")
@@ -131,11 +145,7 @@ class Space:
                 raise BufferError("area: still in use, by a slice or an array made of it")
             area.release()  # BufferError, if a buffer of it is in use this moment
             del self._views[id(area)]
-            index = bisect.bisect_left(self._areas, (addr, 0))
-            _, whole = self._areas.pop(index)
-            # Unmapped first: no fault of these pages can come any more while the pager frees them.
-            self._reserve(addr, whole, u.MAP_FIXED)
-            self._call(MUNMAP, addr - self.start_addr, whole)
+            self._call(MUNMAP, *self._unmap(addr))
 
     def sync(self) -> int:
         """Make everything written so far durable, without evicting it; how many pages were sent.
@@ -145,12 +155,12 @@ class Space:
         later sync has left them. Raises OSError with the DMS's reason when it can't write.
         Source: fsync(2).
         """
-        with self._lock:
+        with self._locked():
             return int(self._call(SYNC, 0, 0))
 
     def areas(self) -> list[tuple[int, int]]:
         """The (address, length in bytes) of every area, by address."""
-        with self._lock:
+        with self._locked():
             return list(self._areas)
 
     def locations(self, addr: int, length: int) -> list[str]:
@@ -159,7 +169,7 @@ class Space:
         This is what the DMS's SPT says.
         """
         spt = b""
-        with self._lock:
+        with self._locked():
             for at in range(addr, addr + length, MAX_LOCATIONS * PAGE_SIZE):
                 part = min(MAX_LOCATIONS * PAGE_SIZE, addr + length - at)
                 spt += self._call(LOCATIONS, at - self.start_addr, part)
@@ -167,21 +177,52 @@ class Space:
 
     def figures(self) -> dict[str, object]:
         """What the pager has counted: faults, evictions, bytes, latencies (see pager.py)."""
-        with self._lock:
+        with self._locked():
             return json.loads(self._call(FIGURES, 0, 0))
+
+    # ------------------------------------------------------------ for an allocator
+
+    def allocate(self, length: int, name: str) -> int:
+        """Map an area of length bytes, zeros, near the end of the space; its address.
+
+        0 if this thread is in the midst of another call, or this process was forked. Raises
+        MemoryError when the space has no gap that is large enough.
+        """
+        if self._control is None or self._owner == threading.get_ident():
+            return 0
+        whole = whole_pages(length)
+        with self._locked():
+            addr = self._gap(whole, from_end=True)
+            self._map(addr, whole, ALLOCATE, name)
+            return addr
+
+    def allocated(self, addr: int) -> int:
+        """How many bytes (whole pages) the area at this address has."""
+        return self._areas[bisect.bisect_left(self._areas, (addr, 0))][1]
+
+    def release(self, addr: int) -> None:
+        """Unmap what allocate has mapped there: now, or when the call that is under way has ended."""
+        if self._control is not None:
+            self._released.append(addr)
+            self._unmap_released()
 
     # ------------------------------------------------------------ getting ready
 
     @classmethod
     def open(
-        cls, start_addr: int, end_addr: int, instance: int, control: socket.socket
+        cls,
+        start_addr: int,
+        end_addr: int,
+        resident_limit: int,
+        instance: int,
+        control: socket.socket,
     ) -> Space | None:
         """Reserve the space, make userfaultfd and memfd, and send them to the pager.
 
         If that can't be done, None; the pager is then sent the reason and raises it: ValueError if
         the range can't be had, OSError if userfaultfd can't.
         """
-        space = cls(start_addr, end_addr, instance, control)
+        space = cls(start_addr, end_addr, resident_limit, instance, control)
         try:
             space._reserve(start_addr, end_addr - start_addr, u.MAP_FIXED_NOREPLACE)
             space._make_descriptors()
@@ -204,6 +245,7 @@ class Space:
             )
         fd, how = u.open_userfaultfd()
         log.logger("EDM CLIENT").info("userfaultfd permitted by: %s", how)
+        self.user_mode_only = how == u.USER_MODE
         self._uffd = u.Userfaultfd(fd)
         self._uffd.api(u.NEEDED_FEATURES | supported & u.UFFD_FEATURE_POISON)
         # The memfd has a scratch area behind the space, for page_idle.TlbFlush.
@@ -250,25 +292,73 @@ class Space:
             )
         return addr
 
-    def _gap(self, whole: int) -> int:
-        """The lowest address with room for whole bytes."""
-        at = self.start_addr
-        for addr, length in self._areas:
-            if addr - at >= whole:
-                break
-            at = addr + length
-        if self.end_addr - at < whole:
-            raise MemoryError(
-                f"no gap of {whole} bytes in the space {self.start_addr:#x}-{self.end_addr:#x}; "
-                "a larger end_addr makes room"
-            )
-        return at
+    def _gap(self, whole: int, from_end: bool = False) -> int:
+        """The lowest address with room for whole bytes; or the highest."""
+        if from_end:
+            end = self.end_addr
+            for addr, length in reversed(self._areas):
+                if end - addr - length >= whole:
+                    break
+                end = addr
+            if end - self.start_addr >= whole:
+                return end - whole
+        else:
+            at = self.start_addr
+            for addr, length in self._areas:
+                if addr - at >= whole:
+                    break
+                at = addr + length
+            if self.end_addr - at >= whole:
+                return at
+        raise MemoryError(
+            f"no gap of {whole} bytes in the space {self.start_addr:#x}-{self.end_addr:#x}; "
+            "a larger end_addr makes room"
+        )
 
-    def _call(self, what: int, offset: int, length: int) -> bytes:
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
+        self._unmap_released()
+
+    def _map(self, addr: int, whole: int, what: int, name: str) -> None:
+        """Locked. Map whole bytes at addr, where nothing is."""
+        offset = addr - self.start_addr
+        flags = u.MAP_SHARED | u.MAP_FIXED
+        u.mmap_fixed(addr, whole, u.PROT_READ | u.PROT_WRITE, flags, self._memfd, offset)
+        u.madvise(addr, whole, u.MADV_DONTFORK)
+        self._uffd.register(addr, whole)
+        self._call(what, offset, whole, name.encode(errors="replace")[:MAX_NAME])
+        bisect.insort(self._areas, (addr, whole))
+
+    def _unmap(self, addr: int) -> tuple[int, int]:
+        """Locked. Unmap the area at addr; its (offset, length), which the pager has to be told.
+
+        Unmapped first: no fault of these pages can come any more while the pager frees them.
+        """
+        _, whole = self._areas.pop(bisect.bisect_left(self._areas, (addr, 0)))
+        self._reserve(addr, whole, u.MAP_FIXED)
+        return addr - self.start_addr, whole
+
+    def _unmap_released(self) -> None:
+        # Whoever holds the lock comes by here after it. The pager takes requests in order: a later
+        # allocate at the same address is answered when this is done.
+        while self._released and self._lock.acquire(blocking=False):
+            try:
+                self._owner = threading.get_ident()
+                while self._released:
+                    self._ask(RELEASE, *self._unmap(self._released.popleft()))
+            finally:
+                self._owner = 0
+                self._lock.release()
+
+    def _call(self, what: int, offset: int, length: int, name: bytes = b"") -> bytes:
         """Locked. Ask the pager, for a range in bytes from start_addr."""
-        if self._control is None:
-            raise RuntimeError(_FORKED)
-        self._control.send(CALL.pack(what, offset // PAGE_SIZE, length // PAGE_SIZE))
+        self._ask(what, offset, length, name)
         answer = self._control.recv(1 << 17)
         if not answer:
             raise ConnectionError("the pager has ended")
@@ -277,9 +367,17 @@ class Space:
             raise OSError(error, answer[ANSWER.size :].decode())
         return answer[ANSWER.size :]
 
+    def _ask(self, what: int, offset: int, length: int, name: bytes = b"") -> None:
+        if self._control is None:
+            raise RuntimeError(_FORKED)
+        call = CALL.pack(what, offset // PAGE_SIZE, length // PAGE_SIZE)
+        self._control.send(call + name)
+
     def _forked(self) -> None:
         """In a process that the application forked: let go of everything that reaches the pager."""
         self._lock = threading.Lock()
+        self._owner = 0
+        self._released.clear()
         if self._control is not None:
             self._control.close()
         self._control = None
