@@ -47,8 +47,8 @@ from edm.messages import location
 from edm.page_idle import TlbFlush
 from edm.uffd_ctypes import PAGE_SIZE
 
-CALL = Struct("=BQQ")  # what, first page, count of pages
-ANSWER = Struct("=i")  # 0, or an errno and then a text
+CALL = Struct("=BQQQ")  # what, the call's number, first page, count of pages
+ANSWER = Struct("=Qi")  # the call's number; 0, or an errno and then a text
 MMAP, ALLOCATE, MUNMAP, RELEASE, LOCATIONS, FIGURES, SYNC = range(7)
 MAX_NAME = 200  # bytes of an area's name
 MAX_LOCATIONS = 1 << 15  # pages in one LOCATIONS, as a packet must fit the socket's buffer
@@ -106,6 +106,7 @@ class Space:
         self._views: dict[int, tuple[memoryview, int, int]] = {}  # id(view) → view, users, address
         self._uffd = self._scratch = None
         self._memfd = -1
+        self._calls = 0  # to the pager, so far
         os.register_at_fork(after_in_child=self._forked)
 
     # ------------------------------------------------------------ the API
@@ -145,7 +146,12 @@ class Space:
                 raise BufferError("area: still in use, by a slice or an array made of it")
             area.release()  # BufferError, if a buffer of it is in use this moment
             del self._views[id(area)]
-            self._call(MUNMAP, *self._unmap(addr))
+            offset, whole = self._unmap(addr)
+            try:
+                self._call(MUNMAP, offset, whole)
+            except OSError:  # its bytes are still there: nothing else may be mapped over them
+                bisect.insort(self._areas, (addr, whole))
+                raise
 
     def sync(self) -> int:
         """Make everything written so far durable, without evicting it; how many pages were sent.
@@ -359,10 +365,14 @@ class Space:
     def _call(self, what: int, offset: int, length: int, name: bytes = b"") -> bytes:
         """Locked. Ask the pager, for a range in bytes from start_addr."""
         self._ask(what, offset, length, name)
-        answer = self._control.recv(1 << 17)
-        if not answer:
-            raise ConnectionError("the pager has ended")
-        (error,) = ANSWER.unpack_from(answer)
+        number = 0
+        while (
+            number != self._calls
+        ):  # answers to calls that a signal handler has ended with a raise
+            answer = self._control.recv(1 << 17)
+            if not answer:
+                raise ConnectionError("the pager has ended")
+            number, error = ANSWER.unpack_from(answer)
         if error:
             raise OSError(error, answer[ANSWER.size :].decode())
         return answer[ANSWER.size :]
@@ -370,7 +380,8 @@ class Space:
     def _ask(self, what: int, offset: int, length: int, name: bytes = b"") -> None:
         if self._control is None:
             raise RuntimeError(_FORKED)
-        call = CALL.pack(what, offset // PAGE_SIZE, length // PAGE_SIZE)
+        self._calls += 1
+        call = CALL.pack(what, self._calls, offset // PAGE_SIZE, length // PAGE_SIZE)
         self._control.send(call + name)
 
     def _forked(self) -> None:

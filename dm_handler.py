@@ -168,10 +168,12 @@ class DmHandler:
     def _look_again(self, poll: select.poll) -> list[tuple[int, int]]:
         """For EAGER seconds, offering the core at every look: the next fault is often near.
 
-        Takes the ack of what the DMS was told, if no fault comes before it.
+        And until what was asked for ahead has arrived: a large message needs both ends until then,
+        and the DMS serves nobody else. Takes the ack of what it was told, too.
         """
         until = time.monotonic() + EAGER
-        while time.monotonic() < until or not self._client.acked():
+        waiting = [self._client, *(stream.ahead.client for stream in self._readahead.asked())]
+        while time.monotonic() < until or not all(client.answered() for client in waiting):
             os.sched_yield()
             if ready := poll.poll(0):
                 return ready
@@ -189,8 +191,11 @@ class DmHandler:
             state = lspt.state[page]
             if state == CLEAN and flags & UFFD_PAGEFAULT_FLAG_WP:
                 lspt.written(page)
-                self._uffd.writeprotect(address, PAGE_SIZE, False)
                 self._write_protect += 1
+                try:
+                    self._uffd.writeprotect(address, PAGE_SIZE, False)
+                except FileNotFoundError:  # unmapped meanwhile
+                    self._uffd.wake(address, PAGE_SIZE)
             elif state in (HELD_CLEAN, HELD_DIRTY):
                 lspt.awaited.add(page)
                 self._other += 1
@@ -205,11 +210,15 @@ class DmHandler:
             self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n")
 
     def _make_room(self) -> None:
-        """Locked: see LSPT.ask_for_room."""
-        if self._lspt.full():
-            if self._info:
-                self._log.info("reached high threshold, waking up lpet")
-            self._lspt.ask_for_room()
+        """See LSPT.ask_for_room."""
+        while True:
+            with self._lspt.lock:
+                if not self._lspt.full():
+                    return
+                if self._info:
+                    self._log.info("reached high threshold, waking up lpet")
+                self._lspt.ask_for_room()
+            self._obey(GIVE_UP)
 
     # ------------------------------------------------------------ fetching, and reading ahead
 
@@ -231,8 +240,11 @@ class DmHandler:
         """
         stream = self._readahead.fault(page)
         pages = range(page, page + 1)
+        self._make_room()
         with self._lspt.lock:
-            self._make_room()
+            if not self._lspt.in_area(page):  # a second message of a fault that is long over
+                self._uffd.wake(self._start + page * PAGE_SIZE, PAGE_SIZE)
+                return pages
             if stream:
                 pages = self._lspt.fetchable(stream.wanted(page)) or pages
             new = self._lspt.state[page] == NEW

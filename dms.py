@@ -168,7 +168,6 @@ class Disk:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             self._begin(path or name)
-            os.ftruncate(self._fd, self._data + self._slot * (2 if keep else 1))
         except OSError as error:
             os.close(self._fd)
             raise OSError(error.errno, f"{error.strerror} ({path or name})") from None
@@ -181,8 +180,9 @@ class Disk:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"disk: {name} is in use by another job") from None
-        found = os.fstat(self._fd).st_size
-        if found:
+        size = self._data + self._slot * (2 if self._keep else 1)
+        begun = self._has_data()
+        if begun:
             kept = self._read_header(name)
             if kept and not self._keep:
                 raise ValueError(
@@ -191,19 +191,44 @@ class Disk:
                 )
             if self._keep and not kept:
                 raise ValueError(f"disk: {name} was not kept by its job; remove it")
+            if kept:
+                self._check_whole(name, size)
         os.fchmod(self._fd, 0o600)
         if not self._keep:
             os.ftruncate(self._fd, 0)
-        if not self._keep or not found:
-            self._write_header()
+        os.ftruncate(self._fd, size)
+        if not self._keep or not begun:
+            for copy in (0, 1):  # both have their blocks now, however full the disk gets
+                self._write_header(0, copy)
             os.fsync(self._fd)
+
+    def _has_data(self) -> bool:
+        """Not one that is new, or whose making was interrupted before its header was written."""
+        try:
+            os.lseek(self._fd, 0, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return False
+        return True
+
+    def _check_whole(self, name: str, size: int) -> None:
+        """Nothing was changed yet: do size and entries fit the header?"""
+        found = os.fstat(self._fd).st_size
+        if found != size:
+            raise ValueError(
+                f"disk: {name} is damaged: it has {found} bytes, and should have {size}"
+            )
+        for _, pairs in self._used(0, self._slot // PAGE_SIZE):
+            if max(pairs) >> EPOCH > self._synced + 1:
+                raise ValueError(f"disk: {name} is damaged: its header is older than its pages")
 
     # ------------------------------------------------------------ the header
 
-    def _write_header(self) -> None:
-        fields = HEADER.pack(MAGIC, FORMAT, self._keep, *self._geometry, self._synced)
-        copy = fields + CRC.pack(zlib.crc32(fields))
-        self._write_all(memoryview(copy), self._synced % 2 * HEADER_COPY)
+    def _write_header(self, epoch: int, copy: int) -> None:
+        fields = HEADER.pack(MAGIC, FORMAT, self._keep, *self._geometry, epoch)
+        whole = fields + CRC.pack(zlib.crc32(fields))
+        self._write_all(memoryview(whole), copy * HEADER_COPY)
 
     def _read_header(self, name: str) -> bool:
         """Take the epoch from the newer copy. Was the disk kept?"""
@@ -320,8 +345,14 @@ class Disk:
                 break
         return got // PAGE_SIZE or self.read(pages[:1], byte, into[:PAGE_SIZE])
 
+    def _check_written(self) -> None:
+        """Which header a kept disk has after a sync that failed is not known: leave it all."""
+        if self._keep and self._failed_sync:
+            raise self._failed_sync
+
     def write(self, page: int, content: memoryview) -> list[tuple[range, int]]:
         """Write these pages, whole ones. Returns the SPT's DISK byte for each run of them."""
+        self._check_written()
         count = len(content) // PAGE_SIZE
         pairs = self._read_pairs(page, count) if self._keep else array("Q", bytes(count * PAIR))
         slots = self._writable(pairs)
@@ -349,6 +380,7 @@ class Disk:
 
     def free(self, page: int, count: int) -> None:
         """These pages are as never written. Gives their blocks back: on a kept disk, at a sync."""
+        self._check_written()
         if not self._keep:
             self._punch(TABLE + page * PAIR, count * PAIR)
             self._punch(self._data + page * PAGE_SIZE, count * PAGE_SIZE)
@@ -364,8 +396,8 @@ class Disk:
     def _punch(self, at: int, length: int) -> None:
         try:
             punch_hole(self._fd, at, length)
-        except OSError as error:  # a file system that can't: the entries say it anyway
-            if error.errno != errno.EOPNOTSUPP or at < self._data:
+        except OSError as error:  # a file system that can't: the SPT, or the entries, say it anyway
+            if error.errno != errno.EOPNOTSUPP:
                 raise
 
     def sync(self) -> None:
@@ -379,9 +411,9 @@ class Disk:
         try:
             os.fsync(self._fd)
             if self._keep:
-                self._synced += 1
-                self._write_header()
+                self._write_header(self._synced + 1, (self._synced + 1) % 2)
                 os.fsync(self._fd)
+                self._synced += 1
         except OSError as error:
             self._failed_sync = error
             raise
@@ -439,7 +471,7 @@ class DMS:
             m.BYE: self._bye,
             m.RINGS: self._rings,
         }
-        self._left = 0  # instances that have said BYE
+        self._left: set[int] = set()  # instances that have said BYE
         self._refused = ""  # the last reason
         self._doorbell = Doorbell()
         self._silent = set(range(comm.size - 1))  # instances that do not ring
@@ -453,7 +485,7 @@ class DMS:
             signal.signal(ending, signal.SIG_IGN)
         self._log.debug("DMS ready for serving requests")
         status = MPI.Status()
-        while self._left < self._comm.size - 1:
+        while len(self._left) < self._comm.size - 1:
             self._wait(status)
             source, tag = status.Get_source(), status.Get_tag()
             length = self._receive(status.Get_count(MPI.BYTE), source, tag)
@@ -491,6 +523,8 @@ class DMS:
                 raise BadRequest(f"a message of {length} bytes is none of the EDM's")
             kind, stride, count, page = m.HEADER.unpack_from(self._question.whole)
             length -= m.HEADER.size
+            if source - 1 in self._left:
+                raise BadRequest("it has said BYE")
             if kind == m.GET:
                 return self._get(source - 1, page, count, length, max(stride, 1))
             action = self._actions.get(kind)
@@ -651,7 +685,7 @@ class DMS:
 
     def _bye(self, instance: int, page: int, count: int, length: int) -> int:
         self._check_length(length, 0)
-        self._left += 1
+        self._left.add(instance)
         self._answer.head(m.OK)
         return 0
 

@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from edm import uffd_ctypes as u
 from edm.launch import find_mpirun
-from edm.page_idle import bitmap_missing
+from edm.page_idle import bitmap_missing, unmap_missing
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
 
 OLDEST = (5, 19)  # Linux
@@ -142,6 +142,9 @@ def _bring_in(control: socket.socket) -> str:
 
 def idle_pages() -> Finding:
     if missing := bitmap_missing():
+        if why := unmap_missing():
+            found, _, remedy = why.partition(": ")
+            return "missing", f"{missing}, and {found}", f"sudo sh -c '{remedy}'"
         return "without", f"the kernel's bitmap ({missing}); LPET takes unmapping", ""
     return "ok", "the kernel's bitmap can be used", ""
 

@@ -24,9 +24,9 @@ One eviction, safe under writers (Lpet._send, and then _finish):
 A CLEAN page is protected already, and as the DMS has its bytes, EVICT only names it. To store a page
 is the same, with STORE for EVICT, and without the end: it stays, CLEAN, still write-protected.
 
-When the DMS refuses an eviction, because its disk is full or fails, the pages are released, and from
-then on LPET evicts CLEAN ones only, until it has rested for a while and tries again. If a fault has
-waited for GRACE seconds without any room, the job ends with the DMS's reason.
+When the DMS refuses an eviction, because its disk is full or fails, the DIRTY pages are released, and
+for a while LPET evicts CLEAN ones only, before it tries again. If a fault has waited for GRACE
+seconds without any room, the job ends with the DMS's reason.
 
 Rules: this thread alone turns the LSPT's order, and has the idle tracker and its own MpiClient to
 itself. It holds the LSPT's lock for no system call.
@@ -67,6 +67,7 @@ class Lpet:
         tracker: IdleTracker,
         pagemap: Pagemap,
         start_addr: int,
+        high_threshold: int,
         low_threshold: int,
         batch: int,
     ) -> None:
@@ -77,10 +78,11 @@ class Lpet:
         self._sent: tuple[MpiClient, list[HeldRun], Callable[[Sequence[HeldRun]], None]] | None = (
             None
         )
-        self._refusal = ""  # the DMS's reason, since this run of LPET has begun
-        self._stuck_since: float | None = None  # seconds of the clock: no room since then
+        self._refusal = ""  # the DMS's reason: until _again_at, only CLEAN pages are evicted
+        self._again_at, self._backoff = 0.0, SHORTEST_REST  # seconds of the clock; seconds
         self._tracker, self._pagemap = tracker, pagemap
-        self._start, self._low, self._batch = start_addr, low_threshold, batch
+        self._start, self._batch = start_addr, batch
+        self._high, self._low = high_threshold, low_threshold
         self._worth = 0.1  # the share of marked pages that were touched again, of late
         self._log, self._banner = log.logger("Lpet"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
@@ -104,7 +106,7 @@ class Lpet:
                 evict, stored = work
                 if evict:
                     self._evict_until_low_threshold()
-                    rest = self._rest(rest)
+                    rest = self._rest()
                 else:
                     self._answer(stored)
         except ProcessLookupError:
@@ -112,17 +114,21 @@ class Lpet:
         finally:
             self._finish_sent()  # no answer may be left under way
 
-    def _rest(self, rested: float) -> float:
-        """How many seconds to wait before the next try, if the DMS has refused something."""
-        if not self._refusal or not self._lspt.waiting:
-            self._stuck_since = None
-        elif self._stuck_since is None:
-            self._stuck_since = time.monotonic()
-        elif time.monotonic() - self._stuck_since > GRACE:
+    def _rest(self) -> float:
+        """How many seconds to wait before the next try, if nothing could leave."""
+        if not self._refusal or self._lspt.resident < self._high:
+            return 0.0
+        waiting_since = self._lspt.waiting_since
+        if waiting_since and time.monotonic() - waiting_since > GRACE:
             raise m.DMSError(
                 f"no page can be evicted, and the application needs another one: {self._refusal}"
             )
-        return min(max(2 * rested, SHORTEST_REST), LONGEST_REST) if self._refusal else 0.0
+        return max(self._again_at - time.monotonic(), SHORTEST_REST)
+
+    def _refused_for(self, reason: str) -> None:
+        self._refusal = reason
+        self._again_at = time.monotonic() + self._backoff
+        self._backoff = min(2 * self._backoff, LONGEST_REST)
 
     # ------------------------------------------------------------ storing
 
@@ -131,6 +137,9 @@ class Lpet:
             pages = self.store()
         except m.DMSError as error:
             stored.set_exception(error)
+        except BaseException:
+            stored.cancel()  # nobody is to wait for it
+            raise
         else:
             stored.set_result(pages)
 
@@ -169,7 +178,8 @@ class Lpet:
 
     def _evict_until_low_threshold(self) -> None:
         self._rounds += 1
-        self._refusal = ""
+        if time.monotonic() >= self._again_at:
+            self._refusal = ""
         if self._info:
             self._banner.info("\n-----------------START LPET-----------------\n")
             self._show_lspt()
@@ -250,6 +260,17 @@ class Lpet:
         if not held:
             return
         client = self._clients[0]
+        self._ask(client, held, acked)
+        before, self._sent = self._sent, (client, held, acked)
+        self._clients.reverse()
+        self._finish(before)
+
+    def _ask(
+        self,
+        client: MpiClient,
+        held: Sequence[HeldRun],
+        acked: Callable[[Sequence[HeldRun]], None],
+    ) -> None:
         content = len(held) * m.RUN.size  # where the bytes begin: behind the run table
         body = client.question.body
         at = content
@@ -262,9 +283,6 @@ class Lpet:
                 for p in range(page, page + count):
                     self._log.info("evict page in address: %#x", self._start + p * PAGE_SIZE)
         client.ask_evict(len(held), at - content, stay=acked == self._keep)
-        before, self._sent = self._sent, (client, held, acked)
-        self._clients.reverse()
-        self._finish(before)
 
     def _finish_sent(self) -> None:
         sent, self._sent = self._sent, None
@@ -272,15 +290,25 @@ class Lpet:
 
     def _finish(self, sent: Any) -> None:
         """Wait until the DMS has written what was sent; or has refused it, which then stays."""
-        if sent:
-            client, held, acked = sent
-            try:
-                client.answer_evict()
-            except m.DMSError as error:
-                self._refusal = str(error)
-                self._take_back(held)
+        if not sent:
+            return
+        client, held, acked = sent
+        try:
+            client.answer_evict()
+        except m.DMSError as error:
+            self._refused_for(str(error))
+            self._take_back([run for run in held if run[2]])
+            clean = [run for run in held if not run[2]]
+            # A full disk refuses a message for its dirty pages: those that are clean can leave.
+            if clean and len(clean) < len(held) and acked == self._drop:
+                self._ask(client, clean, acked)
+                self._finish((client, clean, acked))
             else:
-                acked(held)
+                self._take_back(clean)
+        else:
+            acked(held)
+            if any(dirty for _, _, dirty in held):
+                self._backoff = SHORTEST_REST
 
     def _read_protected(self, page: int, count: int, into: memoryview) -> None:
         self._uffd.writeprotect_mapped(self._start + page * PAGE_SIZE, count * PAGE_SIZE, True)

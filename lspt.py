@@ -111,7 +111,7 @@ class LSPT:
         self.peak = 0  # the most that resident ever was
         self.awaited: set[int] = set()  # HELD pages on which a fault has come
         self.unwanted: Run = (0, 0)  # the pages that munmap waits for
-        self.waiting = False  # does a fault wait for room?
+        self.waiting_since: float | None = None  # a fault, for room: seconds of the clock
         self._high = high_threshold
         self._wake_at = high_threshold
         if high_threshold >= SMALL:
@@ -201,10 +201,12 @@ class LSPT:
             self.unwanted = (page, count)
             if COMING in self.state[page : page + count]:
                 give_up()
+                self._room.notify_all()  # it may be waiting for some
             while _UNSETTLED.search(self.state[page : page + count]):
                 if self._stopped:
                     raise Stopped
                 self._settled.wait()
+            self.unwanted = (0, 0)
             return self._hold([(page, count)], _CLEAN_OR_DIRTY_RUN)
 
     def released(self, runs: Iterable[Run]) -> list[int]:
@@ -332,6 +334,11 @@ class LSPT:
         with self.lock:
             self._areas.remove((page, count))
 
+    def in_area(self, page: int) -> bool:
+        """Locked. Is this page in an area?"""
+        index = bisect.bisect_right(self._areas, (page, MAX_PAGES)) - 1
+        return index >= 0 and page < sum(self._areas[index])
+
     def fetchable(self, wanted: range) -> range:
         """Locked. As many of these pages, from the first on, as may be fetched together.
 
@@ -363,18 +370,23 @@ class LSPT:
         return self.resident >= self._high
 
     def ask_for_room(self) -> None:
-        """Locked. Wake LPET, and wait until fewer than high_threshold pages are here.
+        """Locked. Wake LPET, and wait until fewer than high_threshold pages are here; or until
+        munmap waits for pages that the DM-Handler has asked for ahead.
 
         Raises Stopped if LPET has ended, or ends meanwhile.
         """
         self._wanted = True
         self._work.notify()
-        while self.full():
+        self.waiting_since = time.monotonic()
+        while self.full() and not self._is_to_give_up():
             if self._stopped:
                 raise Stopped
-            self.waiting = True
             self._room.wait()
-        self.waiting = False
+        self.waiting_since = None
+
+    def _is_to_give_up(self) -> bool:
+        page, count = self.unwanted
+        return COMING in self.state[page : page + count]
 
     def ask_to_store(self) -> Future[int]:
         """Have LPET send every DIRTY page to the DMS, which makes it CLEAN; of how many pages.
@@ -397,7 +409,7 @@ class LSPT:
         with self.lock:
             while not self._stopped and not self._to_store:
                 left = until - time.monotonic()
-                if (self._wanted or self.waiting and self.full()) and left <= 0:
+                if (self._wanted or self.waiting_since and self.full()) and left <= 0:
                     break
                 self._work.wait(left if left > 0 else None)
             store, self._to_store = self._to_store, None

@@ -118,9 +118,9 @@ class MpiClient:
         self.ask_get(pages)
         self._told = pages
 
-    def acked(self) -> bool:
-        """Would take_ack wait for nothing?"""
-        return not self._told or self._receive.Test()
+    def answered(self) -> bool:
+        """Has the answer to what was asked last arrived? Then waiting for it takes no time."""
+        return self._receive.Test()
 
     def take_ack(self) -> range:
         """Wait for the ack of what tell_new has told, if it was not taken yet. Of which pages?"""

@@ -43,6 +43,8 @@ from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
 
 BITMAP = "/sys/kernel/mm/page_idle/bitmap"
 TRACKERS = ("auto", "bitmap", "unmap")
+SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+HUGE = 2 << 20  # bytes
 UNMAP_BATCH = 256  # pages in one hold of UnmapTracker
 
 _U64 = Struct("=Q")
@@ -217,10 +219,27 @@ def bitmap_missing() -> str:
     return "" if pfn else "/proc/PID/pagemap hides page frame numbers: CAP_SYS_ADMIN shows them"
 
 
+def unmap_missing() -> str:
+    """Why UnmapTracker can't be used here; "" if it can.
+
+    It writes pages back into a memfd, and a kernel that makes huge pages of that would put pages of
+    zeros where nothing is to be. Source: Documentation/admin-guide/mm/transhuge.rst.
+    """
+    memfd = os.memfd_create("edm")
+    try:
+        os.ftruncate(memfd, 4 * HUGE)
+        os.pwrite(memfd, bytes(PAGE_SIZE), HUGE + PAGE_SIZE)
+        if os.fstat(memfd).st_blocks * 512 > PAGE_SIZE:
+            return f"this kernel makes huge pages of memory files: echo advise > {SHMEM_ENABLED}"
+        return ""
+    finally:
+        os.close(memfd)
+
+
 def choose_tracker(wanted: str) -> str:
     """The name of the tracker to use for Config.idle_tracker, one of TRACKERS.
 
-    Raises ValueError when "bitmap" is asked for and can't be had.
+    Raises ValueError when it can't be had.
     """
     missing = bitmap_missing() if wanted != "unmap" else ""
     if wanted == "bitmap" and missing:
@@ -229,6 +248,8 @@ def choose_tracker(wanted: str) -> str:
             "take --idle-tracker unmap, which needs no root and no kernel option"
         )
     name = "unmap" if missing or wanted == "unmap" else "bitmap"
+    if name == "unmap" and (why := unmap_missing()):
+        raise ValueError(f"idle_tracker: unmap can't be used here: {why}")
     log.logger("Lpet").info(
         "idle tracker: %s%s", name, f" (no bitmap: {missing})" if missing else ""
     )

@@ -39,7 +39,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,7 +128,7 @@ class Pager:
         )  # fmt: skip
         self._lpet = Lpet(
             lpet_uffd, self._memfd, lpet_clients, self._lspt, self._tracker, pagemap,
-            start_addr, config.low_threshold, config.evict_batch,
+            start_addr, config.high_threshold, config.low_threshold, config.evict_batch,
         )  # fmt: skip
         self._failure: BaseException | None = None
         self._ended_by: signal.Signals | None = None  # which signal has come to the pager
@@ -192,10 +192,12 @@ class Pager:
         """The application and the other threads have ended: send what they left, and sync."""
         began = time.monotonic()
         try:
+            if self._failure and not isinstance(self._failure, m.DMSError):
+                raise m.DMSError(f"a thread has failed in the midst of its work: {self._failure}")
             pages = self._lpet.store()
             self._client.sync()
         except m.DMSError as error:
-            reason = f"what the application wrote last could not be written back: {error}"
+            reason = f"what the application wrote since the last sync is not on the disk: {error}"
             log.logger("EDM CLIENT").error("%s", reason)
             self._failure = self._failure or m.DMSError(reason)
             return
@@ -240,15 +242,15 @@ class Pager:
                 if not packet:
                     poll.unregister(self._control)
                     continue
-                what, page, count = address_space.CALL.unpack_from(packet)
+                what, number, page, count = address_space.CALL.unpack_from(packet)
                 try:
-                    answer = address_space.ANSWER.pack(0) + calls[what](page, count)
+                    answer = address_space.ANSWER.pack(number, 0) + calls[what](page, count)
                 except (Stopped, CancelledError):
                     continue  # the application has been killed, or is just being
                 except m.DMSError as error:
                     if what == address_space.RELEASE:  # and no zeros for who gets the pages next
                         self._fail(error)
-                    answer = address_space.ANSWER.pack(errno.EIO) + str(error).encode()
+                    answer = address_space.ANSWER.pack(number, errno.EIO) + str(error).encode()
                 if self._report and what in (address_space.MMAP, address_space.ALLOCATE):
                     name = packet[address_space.CALL.size :].decode(errors="replace")
                     self._report.mapped(page, count, name)
@@ -317,13 +319,16 @@ class Pager:
         try:
             self._client.free(page, count)
         except m.DMSError:
-            self._lspt.released([(first, length) for first, length, _ in held])
+            self._wake(self._lspt.released([(first, length) for first, length, _ in held]))
             raise
         punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
-        # A thread that was in the midst of a fault there tries again, and finds nothing mapped.
-        for awaited in self._lspt.freed(page, count):
-            self._uffd.wake(self._start + awaited * PAGE_SIZE, PAGE_SIZE)
+        self._wake(self._lspt.freed(page, count))
         return b""
+
+    def _wake(self, pages: Iterable[int]) -> None:
+        """A thread that was in the midst of a fault there tries again, and finds nothing mapped."""
+        for page in pages:
+            self._uffd.wake(self._start + page * PAGE_SIZE, PAGE_SIZE)
 
     def figures(self) -> dict[str, object]:
         """See the top of this file."""

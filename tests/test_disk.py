@@ -1,5 +1,6 @@
 """dms.Disk: what the disk file promises, alone and after a crash."""
 
+import errno
 import os
 import random
 
@@ -194,6 +195,59 @@ def test_a_failed_sync_is_never_followed_by_one_that_succeeds(path, monkeypatch)
         kept.disk.sync()
 
 
+@pytest.mark.parametrize("fails", ["the first fsync", "the header", "the second fsync"])
+def test_after_a_sync_that_failed_nothing_is_written_over_what_was_there(path, monkeypatch, fails):
+    kept = Kept(path)
+    kept.write(0, 1)
+    kept.disk.sync()
+    kept.write(0, 2)
+    real, syncs = os.fsync, []
+
+    def fsync(fd):
+        syncs.append(fd)
+        if fails == ("the first fsync", "the second fsync")[len(syncs) - 1]:
+            raise OSError(5, "Input/output error")
+        real(fd)
+
+    def write_header(self, *where):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", fsync)
+        if fails == "the header":
+            broken.setattr(Disk, "_write_header", write_header)
+        with pytest.raises(OSError, match="Input/output|No space"):
+            kept.disk.sync()
+    for page in (0, 1):
+        with pytest.raises(OSError, match="Input/output|No space"):
+            kept.write(page, 3)
+    with pytest.raises(OSError, match="Input/output|No space"):
+        kept.free(0, 1)
+    kept.disk.close()
+    assert Kept(path).read(0) == content(2 if fails == "the second fsync" else 1)
+
+
+def test_a_new_disk_has_room_for_both_of_its_headers(path):
+    Kept(path).disk.close()
+    whole = path.read_bytes()
+    assert whole[:8] == whole[HEADER_COPY:][:8] == b"EDM disk"
+
+
+def test_a_file_system_that_punches_no_holes_does_not_keep_pages_from_being_freed(
+    path, monkeypatch
+):
+    def punch_hole(fd, offset, length):
+        raise OSError(errno.EOPNOTSUPP, "fallocate: Operation not supported")
+
+    monkeypatch.setattr("edm.dms.punch_hole", punch_hole)
+    disk = Disk(str(path), START, END, keep=False)
+    disk.write(0, memoryview(content(1)))
+    disk.free(0, 1)
+    disk.write(0, memoryview(content(2)))
+    into = memoryview(bytearray(PAGE_SIZE))
+    assert disk.read(range(1), DISK, into) == 1 and into == content(2)
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -246,6 +300,35 @@ def test_a_damaged_header_is_told(path):
             file.write(b"damage")
     with pytest.raises(ValueError, match="damaged"):
         Disk(str(path), START, END, keep=True)
+
+
+def test_a_header_that_is_older_than_the_pages_is_told_and_nothing_is_changed(path):
+    kept = Kept(path)
+    for seed in (1, 2):
+        kept.write(0, seed)
+        kept.disk.sync()
+    kept.write(0, 3)
+    kept.disk.close()
+    with path.open("r+b") as file:  # the newer one, of epoch 2
+        file.seek(30)
+        file.write(b"damage")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="damaged: its header is older than its pages"):
+        Disk(str(path), START, END, keep=True)
+    assert path.read_bytes() == before
+
+
+def test_a_kept_disk_that_was_cut_short_is_told(path):
+    made(path)
+    os.truncate(path, path.stat().st_size - PAGE_SIZE)
+    with pytest.raises(ValueError, match="damaged: it has .* bytes, and should have"):
+        Disk(str(path), START, END, keep=True)
+
+
+def test_a_kept_disk_whose_making_was_interrupted_is_a_new_one(path):
+    path.touch()
+    os.truncate(path, 1 << 20)
+    assert Kept(path).all() == [None] * PAGES
 
 
 def test_a_kept_disk_is_not_overwritten_by_a_job_that_does_not_keep_it(path):

@@ -212,6 +212,13 @@ def test_a_wrong_request_is_answered_with_a_reason_and_changes_nothing(dms, requ
     assert ask(dms, m.GET, page=600, count=1) == (m.CONTENT, 1, content(6))
 
 
+def test_who_has_said_bye_is_refused(dms):
+    assert ask(dms, m.BYE)[0] == m.OK
+    for request in (m.BYE, m.SYNC):
+        assert ask(dms, request)[0] == m.ERROR
+    assert dms._left == {0}
+
+
 def test_random_bytes_never_end_the_dms(dms):
     dice = random.Random(4)
     for _ in range(2000):
@@ -220,6 +227,7 @@ def test_random_bytes_never_end_the_dms(dms):
         if length >= 2:  # a kind that there is, most of the time
             dms._question.whole[0:4] = bytes((dice.choice((*range(1, 10), 99)), 0, 0, 0))
         dms._handle(1, length)
+        dms._left.clear()  # after a BYE it would refuse the rest
     assert ask(dms, m.LOCATIONS, page=0, count=1)[0] == m.LOCATIONS
 
 

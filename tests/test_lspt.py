@@ -167,10 +167,10 @@ def test_at_the_high_threshold_a_fault_wakes_lpet_and_waits_for_room():
 
     handler, _ = waits(ask)
     lpet.join(10)
-    assert woken == [(True, None)] and handler.is_alive() and lspt.waiting
+    assert woken == [(True, None)] and handler.is_alive() and lspt.waiting_since
     evict(lspt, [0])
     handler.join(10)
-    assert not handler.is_alive() and not lspt.waiting
+    assert not handler.is_alive() and not lspt.waiting_since
 
 
 def test_lpet_evicts_again_while_a_fault_waits_but_not_before_it_has_rested():

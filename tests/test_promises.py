@@ -63,6 +63,11 @@ def test_when_the_disk_is_full_nothing_is_lost_and_the_application_goes_on_when_
     assert "No space left on device" in ended.stdout
 
 
+def test_when_the_disk_is_full_clean_pages_still_leave(mpirun, small_file_system):
+    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "reads")
+    assert ended.returncode == 0 and "full disk SUCCESS" in ended.stdout, ended.stdout
+
+
 def test_when_the_disk_is_full_and_the_application_can_go_no_further_the_job_ends_and_says_why(
     mpirun, small_file_system
 ):

@@ -1,13 +1,15 @@
-"""The disk is full. argv: the disk, on a small file system; then "frees" or "goes on".
+"""The disk is full. argv: the disk, on a small file system; then "frees", "goes on" or "reads".
 
-Either way what was written before is whole. With "frees", an area is unmapped when it is full, and
-the writer goes on; else it goes on writing until the job is ended.
+In any way what was written before is whole. With "frees", an area is unmapped when it is full, and
+the writer goes on; with "reads", something else fills the file system, and a few pages are written
+amid many that are read; else the writer goes on until the job is ended.
 """
 
 import ctypes
 import sys
 import threading
 import time
+from pathlib import Path
 
 import edm
 
@@ -23,6 +25,15 @@ def content(page):
     return (page + 1).to_bytes(8, "little") * (PAGE // 8)
 
 
+def fill(path):
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(PAGE))
+        except OSError as error:
+            print("full:", error)
+
+
 def app(space):
     first = space.mmap(500 * PAGE)
     second = space.mmap(3000 * PAGE, addr=space.start_addr + 10000 * PAGE)
@@ -31,8 +42,11 @@ def app(space):
 
     def write(area, pages):
         for page in range(pages):
-            libc.memcpy(addresses[area] + page * PAGE, content(page), PAGE)
+            write_one(area, page)
             written[area] = page + 1
+
+    def write_one(area, page):
+        libc.memcpy(addresses[area] + page * PAGE, content(page), PAGE)
 
     def check(area):
         for page in range(written[area]):
@@ -41,6 +55,19 @@ def app(space):
 
     write(0, 500)
     check(0)
+    if sys.argv[2] == "reads":
+        fill(Path(disk).with_name("something else"))
+        for page in range(40):
+            write_one(1, page)
+            libc.memcmp(addresses[0] + page * PAGE, content(page), PAGE)
+        written[1] = 40
+        for _ in range(3):
+            check(0)
+        if not space.figures()["refused"]:
+            sys.exit("the disk never was full")
+        check(1)
+        print("full disk SUCCESS")
+        return
     writer = threading.Thread(target=write, args=(1, 800 if frees else 3000))
     writer.start()
     deadline = time.monotonic() + 30
