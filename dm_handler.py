@@ -190,11 +190,13 @@ class DmHandler:
         with lspt.lock:
             state = lspt.state[page]
             if state == CLEAN and flags & UFFD_PAGEFAULT_FLAG_WP:
-                lspt.written(page)
+                pages = lspt.written(page)
                 self._write_protect += 1
+                start, length = self._start + pages.start * PAGE_SIZE, len(pages) * PAGE_SIZE
                 try:
-                    self._uffd.writeprotect(address, PAGE_SIZE, False)
-                except FileNotFoundError:  # unmapped meanwhile
+                    self._uffd.writeprotect(start, length, False)
+                except FileNotFoundError:  # unmapped meanwhile, at least in part
+                    self._uffd.writeprotect_mapped(start, length, False)
                     self._uffd.wake(address, PAGE_SIZE)
             elif state in (HELD_CLEAN, HELD_DIRTY):
                 lspt.awaited.add(page)
@@ -229,7 +231,7 @@ class DmHandler:
             # More than once if what was asked for ahead turns out shorter than up to this page;
             # the window that was asked for then may have it, or not.
             if self._lspt.state[page] == COMING:
-                came = self._use_ahead(self._readahead.coming(page), write)
+                came = self._use_ahead(self._readahead.coming(page), write, page)
             else:
                 came = self._get(page, write)
 
@@ -258,11 +260,12 @@ class DmHandler:
             self._first_access += 1
             if stream:
                 self._readahead.used(stream, pages)
-            self._install_all(pages, None, write)
+            self._install_all(pages, None, write, page)
         else:
             self._client.ask_get(pages)
-            pages = self._finish(Ahead(pages, self._client), stream, write)
-            if not pages:
+            asked = pages
+            pages = self._finish(Ahead(asked, self._client), stream, write, page)
+            if not pages and asked.start == page:
                 self._lose(page)
                 pages = range(page, page + 1)
         for surplus in self._readahead.surplus():
@@ -290,15 +293,15 @@ class DmHandler:
                 "can't tell the application so (UFFDIO_POISON: Linux 6.6)",
             ) from None
 
-    def _use_ahead(self, stream: Stream, write: bool) -> range:
+    def _use_ahead(self, stream: Stream, write: bool, page: int) -> range:
         """A page that is COMING: its window was asked for ahead. Install it; the pages that came."""
         ahead = stream.ahead
         stream.ahead = None
-        came = self._finish(ahead, stream, write)
+        came = self._finish(ahead, stream, write, page)
         self._free_clients.append(ahead.client)  # not before: the pages came out of its memory
         return came
 
-    def _finish(self, ahead: Ahead, stream: Stream | None, write: bool) -> range:
+    def _finish(self, ahead: Ahead, stream: Stream | None, write: bool, page: int) -> range:
         """Wait for the answer, ask for the stream's next window, install; the pages that came."""
         kind, got = ahead.client.answer_get()
         pages, missed = ahead.pages[:got], ahead.pages[got:]
@@ -314,10 +317,10 @@ class DmHandler:
         self._log_ack(pages, kind)
         if kind == CONTENT:
             self._refetch += 1
-            self._install_all(pages, ahead.client.content_address, write)
+            self._install_all(pages, ahead.client.content_address, write, page)
         else:
             self._first_access += 1
-            self._install_all(pages, None, write)
+            self._install_all(pages, None, write, page)
         return pages
 
     def _take_ack(self) -> None:
@@ -330,20 +333,25 @@ class DmHandler:
             known = "previously accessed" if kind == CONTENT else "first access"
             self._log.info("received ack for page in address : %#x (%s)", address, known)
 
-    def _install_all(self, pages: range, source: int | None, write: bool) -> None:
-        """source: where their content is in this process; None for pages of zeros."""
+    def _install_all(self, pages: range, source: int | None, write: bool, page: int) -> None:
+        """source: where their content is in this process; None for pages of zeros. page: which of
+        them has faulted.
+        """
         if self._info:
             what = "zero page" if source is None else "page content from DMS"
             self._log.info("copying %s to address : %#x", what, self._start + pages[0] * PAGE_SIZE)
         got = len(pages)
         self._fetched += got
         # The first few pages wake the application, which works on them while the rest comes.
-        at = 0
-        while at < got:
-            upto = at + (FIRST_CHUNK if at == 0 else CHUNK) if pages.step == 1 else at + 1
+        downward = page == pages[-1]
+        done = 0
+        while done < got:
+            count = (FIRST_CHUNK if done == 0 else CHUNK) if pages.step == 1 else 1
+            count = min(count, got - done)
+            at = got - done - count if downward else done
             here = None if source is None else source + at * PAGE_SIZE
-            self._install(pages[at:upto], here, write)
-            at = upto
+            self._install(pages[at : at + count], here, write)
+            done += count
 
     def _install(self, pages: range, source: int | None, write: bool) -> None:
         """Neighbours. Those that are read first are write-protected, to know if they stay CLEAN."""

@@ -63,8 +63,10 @@ HELD_DIRTY = 7  # as DIRTY, likewise
 
 PART = 1 << 18  # pages that are counted at once: no other thread runs meanwhile
 MAX_PAGES = 1 << 31  # of a space: the order's entries have four bytes, one bit of it the mark
+WRITTEN_BEFORE, WRITTEN_AT_ONCE = 3, 64  # pages, see LSPT.written
 SMALL = 1024  # with a lower high_threshold, LPET is woken when that is reached, not before
 
+_CLEAN_BYTE, _DIRTY_BYTE = bytes((CLEAN,)), bytes((DIRTY,))
 _CLEAN_OR_DIRTY_RUN = re.compile(b"%c+|%c+" % (CLEAN, DIRTY))
 _CLEAN_RUN = re.compile(b"%c+" % CLEAN)
 _DIRTY_RUN = re.compile(b"[%c%c]+" % (DIRTY, HELD_DIRTY))
@@ -158,9 +160,26 @@ class LSPT:
         with self.lock:
             self.state[page] = LOST
 
-    def written(self, page: int) -> None:
-        """Locked. CLEAN → DIRTY: the caller lifts the write-protection, still locked."""
-        self.state[page] = DIRTY
+    def written(self, page: int) -> range:
+        """Locked. CLEAN → DIRTY, this page and perhaps neighbours; which ones.
+
+        The caller lifts their write-protection, still locked. A program that has just written the
+        pages up to this one, or down to it, is taken to go on: as many as are DIRTY behind it, so
+        many CLEAN ones before it become DIRTY too. A wrong guess costs evictions with bytes.
+        """
+        below = self.state[max(0, page - WRITTEN_AT_ONCE) : page]
+        above = self.state[page + 1 : page + 1 + WRITTEN_AT_ONCE]
+        written_below = len(below) - len(below.rstrip(_DIRTY_BYTE))
+        written_above = len(above) - len(above.lstrip(_DIRTY_BYTE))
+        start, stop = page, page + 1
+        if written_below >= WRITTEN_BEFORE:
+            above = above[:written_below]
+            stop += len(above) - len(above.lstrip(_CLEAN_BYTE))
+        elif written_above >= WRITTEN_BEFORE:
+            below = below[-written_above:]
+            start -= len(below) - len(below.rstrip(_CLEAN_BYTE))
+        self._set(range(start, stop), DIRTY)
+        return range(start, stop)
 
     # ------------------------------------------------------------ LPET's and munmap's transitions
 
@@ -336,21 +355,30 @@ class LSPT:
 
     def in_area(self, page: int) -> bool:
         """Locked. Is this page in an area?"""
+        return page in self._area(page)
+
+    def _area(self, page: int) -> range:
+        """The area that has this page; without one, an empty range or one that has it not."""
         index = bisect.bisect_right(self._areas, (page, MAX_PAGES)) - 1
-        return index >= 0 and page < sum(self._areas[index])
+        first, count = self._areas[index] if index >= 0 else (0, 0)
+        return range(first, first + count)
 
     def fetchable(self, wanted: range) -> range:
-        """Locked. As many of these pages, from the first on, as may be fetched together.
+        """Locked. As many of these pages, from the first on, as may be fetched together; ascending.
 
         They are all NEW or all AWAY, in one area, and fit under the high threshold.
         """
-        page = wanted.start
-        index = bisect.bisect_right(self._areas, (page, MAX_PAGES)) - 1
-        end = sum(self._areas[index]) if index >= 0 else 0
-        wanted = range(page, min(wanted.stop, end), wanted.step)
-        wanted = wanted[: max(0, self._high - self.resident)]
-        states = self.state[wanted.start : wanted.stop : wanted.step]
-        return wanted[: _FETCHABLE.match(states).end()]
+        area = self._area(wanted.start)
+        if wanted.start not in area:
+            return range(0)
+        upward = wanted.step > 0
+        stop = min(wanted.stop, area.stop) if upward else max(wanted.stop, area.start - 1)
+        wanted = range(wanted.start, stop, wanted.step)[: max(0, self._high - self.resident)]
+        pages = wanted if upward else wanted[::-1]
+        states = self.state[pages.start : pages.stop : pages.step]
+        if upward:
+            return pages[: _FETCHABLE.match(states).end()]
+        return pages[len(pages) - _FETCHABLE.match(states[::-1]).end() :]
 
     def away(self) -> int:
         """How many pages the DMS has and this instance has not; a while ago, some of them."""

@@ -6,10 +6,10 @@ Interface: Readahead.fault(page) is told every fault of a page that is neither h
 and gives the Stream that it continues, if any. The DM-Handler fetches stream.window pages, asks for
 the next window ahead of need (stream.ahead), and tells what came of it: used, ended.
 
-A stream begins with the second of two faults in neighbouring pages, or with the third of three at
-equal distances (its stride, at most MAX_STRIDE), with a small window, which doubles each time that
-a window was used up, to at most max_window. A window that nobody used makes the next streams begin
-with less. Random access only ever pays for one look into a small table.
+A stream begins with the second of two faults in neighbouring pages, upward or downward, or with the
+third of three at equal distances (its stride, at most MAX_STRIDE, upward). Its window is small at
+first, and doubles each time that one was used up, to at most max_window. A window that nobody used
+makes the next streams begin with less. Random access only ever pays for one look into a small table.
 
 Rules: the DM-Handler's thread only. Pages, not bytes.
 
@@ -37,7 +37,7 @@ STRIDED_WINDOW = 64  # at most: the pages of one are read and installed one by o
 class Ahead:
     """A window that was asked for ahead of need: its pages are COMING."""
 
-    pages: range
+    pages: range  # ascending
     client: MpiClient  # which has the request under way, or its answer
 
 
@@ -45,11 +45,11 @@ class Ahead:
 class Stream:
     next: int  # the page whose fault would continue it
     window: int  # pages to fetch then
-    stride: int = 1  # between them
+    stride: int = 1  # between them; -1: downward
     ahead: Ahead | None = None
 
     def wanted(self, page: int) -> range:
-        """The pages to fetch when this one faults."""
+        """The pages to fetch when this one faults, in the order in which they will be needed."""
         return range(page, page + self.window * self.stride, self.stride)
 
 
@@ -72,7 +72,7 @@ class Readahead:
                 return stream
         for before in self._recent:
             stride = page - before
-            if stride == 1 or 1 < stride <= MAX_STRIDE and before - stride in self._recent:
+            if stride in (1, -1) or 1 < stride <= MAX_STRIDE and before - stride in self._recent:
                 del self._recent[before]
                 stream = Stream(page, self._first_window, stride)
                 self._streams.append(stream)
@@ -87,9 +87,9 @@ class Readahead:
         return next((s for s in self.asked() if page in s.ahead.pages), None)
 
     def used(self, stream: Stream, pages: range) -> None:
-        """The stream has been continued with these pages."""
-        stream.next = pages.stop
-        most = self.max_window if stream.stride == 1 else min(self.max_window, STRIDED_WINDOW)
+        """The stream has been continued with these pages, ascending."""
+        stream.next = pages.stop if stream.stride > 0 else pages.start - 1
+        most = self.max_window if stream.stride in (1, -1) else min(self.max_window, STRIDED_WINDOW)
         stream.window = min(2 * stream.window, most)
         self._streams.remove(stream)
         self._streams.append(stream)

@@ -48,7 +48,7 @@ def test_a_page_comes_is_written_is_held_and_leaves():
     lspt.arrived(range(3, 5), dirty=False)
     assert lspt.state[3:5] == bytes((CLEAN, CLEAN))
     with lspt.lock:
-        lspt.written(4)
+        assert lspt.written(4) == range(4, 5)
     assert lspt.hold([(2, 4)]) == [(3, 1, False), (4, 1, True)]
     assert lspt.state[3:5] == bytes((HELD_CLEAN, HELD_DIRTY)) and lspt.resident == 2
     lspt.released([(4, 1)])
@@ -310,3 +310,43 @@ def test_what_may_be_fetched_together_is_of_one_state_in_one_area_and_fits():
     assert fetchable(range(20, 30)) == range(20, 22)
     lspt.unmapped(10, 20)
     assert len(fetchable(range(20, 30))) == 0
+
+
+def test_what_may_be_fetched_together_downward_ends_at_the_page_that_faults():
+    lspt = LSPT(100, high_threshold=10)
+
+    def fetchable(wanted):
+        with lspt.lock:
+            return lspt.fetchable(wanted)
+
+    assert len(fetchable(range(7, -1, -1))) == 0  # no area
+    assert len(fetchable(range(-1, -9, -1))) == 0  # a stream has come to the space's start
+    lspt.mapped(0, 5)
+    lspt.mapped(10, 20)
+    assert fetchable(range(3, -5, -1)) == range(4)
+    assert fetchable(range(14, 6, -1)) == range(10, 15)
+    come(lspt, 20, 3)
+    assert fetchable(range(25, 10, -1)) == range(23, 26)
+    assert fetchable(range(29, 10, -1)) == range(23, 30)
+    evict(lspt, [20, 21, 22])
+    assert fetchable(range(22, 10, -1)) == range(20, 23)
+    come(lspt, 40, 8)
+    assert fetchable(range(18, 10, -1)) == range(17, 19)
+
+
+def test_a_write_beside_pages_that_were_just_written_takes_as_many_neighbours_along():
+    lspt = LSPT(1000, high_threshold=1000)
+
+    def written(page):
+        with lspt.lock:
+            return lspt.written(page)
+
+    come(lspt, 100, 100, dirty=False)
+    assert [written(page) for page in (110, 112, 111)] == [range(p, p + 1) for p in (110, 112, 111)]
+    assert written(113) == range(113, 117)  # three behind it, three before it
+    assert lspt.state[117] == CLEAN and lspt.state[113:117] == bytes((DIRTY,)) * 4
+    assert written(109) == range(102, 110)  # downward: seven behind it
+    assert written(117) == range(117, 133)
+    assert written(133) == range(133, 165)
+    assert written(165) == range(165, 200)  # what is not here stays as it is
+    assert lspt.state[99] == lspt.state[200] == NEW

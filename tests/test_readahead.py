@@ -13,8 +13,8 @@ def follow(readahead, page, windows, stride=1):
         if stream:
             sizes.append(stream.window)
             pages = stream.wanted(page)
-            readahead.used(stream, pages)
-            page = pages.stop
+            readahead.used(stream, pages if pages.step > 0 else pages[::-1])
+            page = stream.next
         else:
             page += stride
     return sizes
@@ -22,6 +22,12 @@ def follow(readahead, page, windows, stride=1):
 
 def test_two_neighbouring_faults_begin_a_stream_whose_window_doubles_to_the_maximum():
     assert follow(Readahead(256), 1000, 9) == [8, 16, 32, 64, 128, 256, 256, 256]
+
+
+def test_a_stream_goes_downward_as_well():
+    readahead = Readahead(256)
+    assert follow(readahead, 1000, 9, stride=-1) == [8, 16, 32, 64, 128, 256, 256, 256]
+    assert readahead._streams[0].next == 999 - 8 - 16 - 32 - 64 - 128 - 3 * 256
 
 
 def test_three_faults_at_equal_distances_begin_a_strided_stream():

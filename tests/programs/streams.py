@@ -63,6 +63,24 @@ def app(space):
     if figures["fetched"] < 2 * faults:
         sys.exit(f"{figures['fetched']} pages for {faults} faults: there was no readahead")
 
+    # Downward: read, and then read and written from the last byte to the first.
+    before = space.figures()
+    for page in reversed(range(PAGES)):
+        if libc.memcmp(base + page * PAGE, content(page), PAGE - 8):
+            sys.exit(f"wrong page, downward: {page}")
+    for page in reversed(range(PAGES)):
+        if area[page * PAGE : page * PAGE + 8] != content(page)[:8]:
+            sys.exit(f"wrong page, downward, second time: {page}")
+        area[page * PAGE : page * PAGE + 8] = content(page + 1)[:8]
+    after = space.figures()
+    for page in range(PAGES):
+        if area[page * PAGE : page * PAGE + 16] != content(page + 1)[:8] + content(page)[:8]:
+            sys.exit(f"wrong page after writing downward: {page}")
+    for figure, most in (("faults_refetch", PAGES // 4), ("faults_write_protect", PAGES // 8)):
+        count = after[figure] - before[figure]
+        if count > most:
+            sys.exit(f"{count} {figure} for {PAGES} pages downward")
+
     # Windows end where pages that were written meet pages that never were, and the reader skips some.
     patches = space.mmap(PAGES * PAGE)
     at = ctypes.addressof(ctypes.c_ubyte.from_address(space.areas()[-1][0]))
