@@ -37,7 +37,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import NamedTuple
 
@@ -146,12 +146,8 @@ class Space:
                 raise BufferError("area: still in use, by a slice or an array made of it")
             area.release()  # BufferError, if a buffer of it is in use this moment
             del self._views[id(area)]
-            offset, whole = self._unmap(addr)
-            try:
-                self._call(MUNMAP, offset, whole)
-            except OSError:  # its bytes are still there: nothing else may be mapped over them
-                bisect.insort(self._areas, (addr, whole))
-                raise
+            # If the DMS refuses, the bytes are still there: nothing else may be mapped over them.
+            self._unmap(addr, self._call, MUNMAP)
 
     def sync(self) -> int:
         """Make everything written so far durable, without evicting it; how many pages were sent.
@@ -201,6 +197,12 @@ class Space:
             addr = self._gap(whole, from_end=True)
             self._map(addr, whole, ALLOCATE, name)
             return addr
+
+    def has(self, addr: int) -> bool:
+        """Does an area begin at this address, that is not to be unmapped?"""
+        at = bisect.bisect_left(self._areas, (addr, 0))
+        there = at < len(self._areas) and self._areas[at][0] == addr
+        return there and addr not in self._released
 
     def allocated(self, addr: int) -> int:
         """How many bytes (whole pages) the area at this address has."""
@@ -335,20 +337,27 @@ class Space:
         """Locked. Map whole bytes at addr, where nothing is."""
         offset = addr - self.start_addr
         flags = u.MAP_SHARED | u.MAP_FIXED
-        u.mmap_fixed(addr, whole, u.PROT_READ | u.PROT_WRITE, flags, self._memfd, offset)
-        u.madvise(addr, whole, u.MADV_DONTFORK)
-        self._uffd.register(addr, whole)
-        self._call(what, offset, whole, name.encode(errors="replace")[:MAX_NAME])
+        # First, as a signal handler may raise at any point of this: so nothing else is mapped there.
         bisect.insort(self._areas, (addr, whole))
+        try:
+            u.mmap_fixed(addr, whole, u.PROT_READ | u.PROT_WRITE, flags, self._memfd, offset)
+            u.madvise(addr, whole, u.MADV_DONTFORK)
+            self._uffd.register(addr, whole)
+            self._call(what, offset, whole, name.encode(errors="replace")[:MAX_NAME])
+        except OSError:
+            self._areas.remove((addr, whole))
+            raise
 
-    def _unmap(self, addr: int) -> tuple[int, int]:
-        """Locked. Unmap the area at addr; its (offset, length), which the pager has to be told.
+    def _unmap(self, addr: int, tell: Callable[[int, int, int], object], what: int) -> None:
+        """Locked. Unmap the area at addr, and tell the pager.
 
         Unmapped first: no fault of these pages can come any more while the pager frees them.
         """
-        _, whole = self._areas.pop(bisect.bisect_left(self._areas, (addr, 0)))
+        at = bisect.bisect_left(self._areas, (addr, 0))
+        _, whole = self._areas[at]
         self._reserve(addr, whole, u.MAP_FIXED)
-        return addr - self.start_addr, whole
+        tell(what, addr - self.start_addr, whole)
+        del self._areas[at]
 
     def _unmap_released(self) -> None:
         # Whoever holds the lock comes by here after it. The pager takes requests in order: a later
@@ -357,7 +366,7 @@ class Space:
             try:
                 self._owner = threading.get_ident()
                 while self._released:
-                    self._ask(RELEASE, *self._unmap(self._released.popleft()))
+                    self._unmap(self._released.popleft(), self._ask, RELEASE)
             finally:
                 self._owner = 0
                 self._lock.release()
@@ -366,9 +375,7 @@ class Space:
         """Locked. Ask the pager, for a range in bytes from start_addr."""
         self._ask(what, offset, length, name)
         number = 0
-        while (
-            number != self._calls
-        ):  # answers to calls that a signal handler has ended with a raise
+        while number != self._calls:  # those of calls that a signal handler has left are skipped
             answer = self._control.recv(1 << 17)
             if not answer:
                 raise ConnectionError("the pager has ended")
