@@ -55,6 +55,10 @@ MAX_LOCATIONS = 1 << 15  # pages in one LOCATIONS, as a packet must fit the sock
 SCRATCH = Struct("=Q")  # sent with the three descriptors: where the scratch area is
 
 _FORKED = "this process was forked by the application, and has no EDM memory"
+_USER_MODE_ONLY = (
+    "edm: this user may have userfaultfd for user mode only, so system calls fail with EFAULT (Bad "
+    "address) on a page that is not here; sudo sysctl vm.unprivileged_userfaultfd=1 changes that"
+)
 
 
 class Descriptors(NamedTuple):
@@ -254,6 +258,9 @@ class Space:
         fd, how = u.open_userfaultfd()
         log.logger("EDM CLIENT").info("userfaultfd permitted by: %s", how)
         self.user_mode_only = how == u.USER_MODE
+        if self.user_mode_only:
+            sys.excepthook = _explained(sys.excepthook)
+            threading.excepthook = _explained(threading.excepthook)
         self._uffd = u.Userfaultfd(fd)
         self._uffd.api(u.NEEDED_FEATURES | supported & u.UFFD_FEATURE_POISON)
         # The memfd has a scratch area behind the space, for page_idle.TlbFlush.
@@ -403,6 +410,22 @@ class Space:
             os.close(self._uffd.fd)
             os.close(self._memfd)
         self._uffd, self._memfd = None, -1
+
+
+def _explained(hook: Callable[..., None]) -> Callable[..., None]:
+    """sys.excepthook or threading.excepthook, with a word behind the first EFAULT, or what may be
+    one (NumPy's OSErrors have no errno)."""
+
+    def explained(*args: object) -> None:
+        global _USER_MODE_ONLY
+        hook(*args)
+        error = args[1] if len(args) == 3 else args[0].exc_value
+        maybe = isinstance(error, OSError) and error.errno in (errno.EFAULT, None)
+        if maybe and _USER_MODE_ONLY:
+            print(_USER_MODE_ONLY, file=sys.stderr)
+            _USER_MODE_ONLY = ""
+
+    return explained
 
 
 def _users(view: memoryview) -> int:

@@ -314,7 +314,7 @@ def _run_application(
     except SystemExit as exit:
         status = _exit_status(exit.code)
     except BaseException:  # noqa: BLE001 - whatever it raised, it has ended
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     # As a Python process ends: its threads, its exit functions, and what is left in buffers.
     try:
         threading._shutdown()

@@ -239,10 +239,9 @@ def _run(program: tuple[str, str, list[str]]) -> None:
             runpy.run_path(what, run_name="__main__")
         else:
             sys.path[0] = os.path.dirname(os.path.realpath(what))
-            main.__file__ = what
-            with open(what, "rb") as file:
-                source = file.read()
-            exec(compile(source, what, "exec"), main.__dict__)  # noqa: S102 - likewise
+            main.__file__ = os.path.abspath(what)
+            source = Path(what).read_bytes()
+            exec(compile(source, main.__file__, "exec"), main.__dict__)  # noqa: S102 - likewise
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001 - the program's own, told as Python tells it

@@ -31,6 +31,7 @@ import contextlib
 import contextvars
 import ctypes
 import dis
+import functools
 import importlib.util
 import os
 import site
@@ -88,11 +89,41 @@ def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
     global _handler
     if _handler is None:
         _handler = MemHandler(space)
+        if space.user_mode_only:
+            _read_through_ordinary_memory()
     before, _handler.threshold = _handler.threshold, threshold
     try:
         yield
     finally:
         _handler.threshold = before
+
+
+def _read_through_ordinary_memory() -> None:
+    """Replace numpy.fromfile, which np.load calls: where system calls fail on a page that is not
+    here, it would take that for the end of the file, and say nothing."""
+    import numpy
+
+    fromfile = numpy.fromfile
+
+    @functools.wraps(fromfile)
+    def in_parts(
+        file: Any, dtype: Any = float, count: int = -1, sep: str = "", offset: int = 0, **like: Any
+    ) -> Any:
+        dtype = numpy.dtype(dtype)
+        if sep or not dtype.itemsize:
+            return fromfile(file, dtype, count, sep, offset, **like)
+        with contextlib.nullcontext(file) if hasattr(file, "seek") else open(file, "rb") as opened:
+            opened.seek(offset, os.SEEK_CUR)
+            if count < 0:
+                count = (os.fstat(opened.fileno()).st_size - opened.tell()) // dtype.itemsize
+            array, at = numpy.empty(count, dtype), 0
+            step = max(1, min(_handler.threshold - 1, UNCACHED) // dtype.itemsize)
+            while len(part := fromfile(opened, dtype, min(step, count - at))):
+                array[at : at + len(part)] = part
+                at += len(part)
+        return array[:at]
+
+    numpy.fromfile = in_parts
 
 
 class MemHandler:

@@ -164,6 +164,7 @@ class Pager:
             for number, handler in before.items():
                 signal.signal(number, handler)
             os.close(self._process)
+            self._control.close()
         if self._failure:
             raise self._failure
         if self._ended_by:

@@ -1,0 +1,170 @@
+"""NumPy under `python -m edm run --resident 16M`: where arrays live, and what they cost."""
+
+import gc
+import io
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+
+import edm
+
+MIB = 1 << 20
+space = edm.space()
+
+
+def in_space(array):
+    return space.start_addr <= array.ctypes.data < space.end_addr
+
+
+def used():
+    """Bytes that arrays have taken of the space."""
+    return sum(length for _, length in space.areas())
+
+
+def check(what, right):
+    if not right:
+        sys.exit(f"numpy: {what}")
+
+
+# ---------------------------------------------------------------- which arrays
+
+check("a small array is in the space", not in_space(np.zeros(MIB - 8, np.uint8)))
+for what, array in {
+    "zeros": np.zeros(MIB, np.uint8),
+    "empty": np.empty(MIB, np.uint8),
+    "full": np.full(MIB, 7, np.uint8),
+    "the result of arithmetic": np.ones(MIB) + np.ones(MIB),
+    "concatenate": np.concatenate([np.ones(MIB // 8)] * 2),
+    "astype": np.zeros(MIB // 8, np.int64).astype(np.float64),
+    "a copy": np.ones(MIB).copy(),
+    "sort": np.sort(np.arange(MIB)[::-1]),
+    "random": np.random.default_rng(1).random(MIB),
+    "objects": np.array([None] * MIB),
+    "a comparison": np.zeros(MIB) == 0,
+}.items():
+    check(f"{what} is not in the space", in_space(array))
+del array
+made = []
+thread = threading.Thread(target=lambda: made.append(np.zeros(MIB)))
+thread.start()
+thread.join()
+check("an array that another thread made is not in the space", in_space(made.pop()))
+
+# ---------------------------------------------------------------- what they cost
+
+before, came = used(), space.figures()["fetched"]
+large = np.zeros(8 << 30, np.uint8)
+check("zeros cost something before they are touched", space.figures()["fetched"] - came < 10)
+large[:: 2 << 30] = 1
+check("the pages of zeros are not zero", int(large[: 4 * MIB].sum()) == 1)
+address = large.ctypes.data
+large[: 64 * MIB] = 3
+there = set(space.locations(address, 64 * MIB))
+check(f"an array four times the limit is {there}", there == {"DISK", "INSTANCE_0"})
+del large
+gc.collect()
+check("a freed array still has its addresses", used() <= before)
+check("a freed array has pages", set(space.locations(address, 64 * MIB)) == {"NEW"})
+before = used()
+for _ in range(300):
+    np.ones(MIB)[::512] += 1
+check("making and freeing takes more and more", used() <= before + 16 * MIB)
+check("memory that is used again has old bytes", not np.zeros(MIB).any())
+
+# ---------------------------------------------------------------- realloc
+
+growing = np.arange(1000)
+for count in (10**6, 10**5, 3 * 10**6, 100, 10**6):
+    kept = growing[:count].copy()
+    growing.resize(count, refcheck=False)
+    check("resize loses bytes", np.array_equal(growing[: len(kept)], kept))
+    check("resize does not give zeros", not growing[len(kept) :].any())
+    check(
+        "resize leaves an array where it does not belong", in_space(growing) == (count > MIB // 8)
+    )
+
+# ---------------------------------------------------------------- files and sockets
+
+numbers = np.arange(MIB)
+with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "numbers")
+    np.save(path + ".npy", numbers)
+    loaded = np.load(path + ".npy")
+    check("load", in_space(loaded) and np.array_equal(loaded, numbers))
+    numbers.tofile(path)
+    check("fromfile", np.array_equal(np.fromfile(path, np.int64), numbers))
+    into = np.zeros_like(numbers)
+    with open(path, "rb", buffering=0) as file:
+        check("readinto is short", file.readinto(into) == numbers.nbytes)
+    check("readinto", np.array_equal(into, numbers))
+    check("memmap", np.array_equal(np.memmap(path, np.int64), numbers))
+buffer = io.BytesIO()
+np.savez_compressed(buffer, numbers=numbers)
+buffer.seek(0)
+check("npz", np.array_equal(np.load(buffer)["numbers"], numbers))
+
+ours, theirs = socket.socketpair()
+sender = threading.Thread(target=ours.sendall, args=(numbers,))
+sender.start()
+into, got = np.zeros_like(numbers), 0
+while got < into.nbytes:
+    got += theirs.recv_into(memoryview(into).cast("B")[got:])
+sender.join()
+check("a socket", np.array_equal(into, numbers))
+
+# ---------------------------------------------------------------- exceptions
+
+try:
+    np.zeros(1 << 60, np.uint8)
+except MemoryError:
+    pass
+else:
+    sys.exit("numpy: more than the space was had")
+
+
+def fail(array):
+    return array[10**9]
+
+
+for _ in range(50):  # arrays are freed while an exception is on its way
+    try:
+        fail(np.ones(MIB))
+    except IndexError:
+        continue
+    sys.exit("numpy: an exception was lost")
+
+
+class Alarm(Exception):
+    pass
+
+
+def alarm(number, frame):
+    raise Alarm
+
+
+signal.signal(signal.SIGALRM, alarm)
+caught, deadline = 0, time.monotonic() + 30
+while caught < 100:
+    check("no alarm came", time.monotonic() < deadline)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.002)
+        while True:
+            (np.ones(MIB // 4) + 1)[5:].copy()
+    except Alarm:
+        caught += 1
+check("after the alarms", np.array_equal(np.arange(MIB) - np.arange(MIB), np.zeros(MIB)))
+
+# ---------------------------------------------------------------- within a program
+
+with edm.numpy_allocator(threshold=64 << 10):
+    lower = np.ones(64 << 10, np.uint8)
+check("a lower threshold", in_space(lower) and not in_space(np.ones(64 << 10, np.uint8)))
+check("an array after its context manager", int(lower.sum()) == 64 << 10)
+left = np.ones(MIB)  # and freed at the end of the process
+print("numpy SUCCESS")

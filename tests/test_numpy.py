@@ -1,0 +1,93 @@
+"""NumPy's large arrays in the space: unchanged programs, with the same answers."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import PROGRAMS, needs_userfaultfd
+
+from edm.launch import find_mpirun
+
+pytest.importorskip("numpy", exc_type=ImportError)
+pytestmark = [
+    needs_userfaultfd,
+    pytest.mark.skipif(find_mpirun() is None, reason="there is no mpirun: pip install mpich"),
+]
+RESIDENT = 16  # MiB
+EDM_RUN = (sys.executable, "-m", "edm", "run", "--resident", f"{RESIDENT}M")
+
+
+def plain(*command):
+    return subprocess.run(
+        [sys.executable, *map(str, command)], text=True, capture_output=True, check=True
+    ).stdout
+
+
+def test_arrays_live_in_the_space_cost_nothing_untouched_and_give_everything_back(run):
+    ended = run(*EDM_RUN, PROGRAMS / "numpy_arrays.py", timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "numpy SUCCESS\n")
+
+
+def test_an_unchanged_program_sorts_an_array_eight_times_the_resident_limit(run):
+    ended = run(*EDM_RUN, "--stats", "-m", "edm.examples.ordinary", 8 * RESIDENT)
+    assert ended.returncode == 0 and "SUCCESS" in ended.stdout, ended.stdout
+    peak = re.search(r"^resident +(\d+) MiB at most", ended.stdout, re.MULTILINE)
+    assert peak and int(peak[1]) <= RESIDENT
+
+
+def test_the_example_sorts_reduces_and_multiplies_with_known_answers(mpirun):
+    ended = mpirun("-m", "edm.examples.numpy_sort", "--size", 64, "--high-threshold", 4096)
+    assert ended.returncode == 0 and "numpy_sort SUCCESS" in ended.stdout, ended.stdout
+    assert int(re.search(r"at most (\d+) pages of them here", ended.stdout)[1]) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("library", "program"), [("pandas", "frames.py"), ("sklearn", "clusters.py")]
+)
+def test_pandas_and_scikit_learn_give_the_same_answers_on_four_times_the_resident_limit(
+    run, library, program
+):
+    pytest.importorskip(library)
+    arguments = [PROGRAMS / program, 4 * RESIDENT]
+    ended = run(*EDM_RUN, "--stats", *arguments, timeout=120)
+    assert ended.returncode == 0, ended.stdout
+    answers, _, stats = ended.stdout.partition("EDM, INSTANCE_0")
+    assert answers == plain(*arguments)
+    dirty, clean = map(int, re.search(r"evictions +(\d+) pages.*?(\d+) clean", stats).groups())
+    assert dirty + clean > 2 * RESIDENT * 256  # it was out of memory indeed
+
+
+def test_numpys_own_tests_of_its_core_give_the_same_passes(run, request):
+    """All of test_multiarray with --long: four minutes; else a part of it."""
+    which = [] if request.config.getoption("--long") else ["-k", NUMPYS_OWN]
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
+    tests += ["--pyargs", "numpy._core.tests.test_multiarray"]
+    limits = ["--numpy-threshold", "4K", "--resident", "16M"]
+    ended = run(sys.executable, "-m", "edm", "run", *limits, *tests, timeout=900)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+
+    def counts(output):
+        return re.search(r"\d+ passed.*?(?=, \d+ warning| in)", output)[0]
+
+    assert counts(ended.stdout) == counts(plain(*tests))
+
+
+NUMPYS_OWN = "TestResize or TestCreation or TestIO or TestMethods or TestTake or TestPickling"
+
+
+NO_NUMPY = """
+try:
+    with edm.numpy_allocator():
+        sys.exit("there was a NumPy")
+except ImportError:
+    pass
+"""
+
+
+def test_without_numpy_everything_else_works(run):
+    code = "import edm, sys; assert 'numpy' not in sys.modules; edm.space().mmap(4096)[0] = 1"
+    ended = run(*EDM_RUN, "-c", code)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    ended = run(*EDM_RUN, "-c", "import sys; sys.modules['numpy'] = None; import edm\n" + NO_NUMPY)
+    assert (ended.returncode, ended.stdout) == (0, "")
