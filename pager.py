@@ -64,7 +64,7 @@ DMS_RANK = 0
 AHEAD = 3  # windows that the DM-Handler may have asked for ahead of need, a megabyte of buffer each
 SHARE = 64  # a window is at most this part of high_threshold
 
-LOOK = 0.25  # seconds between two looks at how it goes
+LOOK = 0.1  # seconds between two looks at how it goes
 
 # Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
 # default of 5 ms is what a fault would wait while LPET computes.
@@ -244,6 +244,8 @@ class Pager:
                     poll.unregister(self._control)
                     continue
                 what, number, page, count = address_space.CALL.unpack_from(packet)
+                if self._report and what in (address_space.MUNMAP, address_space.RELEASE):
+                    self._report.unmapped(page, self._lspt.state)
                 try:
                     answer = address_space.ANSWER.pack(number, 0) + calls[what](page, count)
                 except (Stopped, CancelledError):
@@ -255,8 +257,6 @@ class Pager:
                 if self._report and what in (address_space.MMAP, address_space.ALLOCATE):
                     name = packet[address_space.CALL.size :].decode(errors="replace")
                     self._report.mapped(page, count, name)
-                elif self._report and what in (address_space.MUNMAP, address_space.RELEASE):
-                    self._report.unmapped(page)
                 if what != address_space.RELEASE:
                     with contextlib.suppress(ConnectionError):  # it may have ended meanwhile
                         self._control.send(answer)

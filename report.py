@@ -3,7 +3,7 @@
 In the picture: beside the pager's main thread, which asks for each of them when it is time.
 
 Interface:
-    summary(figures)          what --stats prints: {what: a line of words}
+    table(figures, title)     what --stats prints
     Progress                  --progress: one live line on a terminal
     Report                    --report: collects while the job runs, and then writes one HTML page
 
@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from edm.lspt import AWAY, LOST, NEW
@@ -30,26 +30,37 @@ COLUMNS = 192  # samples of the timeline
 CELLS = 1024  # places of the address space, each at first 1 << PLACE pages
 PLACE = 8
 ROWS = 128  # of the heat map
-AREAS = 400
+AREAS = 200
+
+FAULTS = {
+    "faults_first_access": ("first accesses", "#7a9cc6"),
+    "faults_refetch": ("refetches", "#c0504d"),
+    "faults_write_protect": ("first writes", "#e2b33c"),
+}
+EVICTIONS = {
+    "evicted_clean": ("clean", "#8fbf7f"),
+    "evicted_dirty": ("with their bytes", "#8064a2"),
+}
+MEMORY = {"resident": ("here", "#4f81bd"), "away": ("on the DMS only", "#c8c8c8")}
+WHERE = {AWAY: ("on the DMS", "#c8c8c8"), NEW: ("never accessed", "none"), LOST: ("lost", "#c00")}
+HERE = ("here", "#4f81bd")  # every other state
 
 Figures = dict[str, object]
 
 
 def size(pages: float) -> str:
     """So many pages, in bytes, for people."""
-    amount = pages * PAGE_SIZE
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if amount < 1024 or unit == "GiB":
-            break
-        amount /= 1024
+    amount, unit = pages * PAGE_SIZE, "bytes"
+    for larger in ("KiB", "MiB", "GiB"):
+        if amount >= 1024:
+            amount, unit = amount / 1024, larger
     return f"{amount:.0f} {unit}" if amount >= 10 or unit == "bytes" else f"{amount:.1f} {unit}"
 
 
 def summary(f: Figures) -> dict[str, str]:
-    """What the figures of pager.py say, in words."""
-    faults = f["faults_first_access"] + f["faults_refetch"] + f["faults_write_protect"]
+    """What the figures of pager.py say: {what: in words}."""
     return {
-        "faults": f"{faults}: {f['faults_first_access']} first accesses, "
+        "faults": f"{sum(f[name] for name in FAULTS)}: {f['faults_first_access']} first accesses, "
         f"{f['faults_refetch']} refetches, {f['faults_write_protect']} first writes",
         "latency": f"{f['latency_median']:.0f} µs median, "
         f"{f['latency_99th']:.0f} µs 99th percentile of the faults",
@@ -64,9 +75,8 @@ def summary(f: Figures) -> dict[str, str]:
 
 
 def table(figures: Figures, title: str) -> str:
-    """summary as --stats prints it."""
-    lines = [f"{what:12} {words}" for what, words in summary(figures).items()]
-    return "\n".join([title, *lines])
+    """The table of --stats."""
+    return "\n".join([title, *(f"{what:12} {it}" for what, it in summary(figures).items())])
 
 
 class Progress:
@@ -78,7 +88,7 @@ class Progress:
     def show(self, figures: Figures, away: int) -> None:
         """away: pages that the DMS has and this instance has not."""
         now = time.monotonic()
-        faults, evictions = _faults(figures), _evictions(figures)
+        faults, evictions = (sum(figures[name] for name in names) for names in (FAULTS, EVICTIONS))
         if self._before:
             then, faults_then, evictions_then = self._before
             seconds = max(now - then, 1e-9)
@@ -94,26 +104,22 @@ class Progress:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _faults(f: Figures) -> int:
-    return f["faults_first_access"] + f["faults_refetch"] + f["faults_write_protect"]
-
-
-def _evictions(f: Figures) -> int:
-    return f["evicted_dirty"] + f["evicted_clean"]
-
-
 # ---------------------------------------------------------------- collecting
 
 
 @dataclass
 class Sample:
-    """What happened in the time up to `until`, in seconds since the start."""
+    """What happened between two moments, in seconds since the start."""
 
+    began: float
     until: float
-    counts: Counter[str]  # of what COUNTED names
+    counts: Counter[str]  # of FAULTS and EVICTIONS
     came: Counter[int]  # pages that came, by place
-    resident: int  # pages, at the end of it
-    away: int
+    memory: dict[str, int]  # pages at the end of it, see MEMORY
+
+    def merged(self, later: Sample) -> Sample:
+        counts, came = self.counts + later.counts, self.came + later.came
+        return Sample(self.began, later.until, counts, came, later.memory)
 
 
 @dataclass
@@ -123,26 +129,20 @@ class Area:
     name: str
     mapped: float  # seconds since the start
     unmapped: float | None = None
-    ended_up: Counter[str] = field(default_factory=Counter)  # pages by where they are
+    ended_up: Counter[tuple[str, str]] = field(default_factory=Counter)  # pages by where they were
 
-
-COUNTED = {
-    "faults_first_access": ("first accesses", "#7a9cc6"),
-    "faults_refetch": ("refetches", "#c0504d"),
-    "faults_write_protect": ("first writes", "#e2b33c"),
-    "evicted_clean": ("clean", "#8fbf7f"),
-    "evicted_dirty": ("with their bytes", "#8064a2"),
-}
+    def ends(self, state: Sequence[int]) -> None:
+        for byte, count in Counter(state[self.page : self.page + self.count]).items():
+            self.ended_up[WHERE.get(byte, HERE)] += count
 
 
 class Report:
     def __init__(self, start_addr: int) -> None:
         self.came: deque[tuple[int, int]] = deque()  # (page, count) of what was installed
         self._start_addr = start_addr
-        self._began = time.monotonic()
+        self._start_time = time.monotonic()
         self._samples: list[Sample] = []
-        self._next = 0.0  # when the last of them is to end
-        self._interval = 0.0  # of each; doubled with every halving of their number
+        self._shortest = 0.0  # seconds of a sample; doubled with every halving of their number
         self._before: Counter[str] = Counter()
         self._shift = PLACE
         self._here: dict[int, Area] = {}  # mapped now, by first page
@@ -150,39 +150,40 @@ class Report:
         self._forgotten = 0  # areas
 
     def _now(self) -> float:
-        return time.monotonic() - self._began
+        return time.monotonic() - self._start_time
 
     def mapped(self, page: int, count: int, name: str) -> None:
         self._here[page] = Area(page, count, name, self._now())
 
-    def unmapped(self, page: int) -> None:
+    def unmapped(self, page: int, state: Sequence[int]) -> None:
+        """state: of each page of the space, as lspt.py's, before this area's are freed."""
         area = self._here.pop(page)
         area.unmapped = self._now()
+        area.ends(state)
         self._gone.append(area)
         if len(self._gone) > 2 * AREAS:
             self._forgotten += len(self._gone) - AREAS
             self._gone = heapq.nlargest(AREAS, self._gone, key=lambda area: area.count)
 
     def sample(self, figures: Figures, away: int) -> None:
-        """Note what has happened since this was last called."""
-        now = self._now()
-        counts = Counter({name: figures[name] for name in COUNTED})
+        """Note what has happened since this was last called. away: as Progress.show's."""
+        counts = Counter({name: figures[name] for name in FAULTS | EVICTIONS})
         came: Counter[int] = Counter()
         for _ in range(len(self.came)):
             page, count = self.came.popleft()
             came[page >> self._shift] += count
-        self._samples.append(Sample(now, counts - self._before, came, figures["resident"], away))
+        began = self._samples[-1].until if self._samples else 0.0
+        memory = {"resident": figures["resident"], "away": away}
+        new = Sample(began, self._now(), counts - self._before, came, memory)
         self._before = counts
-        last = self._samples[-2:]
-        if len(last) == 2 and now < self._next:
-            self._samples[-2:] = [_merged(*last)]
-        else:
-            self._next = now + self._interval
+        if self._samples and began - self._samples[-1].began < self._shortest:
+            new = self._samples.pop().merged(new)
+        self._samples.append(new)
         if len(self._samples) > COLUMNS:
-            self._interval = 2 * now / COLUMNS
+            self._shortest = 2 * new.until / COLUMNS
+            last = self._samples[-1:] if len(self._samples) % 2 else []
             pairs = zip(self._samples[::2], self._samples[1::2], strict=False)
-            odd = self._samples[len(self._samples) // 2 * 2 :]
-            self._samples = [_merged(*pair) for pair in pairs] + odd
+            self._samples = [one.merged(other) for one, other in pairs] + last
         while len(set().union(*(sample.came for sample in self._samples))) > CELLS:
             self._shift += 1
             for sample in self._samples:
@@ -199,191 +200,130 @@ class Report:
         latencies: Sequence[tuple[float, int]],
         state: Sequence[int],
     ) -> None:
-        """Write the page. latencies: (µs, faults), ascending. state: of each page, as lspt.py's.
+        """Write the page. latencies: (µs, faults), ascending. state: as unmapped's.
 
         Raises OSError if it can't be written.
         """
         for area in self._here.values():
-            states = Counter(state[area.page : area.page + area.count])
-            for byte, count in states.items():
-                area.ended_up[_where(byte)] += count
-        areas = sorted([*self._here.values(), *self._gone], key=lambda a: (a.page, a.mapped))
+            area.ends(state)
+        areas = [*self._here.values(), *self._gone]
+        samples = self._samples
+        rates = [
+            (name, legend, [[s.counts[key] / max(s.until - s.began, 1e-6) for key in legend]
+                            for s in samples], "{:.0f}".format)
+            for name, legend in (("faults a second", FAULTS), ("pages evicted a second", EVICTIONS))
+        ]  # fmt: skip
+        memory = ("memory", MEMORY, [[s.memory[key] for key in MEMORY] for s in samples], size)
         sections = [
             f"<h1>{html.escape(title)}</h1>",
-            _rows_of(summary(figures).items()),
+            _rows([(html.escape(cell) for cell in row) for row in summary(figures).items()]),
             "<h2>When</h2>",
-            self._timeline(),
+            *(_chart(samples, *chart) for chart in (*rates, memory)),
             "<h2>How long a fault took</h2>",
             _histogram(latencies),
             "<h2>Where</h2>",
-            f"<p>{_WHERE}</p>",
-            self._heat_map(areas, state),
+            _HEAT_MAP,
+            self._heat_map(areas),
             "<h2>The areas</h2>",
             self._area_table(areas),
         ]
         with open(path, "w", encoding="utf-8") as file:
-            file.write(_PAGE.replace("TITLE", html.escape(title)) + "\n".join(sections) + _END)
+            file.write(
+                _PAGE.replace("TITLE", html.escape(title)) + "\n".join(sections) + "</html>\n"
+            )
 
     # ------------------------------------------------------------ drawing
 
-    def _timeline(self) -> str:
-        parts = []
-        for name, keys in (
-            ("faults a second", ("faults_first_access", "faults_refetch", "faults_write_protect")),
-            ("pages evicted a second", ("evicted_clean", "evicted_dirty")),
-        ):
-            legend = [COUNTED[key] for key in keys]
-            rates = [
-                [s.counts[key] / max(s.until - began, 1e-6) for key in keys]
-                for began, s in self._spans()
-            ]
-            parts.append(self._chart(name, legend, rates, "{:.0f}".format))
-        legend = [("here", "#4f81bd"), ("on the DMS only", "#c8c8c8")]
-        sizes = [[s.resident, s.away] for _, s in self._spans()]
-        parts.append(self._chart("memory", legend, sizes, size))
-        return "\n".join(parts)
-
-    def _spans(self) -> Iterable[tuple[float, Sample]]:
-        began = 0.0
-        for sample in self._samples:
-            yield began, sample
-            began = sample.until
-
-    def _chart(self, name: str, legend: list, values: list[list[float]], words: object) -> str:
-        """Stacked steps over time."""
-        width, height, left, top = 760, 110, 90, 24
-        most = max((sum(v) for v in values), default=0) or 1
-        last = self._samples[-1].until if self._samples else 1
-        svg = [
-            f'<text x="0" y="12" class="name">{name}</text>',
-            f'<text x="{left - 6}" y="{top + 10}" class="right">{words(most)}</text>',
-            f'<text x="{left - 6}" y="{top + height}" class="right">0</text>',
-            f'<rect x="{left}" y="{top}" width="{width}" height="{height}" class="frame"/>',
-        ]
-        at = left + 100
-        for label, color in legend:
-            svg.append(f'<rect x="{at}" y="3" width="10" height="10" fill="{color}"/>')
-            svg.append(f'<text x="{at + 14}" y="12">{label}</text>')
-            at += 34 + 7 * len(label)
-        for index, (_, color) in reversed(list(enumerate(legend))):
-            path = f"M{left} {top + height}"
-            for (began, sample), value in zip(self._spans(), values, strict=True):
-                y = top + height * (1 - sum(value[: index + 1]) / most)
-                path += f"L{left + width * began / last:.1f} {y:.1f}"
-                path += f"L{left + width * sample.until / last:.1f} {y:.1f}"
-            svg.append(f'<path d="{path}V{top + height}Z" fill="{color}"/>')
-        svg += _seconds(left, top + height, width, last)
-        return _svg(left + width + 20, top + height + 20, svg)
-
-    def _heat_map(self, areas: list[Area], state: Sequence[int]) -> str:
-        places = {
-            place
-            for area in areas
-            for place in range(area.page >> self._shift, ((area.page + area.count - 1) >> self._shift) + 1)
-        }  # fmt: skip
-        if not places or not self._samples:
-            return "<p>No area was mapped.</p>"
+    def _heat_map(self, areas: Sequence[Area]) -> str:
+        places = set().union(*(sample.came for sample in self._samples))
+        if not places:
+            return "<p>No page came.</p>"
         ordered = sorted(places)
-        height = -(-len(ordered) // ROWS)  # places in a row
-        rows = [ordered[at : at + height] for at in range(0, len(ordered), height)]
+        in_row = -(-len(ordered) // ROWS)  # places
+        rows = [ordered[at : at + in_row] for at in range(0, len(ordered), in_row)]
         row_of = {place: row for row, places in enumerate(rows) for place in places}
-        left, top, width, strip, h = 250, 6, 560, 90, max(6, min(16, 420 // len(rows)))
+        left, top, width, height = 250, 6, 640, max(6, min(16, 420 // len(rows)))
         last = self._samples[-1].until
-        levels: dict[int, list[str]] = {}
-        full = height << self._shift  # pages in a row
-        for began, sample in self._spans():
+        levels: dict[int, str] = {}
+        for sample in self._samples:
             cells: Counter[int] = Counter()
             for place, count in sample.came.items():
-                if place in row_of:
-                    cells[row_of[place]] += count
-            x, w = width * began / last, max(0.5, width * (sample.until - began) / last)
+                cells[row_of[place]] += count
+            x, w = left + width * sample.began / last, width * (sample.until - sample.began) / last
             for row, count in cells.items():
-                level = max(0, min(7, 7 + round(math.log2(count / full))))
-                levels.setdefault(level, []).append(
-                    f"M{left + x:.1f} {top + row * h}h{w:.1f}v{h}h-{w:.1f}z"
-                )
-        svg = [
-            f'<rect x="{left}" y="{top}" width="{width}" height="{len(rows) * h}" class="frame"/>'
-        ]
-        for level, cells_of_it in sorted(levels.items()):
-            lightness = 88 - 9 * level
-            svg.append(f'<path d="{"".join(cells_of_it)}" fill="hsl(14 70% {lightness}%)"/>')
-        named_until = -1.0
-        for row, in_row in enumerate(rows):
-            first, stop = in_row[0] << self._shift, (in_row[-1] + 1) << self._shift
-            y = top + row * h
-            where: Counter[str] = Counter()
-            for area in self._here.values():
-                low, high = max(first, area.page), min(stop, area.page + area.count)
-                if low < high:
-                    for byte, count in Counter(state[low:high]).items():
-                        where[_where(byte)] += count
-            x = left + width + 12.0
-            for what, color in _ENDED_UP.items():
-                w = strip * where[what] / full
-                if w:
-                    svg.append(
-                        f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{h}" fill="{color}"/>'
-                    )
-                x += w
-            if y >= named_until:
-                inside = [a for a in areas if a.page < stop and first < a.page + a.count]
-                largest = max(inside, key=lambda a: a.count, default=None)
-                if largest:
-                    svg.append(
-                        f'<text x="{left - 6}" y="{y + 10}" class="right">'
-                        f"{html.escape(largest.name[-34:] or hex(self._address(first)))}</text>"
-                    )
-                    named_until = y + 13
-        bottom = top + len(rows) * h
-        svg += _seconds(left, bottom, width, last)
-        at = left + width + 12
-        for what, color in _ENDED_UP.items():
-            svg.append(f'<rect x="{at}" y="{bottom + 6}" width="10" height="10" fill="{color}"/>')
-            svg.append(f'<text x="{at + 14}" y="{bottom + 15}">{what}</text>')
-            bottom += 15
-        return _svg(left + width + strip + 60, bottom + 20, svg)
+                share = count / (in_row << self._shift)
+                level = max(0, min(7, 7 + round(math.log2(share))))
+                cell = f"M{x:.1f} {top + row * height}h{w:.1f}v{height}h-{w:.1f}z"
+                levels[level] = levels.get(level, "") + cell
+        svg = [_box(left, top, width, len(rows) * height, "#fafafa")]
+        svg += [f'<path d="{d}" fill="hsl(14 70% {88 - 9 * n}%)"/>' for n, d in levels.items()]
+        named, free_from = None, 0
+        for row, places in enumerate(rows):
+            first, stop, y = (
+                places[0] << self._shift,
+                places[-1] + 1 << self._shift,
+                top + row * height,
+            )
+            inside = [a for a in areas if a.page < stop and first < a.page + a.count]
+            area = max(inside, key=lambda area: area.count, default=None)
+            if area and area is not named and y >= free_from:
+                name = area.name[-36:] or hex(self._address(area.page))
+                svg.append(_text(left - 6, y + 10, name, "right"))
+                named, free_from = area, y + 13
+        svg += _seconds(left, top + len(rows) * height, width, last)
+        return _svg(left + width + 20, top + len(rows) * height + 20, svg)
 
     def _address(self, page: int) -> int:
         return self._start_addr + page * PAGE_SIZE
 
-    def _area_table(self, areas: list[Area]) -> str:
-        rows = []
-        for area in sorted(areas, key=lambda a: a.count, reverse=True)[:AREAS]:
+    def _area_table(self, areas: Sequence[Area]) -> str:
+        rows = [("made in", "address", "size", "mapped", "in the end its pages were")]
+        largest = sorted(areas, key=lambda area: area.count, reverse=True)[:AREAS]
+        for area in largest:
             until = "the end" if area.unmapped is None else f"{area.unmapped:.2f} s"
-            ended = ", ".join(f"{what}: {size(n)}" for what, n in area.ended_up.items() if n)
+            bar, x = [_box(0, 0, 120, 10, "none")], 0.0
+            for (_, color), count in area.ended_up.items():
+                bar.append(_box(x, 0, 120 * count / area.count, 10, color))
+                x += 120 * count / area.count
+            words = ", ".join(f"{where} {size(n)}" for (where, _), n in area.ended_up.items())
             rows.append(
-                (area.name, f"{self._address(area.page):#x}", size(area.count),
-                 f"{area.mapped:.2f} s to {until}", ended or "freed")
+                (html.escape(area.name), f"{self._address(area.page):#x}", size(area.count),
+                 f"{area.mapped:.2f} s to {until}", _svg(120, 10, bar) + words)
             )  # fmt: skip
-        left_out = len(areas) - len(rows) + self._forgotten
-        more = f"<p>{left_out} smaller ones are left out.</p>" if left_out else ""
-        head = ("made in", "address", "size", "mapped", "in the end")
-        return _rows_of([head, *rows], "areas") + more
+        left_out = len(areas) - len(largest) + self._forgotten
+        return _rows(rows, "areas") + (
+            f"<p>{left_out} smaller ones left out.</p>" if left_out else ""
+        )
 
 
-def _merged(a: Sample, b: Sample) -> Sample:
-    return Sample(b.until, a.counts + b.counts, a.came + b.came, b.resident, b.away)
-
-
-_ENDED_UP = {
-    "here": "#4f81bd",
-    "on the DMS": "#c8c8c8",
-    "lost": "#c00000",
-    "never accessed": "none",
-}
-
-
-def _where(state: int) -> str:
-    return {NEW: "never accessed", AWAY: "on the DMS", LOST: "lost"}.get(state, "here")
-
-
-def _seconds(left: float, y: float, width: float, last: float) -> list[str]:
-    """A time axis."""
-    return [
-        f'<text x="{left + width * part / 4}" y="{y + 14}" class="{anchor}">{last * part / 4:.3g} s</text>'
-        for part, anchor in enumerate(("", "middle", "middle", "middle", "right"))
+def _chart(
+    samples: Sequence[Sample],
+    name: str,
+    legend: dict[str, tuple[str, str]],
+    values: Sequence[Sequence[float]],
+    words: Callable[[float], str],
+) -> str:
+    """Stacked steps over time: values has a row a sample, with a column each of the legend."""
+    left, top, width, height = 90, 24, 760, 110
+    most, last = max(map(sum, values), default=0) or 1, samples[-1].until
+    svg = [
+        _text(0, 12, name, "name"), _text(left - 6, top + 10, words(most), "right"),
+        _text(left - 6, top + height, "0", "right"), _box(left, top, width, height, "#fafafa"),
     ]  # fmt: skip
+    for column, (_, color) in reversed(list(enumerate(legend.values()))):
+        path = f"M{left} {top + height}"
+        for sample, row in zip(samples, values, strict=True):
+            y = top + height * (1 - sum(row[: column + 1]) / most)
+            for moment in (sample.began, sample.until):
+                path += f"L{left + width * moment / last:.1f} {y:.1f}"
+        svg.append(f'<path d="{path}V{top + height}Z" fill="{color}"/>')
+    at = left + 120
+    for label, color in legend.values():
+        svg += [_box(at, 3, 10, 10, color), _text(at + 14, 12, label)]
+        at += 40 + 7 * len(label)
+    return _svg(
+        left + width + 20, top + height + 20, svg + _seconds(left, top + height, width, last)
+    )
 
 
 def _histogram(latencies: Sequence[tuple[float, int]]) -> str:
@@ -394,33 +334,50 @@ def _histogram(latencies: Sequence[tuple[float, int]]) -> str:
         return "<p>There was no fault.</p>"
     left, top, height, w = 90, 6, 120, 24
     first, last, most = min(bars), max(bars), max(bars.values())
-    svg = [f'<text x="{left - 6}" y="{top + 10}" class="right">{most} faults</text>']
+    svg = [_text(left - 6, top + 10, f"{most} faults", "right")]
     for bar in range(first, last + 1):
         x, h = left + (bar - first) * w, height * bars[bar] / most
-        svg.append(
-            f'<rect x="{x}" y="{top + height - h:.1f}" width="{w - 2}" height="{h:.1f}" '
-            f'fill="#7a9cc6"><title>{bars[bar]} faults</title></rect>'
-        )
+        svg.append(_box(x, top + height - h, w - 2, h, "#7a9cc6", f"{bars[bar]} faults"))
         if (bar - first) % 2 == 0:
-            svg.append(f'<text x="{x}" y="{top + height + 14}">{2 ** (bar / 2):.3g} µs</text>')
-    return _svg(left + (last + 2 - first) * w + 20, top + height + 20, svg)
+            took = 2 ** (bar / 2)
+            words = f"{took:.3g} µs" if took < 1000 else f"{took / 1000:.3g} ms"
+            svg.append(_text(x, top + height + 14, words))
+    return _svg(left + (last + 3 - first) * w, top + height + 20, svg)
 
 
-def _svg(width: float, height: float, parts: list[str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'style="max-width:{width:.0f}px">\n' + "\n".join(parts) + "\n</svg>"
-    )
+def _box(x: float, y: float, width: float, height: float, fill: str, title: str = "") -> str:
+    box = f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}"'
+    frame = ' stroke="#ddd"' if fill in ("none", "#fafafa") else ""
+    return f"{box}{frame}><title>{title}</title></rect>"
 
 
-def _rows_of(rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+def _text(x: float, y: float, words: str, kind: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(words)}</text>'
+
+
+def _seconds(left: float, y: float, width: float, last: float) -> list[str]:
+    """A time axis."""
+    kinds = ("", "middle", "middle", "middle", "right")
+    return [
+        _text(left + width * part / 4, y + 14, f"{last * part / 4:.3g} s", kind)
+        for part, kind in enumerate(kinds)
+    ]
+
+
+def _svg(width: float, height: float, parts: Iterable[str]) -> str:
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n' + "\n".join(parts) + "\n</svg>"
+
+
+def _rows(rows: Iterable[Iterable[str]], kind: str = "") -> str:
+    """A table of cells that are HTML."""
+    lines = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
     return f'<table class="{kind}">' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
 
 
-_WHERE = (
-    "Each row is a part of the address space, named by the largest area that was there; the darker, "
-    "the more of its pages came in that moment. Beside it: where its pages were in the end."
+_HEAT_MAP = (
+    "<p>Each row is a part of the address space, named by the largest area that was there; the "
+    "darker, the more of its pages came in that moment.</p>"
 )
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -431,10 +388,9 @@ _PAGE = """<!DOCTYPE html>
 body { font: 15px/1.4 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.4em; overflow-wrap: anywhere } h2 { font-size: 1.1em; margin-top: 2em }
 table { border-collapse: collapse; font-size: 14px } td { padding: 2px 14px 2px 0; vertical-align: top }
-.areas tr:first-child { font-weight: 600 } .areas td { border-bottom: 1px solid #eee; overflow-wrap: anywhere }
+.areas tr:first-child { font-weight: 600 } .areas td { border-bottom: 1px solid #eee }
+.areas td:first-child { overflow-wrap: anywhere } .areas td:last-child { min-width: 8em }
 svg { width: 100%; display: block; margin: 8px 0; font: 11px system-ui, sans-serif; fill: #222 }
 .right { text-anchor: end } .middle { text-anchor: middle } .name { font-weight: 600 }
-.frame { fill: #fafafa; stroke: #ddd }
 </style>
 """
-_END = "\n</html>\n"

@@ -247,3 +247,13 @@ def test_where_system_calls_may_not_fault_the_error_says_so_once(mpirun, tmp_pat
     assert ended.returncode == 1
     assert ended.stdout.count("OSError: [Errno 14] Bad address") == 2, ended.stdout
     assert ended.stdout.count("vm.unprivileged_userfaultfd=1") == 1, ended.stdout
+
+
+def test_report_writes_a_page_with_the_areas_by_their_names(run, tmp_path):
+    page = tmp_path / "page.html"
+    ended = run(*EDM_RUN, "--report", page, "-c", WORK)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    text = page.read_text()
+    row = re.search(r"<tr><td>my data</td>.*?</tr>", text, re.DOTALL)[0]
+    assert "32 MiB" in row and "on the DMS" in row and "here" in row
+    assert re.search(r"faults</td><td>\d+: \d+ first accesses, \d+ refetches", text)
