@@ -69,6 +69,7 @@ from mpi4py import MPI
 from edm import log
 from edm import messages as m
 from edm.doorbell import Doorbell
+from edm.edm import disk_folder
 from edm.messages import DISK, INSTANCE, NEW, SLOT
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_TIMERSLACK, prctl, punch_hole
 
@@ -148,7 +149,7 @@ class Disk:
     """The file of one instance's pages. Its format is at the top of this file."""
 
     def __init__(self, path: str | None, start_addr: int, end_addr: int, keep: bool) -> None:
-        """Without a path, a temporary file without a name. keep: it outlives the job.
+        """Without a path, a file without a name in disk_folder(). keep: it outlives the job.
 
         Raises ValueError, which names the file, if it is not one to use; OSError when it can't be
         made.
@@ -162,7 +163,7 @@ class Disk:
         self._freed: list[tuple[int, int]] = []  # (first page, count) since then
         self._failed_sync: OSError | None = None
         if path is None:
-            self._fd, name = tempfile.mkstemp(prefix="edm-")
+            self._fd, name = tempfile.mkstemp(prefix="edm-", dir=disk_folder())
             os.unlink(name)
         else:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable
 
 from edm import uffd_ctypes as u
+from edm.edm import disk_folder
 from edm.launch import find_mpirun
 from edm.page_idle import bitmap_missing, unmap_missing
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
@@ -236,9 +237,16 @@ def exchange() -> None:
 
 
 def disk() -> Finding:
-    folder = tempfile.gettempdir()
+    folder = disk_folder()
     free = shutil.disk_usage(folder).free
     found = f"{free / (1 << 30):.1f} GiB free in {folder}, where the DMS keeps pages by default"
+    with open("/proc/mounts") as mounts:
+        kinds = dict(line.split()[1:3] for line in mounts)
+    mount = os.path.realpath(folder)
+    while mount not in kinds:
+        mount = os.path.dirname(mount)
+    if kinds[mount] == "tmpfs":
+        found, free = f"{folder} is memory (tmpfs), so pages kept there are no gain", 0
     if free < ENOUGH_DISK:
         return "without", found, "TMPDIR=/a/larger/disk before mpirun, or --disk PATH"
     return "ok", found, ""

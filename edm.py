@@ -84,6 +84,11 @@ def _setting(default: Any, help: str, metavar: str = "", choices: Any = None) ->
     return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
 
 
+def disk_folder() -> str:
+    """Where a disk without a path is: not in /tmp, which is memory on many machines."""
+    return os.environ.get("TMPDIR") or "/var/tmp"
+
+
 @dataclass(frozen=True)
 class Config:
     """The settings of a job. Raises ValueError, which names the setting, for what can't be."""
@@ -101,7 +106,9 @@ class Config:
         None, "LPET evicts until no more are left (default: 7/8 of high_threshold)", "PAGES"
     )
     disk: str | None = _setting(
-        None, "the DMS's disk file (default: a temporary file without a name)", "PATH"
+        None,
+        "the DMS's disk file (default: one without a name, in $TMPDIR or /var/tmp)",
+        "PATH",
     )
     keep: bool = _setting(
         False, "whether the disk outlives the job, and the next one finds its memory there"

@@ -67,7 +67,7 @@ def crash_and_resume(kept):
 
 
 def test_a_disk_without_a_path_leaves_no_file_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     disk = Disk(None, START, END, keep=False)
     disk.write(9, memoryview(content(1)))
     back = bytearray(PAGE_SIZE)

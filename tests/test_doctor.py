@@ -87,3 +87,12 @@ def test_it_is_right_for_a_user_without_privileges(package, tmp_path):
     assert states["idle pages"] == "without"
     assert states["userfaultfd"] == "ok" or "user mode only" in ended.stdout
     assert ended.returncode == (1 if "missing" in states.values() else 0)
+
+
+def test_a_disk_that_is_memory_is_told(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    state, words, _ = doctor.disk()
+    assert state == "without" and "/dev/shm is memory" in words
+    monkeypatch.setenv("TMPDIR", str(ROOT))
+    state, words, _ = doctor.disk()
+    assert f"GiB free in {ROOT}" in words
