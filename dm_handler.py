@@ -43,18 +43,7 @@ from collections.abc import Sequence
 from logging import INFO
 
 from edm import log
-from edm.lspt import (
-    AWAY,
-    CLEAN,
-    COMING,
-    DIRTY,
-    HELD_CLEAN,
-    HELD_DIRTY,
-    LOST,
-    LSPT,
-    NEW,
-    Stopped,
-)
+from edm.lspt import AWAY, CLEAN, COMING, DIRTY, HELD_CLEAN, HELD_DIRTY, LOST, LSPT, NEW, Stopped
 from edm.messages import CONTENT, NEW_PAGES, UNREADABLE
 from edm.mpi_client import MpiClient
 from edm.readahead import Ahead, Readahead, Stream

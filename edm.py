@@ -71,12 +71,7 @@ __all__ = [
 
 
 # How a setting reads on a command line: what makes it of the text, and what the help calls it.
-_PARSE = {
-    "ADDR": lambda text: int(text, 0),
-    "PAGES": int,
-    "PATH": str,
-    "FILE.html": str,
-}
+_PARSE = {"ADDR": lambda text: int(text, 0), "PAGES": int, "PATH": str, "FILE.html": str}
 
 
 def _setting(default: Any, help: str, metavar: str = "", choices: Any = None) -> Any:
@@ -106,9 +101,7 @@ class Config:
         None, "LPET evicts until no more are left (default: 7/8 of high_threshold)", "PAGES"
     )
     disk: str | None = _setting(
-        None,
-        "the DMS's disk file (default: one without a name, in $TMPDIR or /var/tmp)",
-        "PATH",
+        None, "the DMS's disk file (default: one without a name, in $TMPDIR or /var/tmp)", "PATH"
     )
     keep: bool = _setting(
         False, "whether the disk outlives the job, and the next one finds its memory there"

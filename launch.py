@@ -36,16 +36,8 @@ from typing import Any, NoReturn
 
 from edm import numpy_mem_handler
 from edm.address_space import Space
-from edm.edm import (
-    Config,
-    add_settings,
-    launched_rank,
-    numpy_allocator,
-    told_in_one_line,
-)
-from edm.edm import (
-    main as run_as_command,
-)
+from edm.edm import Config, add_settings, launched_rank, numpy_allocator, told_in_one_line
+from edm.edm import main as run_as_command
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
 
 STDIO = "EDM_STDIO"  # in the environment of the ranks: whose standard streams are theirs

@@ -266,10 +266,7 @@ class Lpet:
         self._finish(before)
 
     def _ask(
-        self,
-        client: MpiClient,
-        held: Sequence[HeldRun],
-        acked: Callable[[Sequence[HeldRun]], None],
+        self, client: MpiClient, held: Sequence[HeldRun], acked: Callable[[Sequence[HeldRun]], None]
     ) -> None:
         content = len(held) * m.RUN.size  # where the bytes begin: behind the run table
         body = client.question.body
