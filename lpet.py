@@ -152,7 +152,7 @@ class Lpet:
         pages = 0
         group: list[Run] = []  # as much as one message may have
         room = self._batch
-        for page, count in runs_of(sorted(set(self._lspt.maybe_here()))):
+        for page, count in self._lspt.dirty():
             while count and not self._refusal:
                 part = min(count, room)
                 group.append((page, part))

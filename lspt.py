@@ -37,7 +37,8 @@ Rules:
 
 Cost: one byte a page of address space (lazily, as zeros that the kernel has not given yet), and
 4 bytes an entry of the order. A page that leaves otherwise than by its entry's turn (munmap) leaves
-a stale entry behind, which is skipped; when those are many, the order is written anew.
+a stale entry behind, which is skipped; when those are many, LPET's thread writes the order anew.
+Nothing looks through all pages while it holds the lock or the GIL.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ DIRTY = 5  # here, writable
 HELD_CLEAN = 6  # as CLEAN, but LPET or munmap has it in its hands: faults wait
 HELD_DIRTY = 7  # as DIRTY, likewise
 
-PART = 1 << 18  # pages that are counted at once: no other thread runs meanwhile
+PART = 1 << 16  # pages whose states are looked at together: no other thread runs meanwhile
 MAX_PAGES = 1 << 31  # of a space: the order's entries have four bytes, one bit of it the mark
 WRITTEN_BEFORE, WRITTEN_AT_ONCE = 3, 64  # pages, see LSPT.written
 SMALL = 1024  # with a lower high_threshold, LPET is woken when that is reached, not before
@@ -145,9 +146,8 @@ class LSPT:
             if self.resident >= self._wake_at and not self._wanted and not self.full():
                 self._wanted = True
                 self._work.notify()
-            if len(self._order) - self._hand > 2 * self.resident + 1024 and self._taken is None:
-                self._order = array("I", self._entries())  # without the stale ones
-                self._hand = 0
+            if self._is_stale():
+                self._work.notify()
             self._settled.notify_all()
 
     def not_coming(self, pages: range) -> None:
@@ -319,25 +319,32 @@ class LSPT:
                 del self._order[: self._hand]
                 self._hand = 0
 
-    def maybe_here(self) -> array[int]:
-        """A page number each for everything that is here, and perhaps more; not in order.
-
-        What the application has been woken for is among them, and not COMING any more.
-        """
-        with self.installing, self.lock:
-            entries = self._order[self._hand :]
-        return array("I", [entry >> 1 for entry in entries])
-
     def pages(self) -> Iterator[int]:
         """Locked. Every page of the LSPT, in order from the hand."""
-        return (entry >> 1 for entry in self._entries())
+        return (entry >> 1 for entry in self._valid(self._order[self._hand :]))
 
-    def _entries(self) -> Iterator[int]:
+    def _valid(self, entries: Iterable[int]) -> Iterator[int]:
+        """The entries that are not stale: the first one of each page that is here."""
         seen = set()
-        for entry in self._order[self._hand :]:
+        for entry in entries:
             if entry >> 1 not in seen and self.state[entry >> 1] >= CLEAN:
                 seen.add(entry >> 1)
                 yield entry
+
+    def _is_stale(self) -> bool:
+        return len(self._order) - self._hand > 2 * self.resident + 1024
+
+    def _without_stale(self) -> None:
+        """Locked, in LPET's thread, but for the time that it takes to look through all entries."""
+        entries = self._order[self._hand :]
+        self.lock.release()
+        try:
+            # A page that comes meanwhile, or comes back, gets another entry behind these.
+            valid = array("I", self._valid(entries))
+        finally:
+            self.lock.acquire()
+        self._order[: self._hand + len(entries)] = valid
+        self._hand = 0
 
     # ------------------------------------------------------------ the areas
 
@@ -380,16 +387,28 @@ class LSPT:
             return pages[: _FETCHABLE.match(states).end()]
         return pages[len(pages) - _FETCHABLE.match(states[::-1]).end() :]
 
+    def dirty(self) -> Iterator[Run]:
+        """Runs of pages with every page that is DIRTY, HELD ones too; by address.
+
+        What the application has been woken for is among them, and not COMING any more.
+        """
+        with self.installing:
+            pass  # what was just being installed has arrived
+        for page, states in self._parts():
+            for run in _DIRTY_RUN.finditer(states):
+                yield page + run.start(), run.end() - run.start()
+
     def away(self) -> int:
         """How many pages the DMS has and this instance has not; a while ago, some of them."""
+        return sum(states.count(AWAY) for _, states in self._parts())
+
+    def _parts(self) -> Iterator[tuple[int, bytes]]:
+        """(first page, states) of every area, a part at a time, so that other threads can run."""
         with self.lock:
             areas = list(self._areas)
-        parts = (
-            self.state[at : min(at + PART, page + count)]
-            for page, count in areas
-            for at in range(page, page + count, PART)
-        )
-        return sum(part.count(AWAY) for part in parts)
+        for page, count in areas:
+            for at in range(page, page + count, PART):
+                yield at, self.state[at : min(at + PART, page + count)]
 
     # ------------------------------------------------------------ waiting
 
@@ -436,6 +455,8 @@ class LSPT:
         until = time.monotonic() + rest
         with self.lock:
             while not self._stopped and not self._to_store:
+                while self._is_stale():
+                    self._without_stale()
                 left = until - time.monotonic()
                 if (self._wanted or self.waiting_since and self.full()) and left <= 0:
                     break

@@ -57,12 +57,14 @@ def measure(args: argparse.Namespace, base: int, between=lambda pattern: None) -
         limit = 10**12 if pattern == "seq write" and not args.floor else args.limit * 10**9
         between(pattern)
         r = Result()
+        stolen = stolen_ms()
         lib.pattern(number, base, versions, pages, accesses[pattern], limit, ctypes.byref(r))
         if r.wrong:
             sys.exit(f"{args.system}: {pattern}: {r.wrong} words are wrong")
         found[pattern] = {
             "us": r.nanoseconds / r.accesses / 1e3,
             "longest_ms": r.longest / 1e6,
+            "stolen_ms": stolen_ms() - stolen,
             "accesses": r.accesses,
         }
     return found
@@ -70,6 +72,12 @@ def measure(args: argparse.Namespace, base: int, between=lambda pattern: None) -
 
 def report(args: argparse.Namespace, **found: object) -> None:
     print("RESULT " + json.dumps({"system": args.system, **found}), flush=True)
+
+
+def stolen_ms() -> float:
+    """Milliseconds that the hypervisor has given to others, of all cores: proc(5), "steal"."""
+    with open("/proc/stat") as file:
+        return int(file.readline().split()[8]) * 1000 / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds() -> float:

@@ -110,14 +110,37 @@ def test_pages_held_or_coming_are_no_candidates():
     assert list(lspt.next_candidates(10)) == [0, 3]
 
 
-def test_stale_entries_do_not_pile_up():
-    lspt = LSPT(100, high_threshold=100)
-    for _ in range(1000):
-        come(lspt, 0, 50)
-        evict(lspt, range(50))
-    assert len(lspt._order) < 5000
+def test_lpet_which_has_nothing_else_to_do_keeps_stale_entries_from_piling_up():
+    lspt = LSPT(1 << 17, high_threshold=1 << 17)
+    lpet, _ = waits(lspt.wait_for_work)
+    come(lspt, 60000, 3)
+    for _ in range(20):
+        come(lspt, 0, 50000)
+        evict(lspt, range(50000))
+    deadline = time.monotonic() + 10
     come(lspt, 7)
-    assert in_order(lspt) == [7]
+    while len(lspt._order) > 5000:
+        assert time.monotonic() < deadline, "a million entries, and four pages here"
+        time.sleep(0.001)
+    assert in_order(lspt) == [60000, 60001, 60002, 7]
+    lspt.stop()
+    lpet.join(10)
+
+
+def test_no_lock_is_held_while_all_entries_are_looked_through():
+    lspt = LSPT(1 << 20, high_threshold=1 << 20)
+    come(lspt, 0, 500000)
+    evict(lspt, range(450000))
+    lpet, _ = waits(lspt.wait_for_work)
+    longest, page = 0.0, 900000
+    while len(lspt._order) > 200000:
+        began = time.monotonic()
+        come(lspt, page)
+        longest, page = max(longest, time.monotonic() - began), page + 1
+    assert lspt.state[page - 1] == DIRTY and in_order(lspt)[-1] == page - 1
+    assert longest < 0.05, f"a fault waited {longest} s"
+    lspt.stop()
+    lpet.join(10)
 
 
 def test_any_sequence_of_arrivals_and_evictions_leaves_exactly_the_resident_pages_in_order():
@@ -192,11 +215,12 @@ def test_lpet_evicts_again_while_a_fault_waits_but_not_before_it_has_rested():
 
 def test_storing_is_asked_of_lpet_and_makes_dirty_pages_clean():
     lspt = LSPT(100, high_threshold=100)
+    lspt.mapped(0, 50)
     come(lspt, 0, 2)
     come(lspt, 2, 2, dirty=False)
     asked = lspt.ask_to_store()
     assert lspt.wait_for_work(rest=100) == (False, asked)
-    assert sorted(lspt.maybe_here()) == [0, 1, 2, 3]
+    assert list(lspt.dirty()) == [(0, 2)]
     held = lspt.hold_dirty([(0, 4)])
     assert held == [(0, 2, True)]
     lspt.awaited.add(1)
@@ -207,11 +231,12 @@ def test_storing_is_asked_of_lpet_and_makes_dirty_pages_clean():
 
 def test_what_is_being_installed_has_arrived_before_storing_looks():
     lspt = LSPT(100, high_threshold=100)
+    lspt.mapped(0, 100)
     with lspt.installing:
-        storing, seen = waits(lspt.maybe_here)
+        storing, seen = waits(lambda: list(lspt.dirty()))
         come(lspt, 7)
     storing.join(10)
-    assert list(seen[0]) == [7]
+    assert seen == [[(7, 1)]]
 
 
 def test_storing_is_cancelled_when_lpet_has_ended_or_ends():
