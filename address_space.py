@@ -107,6 +107,7 @@ class Space:
         self._owner = 0  # the thread that holds it
         self._released: deque[int] = deque()  # areas that are to be unmapped when nobody holds it
         self._areas: list[tuple[int, int]] = []  # (address, length in bytes), sorted
+        self._lengths: dict[int, int] = {}  # the same, to be asked without the lock
         self._views: dict[int, tuple[memoryview, int, int]] = {}  # id(view) → view, users, address
         self._uffd = self._scratch = None
         self._memfd = -1
@@ -152,6 +153,7 @@ class Space:
             del self._views[id(area)]
             # If the DMS refuses, the bytes are still there: nothing else may be mapped over them.
             self._unmap(addr, self._call, MUNMAP)
+            self._forget(addr)
 
     def sync(self) -> int:
         """Make everything written so far durable, without evicting it; how many pages were sent.
@@ -188,6 +190,11 @@ class Space:
 
     # ------------------------------------------------------------ for an allocator
 
+    @property
+    def is_forked(self) -> bool:
+        """Was this process forked by the application? Then it has none of the areas."""
+        return self._control is None
+
     def allocate(self, length: int, name: str) -> int:
         """Map an area of length bytes, zeros, near the end of the space; its address.
 
@@ -202,15 +209,9 @@ class Space:
             self._map(addr, whole, ALLOCATE, name)
             return addr
 
-    def has(self, addr: int) -> bool:
-        """Does an area begin at this address, that is not to be unmapped?"""
-        at = bisect.bisect_left(self._areas, (addr, 0))
-        there = at < len(self._areas) and self._areas[at][0] == addr
-        return there and addr not in self._released
-
     def allocated(self, addr: int) -> int:
         """How many bytes (whole pages) the area at this address has."""
-        return self._areas[bisect.bisect_left(self._areas, (addr, 0))][1]
+        return self._lengths[addr]
 
     def release(self, addr: int) -> None:
         """Unmap what allocate has mapped there: now, or when the call that is under way has ended."""
@@ -346,37 +347,44 @@ class Space:
         flags = u.MAP_SHARED | u.MAP_FIXED
         # First, as a signal handler may raise at any point of this: so nothing else is mapped there.
         bisect.insort(self._areas, (addr, whole))
+        self._lengths[addr] = whole
         try:
             u.mmap_fixed(addr, whole, u.PROT_READ | u.PROT_WRITE, flags, self._memfd, offset)
             u.madvise(addr, whole, u.MADV_DONTFORK)
             self._uffd.register(addr, whole)
             self._call(what, offset, whole, name.encode(errors="replace")[:MAX_NAME])
         except OSError:
-            self._areas.remove((addr, whole))
+            self._forget(addr)
             raise
 
     def _unmap(self, addr: int, tell: Callable[[int, int, int], object], what: int) -> None:
-        """Locked. Unmap the area at addr, and tell the pager.
+        """Locked. Unmap the area at addr, and tell the pager. It is then to be forgotten.
 
         Unmapped first: no fault of these pages can come any more while the pager frees them.
         """
-        at = bisect.bisect_left(self._areas, (addr, 0))
-        _, whole = self._areas[at]
+        whole = self._lengths[addr]
         self._reserve(addr, whole, u.MAP_FIXED)
         tell(what, addr - self.start_addr, whole)
-        del self._areas[at]
+
+    def _forget(self, addr: int) -> None:
+        self._areas.remove((addr, self._lengths[addr]))
+        del self._lengths[addr]
 
     def _unmap_released(self) -> None:
         # Whoever holds the lock comes by here after it. The pager takes requests in order: a later
-        # allocate at the same address is answered when this is done.
-        while self._released and self._lock.acquire(blocking=False):
-            try:
+        # allocate at the same address is answered when this is done. A signal handler may raise at
+        # any point: then the pager is told once more, or the address is never used again.
+        while self._released and not self._lock.locked():
+            with self._lock:
                 self._owner = threading.get_ident()
-                while self._released:
-                    self._unmap(self._released.popleft(), self._ask, RELEASE)
-            finally:
-                self._owner = 0
-                self._lock.release()
+                try:
+                    while self._released:
+                        addr = self._released[0]
+                        self._unmap(addr, self._ask, RELEASE)
+                        self._released.popleft()
+                        self._forget(addr)
+                finally:
+                    self._owner = 0
 
     def _call(self, what: int, offset: int, length: int, name: bytes = b"") -> bytes:
         """Locked. Ask the pager, for a range in bytes from start_addr."""

@@ -57,7 +57,7 @@ from edm.uffd_ctypes import (
 EAGER = 200e-6  # seconds after a fault in which this thread does not sleep
 FIRST_CHUNK, CHUNK = 16, 64  # pages of a window that are installed by one UFFDIO_COPY
 STOP, GIVE_UP = b"s", b"g"  # end; and give up what was asked for ahead of lspt.unwanted
-LATENCY_BUCKETS = 8192  # of 1.024 µs each; the last one takes all that is slower
+LATENCY_BUCKETS = 64 * 16  # 16 for each power of two of nanoseconds
 
 
 class DmHandler:
@@ -111,12 +111,11 @@ class DmHandler:
     def _latency(self, share: float) -> float:
         """So many µs at most took this share of the faults."""
         seen = list(itertools.accumulate(self._latencies))
-        bucket = bisect.bisect_left(seen, share * seen[-1])
-        return round((bucket + (self._latencies[bucket] > 0)) * 1.024, 3)
+        return round(_at_most(bisect.bisect_left(seen, share * seen[-1])), 3) if seen[-1] else 0.0
 
     def latencies(self) -> list[tuple[float, int]]:
         """(µs at most, how many faults took so long), ascending; without those that none took."""
-        return [((at + 1) * 1.024, n) for at, n in enumerate(self._latencies) if n]
+        return [(_at_most(at), n) for at, n in enumerate(self._latencies) if n]
 
     def run(self) -> None:
         """Resolve faults until told to stop, or until the application has ended."""
@@ -139,13 +138,17 @@ class DmHandler:
                 if fd == self._commands_fd and not self._obey(os.read(fd, 1)):
                     return
             for flags, address in self._uffd.read_faults():
+                other = self._other
                 try:
                     self._resolve(flags, address & -PAGE_SIZE)
                 except (ProcessLookupError, Stopped):
                     return  # ESRCH, or LPET has stopped: the application has ended, or is about to
+                if self._other > other:
+                    continue  # it is there already, or waits for LPET and will come again
                 took = time.monotonic_ns() - began
                 self._waited += took
-                self._latencies[min(took >> 10, LATENCY_BUCKETS - 1)] += 1
+                bits = max(5, took.bit_length())
+                self._latencies[16 * bits + (took >> bits - 5 & 15)] += 1
 
     def _obey(self, command: bytes) -> bool:
         """False for STOP."""
@@ -388,3 +391,9 @@ class DmHandler:
                 ahead.client.evict_clean(ahead.pages[:got])
             self._free_clients.append(ahead.client)
             self._lspt.not_coming(ahead.pages)
+
+
+def _at_most(bucket: int) -> float:
+    """The longest latency in a bucket, in µs."""
+    bits, part = divmod(bucket, 16)
+    return (17 + part) * 2.0 ** (bits - 5) / 1000

@@ -319,16 +319,28 @@ def _run_application(
     try:
         threading._shutdown()
         atexit._run_exitfuncs()
-        sys.modules["__main__"].__dict__.clear()
-        gc.collect()
+        _forget_main()
         for left in gc.get_objects():
             if isinstance(left, (io.TextIOWrapper, io.BufferedWriter)) and not left.closed:
                 with contextlib.suppress(OSError, ValueError):  # Python's own end ignores them too
                     left.flush()
-        sys.stdout.flush()
     finally:
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # closed, None, or nobody reads it
+                stream.flush()
         os._exit(status)
+
+
+def _forget_main() -> None:
+    """Finalize what the program's globals hold, while these can still be used."""
+    sys.modules.pop("__main__", None)
+    gc.collect()
+    frame = sys._getframe()
+    while frame:  # those of a program that has called run() itself
+        if frame.f_globals.get("__name__") == "__main__":
+            frame.f_globals.clear()
+        frame = frame.f_back
+    gc.collect()
 
 
 def _exit_status(code: object) -> int:

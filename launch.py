@@ -46,6 +46,9 @@ SHARE = 80  # % of the memory that is free, if nothing is said
 SPACE = 256 << 30  # bytes of address space
 
 
+_for_ever = contextlib.ExitStack()  # threads and exit functions make arrays after the script's end
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run the program that the arguments name, and exit with its status."""
     args = _parse(arguments)
@@ -59,12 +62,11 @@ def main(arguments: Sequence[str]) -> None:
         _open_streams_of(launcher)
 
     def app(space: Space) -> None:
-        with contextlib.ExitStack() as allocator:
-            if args.numpy:
-                numpy_mem_handler.when_numpy_is_imported(
-                    lambda: allocator.enter_context(numpy_allocator(args.numpy_threshold))
-                )
-            _run(program)
+        if args.numpy:
+            numpy_mem_handler.when_numpy_is_imported(
+                lambda: _for_ever.enter_context(numpy_allocator(args.numpy_threshold))
+            )
+        _run(program)
 
     run_as_command(app, config)
 
@@ -101,7 +103,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    resident = _memory()[1] * SHARE // 100
+    resident = _memory()[1] * SHARE // 100 // _instances_here()
     if args.resident is not None:
         resident = size_in_bytes("resident", args.resident)
     args.numpy_threshold = size_in_bytes("numpy_threshold", args.numpy_threshold)
@@ -122,6 +124,12 @@ def size_in_bytes(setting: str, text: str) -> int:
     return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
+def _instances_here() -> int:
+    """How many instances share this machine's memory, as far as the launcher tells."""
+    ranks = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    return max(1, int(ranks or 2) - 1)
+
+
 def _memory() -> tuple[int, int]:
     """(all, free) bytes of this machine's memory, as far as memory cgroups let this process."""
     info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -129,16 +137,19 @@ def _memory() -> tuple[int, int]:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
+            root, name, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
             root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+            usage = "memory.usage_in_bytes"
         else:
             continue
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # none there; "max"
-                limit = int((folder / name).read_text())
-                total, free = min(total, limit), min(free, limit)
+                limit, used = (int((folder / file).read_text()) for file in (name, usage))
+                stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+                left = limit - used + int(stat["inactive_file"])
+                total, free = min(total, limit), min(free, left)
     return total, free
 
 

@@ -355,10 +355,13 @@ class LSPT:
             for first, length in away:
                 self._set(range(first, first + length), AWAY)
 
-    def unmapped(self, page: int, count: int) -> None:
-        """The application has unmapped an area."""
+    def unmapped(self, page: int, count: int) -> bool:
+        """The application has unmapped an area. Was it there?"""
         with self.lock:
-            self._areas.remove((page, count))
+            there = (page, count) in self._areas
+            if there:
+                self._areas.remove((page, count))
+            return there
 
     def in_area(self, page: int) -> bool:
         """Locked. Is this page in an area?"""

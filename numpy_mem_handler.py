@@ -136,13 +136,14 @@ class MemHandler:
         allocator = _default_handler().allocator
         self._malloc, self._calloc = _MALLOC(allocator.malloc), _CALLOC(allocator.calloc)
         self._free = _FREE(allocator.free)
+        self._free_first = self._free_any()
         guard = Guard()
         # Kept here, as NumPy does not know that these are Python objects.
         self._callbacks = {
             "malloc": _MALLOC(guard.callback(self._malloc_any())),
             "calloc": _CALLOC(guard.callback(self._calloc_any())),
             "realloc": _REALLOC(guard.callback(self.realloc, self._realloc_again)),
-            "free": _FREE(guard.callback(self._free_any(), self._free_again)),
+            "free": _FREE(guard.callback(self._free_first, self._free_again)),
         }
         for name, callback in self._callbacks.items():
             setattr(allocator, name, ctypes.cast(callback, c_void_p).value)
@@ -172,6 +173,7 @@ class MemHandler:
         free, start, end = self._free, self._space.start_addr, self._space.end_addr
 
         def our_free(done: list, ctx: int | None, address: int | None, size: int) -> None:
+            done.append(address)
             if address and start <= address < end:
                 self.free(address)
             else:
@@ -220,6 +222,8 @@ class MemHandler:
     def free(self, address: int) -> None:
         """Keep the area for the next array of its size, if it is small; pages that are here already
         are what makes a program's temporary arrays fast."""
+        if self._space.is_forked:
+            return
         length = self._space.allocated(address)
         most = self._space.resident_limit // SPARE
         if length > most:
@@ -236,12 +240,9 @@ class MemHandler:
         return done[0] if done else self.realloc(done, ctx, old, size)
 
     def _free_again(self, done: list, ctx: int | None, address: int, size: int) -> None:
-        # If in doubt, it is free already.
-        space = self._space
-        if not space.start_addr <= address < space.end_addr or not space.has(address):
-            return
-        if (space.allocated(address), address) not in self._spare:
-            self.free(address)
+        # If in doubt it is lost, rather than given to two.
+        if not done:
+            self._free_first(done, ctx, address, size)
 
     def _made_in(self) -> str:
         """file:line of the program, as far as it is known: the innermost one of no library."""
@@ -416,13 +417,18 @@ class _NumpyFinder:
         if name != "numpy":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("numpy")
+        try:
+            spec = importlib.util.find_spec("numpy")
+        finally:
+            sys.meta_path.insert(0, self)
         if spec and spec.loader:
             execute = spec.loader.exec_module
 
             def exec_module(module: object) -> None:
                 execute(module)
-                self._action()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self._action()
 
             spec.loader.exec_module = exec_module
         return spec

@@ -20,7 +20,7 @@ The figures that Space.figures() returns, counted since the start:
 
 Rules: a thread that fails ends the job: its error is kept, the application is killed, and run
 raises the error when everything has stopped. Nothing waits for a thread that can't end. SIGTERM and
-SIGINT end the application. However it ended, what it has written is still in the memfd: if the disk
+SIGINT are the application's too. However it ended, what it has written is still in the memfd: if the disk
 is a kept one, it is written back, and the disk synced, before the DMS is told BYE.
 """
 
@@ -64,6 +64,7 @@ DMS_RANK = 0
 AHEAD = 3  # windows that the DM-Handler may have asked for ahead of need, a megabyte of buffer each
 SHARE = 64  # a window is at most this part of high_threshold
 
+GRACE = 3.0  # seconds that the application has to end after a signal
 LOOK = 0.1  # seconds between two looks at how it goes
 
 # Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
@@ -132,6 +133,8 @@ class Pager:
         )  # fmt: skip
         self._failure: BaseException | None = None
         self._ended_by: signal.Signals | None = None  # which signal has come to the pager
+        self._grace = threading.Timer(GRACE, self._kill_the_application)
+        self._grace.daemon = True
         self._kept, bell = self._client.hello(start_addr, end_addr)
         for client in self._clients:
             client.set_bell(bell)
@@ -163,6 +166,9 @@ class Pager:
             self._tell()
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self._grace.cancel()
+            if self._grace.is_alive():
+                self._grace.join()
             os.close(self._process)
             self._control.close()
         if self._failure:
@@ -177,9 +183,17 @@ class Pager:
         return status
 
     def _end(self, number: int, frame: object) -> None:
-        """SIGTERM or SIGINT has come: end the application, which ends all the rest."""
+        """SIGTERM or SIGINT has come: the application gets it too, and its end ends all the rest.
+
+        If it does not end of it, it is killed: after GRACE, or by the second signal.
+        """
+        if self._ended_by:
+            self._kill_the_application()
+            return
         self._ended_by = signal.Signals(number)
-        self._kill_the_application()
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            signal.pidfd_send_signal(self._process, number)
+        self._grace.start()
 
     def _kill_the_application(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended
@@ -315,7 +329,8 @@ class Pager:
 
     def _munmap(self, page: int, count: int) -> bytes:
         """The application has unmapped these pages: free them, here and on the DMS."""
-        self._lspt.unmapped(page, count)
+        if not self._lspt.unmapped(page, count):
+            return b""  # it is told a second time, as a signal handler has raised in the first
         held = self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
         try:
             self._client.free(page, count)

@@ -157,7 +157,9 @@ class Report:
 
     def unmapped(self, page: int, state: Sequence[int]) -> None:
         """state: of each page of the space, as lspt.py's, before this area's are freed."""
-        area = self._here.pop(page)
+        area = self._here.pop(page, None)
+        if area is None:
+            return  # told a second time
         area.unmapped = self._now()
         area.ends(state)
         self._gone.append(area)

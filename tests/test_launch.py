@@ -44,7 +44,9 @@ def both(arguments, cwd, python=(sys.executable,), run=EDM_RUN):
             [*command, *arguments], input=b"two\nlines\n", capture_output=True, cwd=cwd,
             timeout=60, check=False,
         )  # fmt: skip
-        found.append((ended.returncode, ended.stdout.decode(), ended.stderr.decode()))
+        # What Open MPI's mpirun itself says of a status that is not 0.
+        errors = re.sub(r"-{60,}\n.*?-{60,}\n", "", ended.stderr.decode(), flags=re.DOTALL)
+        found.append((ended.returncode, ended.stdout.decode(), errors))
     return found
 
 
@@ -61,6 +63,14 @@ def test_a_script_prints_and_ends_as_it_does_without_edm(tmp_path, end):
     assert without[1].startswith("__main__ ['folder/script.py', '-c', '--resident', 'x y']")
 
 
+FINALIZED = """
+NAME = "a global"
+class Last:
+    def __del__(self): print(NAME, "is there when finalizers run")
+last = Last()
+"""
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -69,6 +79,9 @@ def test_a_script_prints_and_ends_as_it_does_without_edm(tmp_path, end):
         ["-c", "import sys, module; print(sys.argv, sys.path[0])", "-m", "x"],
         ["-c", "raise SystemExit"],
         ["-c", "1/0"],
+        ["-c", FINALIZED],
+        ["-c", "import sys; sys.stderr.close()"],
+        ["-c", "import sys; sys.stdout = None"],
         ["-c", "this is no Python"],
         ["-m", "module.nothing"],
         ["package", "x"],
@@ -105,6 +118,49 @@ def test_a_killed_program_ends_with_128_and_the_signal():
     )
     assert ended.returncode == 128 + signal.SIGKILL
     assert "the application was killed by SIGKILL" in ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_is_to_end_can_end_in_its_own_way(start, number):
+    code = f"""
+import signal, time
+signal.signal({number:d}, signal.default_int_handler)
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+finally:
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until: pass
+    print("cleaned up", flush=True)
+"""
+    job = start(find_mpirun(), "-n", 2, *EDM_RUN, "-c", code)
+    assert job.stdout.readline() == "begun\n"
+    os.kill(job.parts()["pager"], number)
+    output, _ = job.communicate(timeout=20)
+    assert "cleaned up" in output and job.returncode == 128 + number, output
+
+
+def test_a_program_that_will_not_end_is_ended(start):
+    code = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("begun", flush=True)
+time.sleep(60)
+"""
+    job = start(find_mpirun(), "-n", 2, *EDM_RUN, "-c", code)
+    assert job.stdout.readline() == "begun\n"
+    began = time.monotonic()
+    os.kill(job.parts()["pager"], signal.SIGTERM)
+    output, _ = job.communicate(timeout=20)
+    assert time.monotonic() - began < 6 and job.returncode == 128 + signal.SIGTERM, output
+
+
+def test_several_instances_share_the_memory_of_their_machine(monkeypatch):
+    monkeypatch.setattr(launch, "_memory", lambda: (1000 << 20, 400 << 20))
+    for ranks, share in (("", 320 << 20), ("2", 320 << 20), ("5", 80 << 20)):
+        monkeypatch.setenv("MPI_LOCALNRANKS", ranks)
+        config = launch._config(launch._parse(["x.py"]))
+        assert config.high_threshold == share // 4096
 
 
 def test_under_mpirun_the_ranks_are_what_it_says(mpirun):

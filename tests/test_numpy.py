@@ -29,6 +29,17 @@ def test_arrays_live_in_the_space_cost_nothing_untouched_and_give_everything_bac
     assert (ended.returncode, ended.stdout) == (0, "numpy SUCCESS\n")
 
 
+def test_who_only_asks_whether_there_is_a_numpy_does_not_turn_edm_off(run):
+    code = """
+import importlib.util, edm
+importlib.util.find_spec("numpy")
+import numpy
+space = edm.space()
+print(space.start_addr <= numpy.ones(1 << 20).ctypes.data < space.end_addr)
+"""
+    assert run(*EDM_RUN, "-c", code).stdout == "True\n"
+
+
 def test_an_unchanged_program_sorts_an_array_eight_times_the_resident_limit(run):
     ended = run(*EDM_RUN, "--stats", "-m", "edm.examples.ordinary", 8 * RESIDENT)
     assert ended.returncode == 0 and "SUCCESS" in ended.stdout, ended.stdout

@@ -158,7 +158,53 @@ while caught < 100:
             (np.ones(MIB // 4) + 1)[5:].copy()
     except Alarm:
         caught += 1
+caught, deadline = 0, time.monotonic() + 30
+while caught < 1000:  # most of them while an area is mapped or unmapped
+    check("no alarm came", time.monotonic() < deadline)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0005)
+        while True:
+            np.empty(2 * MIB, np.uint8)
+    except Alarm:
+        caught += 1
 check("after the alarms", np.array_equal(np.arange(MIB) - np.arange(MIB), np.zeros(MIB)))
+
+# ---------------------------------------------------------------- forked, and in threads
+
+inherited = np.ones(MIB)
+child = os.fork()
+if child == 0:  # it touches nothing of its parent's
+    for _ in range(5):
+        inherited = np.ones(MIB)
+        inherited = np.ones(MIB // 4)
+    os._exit(int(in_space(inherited) or inherited.sum() != MIB // 4))
+check("a forked child's own arrays fail it", os.waitpid(child, 0)[1] == 0)
+check("a forked child has changed something", inherited.sum() == MIB)
+
+
+def churn(number):
+    dice = np.random.default_rng(number)
+    for _ in range(200):
+        array = np.full(dice.integers(MIB // 8, MIB), number)
+        wrong.append(bool((array != number).any()))
+
+
+wrong = []
+threads = [threading.Thread(target=churn, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+check("arrays of several threads overlap", len(wrong) == 800 and not any(wrong))
+
+
+def after_the_end():
+    threading.main_thread().join()
+    if not in_space(np.ones(MIB)):
+        print("numpy: an array made after the script's end is not in the space")
+
+
+threading.Thread(target=after_the_end).start()
 
 # ---------------------------------------------------------------- within a program
 
