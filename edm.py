@@ -212,8 +212,6 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
             role = _prepare(MPI, comm, lambda: _make_dms(comm, config))
         else:
             role = _prepare(MPI, comm, lambda: _make_pager(comm, config, application, control))
-            if role:
-                control.send(b"go")
         return role() if role else 1
     except (ValueError, OSError):
         control.close()

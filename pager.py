@@ -153,6 +153,8 @@ class Pager:
         for thread in threads:
             thread.start()
         try:
+            with contextlib.suppress(ConnectionError):  # it has ended already
+                self._control.send(b"go")
             self._answer_the_application()
             status = os.waitstatus_to_exitcode(os.waitpid(self._application, 0)[1])
         finally:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mpi4py
@@ -121,6 +121,21 @@ class Job(subprocess.Popen):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_shared_memory_is_left() -> Iterator[None]:
+    """MPI's, of ranks that were killed. Files that a process has mapped are somebody else's."""
+    shm = Path("/dev/shm")
+    before = set(shm.iterdir())
+    yield
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            mapped += maps.read_text()
+    for path in set(shm.iterdir()) - before:
+        if path.name.startswith(("mpich_shm_", "sm_segment.")) and f"{path}" not in mapped:
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture
