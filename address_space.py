@@ -13,7 +13,8 @@ The memory: one memfd, as long as the space. An area is a part of it, mapped sha
 address and registered with userfaultfd for MISSING and WP faults. The rest of the space is mapped
 PROT_NONE, so that nothing else of the process ever lands in it.
 
-Rules: any thread of the application may call Space; one call to the pager at a time (`_lock`). An
+Rules: any thread of the application may call Space; one call to the pager at a time (`_lock`). A
+signal handler that calls it in the midst of another call gets a RuntimeError. An
 allocator is called in the midst of anything, even of one of these methods, by a garbage collection:
 so allocate gives up rather than wait for its own thread, and release never waits. A process that the
 application forks has none of the areas (MADV_DONTFORK: touching one is a SIGSEGV) and no way to
@@ -333,6 +334,8 @@ class Space:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
+        if self._owner == threading.get_ident():
+            raise RuntimeError("space: called by a signal handler, in the midst of another call")
         with self._lock:
             self._owner = threading.get_ident()
             try:

@@ -44,7 +44,7 @@ from logging import INFO
 
 from edm import log
 from edm.lspt import AWAY, CLEAN, COMING, DIRTY, HELD_CLEAN, HELD_DIRTY, LOST, LSPT, NEW, Stopped
-from edm.messages import CONTENT, NEW_PAGES, UNREADABLE
+from edm.messages import CONTENT, NEW_PAGES, UNREADABLE, DMSError
 from edm.mpi_client import MpiClient
 from edm.readahead import Ahead, Readahead, Stream
 from edm.uffd_ctypes import (
@@ -279,10 +279,9 @@ class DmHandler:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTTY):
                 raise
-            raise OSError(
-                errno.EIO,
+            raise DMSError(
                 f"page in address {address:#x} can't be brought back: {reason}; and this kernel "
-                "can't tell the application so (UFFDIO_POISON: Linux 6.6)",
+                "can't tell the application so (UFFDIO_POISON: Linux 6.6)"
             ) from None
 
     def _use_ahead(self, stream: Stream, write: bool, page: int) -> range:

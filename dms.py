@@ -60,7 +60,7 @@ import tempfile
 import time
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from logging import DEBUG, INFO
 from struct import Struct
 
@@ -145,6 +145,14 @@ class SPT:
         )
 
 
+def _runs(page: int, values: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """(first page, count, value) of the runs of equal values, of the pages from page on."""
+    for value, same in itertools.groupby(values):
+        count = len(list(same))
+        yield page, count, value
+        page += count
+
+
 class Disk:
     """The file of one instance's pages. Its format is at the top of this file."""
 
@@ -160,7 +168,8 @@ class Disk:
         self._data = -(-(TABLE + pages * PAIR) // HEADER_COPY) * HEADER_COPY
         self._slot = pages * PAGE_SIZE  # bytes from a page's first place to its second
         self._synced = 0  # the epoch that the disk goes back to after a crash
-        self._freed: list[tuple[int, int]] = []  # (first page, count) since then
+        self._freed: set[tuple[int, int]] = set()  # (first page, count) since then
+        self._torn: set[int] = set()  # pages that could not be written, and were not since
         self._failed_sync: OSError | None = None
         if path is None:
             self._fd, name = tempfile.mkstemp(prefix="edm-", dir=disk_folder())
@@ -362,16 +371,18 @@ class Disk:
             crc = zlib.crc32(content[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
             pairs[2 * index + slot] = epoch | crc
         written = []
-        at = 0
-        for slot, same in itertools.groupby(slots):
-            upto = at + len(list(same))
-            self._write_all(
-                content[at * PAGE_SIZE : upto * PAGE_SIZE],
-                self._data + slot * self._slot + (page + at) * PAGE_SIZE,
-            )
-            written.append((range(page + at, page + upto), DISK | (SLOT if slot else 0)))
-            at = upto
-        self._write_pairs(page, pairs)
+        pages = range(page, page + count)
+        try:
+            for first, length, slot in _runs(page, slots):
+                at = (first - page) * PAGE_SIZE
+                part = content[at : at + length * PAGE_SIZE]
+                self._write_all(part, self._data + slot * self._slot + first * PAGE_SIZE)
+                written.append((range(first, first + length), DISK | (SLOT if slot else 0)))
+            self._write_pairs(page, pairs)
+        except OSError:
+            self._torn.update(pages)  # the second write since a sync goes over the first
+            raise
+        self._torn.difference_update(pages)
         return written
 
     def _write_all(self, content: memoryview, at: int) -> None:
@@ -380,7 +391,8 @@ class Disk:
             content, at = content[done:], at + done
 
     def free(self, page: int, count: int) -> None:
-        """These pages are as never written. Gives their blocks back: on a kept disk, at a sync."""
+        """These pages are as never written. Gives their blocks back; on a kept disk, those that the
+        last sync needs at the next one."""
         self._check_written()
         if not self._keep:
             self._punch(TABLE + page * PAIR, count * PAIR)
@@ -388,11 +400,18 @@ class Disk:
             return
         epoch = self._synced + 1 << EPOCH
         for first, pairs in self._used(page, count):
-            for index, slot in enumerate(self._writable(pairs)):
-                if pairs[2 * index] or pairs[2 * index + 1]:
+            slots = self._writable(pairs)
+            freed = []
+            for index, slot in enumerate(slots):
+                newest = max(pairs[2 * index], pairs[2 * index + 1])
+                freed.append(bool(newest and not newest & HOLE))
+                if freed[-1]:
                     pairs[2 * index + slot] = epoch | HOLE
             self._write_pairs(first, pairs)
-            self._freed.append((first, len(pairs) // 2))
+            self._freed.update((at, length) for at, length, new in _runs(first, freed) if new)
+            for at, length, slot in _runs(first, slots):  # what the last sync does not need
+                self._punch(self._data + slot * self._slot + at * PAGE_SIZE, length * PAGE_SIZE)
+        self._torn.difference_update(range(page, page + count) if self._torn else ())
 
     def _punch(self, at: int, length: int) -> None:
         try:
@@ -409,6 +428,8 @@ class Disk:
         """
         if self._failed_sync:
             raise self._failed_sync
+        if self._torn:
+            raise OSError(errno.EIO, f"{len(self._torn)} pages could not be written")
         try:
             os.fsync(self._fd)
             if self._keep:
@@ -421,12 +442,9 @@ class Disk:
         for page, count in self._freed:
             pairs = self._read_pairs(page, count)
             holes = [max(a, b) & HOLE for a, b in zip(pairs[0::2], pairs[1::2], strict=True)]
-            for hole, same in itertools.groupby(holes):
-                length = len(list(same))
-                if hole:
-                    for base in (self._data, self._data + self._slot):
-                        self._punch(base + page * PAGE_SIZE, length * PAGE_SIZE)
-                page += length
+            for at, length, hole in _runs(page, holes):
+                for base in (self._data, self._data + self._slot) if hole else ():
+                    self._punch(base + at * PAGE_SIZE, length * PAGE_SIZE)
         self._freed.clear()
 
     def close(self) -> None:

@@ -12,7 +12,9 @@ Rules: imports nothing of MPI into its own process, as MPI may be what is missin
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
 import select
 import shutil
 import signal
@@ -53,7 +55,7 @@ def main() -> int:
 
 def kernel() -> Finding:
     release = os.uname().release
-    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2])
+    numbers = tuple(map(int, re.findall(r"\d+", release)[:2]))
     if numbers < OLDEST:
         return "missing", f"Linux {release} is older than 5.19; a newer kernel is needed", ""
     return "ok", f"Linux {release}", ""
@@ -63,7 +65,8 @@ def userfaultfd() -> Finding:
     try:
         fd, how = u.open_userfaultfd()
     except OSError as error:
-        return "missing", f"{error.strerror}", "sudo sysctl vm.unprivileged_userfaultfd=1"
+        remedy = "sudo sysctl vm.unprivileged_userfaultfd=1" if error.errno == errno.EPERM else ""
+        return "missing", f"{error.strerror}", remedy
     os.close(fd)
     if how == u.USER_MODE:
         found = "for user mode only: read(2) and the like into a page that is not here give EFAULT"
@@ -238,14 +241,18 @@ def exchange() -> None:
 
 def disk() -> Finding:
     folder = disk_folder()
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return "missing", f"{folder}: {error.strerror}", "export TMPDIR=/a/folder/of/yours"
     free = shutil.disk_usage(folder).free
     found = f"{free / (1 << 30):.1f} GiB free in {folder}, where the DMS keeps pages by default"
     with open("/proc/mounts") as mounts:
         kinds = dict(line.split()[1:3] for line in mounts)
     mount = os.path.realpath(folder)
-    while mount not in kinds:
+    while mount not in kinds and mount != "/":
         mount = os.path.dirname(mount)
-    if kinds[mount] == "tmpfs":
+    if kinds.get(mount) == "tmpfs":
         found, free = f"{folder} is memory (tmpfs), so pages kept there are no gain", 0
     if free < ENOUGH_DISK:
         return "without", found, "TMPDIR=/a/larger/disk before mpirun, or --disk PATH"

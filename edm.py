@@ -202,7 +202,7 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
     """Be the DMS or a pager, as MPI says; returns the exit status."""
     from mpi4py import MPI  # this initialises MPI: not before the fork
 
-    world = MPI.COMM_WORLD
+    world, role = MPI.COMM_WORLD, None
     try:
         _check_mpi(MPI)
         comm = world.Dup()
@@ -213,9 +213,12 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
         else:
             role = _prepare(MPI, comm, lambda: _make_pager(comm, config, application, control))
         return role() if role else 1
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
         control.close()
-        raise
+        if world.rank or role is None:
+            raise  # before it began, or with BYE said: no other rank waits for this one
+        print(f"edm: error: the DMS has failed: {error}", file=sys.stderr, flush=True)
+        world.Abort(2)
     except BaseException as error:
         # Another rank may be waiting for this one: end the job rather than hang.
         if isinstance(error, MPI.Exception):
@@ -270,6 +273,7 @@ def _make_dms(comm: Any, config: Config) -> Callable[[], int]:
 def _make_pager(
     comm: Any, config: Config, application: int, control: socket.socket
 ) -> Callable[[], int]:
+    from edm.mpi_client import MpiClient
     from edm.pager import Pager
 
     client_log = log.logger("EDM CLIENT")
@@ -279,7 +283,11 @@ def _make_pager(
     descriptors = Descriptors.receive(control)
 
     def serve() -> int:
-        pager = Pager(comm, config, tracker, application, control, descriptors)
+        try:
+            pager = Pager(comm, config, tracker, application, control, descriptors)
+        except BaseException:
+            MpiClient(comm, 0, tag=0, patient=True).bye()
+            raise
         status = pager.run()
         client_log.debug("SHUTDOWN!")
         return status

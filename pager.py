@@ -213,7 +213,7 @@ class Pager:
                 raise m.DMSError(f"a thread has failed in the midst of its work: {self._failure}")
             pages = self._lpet.store()
             self._client.sync()
-        except m.DMSError as error:
+        except OSError as error:  # the DMS's too
             reason = f"what the application wrote since the last sync is not on the disk: {error}"
             log.logger("EDM CLIENT").error("%s", reason)
             self._failure = self._failure or m.DMSError(reason)

@@ -227,6 +227,67 @@ def test_after_a_sync_that_failed_nothing_is_written_over_what_was_there(path, m
     assert Kept(path).read(0) == content(2 if fails == "the second fsync" else 1)
 
 
+def test_a_page_that_was_torn_keeps_a_sync_from_returning_until_it_is_whole(path, monkeypatch):
+    kept = Kept(path)
+    kept.write(5, 1, 2)
+    with monkeypatch.context() as broken:
+
+        def half(fd, content, at):
+            if at >= kept.disk._data and len(content) < PAGE_SIZE:
+                raise OSError(5, "Input/output error")
+            return real(fd, content[: len(content) // 2], at)
+
+        real = os.pwrite
+        broken.setattr(os, "pwrite", half)
+        with pytest.raises(OSError, match="Input/output"):
+            kept.write(5, 3)
+    with pytest.raises(OSError, match="1 pages could not be written"):
+        kept.disk.sync()
+    kept.write(5, 4)
+    kept.disk.sync()
+    assert crash_and_resume(kept).all()[5:7] == [content(4), content(2)]
+
+
+def test_a_page_that_the_file_system_can_not_read_is_told_and_its_neighbours_are_read(
+    path, monkeypatch
+):
+    disk = Disk(str(path), START, END, keep=False)
+    disk.write(0, memoryview(content(1, 4)))
+    real = os.preadv
+
+    def preadv(fd, into, at):
+        bad = disk._data + 2 * PAGE_SIZE
+        if at <= bad < at + sum(map(len, into)):
+            raise OSError(5, "Input/output error")
+        return real(fd, into, at)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    into = memoryview(bytearray(4 * PAGE_SIZE))
+    assert disk.read(range(4), DISK, into) == 1 and into[:PAGE_SIZE] == content(1, 4)[:PAGE_SIZE]
+    assert disk.read(range(3, 4), DISK, into[:PAGE_SIZE]) == 1
+    with pytest.raises(OSError, match="Input/output"):
+        disk.read(range(2, 3), DISK, into[:PAGE_SIZE])
+    with pytest.raises(OSError, match="Input/output"):
+        disk.read(range(2, 4), DISK, into[: 2 * PAGE_SIZE])
+
+
+def test_a_kept_disk_gives_blocks_that_no_sync_needs_back_at_once_and_remembers_little(path):
+    kept = Kept(path)
+    kept.write(0, *range(100))
+    kept.disk.sync()
+    synced = kept.all()
+    blocks = path.stat().st_blocks
+    for _ in range(50):
+        kept.write(100, *range(100))
+        kept.write(0, *range(200, 210))
+        kept.free(100, 100)
+        kept.free(0, 10)
+        kept.free(0, 300)
+    assert path.stat().st_blocks < blocks + 40
+    assert len(kept.disk._freed) < 10
+    assert crash_and_resume(kept).all() == synced
+
+
 def test_a_new_disk_has_room_for_both_of_its_headers(path):
     Kept(path).disk.close()
     whole = path.read_bytes()

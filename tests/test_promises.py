@@ -55,10 +55,11 @@ def small_file_system(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.parametrize("keep", [[], ["keep"]])
 def test_when_the_disk_is_full_nothing_is_lost_and_the_application_goes_on_when_there_is_room(
-    mpirun, small_file_system
+    mpirun, small_file_system, keep
 ):
-    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "frees")
+    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "frees", *keep)
     assert ended.returncode == 0 and "full disk SUCCESS" in ended.stdout, ended.stdout
     assert "No space left on device" in ended.stdout
 
@@ -186,6 +187,14 @@ def test_a_disk_in_use_and_other_mistakes_get_one_line(start, mpirun, mpirun_com
         lines = [line for line in ended.stdout.splitlines() if "error:" in line]
         assert ended.returncode != 0
         assert len(lines) == 1 and words in lines[0], ended.stdout
+
+
+@pytest.mark.parametrize("how", ["raise", "exit", "kill"])
+def test_what_an_application_wrote_is_on_a_kept_disk_however_it_ended(mpirun, tmp_path, how):
+    ended = mpirun(PROGRAMS / "kept.py", tmp_path / "disk", how)
+    assert ended.returncode not in (0, None), ended.stdout
+    again = mpirun(PROGRAMS / "kept.py", tmp_path / "disk", "find")
+    assert again.returncode == 0 and "kept SUCCESS" in again.stdout, again.stdout
 
 
 # ---------------------------------------------------------------- everything at once

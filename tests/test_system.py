@@ -146,6 +146,37 @@ def test_one_rank_is_too_few_and_the_message_says_how_to_start_more(mpirun, run)
         assert "mpirun -n 2" in ended.stdout and "Traceback" not in ended.stdout
 
 
+def test_ranks_that_differ_in_their_geometry_end_and_say_so(mpirun):
+    code = (
+        "import os, edm; rank = int(os.environ.get('PMI_RANK') or os.environ['OMPI_COMM_WORLD_RANK'])"
+        "; edm.main(print, edm.Config(end_addr=(0x11 + rank) << 32))"
+    )
+    ended = mpirun("-c", code)
+    assert ended.returncode != 0 and "instance and DMS differ in" in ended.stdout, ended.stdout
+
+
+def test_a_signal_handler_that_calls_the_space_in_the_midst_of_a_call_is_told_so(mpirun):
+    code = """
+import signal, edm
+def app(space):
+    told = []
+    def handler(number, frame):
+        try:
+            space.figures()
+        except RuntimeError as error:
+            told.append(str(error))
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    while not told:
+        space.sync()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(told[0])
+edm.run(app)
+"""
+    ended = mpirun("-c", code)
+    assert ended.returncode == 0 and "called by a signal handler" in ended.stdout, ended.stdout
+
+
 def test_mpi_imported_before_run_is_refused(run):
     code = "import edm\nfrom mpi4py import MPI\nedm.run(print)"
     ended = run(sys.executable, "-c", code)

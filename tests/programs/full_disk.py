@@ -1,4 +1,5 @@
-"""The disk is full. argv: the disk, on a small file system; then "frees", "goes on" or "reads".
+"""The disk is full. argv: the disk, on a small file system; then "frees", "goes on" or "reads"; and
+"keep", if it is to be kept.
 
 In any way what was written before is whole. With "frees", an area is unmapped when it is full, and
 the writer goes on; with "reads", something else fills the file system, and a few pages are written
@@ -83,4 +84,4 @@ def app(space):
     print("full disk SUCCESS", written, len(second))
 
 
-edm.main(app, edm.Config(high_threshold=64, low_threshold=48, disk=disk))
+edm.main(app, edm.Config(high_threshold=64, low_threshold=48, disk=disk, keep="keep" in sys.argv))
