@@ -16,7 +16,7 @@ PROT_NONE, so that nothing else of the process ever lands in it.
 Rules: any thread of the application may call Space; one call to the pager at a time (`_lock`). A
 signal handler that calls it in the midst of another call gets a RuntimeError. An
 allocator is called in the midst of anything, even of one of these methods, by a garbage collection:
-so allocate gives up rather than wait for its own thread, and release never waits. A process that the
+so allocate gives up rather than wait for its own thread, and release leaves it to that. A process that the
 application forks has none of the areas (MADV_DONTFORK: touching one is a SIGSEGV) and no way to
 reach the pager: it can't damage the memory.
 
@@ -104,8 +104,7 @@ class Space:
         self.end_addr = end_addr
         self._control = control
         self.user_mode_only = False  # do system calls fail with EFAULT on a page that is not here?
-        self._lock = threading.Lock()
-        self._owner = 0  # the thread that holds it
+        self._lock = threading.RLock()  # never taken twice: to be asked whether this thread has it
         self._released: deque[int] = deque()  # areas that are to be unmapped when nobody holds it
         self._areas: list[tuple[int, int]] = []  # (address, length in bytes), sorted
         self._lengths: dict[int, int] = {}  # the same, to be asked without the lock
@@ -202,7 +201,7 @@ class Space:
         0 if this thread is in the midst of another call, or this process was forked. Raises
         MemoryError when the space has no gap that is large enough.
         """
-        if self._control is None or self._owner == threading.get_ident():
+        if self.is_forked or self._lock._is_owned():
             return 0
         whole = whole_pages(length)
         with self._locked():
@@ -334,14 +333,10 @@ class Space:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        if self._owner == threading.get_ident():
+        if self._lock._is_owned():
             raise RuntimeError("space: called by a signal handler, in the midst of another call")
         with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = 0
+            yield
         self._unmap_released()
 
     def _map(self, addr: int, whole: int, what: int, name: str) -> None:
@@ -376,18 +371,21 @@ class Space:
     def _unmap_released(self) -> None:
         # Whoever holds the lock comes by here after it. The pager takes requests in order: a later
         # allocate at the same address is answered when this is done. A signal handler may raise at
-        # any point: then the pager is told once more, or the address is never used again.
-        while self._released and not self._lock.locked():
-            with self._lock:
-                self._owner = threading.get_ident()
+        # any point: then the pager is told once more, or the address is never used again. It is not
+        # either if it can't be unmapped; but its pages are freed.
+        if not self._released or self._lock._is_owned():
+            return
+        with self._lock:
+            while self._released:
+                addr = self._released[0]
                 try:
-                    while self._released:
-                        addr = self._released[0]
-                        self._unmap(addr, self._ask, RELEASE)
-                        self._released.popleft()
-                        self._forget(addr)
-                finally:
-                    self._owner = 0
+                    self._unmap(addr, self._ask, RELEASE)
+                except ValueError:  # the kernel has no more mappings for us (vm.max_map_count)
+                    self._ask(RELEASE, addr - self.start_addr, self._lengths[addr])
+                    self._released.popleft()
+                else:
+                    self._released.popleft()
+                    self._forget(addr)
 
     def _call(self, what: int, offset: int, length: int, name: bytes = b"") -> bytes:
         """Locked. Ask the pager, for a range in bytes from start_addr."""
@@ -411,8 +409,7 @@ class Space:
 
     def _forked(self) -> None:
         """In a process that the application forked: let go of everything that reaches the pager."""
-        self._lock = threading.Lock()
-        self._owner = 0
+        self._lock = threading.RLock()
         self._released.clear()
         if self._control is not None:
             self._control.close()

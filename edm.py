@@ -35,6 +35,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import logging
 import os
 import signal
 import socket
@@ -56,7 +57,7 @@ from edm.address_space import Descriptors, Space
 from edm.lspt import MAX_PAGES
 from edm.messages import MAX_PAGES as MAX_BATCH
 from edm.page_idle import TRACKERS, choose_tracker
-from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
+from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, flush_c_streams, prctl
 
 __all__ = [
     "PAGE_SIZE",
@@ -303,6 +304,7 @@ def _run_application(
 ) -> NoReturn:
     """The child: make the space when the pager says that it is one, run app, and exit."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without a pager, a fault would never be resolved
+    os.setpgid(0, 0)  # what a launcher sends to a rank's whole group comes from the pager, once
     instance = control.recv(1) if os.getppid() == parent else b""
     if not instance:
         os._exit(0)  # this rank is the DMS, or has ended
@@ -319,12 +321,14 @@ def _run_application(
         status = 0
     except SystemExit as exit:
         status = _exit_status(exit.code)
-    except BaseException:  # noqa: BLE001 - whatever it raised, it has ended
+    except BaseException as error:  # noqa: BLE001 - whatever it raised, it has ended
         sys.excepthook(*sys.exc_info())
+        status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     # As a Python process ends: its threads, its exit functions, and what is left in buffers.
     try:
         threading._shutdown()
         atexit._run_exitfuncs()
+        logging.shutdown()
         _forget_main()
         for left in gc.get_objects():
             if isinstance(left, (io.TextIOWrapper, io.BufferedWriter)) and not left.closed:
@@ -334,6 +338,7 @@ def _run_application(
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # closed, None, or nobody reads it
                 stream.flush()
+        flush_c_streams()
         os._exit(status)
 
 

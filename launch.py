@@ -126,8 +126,9 @@ def size_in_bytes(setting: str, text: str) -> int:
 
 def _instances_here() -> int:
     """How many instances share this machine's memory, as far as the launcher tells."""
-    ranks = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    return max(1, int(ranks or 2) - 1)
+    here = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    all = os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+    return max(1, int(here or 2) - (here == all))  # with all of them, the DMS is here
 
 
 def _memory() -> tuple[int, int]:
@@ -175,6 +176,7 @@ def _launch(arguments: Sequence[str]) -> NoReturn:
         **os.environ,
         STDIO: str(os.getpid()),
     }
+    _make_stdin_openable()
     flags = subprocess._args_from_interpreter_flags()
     process = subprocess.Popen(
         [mpirun, "-n", "2", sys.executable, *flags, "-m", "edm", "run", *arguments],
@@ -188,6 +190,15 @@ def _launch(arguments: Sequence[str]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal gives it to mpirun too
     status = process.wait()
     sys.exit(status if status >= 0 else 128 - status)
+
+
+def _make_stdin_openable() -> None:
+    """A socket can't be opened by way of /proc: give the ranks a pipe instead."""
+    with contextlib.suppress(OSError):  # it is closed
+        if stat.S_ISSOCK(os.fstat(0).st_mode):
+            copy = subprocess.Popen(["cat"], stdout=subprocess.PIPE)
+            os.dup2(copy.stdout.fileno(), 0)
+            copy.stdout.close()
 
 
 def _open_streams_of(process: str) -> None:

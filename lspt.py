@@ -458,11 +458,12 @@ class LSPT:
         until = time.monotonic() + rest
         with self.lock:
             while not self._stopped and not self._to_store:
-                while self._is_stale():
-                    self._without_stale()
                 left = until - time.monotonic()
                 if (self._wanted or self.waiting_since and self.full()) and left <= 0:
                     break
+                if self._is_stale():
+                    self._without_stale()
+                    continue  # the lock was free meanwhile: whoever has notified was not heard
                 self._work.wait(left if left > 0 else None)
             store, self._to_store = self._to_store, None
             if self._stopped and store:

@@ -132,6 +132,7 @@ class Pager:
             start_addr, config.high_threshold, config.low_threshold, config.evict_batch,
         )  # fmt: skip
         self._failure: BaseException | None = None
+        self._lpet_failed = False
         self._ended_by: signal.Signals | None = None  # which signal has come to the pager
         self._grace = threading.Timer(GRACE, self._kill_the_application)
         self._grace.daemon = True
@@ -175,7 +176,7 @@ class Pager:
             self._control.close()
         if self._failure:
             raise self._failure
-        if self._ended_by:
+        if self._ended_by and status < 0:
             log.logger("EDM CLIENT").error("the job was ended by %s", self._ended_by.name)
             return 128 + self._ended_by
         if status < 0:
@@ -194,7 +195,7 @@ class Pager:
             return
         self._ended_by = signal.Signals(number)
         with contextlib.suppress(ProcessLookupError):  # it has ended
-            signal.pidfd_send_signal(self._process, number)
+            os.killpg(self._application, number)  # its subprocesses too, as a terminal does
         self._grace.start()
 
     def _kill_the_application(self) -> None:
@@ -209,8 +210,10 @@ class Pager:
         """The application and the other threads have ended: send what they left, and sync."""
         began = time.monotonic()
         try:
-            if self._failure and not isinstance(self._failure, m.DMSError):
-                raise m.DMSError(f"a thread has failed in the midst of its work: {self._failure}")
+            if (
+                self._lpet_failed
+            ):  # perhaps between taking a page out of the memfd and putting it back
+                raise m.DMSError(f"LPET has failed in the midst of its work: {self._failure}")
             pages = self._lpet.store()
             self._client.sync()
         except OSError as error:  # the DMS's too
@@ -228,6 +231,8 @@ class Pager:
         try:
             body()
         except BaseException as error:  # noqa: BLE001 - run() raises it
+            if body == self._lpet.run and not isinstance(error, m.DMSError):
+                self._lpet_failed = True
             self._fail(error)
         finally:
             self._lspt.stop()  # what this thread held or had asked for is nobody's any more
@@ -333,11 +338,13 @@ class Pager:
         """The application has unmapped these pages: free them, here and on the DMS."""
         if not self._lspt.unmapped(page, count):
             return b""  # it is told a second time, as a signal handler has raised in the first
-        held = self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
+        held = []
         try:
+            held = self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
             self._client.free(page, count)
-        except m.DMSError:
+        except (Stopped, m.DMSError):
             self._wake(self._lspt.released([(first, length) for first, length, _ in held]))
+            self._lspt.mapped(page, count)  # it is to be synced and written back as before
             raise
         punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
         self._wake(self._lspt.freed(page, count))

@@ -7,7 +7,7 @@ Interface:
     supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, unregister, copy, zeropage, writeprotect,
                             wake, poison; and read_faults, which reads the messages
-    mmap_fixed, munmap, madvise, punch_hole, prctl
+    mmap_fixed, munmap, madvise, punch_hole, prctl, flush_c_streams
 
 Rules:
     * A call that fails raises OSError with its errno and its name.
@@ -367,3 +367,8 @@ def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
     if _libc.prctl(option, value, 0, 0, 0):
         raise _failed("prctl")
+
+
+def flush_c_streams() -> None:
+    """fflush(3) of all streams of C code, which os._exit leaves out."""
+    _libc.fflush(None)

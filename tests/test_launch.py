@@ -5,6 +5,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +64,12 @@ def test_a_script_prints_and_ends_as_it_does_without_edm(tmp_path, end):
     assert without[1].startswith("__main__ ['folder/script.py', '-c', '--resident', 'x y']")
 
 
+LOGGED = """
+import logging, logging.handlers, sys
+handler = logging.handlers.MemoryHandler(100, target=logging.StreamHandler(sys.stdout))
+logging.getLogger().addHandler(handler)
+logging.error("kept until the end")
+"""
 FINALIZED = """
 NAME = "a global"
 class Last:
@@ -82,6 +89,8 @@ last = Last()
         ["-c", FINALIZED],
         ["-c", "import sys; sys.stderr.close()"],
         ["-c", "import sys; sys.stdout = None"],
+        ["-c", "import ctypes; ctypes.CDLL(None).printf(b'by C\\n')"],
+        ["-c", LOGGED],
         ["-c", "this is no Python"],
         ["-m", "module.nothing"],
         ["package", "x"],
@@ -111,6 +120,17 @@ def test_the_programs_standard_output_is_the_file_that_it_was_sent_to(tmp_path):
     assert (tmp_path / "output").read_bytes() == b"before\n" + b"x" * 100000 + b"\n"
 
 
+def test_standard_input_may_be_a_socket():
+    ours, theirs = socket.socketpair()
+    ours.sendall(b"over a socket\n" * 10000)
+    ours.shutdown(socket.SHUT_WR)
+    code = "import sys; print(len(sys.stdin.read()))"
+    ended = subprocess.run(
+        [*EDM_RUN, "-c", code], stdin=theirs, text=True, capture_output=True, timeout=60, check=True
+    )
+    assert ended.stdout == "140000\n"
+
+
 def test_a_killed_program_ends_with_128_and_the_signal():
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     ended = subprocess.run(
@@ -137,7 +157,27 @@ finally:
     assert job.stdout.readline() == "begun\n"
     os.kill(job.parts()["pager"], number)
     output, _ = job.communicate(timeout=20)
-    assert "cleaned up" in output and job.returncode == 128 + number, output
+    assert "cleaned up" in output and job.returncode == 128 + signal.SIGINT, output
+    assert "KeyboardInterrupt" in output
+
+
+def test_a_signal_to_the_launcher_reaches_the_program_once_and_its_status_is_its_own(start):
+    code = """
+import signal, sys, time
+times = []
+signal.signal(signal.SIGTERM, lambda *_: times.append(1))
+print("begun", flush=True)
+while not times: time.sleep(0.01)
+until = time.monotonic() + 0.5
+while time.monotonic() < until: pass
+print("came", len(times), flush=True)
+sys.exit(0)
+"""
+    job = start(*EDM_RUN, "-c", code)
+    assert job.stdout.readline() == "begun\n"
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=20)
+    assert "came 1\n" in output, output
 
 
 def test_a_program_that_will_not_end_is_ended(start):
@@ -157,10 +197,11 @@ time.sleep(60)
 
 def test_several_instances_share_the_memory_of_their_machine(monkeypatch):
     monkeypatch.setattr(launch, "_memory", lambda: (1000 << 20, 400 << 20))
-    for ranks, share in (("", 320 << 20), ("2", 320 << 20), ("5", 80 << 20)):
-        monkeypatch.setenv("MPI_LOCALNRANKS", ranks)
+    for here, ranks, mib in (("", "", 320), ("2", "2", 320), ("5", "5", 80), ("2", "3", 160)):
+        monkeypatch.setenv("MPI_LOCALNRANKS", here)
+        monkeypatch.setenv("PMI_SIZE", ranks)
         config = launch._config(launch._parse(["x.py"]))
-        assert config.high_threshold == share // 4096
+        assert config.high_threshold == (mib << 20) // 4096
 
 
 def test_under_mpirun_the_ranks_are_what_it_says(mpirun):

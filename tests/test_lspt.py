@@ -127,6 +127,23 @@ def test_lpet_which_has_nothing_else_to_do_keeps_stale_entries_from_piling_up():
     lpet.join(10)
 
 
+@pytest.mark.parametrize("call", ["stop", "ask_to_store"])
+def test_who_calls_lpet_while_it_looks_through_all_entries_is_heard(monkeypatch, call):
+    lspt = LSPT(10000, high_threshold=10000)
+    come(lspt, 0, 4000)
+    evict(lspt, range(4000))
+    real = LSPT._valid
+
+    def valid(self, entries):
+        getattr(lspt, call)()
+        return real(self, entries)
+
+    monkeypatch.setattr(LSPT, "_valid", valid)
+    lpet, work = waits(lspt.wait_for_work)
+    lpet.join(10)
+    assert work and bool(work[0][1]) == (call == "ask_to_store")
+
+
 def test_no_lock_is_held_while_all_entries_are_looked_through():
     lspt = LSPT(1 << 20, high_threshold=1 << 20)
     come(lspt, 0, 500000)

@@ -187,15 +187,37 @@ def churn(number):
     for _ in range(50):
         array = np.full(dice.integers(MIB // 8, MIB), number)
         wrong.append(bool((array != number).any()))
+    for _ in range(500):  # of three sizes, so that they are used again, by whichever thread
+        array = np.full(dice.integers(1, 4) * 8192, number)
+        used_by.setdefault(array.ctypes.data, set()).add(number)
+        wrong.append(bool((array != number).any()))
 
 
-wrong = []
+wrong, used_by = [], {}
 threads = [threading.Thread(target=churn, args=(number,)) for number in range(4)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-check("arrays of several threads overlap", len(wrong) == 200 and not any(wrong))
+with edm.numpy_allocator(threshold=64 << 10):
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+check("arrays of several threads overlap", len(wrong) == 4 * 550 and not any(wrong))
+check("no thread uses another's again", any(len(users) > 1 for users in used_by.values()))
+
+
+def allocates(number, frame):
+    alarms.append(np.ones(MIB).sum() == MIB)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005)  # not before: else they would nest for ever
+
+
+alarms = []
+signal.signal(signal.SIGALRM, allocates)
+signal.setitimer(signal.ITIMER_REAL, 0.0005)
+deadline = time.monotonic() + 30
+while len(alarms) < 300:
+    check("alarms that make arrays hang", time.monotonic() < deadline)
+    np.empty(2 * MIB, np.uint8)
+signal.setitimer(signal.ITIMER_REAL, 0)
+check("an alarm's array is wrong", all(alarms))
 
 
 def after_the_end():
