@@ -41,6 +41,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -78,6 +79,11 @@ _PARSE = {"ADDR": lambda text: int(text, 0), "PAGES": int, "PATH": str, "FILE.ht
 def _setting(default: Any, help: str, metavar: str = "", choices: Any = None) -> Any:
     """metavar: a key of _PARSE; with choices, none."""
     return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
+
+
+# Seconds. When one rank ends with an error, Open MPI's mpirun kills the others: who has nothing to
+# tell leaves that much to the one that has.
+TELLING = 0.3
 
 
 def disk_folder() -> str:
@@ -213,6 +219,8 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
             role = _prepare(MPI, comm, lambda: _make_dms(comm, config))
         else:
             role = _prepare(MPI, comm, lambda: _make_pager(comm, config, application, control))
+        if role is None:
+            time.sleep(TELLING)
         return role() if role else 1
     except (ValueError, OSError) as error:
         control.close()
@@ -429,7 +437,9 @@ def told_in_one_line(prog: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not launched_rank():
+        if launched_rank():
+            time.sleep(TELLING)
+        else:
             print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
 

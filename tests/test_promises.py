@@ -175,7 +175,7 @@ def test_killed_at_any_moment_the_disk_has_what_the_last_sync_had(
 
 def test_a_disk_in_use_and_other_mistakes_get_one_line(start, mpirun, mpirun_command, tmp_path):
     disk = tmp_path / "disk"
-    job = start(*resume(mpirun_command, disk))
+    job = start(*resume(mpirun_command, disk, "--pages", "1000000"))  # till the test's end
     read_until(job, "page 4096")
     for arguments, words in (
         (["--disk", disk], "in use by another job"),
