@@ -196,7 +196,8 @@ class Pager:
         self._ended_by = signal.Signals(number)
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.killpg(self._application, number)  # its subprocesses too, as a terminal does
-        self._grace.start()
+        with contextlib.suppress(RuntimeError):  # the second has interrupted this one here
+            self._grace.start()
 
     def _kill_the_application(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended
