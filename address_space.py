@@ -14,11 +14,11 @@ address and registered with userfaultfd for MISSING and WP faults. The rest of t
 PROT_NONE, so that nothing else of the process ever lands in it.
 
 Rules: any thread of the application may call Space; one call to the pager at a time (`_lock`). A
-signal handler that calls it in the midst of another call gets a RuntimeError. An
-allocator is called in the midst of anything, even of one of these methods, by a garbage collection:
-so allocate gives up rather than wait for its own thread, and release leaves it to that. A process that the
-application forks has none of the areas (MADV_DONTFORK: touching one is a SIGSEGV) and no way to
-reach the pager: it can't damage the memory.
+signal handler that calls it in the midst of another call gets a RuntimeError. An allocator is called
+in the midst of anything, even of one of these methods, by a garbage collection: so allocate gives up
+rather than wait for its own thread, and release leaves it to that. A process that the application
+forks has none of the areas (MADV_DONTFORK: touching one is a SIGSEGV) and no way to reach the pager:
+it can't damage the memory.
 
 The control socket (a SOCK_SEQPACKET pair) carries one request, CALL and for a new area its name, at a
 time and its answer, ANSWER and what belongs to it. RELEASE has no answer.
@@ -125,7 +125,7 @@ class Space:
         another; MemoryError when no addr is given and the space has no gap that is large enough.
         Source: mmap(2).
         """
-        if self._control is None:
+        if self.is_forked:
             raise RuntimeError(_FORKED)
         if length <= 0:
             raise ValueError(f"length: {length} bytes; an area has at least one")
@@ -151,8 +151,9 @@ class Space:
                 raise BufferError("area: still in use, by a slice or an array made of it")
             area.release()  # BufferError, if a buffer of it is in use this moment
             del self._views[id(area)]
+            self._unmap(addr)
             # If the DMS refuses, the bytes are still there: nothing else may be mapped over them.
-            self._unmap(addr, self._call, MUNMAP)
+            self._call(MUNMAP, addr - self.start_addr, self._lengths[addr])
             self._forget(addr)
 
     def sync(self) -> int:
@@ -215,7 +216,7 @@ class Space:
 
     def release(self, addr: int) -> None:
         """Unmap what allocate has mapped there: now, or when the call that is under way has ended."""
-        if self._control is not None:
+        if not self.is_forked:
             self._released.append(addr)
             self._unmap_released()
 
@@ -355,14 +356,10 @@ class Space:
             self._forget(addr)
             raise
 
-    def _unmap(self, addr: int, tell: Callable[[int, int, int], object], what: int) -> None:
-        """Locked. Unmap the area at addr, and tell the pager. It is then to be forgotten.
-
-        Unmapped first: no fault of these pages can come any more while the pager frees them.
-        """
-        whole = self._lengths[addr]
-        self._reserve(addr, whole, u.MAP_FIXED)
-        tell(what, addr - self.start_addr, whole)
+    def _unmap(self, addr: int) -> None:
+        """Locked. Unmap the area at addr: no fault of its pages can come while the pager, which is
+        told after this, frees them. Raises ValueError if that can't be done."""
+        self._reserve(addr, self._lengths[addr], u.MAP_FIXED)
 
     def _forget(self, addr: int) -> None:
         self._areas.remove((addr, self._lengths[addr]))
@@ -378,13 +375,14 @@ class Space:
         with self._lock:
             while self._released:
                 addr = self._released[0]
+                unmapped = True
                 try:
-                    self._unmap(addr, self._ask, RELEASE)
+                    self._unmap(addr)
                 except ValueError:  # the kernel has no more mappings for us (vm.max_map_count)
-                    self._ask(RELEASE, addr - self.start_addr, self._lengths[addr])
-                    self._released.popleft()
-                else:
-                    self._released.popleft()
+                    unmapped = False
+                self._ask(RELEASE, addr - self.start_addr, self._lengths[addr])
+                self._released.popleft()
+                if unmapped:
                     self._forget(addr)
 
     def _call(self, what: int, offset: int, length: int, name: bytes = b"") -> bytes:
@@ -401,7 +399,7 @@ class Space:
         return answer[ANSWER.size :]
 
     def _ask(self, what: int, offset: int, length: int, name: bytes = b"") -> None:
-        if self._control is None:
+        if self.is_forked:
             raise RuntimeError(_FORKED)
         self._calls += 1
         call = CALL.pack(what, self._calls, offset // PAGE_SIZE, length // PAGE_SIZE)

@@ -283,7 +283,7 @@ def _make_pager(
     comm: Any, config: Config, application: int, control: socket.socket
 ) -> Callable[[], int]:
     from edm.mpi_client import MpiClient
-    from edm.pager import Pager
+    from edm.pager import DMS_RANK, Pager
 
     client_log = log.logger("EDM CLIENT")
     client_log.debug("INIT")
@@ -295,7 +295,7 @@ def _make_pager(
         try:
             pager = Pager(comm, config, tracker, application, control, descriptors)
         except BaseException:
-            MpiClient(comm, 0, tag=0, patient=True).bye()
+            MpiClient(comm, DMS_RANK, tag=0, patient=True).bye()
             raise
         status = pager.run()
         client_log.debug("SHUTDOWN!")

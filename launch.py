@@ -103,8 +103,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    resident = _memory()[1] * SHARE // 100 // _instances_here()
-    if args.resident is not None:
+    if args.resident is None:
+        resident = _memory()[1] * SHARE // 100 // _instances_here()
+    else:
         resident = size_in_bytes("resident", args.resident)
     args.numpy_threshold = size_in_bytes("numpy_threshold", args.numpy_threshold)
     if resident < 2 * PAGE_SIZE:
@@ -127,8 +128,8 @@ def size_in_bytes(setting: str, text: str) -> int:
 def _instances_here() -> int:
     """How many instances share this machine's memory, as far as the launcher tells."""
     here = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    all = os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
-    return max(1, int(here or 2) - (here == all))  # with all of them, the DMS is here
+    ranks = os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+    return max(1, int(here or 2) - (here == ranks))  # with all of them, the DMS is here
 
 
 def _memory() -> tuple[int, int]:

@@ -20,8 +20,8 @@ The figures that Space.figures() returns, counted since the start:
 
 Rules: a thread that fails ends the job: its error is kept, the application is killed, and run
 raises the error when everything has stopped. Nothing waits for a thread that can't end. SIGTERM and
-SIGINT are the application's too. However it ended, what it has written is still in the memfd: if the disk
-is a kept one, it is written back, and the disk synced, before the DMS is told BYE.
+SIGINT are the application's too. However it ended, what it has written is still in the memfd: if
+the disk is a kept one, it is written back, and the disk synced, before the DMS is told BYE.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Pager:
             start_addr, config.high_threshold, config.low_threshold, config.evict_batch,
         )  # fmt: skip
         self._failure: BaseException | None = None
-        self._lpet_failed = False
+        self._lpet_failed = False  # then a page may be out of the memfd that was to be put back
         self._ended_by: signal.Signals | None = None  # which signal has come to the pager
         self._grace = threading.Timer(GRACE, self._kill_the_application)
         self._grace.daemon = True
@@ -211,9 +211,7 @@ class Pager:
         """The application and the other threads have ended: send what they left, and sync."""
         began = time.monotonic()
         try:
-            if (
-                self._lpet_failed
-            ):  # perhaps between taking a page out of the memfd and putting it back
+            if self._lpet_failed:
                 raise m.DMSError(f"LPET has failed in the midst of its work: {self._failure}")
             pages = self._lpet.store()
             self._client.sync()

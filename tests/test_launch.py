@@ -208,7 +208,7 @@ def test_several_instances_share_the_memory_of_their_machine(monkeypatch):
 
 
 def test_under_mpirun_the_ranks_are_what_it_says(mpirun):
-    code = "import edm; print('instance', edm.space().instance)"
+    code = "import edm; print(f'instance {edm.space().instance}\\n', end='')"  # in one write
     ended = mpirun("-m", "edm", "run", "--resident", "16M", "-c", code, ranks=3)
     assert ended.returncode == 0, ended.stdout
     assert sorted(re.findall(r"instance (\d)", ended.stdout)) == ["0", "1"]
