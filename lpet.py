@@ -4,7 +4,7 @@ In the picture: in the pager process, beside the DM-Handler, with the LSPT betwe
 
 Interface: run() is the thread; figures() its counts. store() sends the DMS what it does not have
 yet, without evicting it: in this thread when LSPT.ask_to_store asks for it, and for the main thread
-when this one has ended.
+when this one has ended. A fault that needs room meanwhile gets it, by an eviction in between.
 
 It sleeps until the DM-Handler finds high_threshold pages here, and then evicts until only
 low_threshold are left. Which (the wiki's algorithm): it goes round the LSPT from where the last
@@ -25,8 +25,8 @@ A CLEAN page is protected already, and as the DMS has its bytes, EVICT only name
 is the same, with STORE for EVICT, and without the end: it stays, CLEAN, still write-protected.
 
 When the DMS refuses an eviction, because its disk is full or fails, the DIRTY pages are released, and
-for a while LPET evicts CLEAN ones only, before it tries again. If a fault has waited for GRACE
-seconds without any room, the job ends with the DMS's reason.
+for a while LPET evicts CLEAN ones only, before it tries again, with half as many at once. If a fault
+has waited for GRACE seconds without any room, the job ends with the DMS's reason.
 
 Rules: this thread alone turns the LSPT's order, and has the idle tracker and its own MpiClient to
 itself. It holds the LSPT's lock for no system call.
@@ -82,6 +82,7 @@ class Lpet:
         self._again_at, self._backoff = 0.0, SHORTEST_REST  # seconds of the clock; seconds
         self._tracker, self._pagemap = tracker, pagemap
         self._start, self._batch = start_addr, batch
+        self._most = batch  # pages to evict at once: fewer after a refusal, as some may still fit
         self._high, self._low = high_threshold, low_threshold
         self._worth = 0.1  # the share of marked pages that were touched again, of late
         self._log, self._banner = log.logger("Lpet"), log.logger()
@@ -127,6 +128,7 @@ class Lpet:
 
     def _refused_for(self, reason: str) -> None:
         self._refusal = reason
+        self._most = max(1, self._most // 2)
         self._again_at = time.monotonic() + self._backoff
         self._backoff = min(2 * self._backoff, LONGEST_REST)
 
@@ -160,11 +162,21 @@ class Lpet:
                 if not room or len(group) == RUNS:
                     pages += self._store_group(group)
                     group, room = [], self._batch
+                    pages += self._make_room()
         pages += self._store_group(group)
         self._finish_sent()
         if self._refusal:
             raise m.DMSError(self._refusal)
         return pages
+
+    def _make_room(self) -> int:
+        """Evict, if a fault waits for it: how many DIRTY pages the DMS got by that."""
+        before = self._dirty
+        if self._lspt.waiting_since:
+            self._finish_sent()
+            if not self._refusal:
+                self._evict_until_low_threshold()
+        return self._dirty - before
 
     def _store_group(self, runs: Sequence[Run]) -> int:
         held = self._lspt.hold_dirty(runs)
@@ -191,7 +203,7 @@ class Lpet:
         if resident >= SMALL:
             to_pass = int(needed * min(max(2 * self._worth, LEAST_PASSED), MOST_PASSED))
         while needed > 0:
-            candidates = self._lspt.next_candidates(self._batch)
+            candidates = self._lspt.next_candidates(self._most)
             if not candidates or self._refusal and seen > resident:
                 break  # the rest is COMING, being unmapped, sent, or refused
             seen += len(candidates)
@@ -306,6 +318,7 @@ class Lpet:
             acked(held)
             if any(dirty for _, _, dirty in held):
                 self._backoff = SHORTEST_REST
+                self._most = min(2 * self._most, self._batch)
 
     def _read_protected(self, page: int, count: int, into: memoryview) -> None:
         self._uffd.writeprotect_mapped(self._start + page * PAGE_SIZE, count * PAGE_SIZE, True)

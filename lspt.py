@@ -428,11 +428,13 @@ class LSPT:
         self._wanted = True
         self._work.notify()
         self.waiting_since = time.monotonic()
-        while self.full() and not self._is_to_give_up():
-            if self._stopped:
-                raise Stopped
-            self._room.wait()
-        self.waiting_since = None
+        try:
+            while self.full() and not self._is_to_give_up():
+                if self._stopped:
+                    raise Stopped
+                self._room.wait()
+        finally:
+            self.waiting_since = None
 
     def _is_to_give_up(self) -> bool:
         page, count = self.unwanted

@@ -301,7 +301,7 @@ def test_stop_ends_every_wait():
     for thread in (handler, munmap):
         thread.join(10)
     assert isinstance(asked[0], Stopped) and isinstance(held[0], Stopped)
-    assert not any(lspt.wait_for_work())
+    assert not any(lspt.wait_for_work()) and lspt.waiting_since is None
 
 
 def test_munmap_waits_until_lpet_and_dm_handler_have_let_go():
