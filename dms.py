@@ -27,20 +27,27 @@ The disk file (little-endian; all of it is sparse):
     at 0, at 64 KiB        the header, twice: HEADER and the crc32 of that. Epoch n is written into
                            the copy n % 2, so that there always is a whole one. The newer counts
     at 128 KiB (TABLE)     for each page a pair of entries, of its first place and its second:
-                             u64   epoch << 33 | hole << 32 | crc32 of the page's bytes
-                           0: nothing there. hole: no bytes, the page was freed
+                             u64   version: epoch << 2 | 1 if HOLE | 2 if LOST
+                             u32   crc32 of the page's bytes
+                             u32   crc32 of CHECKED: of which page and place, and of the above
+                           All 0: nothing there. HOLE: no bytes, the page was freed. LOST: no bytes,
+                           there was an entry that was damaged
     after it, at a         the pages' first places; behind those, if the disk is kept, the second
     multiple of 64 KiB     ones. A page is at its number times its size
 
 The epoch of the header is that of the last sync; a page that is written belongs to the next one,
 whose entries only count when the next sync has written the header. The entry with the greater epoch
 is the page's current one. A page is always written to the place which that last sync does not need,
-its bytes first, then its entry. So at every moment the file holds all pages as they were when the
+its bytes first, then its entry; bytes that neither needs go when the file system is full. So at every moment the file holds all pages as they were when the
 last sync returned, whatever was written since; and that is what a job which resumes it gets, unless
 the one before it ended with a sync, as it does unless DMS or pager are killed. sync is: fsync, write
 the header, fsync.
 
-A disk that is not kept has the same format, uses the first places only, and begins anew.
+A pair with an entry whose check is wrong says nothing: its page can't be read until it is written or
+freed, which makes the pair whole again.
+
+A disk that is not kept has the same format, uses the first places only, and begins anew; so nobody
+reads its versions, and the checks of its entries are 0.
 
 Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next one without pause
 for a moment, offering its core at every look; then it sleeps until its doorbell rings. It looks
@@ -60,7 +67,7 @@ import tempfile
 import time
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from logging import DEBUG, INFO
 from struct import Struct
 
@@ -80,13 +87,15 @@ SLEEP = 10e-3  # seconds between two looks, if all of them can
 
 
 # The disk file's format.
-MAGIC, FORMAT = b"EDM disk", 1
+MAGIC, FORMAT = b"EDM disk", 2
 HEADER = Struct("<8sII IQQ Q")  # magic, format, kept; page size, start_addr, end_addr; epoch
 CRC = Struct("<I")
 HEADER_COPY = 64 << 10  # bytes from one copy to the other; divisible by every page size
 TABLE = 2 * HEADER_COPY
-PAIR = 16  # bytes of a page's two entries
-EPOCH, HOLE = 33, 1 << 32
+PAIR = 32  # bytes of a page's two entries, four numbers in an array("Q")
+CHECKED = Struct("<QIIQ")  # page number, 0 or 1 for its place, crc32 of its bytes, version
+CRC_BITS = 0xFFFFFFFF
+EPOCH, HOLE, LOST = 2, 1, 2  # of an entry's version
 PART = 1 << 16  # pages at most whose entries are looked at together
 
 # What becomes of an SPT byte, as tables for bytes.translate.
@@ -153,6 +162,20 @@ def _runs(page: int, values: Iterable[int]) -> Iterator[tuple[int, int, int]]:
         page += count
 
 
+def _sums(page: int, slot: int, version: int, crc: int) -> int:
+    """The second number of an entry: its check, and the crc32 of the page's bytes."""
+    return zlib.crc32(CHECKED.pack(page, slot, crc, version)) << 32 | crc
+
+
+def _is_damaged(page: int, pair: Sequence[int]) -> bool:
+    """Is one of these two entries not what was written for this page?"""
+    for slot in (0, 1):
+        version, sums = pair[2 * slot], pair[2 * slot + 1]
+        if (version or sums) and sums != _sums(page, slot, version, sums & CRC_BITS):
+            return True
+    return False
+
+
 class Disk:
     """The file of one instance's pages. Its format is at the top of this file."""
 
@@ -170,6 +193,7 @@ class Disk:
         self._synced = 0  # the epoch that the disk goes back to after a crash
         self._freed: set[tuple[int, int]] = set()  # (first page, count) since then
         self._torn: set[int] = set()  # pages that could not be written, and were not since
+        self._room_made = -1  # at which epoch the bytes that nobody needs were punched out
         self._failed_sync: OSError | None = None
         if path is None:
             self._fd, name = tempfile.mkstemp(prefix="edm-", dir=disk_folder())
@@ -229,9 +253,11 @@ class Disk:
             raise ValueError(
                 f"disk: {name} is damaged: it has {found} bytes, and should have {size}"
             )
-        for _, pairs in self._used(0, self._slot // PAGE_SIZE):
-            if max(pairs) >> EPOCH > self._synced + 1:
-                raise ValueError(f"disk: {name} is damaged: its header is older than its pages")
+        too_new = self._synced + 2 << EPOCH
+        for first, pairs in self._used(0, self._slot // PAGE_SIZE):
+            for index in (i // 2 for i, version in enumerate(pairs[::2]) if version >= too_new):
+                if not _is_damaged(first + index, pairs[4 * index : 4 * index + 4]):
+                    raise ValueError(f"disk: {name} is damaged: its header is older than its pages")
 
     # ------------------------------------------------------------ the header
 
@@ -270,9 +296,9 @@ class Disk:
     # ------------------------------------------------------------ the table
 
     def _read_pairs(self, page: int, count: int) -> array:
-        """Two entries for each of these pages: of its first place, and of its second."""
+        """Four numbers for each of these pages: version and sums of its first place, its second."""
         pairs = array("Q", os.pread(self._fd, count * PAIR, TABLE + page * PAIR))
-        if len(pairs) != 2 * count:
+        if len(pairs) != 4 * count:
             raise OSError(errno.EIO, "pread: short read of the disk file's table")
         return pairs
 
@@ -296,30 +322,47 @@ class Disk:
                 yield first, self._read_pairs(first, (stop - at) // PAIR)
             at = stop
 
+    def _mend(self, page: int, pairs: array) -> None:
+        """Let those that are damaged say that the last sync's bytes are LOST."""
+        lost = self._synced << EPOCH | LOST
+        for at in range(0, len(pairs), 4):
+            if _is_damaged(page + at // 4, pairs[at : at + 4]):
+                pairs[at : at + 4] = array("Q", (lost, _sums(page + at // 4, 0, lost, 0), 0, 0))
+
     def _writable(self, pairs: array) -> list[int]:
         """Which place of each page is to be written: the one that a crash would not go back to."""
         if not self._keep:
-            return [0] * (len(pairs) // 2)
-        synced = self._synced
+            return [0] * (len(pairs) // 4)
         return [
-            (b > a) if max(a, b) >> EPOCH > synced else not b > a
-            for a, b in zip(pairs[0::2], pairs[1::2], strict=True)
+            (b > a) if max(a, b) >> EPOCH > self._synced else not b > a
+            for a, b in zip(pairs[0::4], pairs[2::4], strict=True)
         ]
 
     def restore(self) -> Iterator[tuple[int, bytes]]:
         """Go back to the last sync: (first page, the SPT's bytes from it on) for what there is."""
-        newest = self._synced + 1 << EPOCH
+        unsynced = self._synced + 1 << EPOCH
         for first, pairs in self._used(0, self._slot // PAGE_SIZE):
-            if max(pairs) >= newest:
-                pairs = array("Q", [0 if entry >= newest else entry for entry in pairs])
-                self._write_pairs(first, pairs)
-            yield (
-                first,
-                bytes(
-                    0 if not (a or b) or max(a, b) & HOLE else DISK | (SLOT if b > a else 0)
-                    for a, b in zip(pairs[0::2], pairs[1::2], strict=True)
-                ),
-            )
+            states = bytearray(len(pairs) // 4)
+            holes = [False] * len(states)
+            for index, (a, b) in enumerate(zip(pairs[0::4], pairs[2::4], strict=True)):
+                newest = max(a, b)
+                if not newest or newest >= unsynced or newest & HOLE:
+                    # Before it says that there is nothing, or something older: does it say that?
+                    pair = pairs[4 * index : 4 * index + 4]
+                    if _is_damaged(first + index, pair):
+                        states[index] = DISK  # read looks again, and tells
+                        continue
+                    if newest >= unsynced:
+                        a, b = (0 if version >= unsynced else version for version in (a, b))
+                        newest = max(a, b)
+                        pair[0], pair[1] = a, pair[1] if a else 0
+                        pair[2], pair[3] = b, pair[3] if b else 0
+                        self._write_pairs(first + index, pair)
+                holes[index] = bool(newest & HOLE)
+                if newest and not holes[index]:
+                    states[index] = DISK | (SLOT if b > a else 0)
+            self._give_back(first, holes)
+            yield first, bytes(states)
 
     # ------------------------------------------------------------ the pages
 
@@ -330,30 +373,42 @@ class Disk:
         """
         slot = bool(byte & SLOT)
         base = self._data + slot * self._slot
-        if len(pages) == 1:
-            entry = os.pread(self._fd, CRC.size, TABLE + pages.start * PAIR + slot * PAIR // 2)
-            got = os.preadv(self._fd, [into], base + pages.start * PAGE_SIZE)
-            if got != PAGE_SIZE or CRC.pack(zlib.crc32(into)) != entry:
-                raise OSError(errno.EIO, "the checksum is wrong")
-            return 1
-        span = pages[-1] + 1 - pages.start
         got = 0
         try:
-            entries = self._read_pairs(pages.start, span)[slot :: 2 * pages.step]
+            pairs = self._read_pairs(pages.start, pages[-1] + 1 - pages.start)
             if pages.step == 1:
                 got = os.preadv(self._fd, [into], base + pages.start * PAGE_SIZE)
             else:
                 for page in pages:
                     here = into[got : got + PAGE_SIZE]
                     got += os.preadv(self._fd, [here], base + page * PAGE_SIZE)
-        except OSError as error:  # which of them is it? Perhaps not the first
+        except OSError as error:
+            if len(pages) == 1:
+                raise
             log.logger("DMS").info("%d pages from page %d: %s", len(pages), pages.start, error)
+            return self.read(pages[:1], byte, into[:PAGE_SIZE])  # perhaps it is not the first
+        sums = pairs[2 * slot + 1 :: 4 * pages.step]
         for index in range(got // PAGE_SIZE):
             content = into[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
-            if zlib.crc32(content) != entries[index] & 0xFFFFFFFF:
-                got = index * PAGE_SIZE
-                break
-        return got // PAGE_SIZE or self.read(pages[:1], byte, into[:PAGE_SIZE])
+            whole = zlib.crc32(content) == sums[index] & CRC_BITS
+            untold = self._keep and self._says_nothing(pages[index], slot, pairs, pages.start)
+            if whole and not untold:
+                continue
+            reason = (
+                "its entry in the disk's table is damaged" if untold else "the checksum is wrong"
+            )
+            if index == 0:
+                raise OSError(errno.EIO, reason)
+            return index
+        if got < PAGE_SIZE:
+            raise OSError(errno.EIO, "preadv: short read of the disk file")
+        return got // PAGE_SIZE
+
+    @staticmethod
+    def _says_nothing(page: int, slot: int, pairs: array, first: int) -> bool:
+        """Is this page's pair, of these from page first on, damaged, or known to have been?"""
+        pair = pairs[4 * (page - first) : 4 * (page - first) + 4]
+        return bool(pair[2 * slot] & LOST) or _is_damaged(page, pair)
 
     def _check_written(self) -> None:
         """Which header a kept disk has after a sync that failed is not known: leave it all."""
@@ -364,26 +419,52 @@ class Disk:
         """Write these pages, whole ones. Returns the SPT's DISK byte for each run of them."""
         self._check_written()
         count = len(content) // PAGE_SIZE
-        pairs = self._read_pairs(page, count) if self._keep else array("Q", bytes(count * PAIR))
+        if self._keep:
+            pairs = self._read_pairs(page, count)
+            self._mend(page, pairs)
+        else:
+            pairs = array("Q", bytes(count * PAIR))
         slots = self._writable(pairs)
-        epoch = self._synced + 1 << EPOCH
+        version = self._synced + 1 << EPOCH
         for index, slot in enumerate(slots):
             crc = zlib.crc32(content[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
-            pairs[2 * index + slot] = epoch | crc
-        written = []
+            sums = _sums(page + index, slot, version, crc) if self._keep else crc
+            pairs[4 * index + 2 * slot], pairs[4 * index + 2 * slot + 1] = version, sums
+        runs = list(_runs(page, slots))
         pages = range(page, page + count)
         try:
-            for first, length, slot in _runs(page, slots):
+            for first, length, slot in runs:
                 at = (first - page) * PAGE_SIZE
                 part = content[at : at + length * PAGE_SIZE]
                 self._write_all(part, self._data + slot * self._slot + first * PAGE_SIZE)
-                written.append((range(first, first + length), DISK | (SLOT if slot else 0)))
             self._write_pairs(page, pairs)
-        except OSError:
+        except OSError as error:
             self._torn.update(pages)  # the second write since a sync goes over the first
-            raise
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._punch_places(runs)  # what was written of it: others may fit there
+            if not self._make_room():
+                raise
+            return self.write(page, content)
         self._torn.difference_update(pages)
-        return written
+        return [
+            (range(first, first + length), DISK | (SLOT if slot else 0))
+            for first, length, slot in runs
+        ]
+
+    def _make_room(self) -> bool:
+        """Punch out what neither the last sync nor the pages of now need; was it there till now?"""
+        if not self._keep or self._room_made == self._synced:
+            return False
+        self._room_made = self._synced
+        for first, pairs in self._used(0, self._slot // PAGE_SIZE):
+            self._mend(first, pairs)
+            spare = [
+                slot if max(a, b) >> EPOCH <= self._synced else -1
+                for slot, a, b in zip(self._writable(pairs), pairs[0::4], pairs[2::4], strict=True)
+            ]
+            self._punch_places(run for run in _runs(first, spare) if run[2] >= 0)
+        return True
 
     def _write_all(self, content: memoryview, at: int) -> None:
         while content:
@@ -398,20 +479,33 @@ class Disk:
             self._punch(TABLE + page * PAIR, count * PAIR)
             self._punch(self._data + page * PAGE_SIZE, count * PAGE_SIZE)
             return
-        epoch = self._synced + 1 << EPOCH
+        hole = self._synced + 1 << EPOCH | HOLE
         for first, pairs in self._used(page, count):
+            self._mend(first, pairs)
             slots = self._writable(pairs)
             freed = []
             for index, slot in enumerate(slots):
-                newest = max(pairs[2 * index], pairs[2 * index + 1])
+                at = 4 * index
+                newest = max(pairs[at], pairs[at + 2])
                 freed.append(bool(newest and not newest & HOLE))
                 if freed[-1]:
-                    pairs[2 * index + slot] = epoch | HOLE
+                    pairs[at + 2 * slot] = hole
+                    pairs[at + 2 * slot + 1] = _sums(first + index, slot, hole, 0)
             self._write_pairs(first, pairs)
             self._freed.update((at, length) for at, length, new in _runs(first, freed) if new)
-            for at, length, slot in _runs(first, slots):  # what the last sync does not need
-                self._punch(self._data + slot * self._slot + at * PAGE_SIZE, length * PAGE_SIZE)
+            self._punch_places(_runs(first, slots))  # what the last sync does not need
         self._torn.difference_update(range(page, page + count) if self._torn else ())
+
+    def _give_back(self, first: int, holes: Sequence[bool]) -> None:
+        """Those of the pages from first on that are holes, by the last sync too: as never there."""
+        for page, count, hole in _runs(first, holes):
+            if hole:
+                self._punch_places([(page, count, 0), (page, count, 1)])
+                self._punch(TABLE + page * PAIR, count * PAIR)
+
+    def _punch_places(self, runs: Iterable[tuple[int, int, int]]) -> None:
+        for page, count, slot in runs:
+            self._punch(self._data + slot * self._slot + page * PAGE_SIZE, count * PAGE_SIZE)
 
     def _punch(self, at: int, length: int) -> None:
         try:
@@ -439,12 +533,12 @@ class Disk:
         except OSError as error:
             self._failed_sync = error
             raise
+        hole = self._synced << EPOCH | HOLE
         for page, count in self._freed:
             pairs = self._read_pairs(page, count)
-            holes = [max(a, b) & HOLE for a, b in zip(pairs[0::2], pairs[1::2], strict=True)]
-            for at, length, hole in _runs(page, holes):
-                for base in (self._data, self._data + self._slot) if hole else ():
-                    self._punch(base + at * PAGE_SIZE, length * PAGE_SIZE)
+            self._mend(page, pairs)
+            versions = zip(pairs[0::4], pairs[2::4], strict=True)
+            self._give_back(page, [hole in both for both in versions])  # not written since
         self._freed.clear()
 
     def close(self) -> None:
@@ -508,6 +602,8 @@ class DMS:
             self._wait(status)
             source, tag = status.Get_source(), status.Get_tag()
             length = self._receive(status.Get_count(MPI.BYTE), source, tag)
+            if length is None:
+                continue
             answer_length = self._handle(source, length)
             self._comm.Send([self._answer.message(answer_length), MPI.BYTE], source, tag)
         self._doorbell.close()
@@ -524,13 +620,22 @@ class DMS:
             else:  # one look may not find what has come: MPI moves on a little at every look
                 eager_until = time.monotonic() + LOOK
 
-    def _receive(self, length: int, source: int, tag: int) -> int:
-        """Receive the message that was found; 0 stands for one that is too long to be any."""
-        if length <= len(self._question.whole):
-            self._comm.Recv([self._question.whole, MPI.BYTE], source, tag)
-            return length
-        self._comm.Recv([bytearray(length), MPI.BYTE], source, tag)
-        return 0
+    def _receive(self, length: int, source: int, tag: int) -> int | None:
+        """Receive the message that was found, and throw away what is too long to be any; its length.
+
+        None: there is no memory for it, or MPI can't count so far. It was dropped, as to receive
+        less than all of it writes behind the buffer with some MPI.
+        """
+        whole: bytearray | memoryview = self._question.whole
+        try:
+            if not 0 <= length <= len(whole):
+                whole = bytearray(length)
+        except (MemoryError, ValueError):  # ValueError: of MPI_UNDEFINED, which is negative
+            self._comm.Mprobe(source, tag)  # no probe finds it again
+            self._log.warning("a message of INSTANCE_%d was dropped: no room for it", source - 1)
+            return None
+        self._comm.Recv([whole, MPI.BYTE], source, tag)
+        return length
 
     def _handle(self, source: int, length: int) -> int:
         """Do what the message of source asks. The answer is in _answer; returns its body's length.
@@ -538,7 +643,7 @@ class DMS:
         A request that can't be done changes nothing, and is answered with the reason.
         """
         try:
-            if length < m.HEADER.size:
+            if not m.HEADER.size <= length <= m.MAX_MESSAGE:
                 raise BadRequest(f"a message of {length} bytes is none of the EDM's")
             kind, stride, count, page = m.HEADER.unpack_from(self._question.whole)
             length -= m.HEADER.size

@@ -190,3 +190,15 @@ def mpirun(run: Run, mpirun_command: Callable[..., list[object]]) -> Run:
         return run(*mpirun_command(*arguments, ranks=ranks), **options)
 
     return mpirun
+
+
+@pytest.fixture
+def small_file_system(tmp_path: Path) -> Iterator[Path]:
+    """4 MiB, mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]
+    if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

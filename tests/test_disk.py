@@ -23,6 +23,7 @@ class Kept:
     """A kept disk with the SPT that goes with it, opened as the DMS does."""
 
     def __init__(self, path, start=START, end=END):
+        self.range = start, end
         self.disk = Disk(str(path), start, end, keep=True)
         self.spt = SPT((end - start) // PAGE_SIZE, 0)
         for page, states in self.disk.restore():
@@ -60,7 +61,15 @@ def crash_and_resume(kept):
     copy = os.path.realpath(path) + ".crashed"
     with open(path, "rb") as file, open(copy, "wb") as to:
         to.write(file.read())
-    return Kept(copy)
+    return Kept(copy, *kept.range)
+
+
+def read_after_a_crash(kept, page):
+    resumed = crash_and_resume(kept)
+    try:
+        return resumed.read(page)
+    finally:
+        resumed.disk.close()
 
 
 # ---------------------------------------------------------------- one job
@@ -286,6 +295,135 @@ def test_a_kept_disk_gives_blocks_that_no_sync_needs_back_at_once_and_remembers_
     assert path.stat().st_blocks < blocks + 40
     assert len(kept.disk._freed) < 10
     assert crash_and_resume(kept).all() == synced
+
+
+HISTORIES = {  # of a page: how often it was written and synced, and what came since
+    "never written": (0, "sync"),
+    "written once": (1, "sync"),
+    "written twice": (2, "sync"),
+    "written since": (2, "write"),
+    "freed": (1, "free, sync"),
+    "freed since": (2, "free"),
+    "freed, and written since": (1, "free, sync, write"),
+}
+
+
+@pytest.mark.parametrize(("times", "since"), HISTORIES.values(), ids=HISTORIES.keys())
+def test_whatever_bit_of_a_pages_table_entries_is_flipped_no_other_bytes_are_read(
+    path, times, since
+):
+    kept = Kept(path, START, START + 8 * PAGE_SIZE)
+    kept.write(4, 1)
+    kept.write(6, 3)
+    for seed in range(times):
+        kept.write(5, seed)
+        kept.disk.sync()
+    for action in since.split(", "):
+        if action == "write":
+            kept.write(5, 30)
+        elif action == "free":
+            kept.free(5, 1)
+        else:
+            kept.disk.sync()
+    at = TABLE + 5 * PAIR
+    pair = os.pread(kept.disk._fd, PAIR, at)
+    for bit in range(8 * PAIR):
+        flipped = bytearray(pair)
+        flipped[bit // 8] ^= 1 << bit % 8
+        os.pwrite(kept.disk._fd, flipped, at)
+        resumed = crash_and_resume(kept)
+        with pytest.raises(OSError, match="its entry in the disk's table is damaged"):
+            resumed.read(5)
+        assert (resumed.read(4), resumed.read(6)) == (content(1), content(3))
+        resumed.disk.close()
+
+
+@pytest.mark.parametrize("then", ["write", "free"])
+def test_a_page_whose_table_entry_is_damaged_is_whole_again_when_it_is_written_or_freed(path, then):
+    kept = Kept(path)
+    for seed in (1, 2):
+        kept.write(5, seed, seed + 10)
+        kept.disk.sync()
+    os.pwrite(kept.disk._fd, b"damage", TABLE + 5 * PAIR + 2)
+    with pytest.raises(OSError, match="damaged"):
+        kept.read(5)
+    kept.disk.close()
+    kept = Kept(path)
+    if then == "write":
+        kept.write(5, 3)
+    else:
+        kept.free(5, 1)
+    with pytest.raises(OSError, match="damaged"):  # a crash goes back to it, not to what was before
+        read_after_a_crash(kept, 5)
+    kept.disk.sync()
+    expected = content(3) if then == "write" else None
+    assert kept.read(5) == read_after_a_crash(kept, 5) == expected
+    assert read_after_a_crash(kept, 6) == content(12)
+    if then == "free":
+        kept.write(5, 4)
+        kept.disk.sync()
+        assert read_after_a_crash(kept, 5) == content(4)
+
+
+def test_what_was_freed_leaves_nothing_in_the_table_even_if_the_job_is_killed_in_the_sync(
+    path, monkeypatch
+):
+    kept = Kept(path)
+    kept.write(0, *range(100))
+    kept.disk.sync()
+    kept.free(0, 100)
+
+    class Killed(Exception):
+        pass
+
+    def punch_hole(*where):
+        raise Killed
+
+    with monkeypatch.context() as killing:
+        killing.setattr("edm.dms.punch_hole", punch_hole)
+        with pytest.raises(Killed):
+            kept.disk.sync()
+    resumed = crash_and_resume(kept)
+    assert resumed.all() == [None] * PAGES
+    assert os.pread(resumed.disk._fd, 100 * PAIR, TABLE) == bytes(100 * PAIR)
+
+
+def test_on_a_full_file_system_what_no_sync_needs_makes_room_for_what_is_new(small_file_system):
+    pages = 2000
+    kept = Kept(small_file_system / "disk", START, START + pages * PAGE_SIZE)
+    for round_ in (0, 1000):  # so that half of the blocks are of versions before the last
+        for page in range(0, 400, 100):
+            kept.write(page, *range(round_ + page, round_ + page + 100))
+        kept.disk.sync()
+    for page in range(500, 800, 100):
+        kept.write(page, *range(page, page + 100))
+    kept.write(0, *range(2000, 2050))
+    assert [kept.read(page) for page in range(400)] == [
+        content(2000 + page if page < 50 else 1000 + page) for page in range(400)
+    ]
+    assert [kept.read(page) for page in range(500, 800)] == [content(p) for p in range(500, 800)]
+    with pytest.raises(OSError, match="No space left"):
+        for page in range(800, 2000, 100):
+            kept.write(page, *range(page, page + 100))
+    page -= 100
+    assert kept.read(page) == content(page)  # the last one that fitted
+    with pytest.raises(OSError, match="could not be written"):
+        kept.disk.sync()
+    kept.disk.close()
+    resumed = Kept(small_file_system / "disk", START, START + pages * PAGE_SIZE)
+    assert [resumed.read(page) for page in range(400)] == [content(1000 + p) for p in range(400)]
+    assert {resumed.read(page) for page in range(400, 2000)} == {None}
+    resumed.disk.close()
+
+
+def test_a_batch_that_did_not_fit_leaves_its_room_to_a_smaller_one(small_file_system):
+    for keep in (False, True):
+        disk = Disk(str(small_file_system / "disk"), START, START + 3000 * PAGE_SIZE, keep)
+        with pytest.raises(OSError, match="No space left"):
+            disk.write(0, memoryview(content(1, 2000)))
+        disk.write(2000, memoryview(content(2, 900)))
+        disk.close()
+        (small_file_system / "disk").unlink()
 
 
 def test_a_new_disk_has_room_for_both_of_its_headers(path):

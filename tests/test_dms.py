@@ -4,8 +4,10 @@ import errno
 import os
 import random
 import resource
+from types import SimpleNamespace
 
 import pytest
+from mpi4py import MPI
 
 from edm import messages as m
 from edm.dms import DMS, SPT
@@ -217,6 +219,14 @@ def test_who_has_said_bye_is_refused(dms):
     for request in (m.BYE, m.SYNC):
         assert ask(dms, request)[0] == m.ERROR
     assert dms._left == {0}
+
+
+@pytest.mark.parametrize("length", [MPI.UNDEFINED, 1 << 62])
+def test_a_message_that_no_memory_can_take_is_dropped(dms, length):
+    dropped = []
+    dms._comm = SimpleNamespace(Mprobe=lambda source, tag: dropped.append((source, tag)))
+    assert dms._receive(length, source=1, tag=3) is None
+    assert dropped == [(1, 3)]
 
 
 def test_random_bytes_never_end_the_dms(dms):

@@ -43,18 +43,6 @@ def wait_until_gone(job, seconds=5):
 # ---------------------------------------------------------------- the disk
 
 
-@pytest.fixture
-def small_file_system(tmp_path):
-    """4 MiB, mounted."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]
-    if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.mark.parametrize("keep", [[], ["keep"]])
 def test_when_the_disk_is_full_nothing_is_lost_and_the_application_goes_on_when_there_is_room(
     mpirun, small_file_system, keep
@@ -77,6 +65,13 @@ def test_when_the_disk_is_full_and_the_application_can_go_no_further_the_job_end
     assert "full disk SUCCESS" not in ended.stdout and "is wrong" not in ended.stdout
     errors = [line for line in ended.stdout.splitlines() if "edm: error:" in line]
     assert len(errors) == 1 and "No space left on device" in errors[0], ended.stdout
+    # And it was the last page that did not fit, not the last batch.
+    assert os.statvfs(small_file_system).f_bfree == 0
+
+
+def test_faults_that_need_room_do_not_wait_for_a_sync_to_end(mpirun):
+    ended = mpirun(PROGRAMS / "room_in_sync.py")
+    assert ended.returncode == 0 and "room SUCCESS" in ended.stdout, ended.stdout
 
 
 def test_a_flipped_byte_in_the_disk_file_is_a_sigbus_and_the_other_pages_are_whole(
