@@ -27,7 +27,7 @@ from collections.abc import Callable
 from edm import uffd_ctypes as u
 from edm.edm import disk_folder
 from edm.launch import find_mpirun
-from edm.page_idle import bitmap_missing, unmap_missing
+from edm.page_idle import bitmap_missing, pfns_missing, unmap_missing
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
 
 OLDEST = (5, 19)  # Linux
@@ -155,11 +155,10 @@ def idle_pages() -> Finding:
 
 def pagemap() -> Finding:
     try:
-        with open("/proc/self/pagemap", "rb") as file:
-            file.read(8)
+        hidden = pfns_missing()
     except OSError as error:
         return "missing", f"/proc/self/pagemap: {error.strerror}", "mount -t proc proc /proc"
-    if bitmap_missing().startswith("/proc/PID/pagemap"):
+    if hidden:
         return "without", "page frame numbers, in the log's LSPT tables: they are for root", ""
     return "ok", "readable", ""
 

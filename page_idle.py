@@ -209,13 +209,18 @@ def bitmap_missing() -> str:
     """Why this process can't use the kernel's idle bitmap; "" if it can."""
     try:
         os.close(os.open(BITMAP, os.O_RDWR | os.O_CLOEXEC))
-        here = mmap.mmap(-1, PAGE_SIZE)
-        here[0] = 1
-        address = ctypes.addressof(ctypes.c_char.from_buffer(here))
-        with open("/proc/self/pagemap", "rb") as pagemap:
-            pfn = Pagemap(pagemap.fileno(), 0).pfns(address // PAGE_SIZE, 1)[0]
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
+    return pfns_missing()
+
+
+def pfns_missing() -> str:
+    """Why this process can't know page frame numbers; "" if it can. Raises OSError without /proc."""
+    here = mmap.mmap(-1, PAGE_SIZE)
+    here[0] = 1
+    address = ctypes.addressof(ctypes.c_char.from_buffer(here))
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pfn = Pagemap(pagemap.fileno(), 0).pfns(address // PAGE_SIZE, 1)[0]
     return "" if pfn else "/proc/PID/pagemap hides page frame numbers: CAP_SYS_ADMIN shows them"
 
 
