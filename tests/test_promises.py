@@ -241,10 +241,14 @@ def test_any_sequence_of_operations_gives_what_a_plain_bytearray_gives(
     holds()
 
 
+@pytest.mark.parametrize("keep", [False, True], ids=["scratch", "kept"])
 @pytest.mark.parametrize("tracker", TRACKERS)
-def test_four_threads_lose_no_update_and_pager_and_dms_do_not_grow(mpirun, tmp_path, tracker, long):
+def test_four_threads_lose_no_update_and_pager_and_dms_do_not_grow(
+    mpirun, tmp_path, tracker, keep, long
+):
     seconds = 300 if long else 6
-    ended = mpirun(PROGRAMS / "soak.py", tmp_path / "pids", seconds, tracker, timeout=seconds + 60)
+    arguments = [tmp_path / "pids", seconds, tracker, *([tmp_path / "disk"] if keep else [])]
+    ended = mpirun(PROGRAMS / "soak.py", *arguments, timeout=seconds + 60)
     assert ended.returncode == 0 and "soak SUCCESS" in ended.stdout, ended.stdout
 
 

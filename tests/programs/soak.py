@@ -1,6 +1,7 @@
 """Four threads write, read and verify random pages under constant eviction.
 
-Each thread owns a quarter of every page, and knows what it last wrote there.
+Each thread owns a quarter of every page, and knows what it last wrote there. A fifth one syncs, and
+maps and unmaps another area.
 """
 
 import ctypes
@@ -15,9 +16,11 @@ import edm
 libc = ctypes.CDLL(None)  # these calls let go of the GIL, so that all threads really run
 for call in (libc.memcpy, libc.memcmp):
     call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+libc.memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 
-# Every rank tells its process id here. argv: that file, seconds, the idle tracker.
+# Every rank tells its process id here. argv: that file, seconds, the idle tracker, a disk to keep.
 pids, seconds, tracker = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+disk = sys.argv[4] if len(sys.argv) > 4 else None
 with open(pids, "a") as file:
     print(os.getpid(), file=file)
 
@@ -59,7 +62,15 @@ def app(space):
 
     def syncs():
         while time.monotonic() < until and not wrong:
+            other = space.mmap(20 * PAGE)
+            address = max(space.areas())[0]
+            if libc.memcmp(address, bytes(20 * PAGE), 20 * PAGE):
+                wrong.append("pages that were mapped anew are not zeros")
+            libc.memset(address, 7, 20 * PAGE)
             space.sync()
+            if libc.memcmp(address, b"\7" * (20 * PAGE), 20 * PAGE):
+                wrong.append("pages beside the others are not as written")
+            space.munmap(other)
             time.sleep(0.1)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
@@ -79,4 +90,7 @@ def app(space):
     print("soak SUCCESS")
 
 
-edm.main(app, edm.Config(high_threshold=130, low_threshold=100, idle_tracker=tracker))
+config = edm.Config(
+    high_threshold=130, low_threshold=100, idle_tracker=tracker, disk=disk, keep=bool(disk)
+)
+edm.main(app, config)
