@@ -14,6 +14,8 @@ from conftest import PROGRAMS, TRACKERS, needs_userfaultfd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edm.dms import PAIR, TABLE
+
 pytestmark = needs_userfaultfd
 
 
@@ -190,6 +192,19 @@ def test_what_an_application_wrote_is_on_a_kept_disk_however_it_ended(mpirun, tm
     assert ended.returncode not in (0, None), ended.stdout
     again = mpirun(PROGRAMS / "kept.py", tmp_path / "disk", "find")
     assert again.returncode == 0 and "kept SUCCESS" in again.stdout, again.stdout
+
+
+def test_a_flipped_bit_in_the_table_of_a_kept_disk_is_a_sigbus_for_the_next_job(mpirun, tmp_path):
+    mpirun(PROGRAMS / "kept.py", tmp_path / "disk", "exit")
+    with (tmp_path / "disk").open("r+b") as disk:
+        disk.seek(TABLE)
+        first = bytearray(disk.read(PAIR))
+        first[next(at for at in range(PAIR) if first[at])] ^= 4  # of the epoch
+        disk.seek(TABLE)
+        disk.write(first)
+    again = mpirun(PROGRAMS / "kept.py", tmp_path / "disk", "find")
+    assert "page 0: " in again.stdout and "table is damaged" in again.stdout, again.stdout
+    assert again.returncode == 128 + signal.SIGBUS, again.stdout
 
 
 # ---------------------------------------------------------------- everything at once
