@@ -37,6 +37,7 @@ import gc
 import io
 import logging
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -330,7 +331,10 @@ def _run_application(
     except SystemExit as exit:
         status = _exit_status(exit.code)
     except BaseException as error:  # noqa: BLE001 - whatever it raised, it has ended
-        sys.excepthook(*sys.exc_info())
+        # Told as Python tells it, without the frames that led to the program.
+        own = (__file__, str(Path(__file__).with_name("launch.py")), runpy.__file__, "<frozen")
+        error = error.with_traceback(log.programs_own(error.__traceback__, own))
+        sys.excepthook(type(error), error, error.__traceback__)
         status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     # As a Python process ends: its threads, its exit functions, and what is left in buffers.
     try:

@@ -32,7 +32,7 @@ import types
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from edm import numpy_mem_handler
 from edm.address_space import Space
@@ -244,30 +244,15 @@ def _run(program: tuple[str, str, list[str]]) -> None:
     main.__dict__.update(__builtins__=__builtins__)
     sys.modules["__main__"] = main
     sys.argv = [what if kind == "script" else kind, *arguments]
-    try:
-        if kind == "-m":
-            runpy._run_module_as_main(what)  # what Python itself calls
-        elif kind == "-c":
-            sys.path[0] = ""
-            exec(compile(what, "<string>", "exec"), main.__dict__)  # noqa: S102 - what this is for
-        elif os.path.isdir(what) or zipfile.is_zipfile(what) or what.endswith(".pyc"):
-            runpy.run_path(what, run_name="__main__")
-        else:
-            sys.path[0] = os.path.dirname(os.path.realpath(what))
-            main.__file__ = os.path.abspath(what)
-            source = Path(what).read_bytes()
-            exec(compile(source, main.__file__, "exec"), main.__dict__)  # noqa: S102 - likewise
-    except SystemExit:
-        raise
-    except BaseException as error:  # noqa: BLE001 - the program's own, told as Python tells it
-        error = error.with_traceback(_programs_own(error.__traceback__))
-        sys.excepthook(type(error), error, error.__traceback__)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-
-
-def _programs_own(trace: Any) -> Any:
-    """A traceback without the frames that are EDM's and runpy's."""
-    own = (__file__, str(Path(__file__).with_name("edm.py")), runpy.__file__, "<frozen")
-    while trace and trace.tb_frame.f_code.co_filename.startswith(own):
-        trace = trace.tb_next
-    return trace
+    if kind == "-m":
+        runpy._run_module_as_main(what)  # what Python itself calls
+    elif kind == "-c":
+        sys.path[0] = ""
+        exec(compile(what, "<string>", "exec"), main.__dict__)  # noqa: S102 - what this is for
+    elif os.path.isdir(what) or zipfile.is_zipfile(what) or what.endswith(".pyc"):
+        runpy.run_path(what, run_name="__main__")
+    else:
+        sys.path[0] = os.path.dirname(os.path.realpath(what))
+        main.__file__ = os.path.abspath(what)
+        source = Path(what).read_bytes()
+        exec(compile(source, main.__file__, "exec"), main.__dict__)  # noqa: S102 - likewise

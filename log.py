@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
+import types
 from collections.abc import Iterable
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -31,13 +31,9 @@ _PREFIXES = {"edm": "", "edm.Usercode": "[Usercode] : "}
 class _WikiFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         box = record.name.removeprefix("edm.")
-        prefix = _PREFIXES.get(record.name, f"[{box}] - ")
-        when = time.strftime("%a %b %d %Y %H:%M:%S", time.localtime(record.created))
-        text = f"[{when}.{int(record.msecs):03d}]:[{record.levelname.capitalize()}]-{prefix}"
-        text += record.getMessage()
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        return text
+        record.prefix = _PREFIXES.get(record.name, f"[{box}] - ")
+        record.level = record.levelname.capitalize()
+        return super().format(record)
 
 
 def logger(name: str = "") -> logging.Logger:
@@ -47,14 +43,12 @@ def logger(name: str = "") -> logging.Logger:
 
 def start(level: str) -> None:
     """Write the log's lines of at least this level, one of LEVELS, to stderr."""
-    edm = logger()
-    for handler in list(edm.handlers):
-        edm.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_WikiFormatter())
-    edm.addHandler(handler)
+    line = "[%(asctime)s.%(msecs)03d]:[%(level)s]-%(prefix)s%(message)s"
+    handler.setFormatter(_WikiFormatter(line, "%a %b %d %Y %H:%M:%S"))
+    edm = logger()
+    edm.handlers, edm.propagate = [handler], False
     edm.setLevel(level.upper())
-    edm.propagate = False
 
 
 def spt_table(rows: Iterable[tuple[int, str]]) -> str:
@@ -70,3 +64,12 @@ def lspt_table(rows: Iterable[tuple[int, int, bool]]) -> str:
     """
     lines = [f"address : {a:#x}  pfn : {pfn}  is_idle: {int(idle)}" for a, pfn, idle in rows]
     return "\n".join(["page list state: ", "-----START LSPT ----", *lines, "-----END LSPT ----"])
+
+
+def programs_own(
+    trace: types.TracebackType | None, files: tuple[str, ...]
+) -> types.TracebackType | None:
+    """A traceback without its first frames, as far as they are of files that begin so: EDM's."""
+    while trace and trace.tb_frame.f_code.co_filename.startswith(files):
+        trace = trace.tb_next
+    return trace

@@ -35,7 +35,6 @@ request under way at a time.
 from __future__ import annotations
 
 import mmap
-from enum import IntEnum
 from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE
@@ -45,27 +44,8 @@ MAX_PAGES = 256  # at most so many pages of content in one message (1 MiB)
 MAX_RUNS = MAX_PAGES  # at most so many runs in one EVICT
 MAX_LOCATIONS = 1 << 16  # at most so many pages in one LOCATIONS
 
-
-class Kind(IntEnum):
-    HELLO = 1
-    GET = 2
-    EVICT = 3
-    FREE = 4
-    LOCATIONS = 5
-    BYE = 6
-    RINGS = 7
-    STORE = 8
-    SYNC = 9
-    OK = 16
-    NEW_PAGES = 17
-    CONTENT = 18
-    ERROR = 19
-    UNREADABLE = 20
-
-
-# As plain ints for the code on a fault's path, where an enum member costs a lookup more.
-HELLO, GET, EVICT, FREE, LOCATIONS, BYE, RINGS, STORE, SYNC = map(int, list(Kind)[:9])
-OK, NEW_PAGES, CONTENT, ERROR, UNREADABLE = map(int, list(Kind)[9:])
+HELLO, GET, EVICT, FREE, LOCATIONS, BYE, RINGS, STORE, SYNC = range(1, 10)
+OK, NEW_PAGES, CONTENT, ERROR, UNREADABLE = range(16, 21)
 
 HEADER = Struct("<HHIQ")
 GEOMETRY = Struct("<IIQQ")  # version, page size, start_addr, end_addr

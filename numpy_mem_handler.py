@@ -44,6 +44,7 @@ from collections.abc import Callable, Iterator
 from ctypes import c_char, c_size_t, c_uint8, c_void_p, py_object
 from typing import Any
 
+from edm import log
 from edm.address_space import Space, whole_pages
 
 # PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
@@ -64,13 +65,7 @@ _SIZE = ctypes.PYFUNCTYPE(c_size_t, c_void_p)
 
 
 class PyDataMemAllocator(ctypes.Structure):
-    _fields_ = [
-        ("ctx", c_void_p),
-        ("malloc", c_void_p),
-        ("calloc", c_void_p),
-        ("realloc", c_void_p),
-        ("free", c_void_p),
-    ]
+    _fields_ = [(name, c_void_p) for name in ("ctx", "malloc", "calloc", "realloc", "free")]
 
 
 class PyDataMem_Handler(ctypes.Structure):
@@ -131,55 +126,41 @@ class MemHandler:
         self.threshold = sys.maxsize  # bytes
         self._space = space
         self._spare: deque[tuple[int, int]] = deque()  # (length, address) of areas to be used again
-        self._libraries = (*_library_folders(), __file__)
+        paths = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
+        self._libraries = (*paths, *site.getsitepackages(), "<frozen", __file__)
         self._usable_size = _SIZE(("malloc_usable_size", ctypes.CDLL(None)))
         allocator = _default_handler().allocator
         self._malloc, self._calloc = _MALLOC(allocator.malloc), _CALLOC(allocator.calloc)
         self._free = _FREE(allocator.free)
-        self._free_first = self._free_any()
+        self._start, self._end = space.start_addr, space.end_addr
         guard = Guard()
         # Kept here, as NumPy does not know that these are Python objects.
         self._callbacks = {
-            "malloc": _MALLOC(guard.callback(self._malloc_any())),
-            "calloc": _CALLOC(guard.callback(self._calloc_any())),
+            "malloc": _MALLOC(guard.callback(self._malloc_any)),
+            "calloc": _CALLOC(guard.callback(self._calloc_any)),
             "realloc": _REALLOC(guard.callback(self.realloc, self._realloc_again)),
-            "free": _FREE(guard.callback(self._free_first, self._free_again)),
+            "free": _FREE(guard.callback(self._free_any, self._free_again)),
         }
         for name, callback in self._callbacks.items():
             setattr(allocator, name, ctypes.cast(callback, c_void_p).value)
         os.register_at_fork(after_in_child=self._spare.clear)
 
-    # Every array of this process comes by these: no method, no attribute more than it takes.
+    # Every array of this process comes by these: no attribute more than it takes.
 
-    def _malloc_any(self) -> Callable[..., int | None]:
-        malloc = self._malloc
+    def _malloc_any(self, done: list, ctx: int | None, size: int) -> int | None:
+        return self._malloc(ctx, size) if size < self.threshold else self.malloc(ctx, size)
 
-        def our_malloc(done: list, ctx: int | None, size: int) -> int | None:
-            return malloc(ctx, size) if size < self.threshold else self.malloc(ctx, size)
+    def _calloc_any(self, done: list, ctx: int | None, count: int, size: int) -> int | None:
+        if count * size < self.threshold:
+            return self._calloc(ctx, count, size)
+        return self.calloc(ctx, count * size)
 
-        return our_malloc
-
-    def _calloc_any(self) -> Callable[..., int | None]:
-        calloc = self._calloc
-
-        def our_calloc(done: list, ctx: int | None, count: int, size: int) -> int | None:
-            if count * size < self.threshold:
-                return calloc(ctx, count, size)
-            return self.calloc(ctx, count * size)
-
-        return our_calloc
-
-    def _free_any(self) -> Callable[..., None]:
-        free, start, end = self._free, self._space.start_addr, self._space.end_addr
-
-        def our_free(done: list, ctx: int | None, address: int | None, size: int) -> None:
-            done.append(address)
-            if address and start <= address < end:
-                self.free(address)
-            else:
-                free(ctx, address, size)
-
-        return our_free
+    def _free_any(self, done: list, ctx: int | None, address: int | None, size: int) -> None:
+        done.append(address)
+        if address and self._start <= address < self._end:
+            self.free(address)
+        else:
+            self._free(ctx, address, size)
 
     # ------------------------------------------------------------ what NumPy calls
 
@@ -201,22 +182,17 @@ class MemHandler:
 
     def realloc(self, done: list[int], ctx: int | None, old: int | None, size: int) -> int | None:
         """done: gets the new address, as soon as the bytes are there."""
-        inside = old and self._space.start_addr <= old < self._space.end_addr
-        if inside:
+        if old and self._start <= old < self._end:
             before = self._space.allocated(old)
             if before // 2 < size <= before:
                 return old
         else:
             before = self._usable_size(old) if old else 0
-        small = size < self.threshold
-        new = self._malloc(ctx, size) if small else self.malloc(ctx, size)
+        new = self._malloc_any(done, ctx, size)
         if new and old:
             ctypes.memmove(new, old, min(before, size))
             done.append(new)
-            if inside:
-                self.free(old)
-            else:
-                self._free(ctx, old, UNCACHED)
+            self._free_any([], ctx, old, UNCACHED)
         return new
 
     def free(self, address: int) -> None:
@@ -242,7 +218,7 @@ class MemHandler:
     def _free_again(self, done: list, ctx: int | None, address: int, size: int) -> None:
         # If in doubt it is lost, rather than given to two.
         if not done:
-            self._free_first(done, ctx, address, size)
+            self._free_any(done, ctx, address, size)
 
     def _made_in(self) -> str:
         """file:line of the program, as far as it is known: the innermost one of no library."""
@@ -297,7 +273,7 @@ class Guard:
             try:
                 answer = _Answer((call(*args) if len(errors) < TRIES else None) or 0)
                 first, *others = errors
-                first.__traceback__ = _programs_own(first.__traceback__)
+                first.__traceback__ = log.programs_own(first.__traceback__, (__file__,))
                 answer.after = [self._raise_later(first) if none_set else self._set(first)]
                 answer.after += map(self._raise_later, others)
                 return answer
@@ -368,13 +344,6 @@ def _second(first: int, second: int) -> int:
         pass
 
 
-def _programs_own(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """A traceback without its first frames, as far as they are this module's."""
-    while trace and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    return trace
-
-
 def _default_handler() -> PyDataMem_Handler:
     # In a context where nobody has set another one.
     get_handler = ctypes.PYFUNCTYPE(py_object)(_numpy_api(GET_HANDLER))
@@ -401,42 +370,32 @@ _new_capsule = ctypes.PYFUNCTYPE(py_object, c_void_p, ctypes.c_char_p, c_void_p)
 )
 
 
-def _library_folders() -> set[str]:
-    paths = sysconfig.get_paths()
-    found = {paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"]}
-    return {*found, *site.getsitepackages(), "<frozen"}
+def when_numpy_is_imported(action: Callable[[], None]) -> None:
+    """Do this after `import numpy` has been done for the first time; at once, if it was."""
 
-
-class _NumpyFinder:
-    """Finds NumPy as always, and has something done when it was imported. See sys.meta_path."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+    def find_spec(name: str, path: object = None, target: object = None) -> object:
+        """Finds NumPy as always, and has the action done when it was imported. See sys.meta_path."""
         if name != "numpy":
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(finder)
         try:
             spec = importlib.util.find_spec("numpy")
         finally:
-            sys.meta_path.insert(0, self)
+            sys.meta_path.insert(0, finder)
         if spec and spec.loader:
             execute = spec.loader.exec_module
 
             def exec_module(module: object) -> None:
                 execute(module)
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
-                    self._action()
+                if finder in sys.meta_path:
+                    sys.meta_path.remove(finder)
+                    action()
 
             spec.loader.exec_module = exec_module
         return spec
 
-
-def when_numpy_is_imported(action: Callable[[], None]) -> None:
-    """Do this after `import numpy` has been done for the first time; at once, if it was."""
+    finder = types.SimpleNamespace(find_spec=find_spec)
     if "numpy" in sys.modules:
         action()
     else:
-        sys.meta_path.insert(0, _NumpyFinder(action))
+        sys.meta_path.insert(0, finder)
