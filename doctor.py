@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import re
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 
 from edm import uffd_ctypes as u
 from edm.edm import disk_folder
 from edm.launch import find_mpirun
 from edm.page_idle import bitmap_missing, pfns_missing, unmap_missing
-from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, prctl
+from edm.uffd_ctypes import PAGE_SIZE
 
 OLDEST = (5, 19)  # Linux
 DEADLINE = 30  # seconds for anything that could hang
@@ -88,60 +89,29 @@ def features() -> Finding:
 
 
 def page_fault() -> Finding:
-    """A child touches a page of its own; this process brings it in."""
-    ours, childs = socket.socketpair()
-    child = os.fork()
-    if child == 0:
-        ours.close()
-        status = 1
-        try:
-            status = _touch(childs)
-        finally:
-            os._exit(status)
-    childs.close()
+    """A thread of this process, without the GIL, reads a page that this one then brings in."""
+    memory = mmap.mmap(-1, PAGE_SIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    page, got = (ctypes.create_string_buffer(part, PAGE_SIZE) for part in (b"E" * PAGE_SIZE, b""))
+    read = ctypes.CDLL(None).memcpy
+    read.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    thread = threading.Thread(target=read, args=(got, address, PAGE_SIZE), daemon=True)
     try:
-        found = _bring_in(ours)
+        with open(u.open_userfaultfd()[0], "rb", buffering=0) as file:  # its end ends all waiting
+            uffd = u.Userfaultfd(file.fileno())
+            uffd.api(u.NEEDED_FEATURES)
+            uffd.register(address, PAGE_SIZE)
+            thread.start()
+            if not select.select([file], [], [], DEADLINE)[0]:
+                return "missing", "no page fault came", ""
+            (_, at), *_ = uffd.read_faults()
+            uffd.copy(at & -PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
+            thread.join(DEADLINE)
     except (OSError, ValueError) as error:
-        found = f"{error}"
-    finally:
-        if found:
-            os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if not found and status:
-        found = "the page came, but with other bytes"
-    return ("missing" if found else "ok", found or "a page was brought in by userfaultfd", "")
-
-
-def _touch(control: socket.socket) -> int:
-    """The child: 0 if the page that it touches has the bytes that the parent installs."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    memfd = os.memfd_create("edm")
-    os.ftruncate(memfd, PAGE_SIZE)
-    fd, _ = u.open_userfaultfd()
-    uffd = u.Userfaultfd(fd)
-    uffd.api(u.NEEDED_FEATURES)
-    address = 0x10_0000_0000
-    flags = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
-    u.mmap_fixed(address, PAGE_SIZE, u.PROT_READ | u.PROT_WRITE, flags, memfd, 0)
-    uffd.register(address, PAGE_SIZE)
-    socket.send_fds(control, [b"x"], [fd])
-    return bytes((ctypes.c_ubyte * PAGE_SIZE).from_address(address)) != b"E" * PAGE_SIZE
-
-
-def _bring_in(control: socket.socket) -> str:
-    """The parent: why the page could not be brought in; "" if it was."""
-    control.settimeout(DEADLINE)
-    _, fds, _, _ = socket.recv_fds(control, 1, 1)
-    if not fds:
-        return "the process that was to fault could not make its memory"
-    uffd = u.Userfaultfd(fds[0])
-    if not select.select([uffd.fd], [], [], DEADLINE)[0]:
-        return "no page fault came"
-    (_, address), *_ = uffd.read_faults()
-    page = ctypes.create_string_buffer(b"E" * PAGE_SIZE, PAGE_SIZE)
-    uffd.copy(address & -PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
-    os.close(uffd.fd)
-    return ""
+        return "missing", f"{error}", ""
+    if got.raw != page.raw:
+        return "missing", "the page came, but with other bytes", ""
+    return "ok", "a page was brought in by userfaultfd", ""
 
 
 def idle_pages() -> Finding:
