@@ -574,15 +574,18 @@ class DMS:
         self._log = log.logger("DMS")
         self._info = self._log.isEnabledFor(INFO)
         self._debug = self._log.isEnabledFor(DEBUG)
-        self._actions = {
-            m.HELLO: self._hello,
-            m.EVICT: self._evict,
-            m.STORE: self._store,
-            m.SYNC: self._sync,
-            m.FREE: self._free,
-            m.LOCATIONS: self._locations,
-            m.BYE: self._bye,
-            m.RINGS: self._rings,
+        # What does each request, how long its body is (None: any), how many pages it may name (0:
+        # it names none here).
+        self._requests = {
+            m.HELLO: (self._hello, m.GEOMETRY.size, 0),
+            m.GET: (self._get, 0, m.MAX_PAGES),
+            m.EVICT: (self._evict, None, 0),
+            m.STORE: (self._store, None, 0),
+            m.SYNC: (self._sync, 0, 0),
+            m.FREE: (self._free, 0, pages),
+            m.LOCATIONS: (self._locations, 0, m.MAX_LOCATIONS),
+            m.BYE: (self._bye, 0, 0),
+            m.RINGS: (self._rings, 0, 0),
         }
         self._left: set[int] = set()  # instances that have said BYE
         self._refused = ""  # the last reason
@@ -646,15 +649,20 @@ class DMS:
             if not m.HEADER.size <= length <= m.MAX_MESSAGE:
                 raise BadRequest(f"a message of {length} bytes is none of the EDM's")
             kind, stride, count, page = m.HEADER.unpack_from(self._question.whole)
-            length -= m.HEADER.size
             if source - 1 in self._left:
                 raise BadRequest("it has said BYE")
-            if kind == m.GET:
-                return self._get(source - 1, page, count, length, max(stride, 1))
-            action = self._actions.get(kind)
-            if action is None or stride:
+            if kind not in self._requests or stride and kind != m.GET:
                 raise BadRequest(f"there is no request of kind {kind} and stride {stride}")
-            return action(source - 1, page, count, length)
+            action, right, most = self._requests[kind]
+            body = self._question.body[: length - m.HEADER.size]
+            if right is not None and len(body) != right:
+                raise BadRequest(f"a body of {len(body)} bytes, where {right} belong")
+            if most:
+                self._check(page, count, most)
+            self._answer.head(m.OK)
+            if kind == m.GET:
+                return self._get(source - 1, page, count, max(stride, 1))
+            return action(source - 1, page, count, body) or 0
         except (BadRequest, OSError) as error:
             return self._refuse(m.ERROR, source - 1, f"{error}")
 
@@ -674,19 +682,13 @@ class DMS:
         if page >= pages or count > pages - page:
             raise BadRequest(f"{count} pages from page {page} in a space of {pages} pages")
 
-    @staticmethod
-    def _check_length(length: int, right: int) -> None:
-        if length != right:
-            raise BadRequest(f"a body of {length} bytes, where {right} belong")
-
     def _address(self, page: int) -> int:
         return self._start + page * PAGE_SIZE
 
     # ------------------------------------------------------------ the requests
 
-    def _hello(self, instance: int, page: int, count: int, length: int) -> int:
-        self._check_length(length, m.GEOMETRY.size)
-        theirs = m.GEOMETRY.unpack_from(self._question.body)
+    def _hello(self, instance: int, page: int, count: int, body: memoryview) -> int:
+        theirs = m.GEOMETRY.unpack(body)
         ours = (m.VERSION, PAGE_SIZE, self._start, self._end)
         if theirs != ours:
             raise BadRequest(
@@ -698,15 +700,10 @@ class DMS:
         self._answer.head(m.OK, self._keep)
         return len(address)
 
-    def _rings(self, instance: int, page: int, count: int, length: int) -> int:
-        self._check_length(length, 0)
+    def _rings(self, instance: int, page: int, count: int, body: memoryview) -> None:
         self._silent.discard(instance)
-        self._answer.head(m.OK)
-        return 0
 
-    def _get(self, instance: int, page: int, count: int, length: int, stride: int) -> int:
-        self._check_length(length, 0)
-        self._check(page, count, m.MAX_PAGES)
+    def _get(self, instance: int, page: int, count: int, stride: int) -> int:
         self._check(page, (count - 1) * stride + 1, self._spts[0].pages)
         spt = self._spts[instance]
         if self._info:
@@ -741,21 +738,20 @@ class DMS:
             self._log.debug("page in address: %#x sent to app", self._address(page))
         return answer_length
 
-    def _evict(self, instance: int, page: int, runs: int, length: int) -> int:
-        return self._write(instance, runs, length, 0)
+    def _evict(self, instance: int, page: int, runs: int, body: memoryview) -> None:
+        self._write(instance, runs, body, 0)
 
-    def _store(self, instance: int, page: int, runs: int, length: int) -> int:
-        return self._write(instance, runs, length, INSTANCE)
+    def _store(self, instance: int, page: int, runs: int, body: memoryview) -> None:
+        self._write(instance, runs, body, INSTANCE)
 
-    def _write(self, instance: int, runs: int, length: int, stay: int) -> int:
+    def _write(self, instance: int, runs: int, body: memoryview, stay: int) -> None:
         """stay: INSTANCE, if the instance goes on having the pages; else 0."""
         if not 0 < runs <= m.MAX_RUNS:
             raise BadRequest(f"{runs} runs, where 1 to {m.MAX_RUNS} may be")
         table_length = runs * m.RUN.size
-        if length < table_length:
-            raise BadRequest(f"a body of {length} bytes, with a table of {table_length}")
+        if len(body) < table_length:
+            raise BadRequest(f"a body of {len(body)} bytes, with a table of {table_length}")
         spt, disk = self._spts[instance], self._disks[instance]
-        body = self._question.body
         table = list(m.RUN.iter_unpack(body[:table_length]))
         content_length = 0
         for first, count, dirty in table:
@@ -765,7 +761,8 @@ class DMS:
             if not spt.all_in_instance(first, count):
                 raise BadRequest(f"{count} pages from page {first} are not all in the instance")
             content_length += dirty * count * PAGE_SIZE
-        self._check_length(length, table_length + content_length)
+        if len(body) != table_length + content_length:
+            raise BadRequest(f"{len(body)} bytes, where {table_length} and {content_length} belong")
         at = table_length
         written = []
         for first, count, dirty in table:
@@ -781,37 +778,23 @@ class DMS:
                 for p in range(first, first + count):
                     self._log.info("page in address: %#x written to disk", self._address(p))
         self._show(instance)
-        self._answer.head(m.OK)
-        return 0
 
-    def _free(self, instance: int, page: int, count: int, length: int) -> int:
-        self._check_length(length, 0)
-        self._check(page, count, self._spts[instance].pages)
+    def _free(self, instance: int, page: int, count: int, body: memoryview) -> None:
         self._disks[instance].free(page, count)
         self._spts[instance].set(range(page, page + count), NEW)
         self._show(instance)
-        self._answer.head(m.OK)
-        return 0
 
-    def _sync(self, instance: int, page: int, count: int, length: int) -> int:
-        self._check_length(length, 0)
+    def _sync(self, instance: int, page: int, count: int, body: memoryview) -> None:
         self._disks[instance].sync()
-        self._answer.head(m.OK)
-        return 0
 
-    def _locations(self, instance: int, page: int, count: int, length: int) -> int:
-        self._check_length(length, 0)
-        self._check(page, count, m.MAX_LOCATIONS)
+    def _locations(self, instance: int, page: int, count: int, body: memoryview) -> int:
         states = self._spts[instance].read(page, count)
         self._answer.body[:count] = states.translate(_WITHOUT_SLOT)
         self._answer.head(m.LOCATIONS, count, page)
         return count
 
-    def _bye(self, instance: int, page: int, count: int, length: int) -> int:
-        self._check_length(length, 0)
+    def _bye(self, instance: int, page: int, count: int, body: memoryview) -> None:
         self._left.add(instance)
-        self._answer.head(m.OK)
-        return 0
 
     def _show(self, instance: int) -> None:
         if self._debug:
