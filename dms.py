@@ -24,8 +24,8 @@ and SLOT beside DISK, if the page's bytes are in the second of its two places.
 
 The disk file (little-endian; all of it is sparse):
 
-    at 0, at 64 KiB        the header, twice: HEADER and the crc32 of that. Epoch n is written into
-                           the copy n % 2, so that there always is a whole one. The newer counts
+    at 0, at 64 KiB        the header, twice: HEADER and the crc32 of that. The newer one counts, if
+                           they differ; and the whole one, if one is damaged
     at 128 KiB (TABLE)     for each page a pair of entries, of its first place and its second:
                              u64   version: epoch << 2 | 1 if HOLE | 2 if LOST
                              u32   crc32 of the page's bytes
@@ -41,7 +41,7 @@ is the page's current one. A page is always written to the place which that last
 its bytes first, then its entry; bytes that neither needs go when the file system is full. So at every moment the file holds all pages as they were when the
 last sync returned, whatever was written since; and that is what a job which resumes it gets, unless
 the one before it ended with a sync, as it does unless DMS or pager are killed. sync is: fsync, write
-the header, fsync.
+one header, fsync, write the other one.
 
 A pair with an entry whose check is wrong says nothing: its page can't be read until it is written or
 freed, which makes the pair whole again.
@@ -235,6 +235,10 @@ class Disk:
             for copy in (0, 1):  # both have their blocks now, however full the disk gets
                 self._write_header(0, copy)
             os.fsync(self._fd)
+        if self._keep:
+            folder = os.open(os.path.dirname(os.path.abspath(name)), os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)  # the file's name
+            os.close(folder)
 
     def _has_data(self) -> bool:
         """Not one that is new, or whose making was interrupted before its header was written."""
@@ -267,7 +271,7 @@ class Disk:
         self._write_all(memoryview(whole), copy * HEADER_COPY)
 
     def _read_header(self, name: str) -> bool:
-        """Take the epoch from the newer copy. Was the disk kept?"""
+        """Take the epoch from the newer whole copy. Was the disk kept?"""
         magic, whole = False, []
         for at in (0, HEADER_COPY):
             raw = os.pread(self._fd, HEADER.size + CRC.size, at)
@@ -280,6 +284,8 @@ class Disk:
             raise ValueError(f"disk: {name} is not an EDM disk; choose another path")
         if not whole:
             raise ValueError(f"disk: the header of {name} is damaged; no job can use it")
+        if len(whole) < 2:
+            log.logger("DMS").warning("%s: one of the two copies of its header is damaged", name)
         _, version, kept, *geometry, self._synced = max(whole, key=lambda header: header[-1])
         if version != FORMAT:
             raise ValueError(
@@ -527,9 +533,10 @@ class Disk:
         try:
             os.fsync(self._fd)
             if self._keep:
-                self._write_header(self._synced + 1, (self._synced + 1) % 2)
+                self._write_header(self._synced + 1, 0)
                 os.fsync(self._fd)
                 self._synced += 1
+                self._write_header(self._synced, 1)
         except OSError as error:
             self._failed_sync = error
             raise

@@ -7,7 +7,7 @@ byte into it.
 
 Interface:
     Doorbell()          the DMS's: address(), rung(), wait(seconds)
-    Bell(address)       an instance's: ring()
+    Bell(address)       an instance's: ring(), is_broken()
 
 The pipe has no name. The instance opens it through /proc/PID/fd, which the kernel allows to
 processes of the same user only; where that fails (another machine, another container), Bell raises
@@ -67,7 +67,15 @@ class Bell:
             raise OSError(f"{path} is not the doorbell: the DMS is in another container")
         self._fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
+    def is_broken(self) -> bool:
+        """Has the DMS's process ended?"""
+        poll = select.poll()
+        poll.register(
+            self._fd, 0
+        )  # POLLERR, of a pipe that nobody can read any more, always counts
+        return bool(poll.poll(0))
+
     def ring(self) -> None:
-        # A full pipe has rung 65536 times, and one without a reader has a DMS that has ended.
+        # A full pipe has rung 65536 times; what is_broken has to tell, the waiting for an answer asks.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._fd, b"!")

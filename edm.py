@@ -58,6 +58,7 @@ from edm import log
 from edm.address_space import Descriptors, Space
 from edm.lspt import MAX_PAGES
 from edm.messages import MAX_PAGES as MAX_BATCH
+from edm.messages import DMSGone
 from edm.page_idle import TRACKERS, choose_tracker
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, flush_c_streams, prctl
 
@@ -229,16 +230,18 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
             raise  # before it began, or with BYE said: no other rank waits for this one
         print(f"edm: error: the DMS has failed: {error}", file=sys.stderr, flush=True)
         world.Abort(2)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - it ends this process
         # Another rank may be waiting for this one: end the job rather than hang.
-        if isinstance(error, MPI.Exception):
+        if isinstance(error, DMSGone):
+            print(f"edm: error: {error}", file=sys.stderr)
+        elif isinstance(error, MPI.Exception):
             reason = str(error).splitlines()[-1]
             print(f"edm: error: MPI: {reason}; a process of the job has died?", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stderr.flush()
         world.Abort(1)
-        raise
+        os._exit(1)  # a launcher that was told not to clean up lets Abort return
 
 
 def _check_mpi(MPI: Any) -> None:

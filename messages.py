@@ -74,6 +74,10 @@ class DMSError(OSError):
     """The DMS refused a request; the text is its reason."""
 
 
+class DMSGone(Exception):
+    """The DMS's process has ended, and will answer no more."""
+
+
 class MessageBuffer:
     """Memory for one message, made once: the header, then a body that begins at a page boundary."""
 

@@ -5,7 +5,8 @@ In the picture: between the pager's threads and the DMS.
 Interface: a method for each kind of request in messages.py: hello, free, locations, sync, bye; for
 those that a thread has other work to do during, two: ask_get and answer_get, ask_evict and
 answer_evict (which are STORE's too), tell_new and take_ack; and set_bell, once hello has given one.
-Each raises DMSError with the DMS's reason if it refuses.
+Each raises DMSError with the DMS's reason if it refuses, and DMSGone if there is none any more, as
+far as the doorbell can tell: of one on another machine, the launcher tells.
 
 Rules: an MpiClient belongs to one thread, which may have several, each with a tag of its own; so
 no lock, and an answer can only go to who asked. One request at a time. Buffers are made once. An
@@ -29,6 +30,8 @@ from edm import messages as m
 from edm.doorbell import ADDRESS, Bell
 
 PATIENCE = 50e-6  # seconds that a patient client sleeps between two tests
+TESTS = 2048  # after so many, it looks whether there still is a DMS
+LAST_WORDS = 0.5  # seconds for what the DMS has sent before its end: it need not have died
 
 
 class MpiClient:
@@ -200,11 +203,16 @@ class MpiClient:
     def _text(self, length: int) -> str:
         return bytes(self.content[:length]).decode(errors="replace")
 
-    @staticmethod
-    def _wait(request: MPI.Request, patient: bool) -> None:
+    def _wait(self, request: MPI.Request, patient: bool) -> None:
         # A test that succeeds ends a one-time request and readies a persistent one for Start.
+        tests, broken_since = 0, 0.0
         while not request.Test():
             if patient:
                 time.sleep(PATIENCE)
             else:
                 os.sched_yield()
+            tests += 1
+            if tests % TESTS == 0 and self._bell and self._bell.is_broken():
+                broken_since = broken_since or time.monotonic()
+                if time.monotonic() - broken_since > LAST_WORDS:
+                    raise m.DMSGone("the DMS has died")

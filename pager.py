@@ -163,9 +163,10 @@ class Pager:
             self._lspt.stop()
             for thread in threads:
                 thread.join()
-            if self._kept:
-                self._write_back()
-            self._client.bye()
+            if not isinstance(self._failure, m.DMSGone):
+                if self._kept:
+                    self._write_back()
+                self._client.bye()
             self._tell()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -270,6 +271,9 @@ class Pager:
                     answer = address_space.ANSWER.pack(number, 0) + calls[what](page, count)
                 except (Stopped, CancelledError):
                     continue  # the application has been killed, or is just being
+                except m.DMSGone as error:
+                    self._fail(error)
+                    continue
                 except m.DMSError as error:
                     if what == address_space.RELEASE:  # and no zeros for who gets the pages next
                         self._fail(error)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from edm.dms import HEADER_COPY, PAIR, SPT, TABLE, Disk
+from edm.dms import CRC, HEADER, HEADER_COPY, PAIR, SPT, TABLE, Disk
 from edm.messages import DISK
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -176,17 +176,48 @@ def test_any_sequence_of_writes_frees_syncs_and_crashes_gives_what_the_last_sync
         kept.disk.close()
 
 
-def test_a_torn_header_leaves_the_other_copy(path):
+def test_whatever_bit_of_a_header_is_flipped_the_other_copy_is_taken_and_nothing_is_lost(
+    path, caplog
+):
+    kept = Kept(path, START, START + 8 * PAGE_SIZE)
+    for seed in range(3):
+        kept.write(0, seed)
+        kept.disk.sync()
+    kept.disk.close()
+    whole = path.read_bytes()
+    length = HEADER.size + CRC.size
+    for copy in (0, HEADER_COPY):
+        for bit in range(8 * length):
+            flipped = bytearray(whole)
+            flipped[copy + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            caplog.clear()
+            again = Kept(path, START, START + 8 * PAGE_SIZE)
+            assert again.read(0) == content(2)
+            assert "one of the two copies of its header is damaged" in caplog.text
+            again.disk.close()
+
+
+def test_a_header_that_was_torn_by_a_crash_in_the_sync_leaves_the_other_copy(path, monkeypatch):
     kept = Kept(path)
     kept.write(0, 1)
-    kept.disk.sync()  # epoch 1, in the second copy
+    kept.disk.sync()
     kept.write(0, 2)
-    kept.disk.sync()  # epoch 2, in the first
-    kept.disk.close()
-    with path.open("r+b") as file:
-        file.seek(20)
-        file.write(b"torn")
-    assert Kept(path).read(0) == content(1)
+    real = os.pwrite
+    written = []
+
+    def torn(fd, content, at):
+        if at < TABLE:
+            written.append(at)
+            real(fd, content[:20], at)
+            raise KeyboardInterrupt
+        return real(fd, content, at)
+
+    with monkeypatch.context() as crash:
+        crash.setattr(os, "pwrite", torn)
+        with pytest.raises(KeyboardInterrupt):
+            kept.disk.sync()
+    assert written and crash_and_resume(kept).read(0) == content(1)
 
 
 def test_a_failed_sync_is_never_followed_by_one_that_succeeds(path, monkeypatch):
@@ -503,14 +534,15 @@ def test_a_damaged_header_is_told(path):
 
 def test_a_header_that_is_older_than_the_pages_is_told_and_nothing_is_changed(path):
     kept = Kept(path)
-    for seed in (1, 2):
-        kept.write(0, seed)
-        kept.disk.sync()
+    kept.write(0, 1)
+    kept.disk.sync()
+    before = path.read_bytes()
+    kept.write(0, 2)
+    kept.disk.sync()
     kept.write(0, 3)
     kept.disk.close()
-    with path.open("r+b") as file:  # the newer one, of epoch 2
-        file.seek(30)
-        file.write(b"damage")
+    now = path.read_bytes()
+    path.write_bytes(before[:TABLE] + now[TABLE:])
     before = path.read_bytes()
     with pytest.raises(ValueError, match="damaged: its header is older than its pages"):
         Disk(str(path), START, END, keep=True)

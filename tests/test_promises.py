@@ -109,6 +109,22 @@ def test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs(
     wait_until_gone(job)
 
 
+def test_when_the_dms_dies_and_the_launcher_does_nothing_the_instance_ends_the_job(
+    start, mpirun_command
+):
+    mpirun, *rest = mpirun_command("-m", "edm.examples.bigger_than_memory", "--size", "256")
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
+    if "HYDRA" not in version.stdout:
+        pytest.skip("only MPICH's mpirun can be told to do nothing")
+    job = start(mpirun, "-disable-auto-cleanup", *rest)
+    read_until(job, "25 %")
+    os.kill(job.parts()["DMS"], signal.SIGKILL)
+    rest, _ = job.communicate(timeout=10)
+    assert job.returncode != 0 and "edm: error: the DMS has died" in rest, rest
+    assert "SUCCESS" not in rest and "Traceback" not in rest
+    wait_until_gone(job)
+
+
 # ---------------------------------------------------------------- keep and resume
 
 
