@@ -49,6 +49,12 @@ TRACKERS = [
 Run = Callable[..., subprocess.CompletedProcess]
 
 
+def has_mpich() -> bool:
+    """Is the mpirun that the tests use MPICH's?"""
+    command = [find_mpirun() or "false", "--version"]
+    return "HYDRA" in subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
 class Job(subprocess.Popen):
     """A command, and all processes that come of it, wherever a launcher puts them.
 

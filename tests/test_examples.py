@@ -4,10 +4,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
-from conftest import TRACKERS, needs_userfaultfd
+from conftest import PROGRAMS, TRACKERS, needs_userfaultfd
 
 pytestmark = needs_userfaultfd
 
@@ -108,16 +109,17 @@ IDLE_KERNEL = os.environ.get("EDM_TEST_IDLE_KERNEL", "")
 
 @pytest.mark.skipif(not shutil.which(IDLE_KERNEL), reason="EDM_TEST_IDLE_KERNEL names no command")
 @pytest.mark.skipif(TRACKERS[1].marks[0].args[0] is False, reason="this kernel has idle tracking")
-def test_the_idle_bitmap_where_the_kernel_has_it(mpirun_command, tmp_path):
+def test_the_idle_bitmap_where_the_kernel_has_it(mpirun_command):
     """EDM_TEST_IDLE_KERNEL COMMAND... runs COMMAND on a kernel with idle page tracking, as root."""
-    script = "\n".join(
-        " ".join(map(str, mpirun_command("-m", f"edm.examples.{name}", *arguments))) + " || exit 1"
-        for name, arguments in (
-            ("eviction", ["--idle-tracker", "bitmap"]),
-            ("eviction_policy", []),  # auto must take it
-            ("bigger_than_memory", ["--size", "2", "--high-threshold", "128"]),
-        )
+    jobs = (
+        ("-m", "edm.examples.eviction", "--idle-tracker", "bitmap"),
+        ("-m", "edm.examples.eviction_policy"),  # auto must take it
+        ("-m", "edm.examples.bigger_than_memory", "--size", "2", "--high-threshold", "128"),
+        (PROGRAMS / "soak.py", "$(mktemp)", 6, "bitmap", 130),
     )
+    commands = [mpirun_command(*job) for job in jobs]
+    commands.append([sys.executable, "-m", "edm", "doctor"])  # this machine has everything
+    script = "\n".join(" ".join(map(str, command)) + " || exit 1" for command in commands)
     ended = subprocess.run(
         [IDLE_KERNEL, "bash", "-c", script],
         text=True, capture_output=True, timeout=400, stdin=subprocess.DEVNULL, check=False,
@@ -127,3 +129,7 @@ def test_the_idle_bitmap_where_the_kernel_has_it(mpirun_command, tmp_path):
     assert "compare pages SUCCESS" in output
     assert "eviction policy SUCCESS, with the idle tracker bitmap" in output
     assert "every byte is right: SUCCESS" in output
+    assert "soak SUCCESS" in output
+    assert "EDM can run here." in output and not re.search(
+        "^(missing|without) ", output, re.MULTILINE
+    )

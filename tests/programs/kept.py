@@ -24,6 +24,9 @@ def app(space):
         return
     for page in range(PAGES):
         area[page * PAGE : (page + 1) * PAGE] = content(page)
+    if how == "wait":
+        print("written", flush=True)
+        signal.pause()
     if how == "raise":
         raise RuntimeError("boom")
     if how == "kill":
