@@ -231,14 +231,24 @@ class Disk:
         if not self._keep:
             os.ftruncate(self._fd, 0)
         os.ftruncate(self._fd, size)
-        if not self._keep or not begun:
-            for copy in (0, 1):  # both have their blocks now, however full the disk gets
-                self._write_header(0, copy)
-            os.fsync(self._fd)
-        if self._keep:
-            folder = os.open(os.path.dirname(os.path.abspath(name)), os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)  # the file's name
-            os.close(folder)
+        # Both are whole from here on, and have their blocks, however full the disk gets; and what
+        # this job goes on from is durable, as it writes over what the sync before that needs.
+        self._write_header(self._synced, 0)
+        os.fsync(self._fd)
+        self._write_header(self._synced, 1)
+        if self._keep and not begun:
+            self._sync_name(name)
+
+    @staticmethod
+    def _sync_name(name: str) -> None:
+        try:
+            folder = os.open(os.path.dirname(os.path.realpath(name)), os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:  # not for us to read, or a file system that does not do it
+            log.logger("DMS").info("the folder of %s could not be synced: %s", name, error)
 
     def _has_data(self) -> bool:
         """Not one that is new, or whose making was interrupted before its header was written."""
@@ -349,7 +359,7 @@ class Disk:
         unsynced = self._synced + 1 << EPOCH
         for first, pairs in self._used(0, self._slot // PAGE_SIZE):
             states = bytearray(len(pairs) // 4)
-            holes = [False] * len(states)
+            holes, dropped = [False] * len(states), [-1] * len(states)
             for index, (a, b) in enumerate(zip(pairs[0::4], pairs[2::4], strict=True)):
                 newest = max(a, b)
                 if not newest or newest >= unsynced or newest & HOLE:
@@ -359,14 +369,16 @@ class Disk:
                         states[index] = DISK  # read looks again, and tells
                         continue
                     if newest >= unsynced:
-                        a, b = (0 if version >= unsynced else version for version in (a, b))
+                        dropped[index] = slot = int(b > a)
+                        pairs[4 * index + 2 * slot] = pairs[4 * index + 2 * slot + 1] = 0
+                        a, b = pairs[4 * index], pairs[4 * index + 2]
                         newest = max(a, b)
-                        pair[0], pair[1] = a, pair[1] if a else 0
-                        pair[2], pair[3] = b, pair[3] if b else 0
-                        self._write_pairs(first + index, pair)
                 holes[index] = bool(newest & HOLE)
                 if newest and not holes[index]:
                     states[index] = DISK | (SLOT if b > a else 0)
+            if max(dropped) >= 0:
+                self._write_pairs(first, pairs)
+                self._punch_places(_runs(first, dropped))
             self._give_back(first, holes)
             yield first, bytes(states)
 
@@ -414,7 +426,8 @@ class Disk:
     def _says_nothing(page: int, slot: int, pairs: array, first: int) -> bool:
         """Is this page's pair, of these from page first on, damaged, or known to have been?"""
         pair = pairs[4 * (page - first) : 4 * (page - first) + 4]
-        return bool(pair[2 * slot] & LOST) or _is_damaged(page, pair)
+        version = pair[2 * slot]
+        return not version or bool(version & (HOLE | LOST)) or _is_damaged(page, pair)
 
     def _check_written(self) -> None:
         """Which header a kept disk has after a sync that failed is not known: leave it all."""
@@ -469,7 +482,7 @@ class Disk:
                 slot if max(a, b) >> EPOCH <= self._synced else -1
                 for slot, a, b in zip(self._writable(pairs), pairs[0::4], pairs[2::4], strict=True)
             ]
-            self._punch_places(run for run in _runs(first, spare) if run[2] >= 0)
+            self._punch_places(_runs(first, spare))
         return True
 
     def _write_all(self, content: memoryview, at: int) -> None:
@@ -481,10 +494,19 @@ class Disk:
         """These pages are as never written. Gives their blocks back; on a kept disk, those that the
         last sync needs at the next one."""
         self._check_written()
-        if not self._keep:
+        pages = range(page, page + count)
+        if self._keep:
+            try:
+                self._free_kept(page, count)
+            except OSError:
+                self._torn.update(pages)  # some are holes now, which no sync may make the last word
+                raise
+        else:
             self._punch(TABLE + page * PAIR, count * PAIR)
-            self._punch(self._data + page * PAGE_SIZE, count * PAGE_SIZE)
-            return
+            self._punch_places([(page, count, 0)])
+        self._torn.difference_update(pages if self._torn else ())
+
+    def _free_kept(self, page: int, count: int) -> None:
         hole = self._synced + 1 << EPOCH | HOLE
         for first, pairs in self._used(page, count):
             self._mend(first, pairs)
@@ -500,7 +522,6 @@ class Disk:
             self._write_pairs(first, pairs)
             self._freed.update((at, length) for at, length, new in _runs(first, freed) if new)
             self._punch_places(_runs(first, slots))  # what the last sync does not need
-        self._torn.difference_update(range(page, page + count) if self._torn else ())
 
     def _give_back(self, first: int, holes: Sequence[bool]) -> None:
         """Those of the pages from first on that are holes, by the last sync too: as never there."""
@@ -510,15 +531,17 @@ class Disk:
                 self._punch(TABLE + page * PAIR, count * PAIR)
 
     def _punch_places(self, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Of each (first page, count, place): the bytes there; of no place, if that is -1."""
         for page, count, slot in runs:
-            self._punch(self._data + slot * self._slot + page * PAGE_SIZE, count * PAGE_SIZE)
+            if slot >= 0:
+                at = self._data + slot * self._slot + page * PAGE_SIZE
+                self._punch(at, count * PAGE_SIZE)
 
     def _punch(self, at: int, length: int) -> None:
         try:
             punch_hole(self._fd, at, length)
-        except OSError as error:  # a file system that can't: the SPT, or the entries, say it anyway
-            if error.errno != errno.EOPNOTSUPP:
-                raise
+        except OSError as error:  # it is only room: SPT and entries say that nothing is there
+            log.logger("DMS").info("%d bytes at %d of the disk: %s", length, at, error)
 
     def sync(self) -> None:
         """What was written so far is what a crash goes back to.
@@ -542,7 +565,11 @@ class Disk:
             raise
         hole = self._synced << EPOCH | HOLE
         for page, count in self._freed:
-            pairs = self._read_pairs(page, count)
+            try:
+                pairs = self._read_pairs(page, count)
+            except OSError as error:  # the sync is done: this is only room
+                log.logger("DMS").info("freed pages from page %d: %s", page, error)
+                continue
             self._mend(page, pairs)
             versions = zip(pairs[0::4], pairs[2::4], strict=True)
             self._give_back(page, [hole in both for both in versions])  # not written since
@@ -711,8 +738,10 @@ class DMS:
         self._silent.discard(instance)
 
     def _get(self, instance: int, page: int, count: int, stride: int) -> int:
-        self._check(page, (count - 1) * stride + 1, self._spts[0].pages)
         spt = self._spts[instance]
+        if page + (count - 1) * stride >= spt.pages:
+            leave = f"{count} pages from page {page}, a stride of {stride} apart,"
+            raise BadRequest(f"{leave} in a space of {spt.pages} pages")
         if self._info:
             self._log.info(
                 "get request to send content of page in address: %#x", self._address(page)
@@ -764,12 +793,13 @@ class DMS:
         for first, count, dirty in table:
             self._check(first, count, m.MAX_PAGES)
             if dirty > 1:
-                raise BadRequest(f"a run's dirty is {dirty}, where 0 or 1 may be")
+                raise BadRequest(f"a run's dirty is {dirty} from page {first}, where 0 or 1 may be")
             if not spt.all_in_instance(first, count):
                 raise BadRequest(f"{count} pages from page {first} are not all in the instance")
             content_length += dirty * count * PAGE_SIZE
         if len(body) != table_length + content_length:
-            raise BadRequest(f"{len(body)} bytes, where {table_length} and {content_length} belong")
+            right = table_length + content_length
+            raise BadRequest(f"a body of {len(body)} bytes, where {right} belong")
         at = table_length
         written = []
         for first, count, dirty in table:

@@ -101,13 +101,15 @@ class Lpet:
 
     def run(self) -> None:
         """Evict whenever woken, until told to stop, or until the application has ended."""
-        rest = 0.0
+        not_before = 0.0  # seconds of the clock
         try:
-            while any(work := self._lspt.wait_for_work(rest)):
+            while any(work := self._lspt.wait_for_work(max(0.0, not_before - time.monotonic()))):
                 evict, stored = work
                 if evict:
                     self._evict_until_low_threshold()
-                    rest = self._rest()
+                    if self._refusal and self._lspt.resident >= self._high:
+                        self._evict_until_low_threshold()  # CLEAN ones: _again_at lies ahead
+                    not_before = time.monotonic() + self._rest()
                 else:
                     self._answer(stored)
         except ProcessLookupError:
@@ -203,11 +205,12 @@ class Lpet:
         if resident >= SMALL:
             to_pass = int(needed * min(max(2 * self._worth, LEAST_PASSED), MOST_PASSED))
         while needed > 0:
-            candidates = self._lspt.next_candidates(self._most)
+            most = self._batch if self._refusal else self._most
+            candidates = self._lspt.next_candidates(most)
             if not candidates or self._refusal and seen > resident:
                 break  # the rest is COMING, being unmapped, sent, or refused
-            seen += len(candidates)
             chosen, hot = self._choose(candidates, needed, to_pass)
+            seen += len(chosen) + len(hot)
             to_pass -= len(hot)
             needed -= len(chosen)
             self._tracker.mark(runs_of(sorted(hot)))

@@ -64,6 +64,15 @@ def crash_and_resume(kept):
     return Kept(copy, *kept.range)
 
 
+def failing(number):
+    """A function that raises the OSError of this number, whatever it is called with."""
+
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def read_after_a_crash(kept, page):
     resumed = crash_and_resume(kept)
     try:
@@ -286,6 +295,57 @@ def test_a_page_that_was_torn_keeps_a_sync_from_returning_until_it_is_whole(path
     kept.write(5, 4)
     kept.disk.sync()
     assert crash_and_resume(kept).all()[5:7] == [content(4), content(2)]
+
+
+def test_a_page_that_was_torn_and_then_freed_keeps_no_sync_from_returning(path, monkeypatch):
+    for keep in (False, True):
+        disk = Disk(str(path), START, END, keep)
+        with monkeypatch.context() as full, pytest.raises(OSError, match="Input/output"):
+            full.setattr(os, "pwrite", failing(errno.EIO))
+            disk.write(3, memoryview(content(1)))
+        with pytest.raises(OSError, match="could not be written"):
+            disk.sync()
+        disk.free(3, 1)
+        disk.sync()
+        disk.close()
+        path.unlink()
+
+
+def test_pages_that_could_not_be_freed_wholly_are_not_freed_by_a_sync(path, monkeypatch):
+    kept = Kept(path)
+    kept.write(3, 1)
+    kept.disk.sync()
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
+        broken.setattr(os, "pwrite", failing(errno.EIO))
+        kept.disk.free(3, 1)
+    with pytest.raises(OSError, match="could not be written"):
+        kept.disk.sync()
+    assert read_after_a_crash(kept, 3) == content(1)
+    kept.free(3, 1)
+    kept.disk.sync()
+    assert read_after_a_crash(kept, 3) is None
+
+
+def test_that_no_hole_can_be_punched_is_no_error_once_the_entries_say_it(path, monkeypatch):
+    kept = Kept(path)
+    kept.write(3, 1, 2)
+    kept.disk.sync()
+    monkeypatch.setattr("edm.dms.punch_hole", failing(errno.EIO))
+    kept.free(3, 1)
+    kept.disk.sync()
+    assert kept.all() == crash_and_resume(kept).all() == [*[None] * 4, content(2), *[None] * 295]
+
+
+def test_what_a_resumed_job_goes_on_from_is_durable_before_anything_is_written(path, monkeypatch):
+    made(path)
+    calls = []
+    real_fsync, real_pwrite = os.fsync, os.pwrite
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), real_fsync(fd)))
+    monkeypatch.setattr(
+        os, "pwrite", lambda fd, what, at: (calls.append(at), real_pwrite(fd, what, at))[1]
+    )
+    Kept(path).disk.close()
+    assert calls == [0, "fsync", HEADER_COPY]
 
 
 def test_a_page_that_the_file_system_can_not_read_is_told_and_its_neighbours_are_read(

@@ -203,13 +203,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("request_", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_request_is_answered_with_a_reason_and_changes_nothing(dms, request_):
+def test_a_wrong_request_is_answered_with_a_reason_and_changes_nothing(dms, request_, caplog):
     ask(dms, m.GET, page=500, count=1)
     ask(dms, m.GET, page=600, count=1)
     ask(dms, **eviction((600, content(6))))
     before = ask(dms, m.LOCATIONS, page=0, count=PAGES)
     kind, _, reason = ask(dms, **request_)
     assert kind == m.ERROR and reason
+    assert f"request of INSTANCE_0 refused: {reason.decode()}" in caplog.text
     assert ask(dms, m.LOCATIONS, page=0, count=PAGES) == before
     assert ask(dms, m.GET, page=600, count=1) == (m.CONTENT, 1, content(6))
 
@@ -222,11 +223,11 @@ def test_who_has_said_bye_is_refused(dms):
 
 
 @pytest.mark.parametrize("length", [MPI.UNDEFINED, 1 << 62])
-def test_a_message_that_no_memory_can_take_is_dropped(dms, length):
+def test_a_message_that_no_memory_can_take_is_dropped_and_told(dms, length, caplog):
     dropped = []
     dms._comm = SimpleNamespace(Mprobe=lambda source, tag: dropped.append((source, tag)))
     assert dms._receive(length, source=1, tag=3) is None
-    assert dropped == [(1, 3)]
+    assert dropped == [(1, 3)] and "a message of INSTANCE_0 was dropped" in caplog.text
 
 
 def test_random_bytes_never_end_the_dms(dms):

@@ -55,8 +55,9 @@ def test_when_the_disk_is_full_nothing_is_lost_and_the_application_goes_on_when_
     assert "No space left on device" in ended.stdout
 
 
-def test_when_the_disk_is_full_clean_pages_still_leave(mpirun, small_file_system):
-    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "reads")
+@pytest.mark.parametrize("thresholds", [[], ["close"]])
+def test_when_the_disk_is_full_clean_pages_still_leave(mpirun, small_file_system, thresholds):
+    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "reads", *thresholds)
     assert ended.returncode == 0 and "full disk SUCCESS" in ended.stdout, ended.stdout
 
 

@@ -1,5 +1,5 @@
 """The disk is full. argv: the disk, on a small file system; then "frees", "goes on" or "reads"; and
-"keep", if it is to be kept.
+"keep", if it is to be kept, and "close", if the thresholds are to be.
 
 In any way what was written before is whole. With "frees", an area is unmapped when it is full, and
 the writer goes on; with "reads", something else fills the file system, and a few pages are written
@@ -84,4 +84,5 @@ def app(space):
     print("full disk SUCCESS", written, len(second))
 
 
-edm.main(app, edm.Config(high_threshold=64, low_threshold=48, disk=disk, keep="keep" in sys.argv))
+low = 63 if "close" in sys.argv else 48
+edm.main(app, edm.Config(high_threshold=64, low_threshold=low, disk=disk, keep="keep" in sys.argv))

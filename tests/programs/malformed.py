@@ -1,6 +1,7 @@
 """Rank 1 sends the real DMS on rank 0 messages that are wrong, by MPI."""
 
 import random
+import re
 import sys
 
 from mpi4py import MPI
@@ -26,39 +27,64 @@ def request(kind, page=0, count=0, body=b"", stride=0):
     return m.HEADER.pack(kind, stride, count, page) + body
 
 
+PAGE = bytes(PAGE_SIZE)
+GEOMETRY = (m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE)
+RUN = m.RUN.pack(1, 1, 1)
+# One right request of each kind, in an order in which each of them can be done.
+RIGHT = {
+    m.HELLO: {"body": m.GEOMETRY.pack(*GEOMETRY)},
+    m.GET: {"page": 1, "count": 1},
+    m.STORE: {"count": 1, "body": RUN + PAGE},
+    m.EVICT: {"count": 1, "body": RUN + PAGE},
+    m.LOCATIONS: {"page": 1, "count": 1},
+    m.FREE: {"page": 1, "count": 1},
+    m.SYNC: {},
+    m.RINGS: {},
+    m.BYE: {},
+}
+# What is wrong in each field, and words of the reason.
+WRONG = {
+    "kind": ((0, 10, 16, 17, 18, 19, 20, 0x7FFF, 0xFFFF), "no request of kind"),
+    "stride": ((1000, 0x7FFF, 0xFFFF), "stride|pages from page"),
+    "count": ((0, PAGES, PAGES + 1, 0x7FFFFFFF, 0xFFFFFFFF), "a count of|runs, where|in a space"),
+    "page": ((PAGES, 1 << 31, 1 << 32, (1 << 63) - 1, (1 << 64) - 1), "in a space of"),
+    "body": ((b"x", RUN + b"x", RUN + PAGE[1:], RUN + PAGE + b"x"), "a body of"),
+}
+
+
+def refused(what, message, reason):
+    got, _, said = ask(message)
+    if got != m.ERROR or not re.search(reason, said.decode()):
+        sys.exit(f"{what} got {got} {said!r}")
+
+
 def malform():
-    # A right request each, and then every field of it wrong in turn.
-    page = bytes(PAGE_SIZE)
-    geometry = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE)
-    for kind in (m.HELLO, m.GET, m.EVICT, m.STORE, m.FREE, m.LOCATIONS, m.SYNC, m.BYE, m.RINGS):
-        for field, values in {
-            "kind": (0, 10, 16, 17, 18, 19, 20, 0x7FFF, 0xFFFF),
-            "stride": (1000, 0x7FFF, 0xFFFF),
-            "count": (0, PAGES, PAGES + 1, 0x7FFFFFFF, 0xFFFFFFFF),
-            "page": (PAGES, 1 << 31, 1 << 32, (1 << 63) - 1, (1 << 64) - 1),
-            "body": (b"x", page[:-1], page, page + b"x"),
-        }.items():
-            if kind in (m.HELLO, m.SYNC, m.BYE, m.RINGS) and field in ("count", "page"):
-                continue  # these have none
-            if kind in (m.EVICT, m.STORE) and field == "page":
-                continue  # this has none of its own: see the run table
+    for index in range(len(GEOMETRY)):
+        other = [field + PAGE_SIZE * (at == index) for at, field in enumerate(GEOMETRY)]
+        refused(f"HELLO of {other}", request(m.HELLO, body=m.GEOMETRY.pack(*other)), "differ")
+    for kind, right in RIGHT.items():
+        for field, (values, reason) in WRONG.items():
+            if field in ("count", "page") and field not in right:
+                continue  # it has none
             for value in values:
-                right = {"kind": kind, "page": 1, "count": 1}
-                if kind == m.HELLO:
-                    right["body"] = geometry
-                if kind in (m.EVICT, m.STORE):
-                    right["body"] = m.RUN.pack(1, 1, 1) + page
+                wrong = {"kind": kind, **right, field: value}
                 if field == "stride":
-                    right["count"] = 2  # of one page, no stride is wrong
-                if field == "body" and kind in (m.EVICT, m.STORE):
-                    value = m.RUN.pack(1, 1, 1) + value + b"x"
-                got, _, reason = ask(request(**{**right, field: value}))
-                if got != m.ERROR or not reason:
-                    sys.exit(f"kind {kind} with {field} {value!r} got {got} {reason!r}")
-    for run in ((PAGES, 1, 0), (1, 0, 0), (1, 257, 0), (1, 1, 2), (500, 1, 0), (1 << 63, 1, 1)):
-        got, _, reason = ask(request(m.EVICT, 0, 1, m.RUN.pack(*run)))
-        if got != m.ERROR or not reason:
-            sys.exit(f"a run {run} got {got} {reason!r}")
+                    wrong["count"] = 2  # of one page, no stride is wrong
+                refused(f"kind {kind} with {field} {value!r}", request(**wrong), reason)
+        if kind == m.EVICT:
+            for run in (
+                (PAGES, 1, 0),
+                (1, 0, 0),
+                (1, 257, 0),
+                (1, 1, 2),
+                (500, 1, 0),
+                (1 << 63, 1, 1),
+            ):
+                refused(f"a run {run}", request(m.EVICT, 0, 1, m.RUN.pack(*run)), "page|a count")
+        if kind != m.BYE:  # it is said at the end
+            got, _, said = ask(request(kind, **right))
+            if got == m.ERROR:
+                sys.exit(f"kind {kind} is right, and got {said!r}")
     for length in (0, 1, 15, m.MAX_MESSAGE + 1, 5 * m.MAX_MESSAGE):
         if ask(bytes(length))[0] != m.ERROR:
             sys.exit(f"{length} bytes were taken for a request")
