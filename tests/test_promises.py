@@ -55,6 +55,12 @@ def test_when_the_disk_is_full_nothing_is_lost_and_the_application_goes_on_when_
     assert "No space left on device" in ended.stdout
 
 
+def test_while_writing_fails_nothing_is_lost_and_then_the_application_goes_on(mpirun, tmp_path):
+    ended = mpirun(PROGRAMS / "full_disk.py", tmp_path / "disk", "EIO")
+    assert ended.returncode == 0 and "full disk SUCCESS" in ended.stdout, ended.stdout
+    assert "Input/output error" in ended.stdout
+
+
 @pytest.mark.parametrize("thresholds", [[], ["close"]])
 def test_when_the_disk_is_full_clean_pages_still_leave(mpirun, small_file_system, thresholds):
     ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "reads", *thresholds)
@@ -75,6 +81,11 @@ def test_when_the_disk_is_full_and_the_application_can_go_no_further_the_job_end
     assert os.statvfs(small_file_system).f_bfree == 0
 
 
+def test_sync_returns_how_many_pages_it_sent_and_evicts_none(mpirun):
+    ended = mpirun(PROGRAMS / "syncs.py")
+    assert ended.returncode == 0 and "syncs SUCCESS" in ended.stdout, ended.stdout
+
+
 def test_faults_that_need_room_do_not_wait_for_a_sync_to_end(mpirun):
     ended = mpirun(PROGRAMS / "room_in_sync.py")
     assert ended.returncode == 0 and "room SUCCESS" in ended.stdout, ended.stdout
@@ -83,11 +94,27 @@ def test_faults_that_need_room_do_not_wait_for_a_sync_to_end(mpirun):
 def test_a_flipped_byte_in_the_disk_file_is_a_sigbus_and_the_other_pages_are_whole(
     mpirun, tmp_path
 ):
-    ended = mpirun(PROGRAMS / "lost_page.py", tmp_path / "disk")
+    ended = mpirun(PROGRAMS / "lost_page.py", tmp_path / "disk", "flip")
     assert "the others are right" in ended.stdout and "never seen" not in ended.stdout
     assert "can't be brought back: page 20: " in ended.stdout, ended.stdout
     assert "the checksum is wrong" in ended.stdout
     assert ended.returncode == 128 + signal.SIGBUS, ended.stdout
+
+
+def test_a_page_that_can_not_be_read_is_a_sigbus_too(mpirun, tmp_path):
+    ended = mpirun(PROGRAMS / "lost_page.py", tmp_path / "disk", "EIO")
+    assert "the others are right" in ended.stdout and "never seen" not in ended.stdout
+    assert "can't be brought back: page 20: " in ended.stdout, ended.stdout
+    assert "Input/output error" in ended.stdout
+    assert ended.returncode == 128 + signal.SIGBUS, ended.stdout
+
+
+def test_without_poison_a_page_that_can_not_be_brought_back_ends_the_job(mpirun, tmp_path):
+    ended = mpirun(PROGRAMS / "lost_page.py", tmp_path / "disk", "no poison")
+    assert "the others are right" in ended.stdout and "never seen" not in ended.stdout
+    assert ended.returncode == 2, ended.stdout
+    errors = [line for line in ended.stdout.splitlines() if "edm: error:" in line]
+    assert len(errors) == 1 and "page 20: " in errors[0] and "UFFDIO_POISON" in errors[0]
 
 
 # ---------------------------------------------------------------- who dies

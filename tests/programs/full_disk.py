@@ -1,12 +1,16 @@
-"""The disk is full. argv: the disk, on a small file system; then "frees", "goes on" or "reads"; and
-"keep", if it is to be kept, and "close", if the thresholds are to be.
+"""The disk is full. argv: the disk, on a small file system; then "frees", "goes on", "reads" or "EIO";
+and "keep", if it is to be kept, and "close", if the thresholds are to be.
 
-In any way what was written before is whole. With "frees", an area is unmapped when it is full, and
+In any way what was written before is whole. With "EIO" it is not full, but writing to it fails for a
+while, now for a whole batch and now after half of it. With "frees", an area is unmapped when it is full, and
 the writer goes on; with "reads", something else fills the file system, and a few pages are written
 amid many that are read; else the writer goes on until the job is ended.
 """
 
 import ctypes
+import errno
+import itertools
+import os
 import sys
 import threading
 import time
@@ -24,6 +28,19 @@ disk, frees = sys.argv[1], sys.argv[2] == "frees"
 
 def content(page):
     return (page + 1).to_bytes(8, "little") * (PAGE // 8)
+
+
+fails = Path(disk).with_name("fails")
+calls = itertools.count()
+real_pwrite = os.pwrite
+
+
+def pwrite(fd, content, offset):
+    if os.readlink(f"/proc/self/fd/{fd}") == disk and fails.exists():
+        if len(content) > PAGE and next(calls) % 2:
+            return real_pwrite(fd, content[: len(content) // 2], offset)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return real_pwrite(fd, content, offset)
 
 
 def fill(path):
@@ -69,20 +86,26 @@ def app(space):
         check(1)
         print("full disk SUCCESS")
         return
+    if sys.argv[2] == "EIO":
+        fails.touch()
     writer = threading.Thread(target=write, args=(1, 800 if frees else 3000))
     writer.start()
     deadline = time.monotonic() + 30
-    while frees and not space.figures()["refused"]:
+    while sys.argv[2] != "goes on" and not space.figures()["refused"]:
         if time.monotonic() > deadline:
             sys.exit("the disk never was full")
         time.sleep(0.01)
     if frees:
         print("full after", written[1], "pages; freeing", flush=True)
         space.munmap(first)
+    if sys.argv[2] == "EIO":
+        fails.unlink()
     writer.join()
     check(1)
     print("full disk SUCCESS", written, len(second))
 
 
+if sys.argv[2] == "EIO":
+    os.pwrite = pwrite
 low = 63 if "close" in sys.argv else 48
 edm.main(app, edm.Config(high_threshold=64, low_threshold=low, disk=disk, keep="keep" in sys.argv))

@@ -1,11 +1,27 @@
-"""A byte of the disk file is flipped: its page is a SIGBUS, the others are whole. argv: the disk."""
+"""A page can't be read back: it is a SIGBUS, the others are whole. argv: the disk, and why.
 
+"flip": a byte of the disk file is flipped. "EIO": reading it fails. "no poison": as flip, on a
+kernel without UFFDIO_POISON.
+"""
+
+import errno
+import os
 import sys
 
 import edm
+from edm import uffd_ctypes
 
 PAGE = edm.PAGE_SIZE
 PAGES, LOST = 40, 20
+disk, why = sys.argv[1:]
+real_preadv = os.preadv
+
+
+def preadv(fd, buffers, offset):
+    got = real_preadv(fd, buffers, offset)
+    if os.readlink(f"/proc/self/fd/{fd}") == disk and content(LOST) in bytes(buffers[0]):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return got
 
 
 def content(page):
@@ -16,10 +32,11 @@ def app(space):
     area = space.mmap(PAGES * PAGE)
     for page in range(PAGES):
         area[page * PAGE : (page + 1) * PAGE] = content(page)
-    with open(sys.argv[1], "r+b") as disk:
-        at = disk.read().index(content(LOST)) + 100
-        disk.seek(at)
-        disk.write(b"\xff")
+    if why != "EIO":
+        with open(disk, "r+b") as file:
+            at = file.read().index(content(LOST)) + 100
+            file.seek(at)
+            file.write(b"\xff")
     for page in (*range(LOST), *range(LOST + 1, PAGES)):
         if area[page * PAGE : (page + 1) * PAGE] != content(page):
             sys.exit(f"page {page} is wrong")
@@ -27,7 +44,9 @@ def app(space):
     print("never seen:", bytes(area[LOST * PAGE : (LOST + 1) * PAGE])[:16], flush=True)
 
 
+if why == "EIO":
+    os.preadv = preadv
+if why == "no poison":
+    uffd_ctypes.UFFDIO_POISON = uffd_ctypes._IO(0xAA, 0x77)
 START = 0x10_0000_0000
-edm.main(
-    app, edm.Config(START, START + 100 * PAGE, high_threshold=10, low_threshold=5, disk=sys.argv[1])
-)
+edm.main(app, edm.Config(START, START + 100 * PAGE, high_threshold=10, low_threshold=5, disk=disk))
