@@ -224,7 +224,7 @@ def disk() -> Finding:
     if kinds.get(mount) == "tmpfs":
         found, free = f"{folder} is memory (tmpfs), so pages kept there are no gain", 0
     if free < ENOUGH_DISK:
-        return "without", found, "TMPDIR=/a/larger/disk before mpirun, or --disk PATH"
+        return "without", found, "export TMPDIR=/a/folder/on/a/larger/disk"
     return "ok", found, ""
 
 

@@ -548,12 +548,20 @@ def made(path):
     kept.disk.close()
 
 
+def refused(path, match, start=START, end=END, keep=True):
+    """Refused with these words, and left as it is."""
+    before = path.read_bytes(), path.stat().st_mode
+    with pytest.raises(ValueError, match=match):
+        Disk(str(path), start, end, keep)
+    assert (path.read_bytes(), path.stat().st_mode) == before
+
+
 def test_a_disk_in_use_is_refused(path):
     for keep in (True, False):
         disk = Disk(str(path), START, END, keep)
+        disk.write(0, memoryview(content(1)))
         for other in (True, False):
-            with pytest.raises(ValueError, match="disk: .* in use by another job"):
-                Disk(str(path), START, END, other)
+            refused(path, "disk: .* in use by another job", keep=other)
         disk.close()
         path.unlink()
 
@@ -562,24 +570,20 @@ def test_a_file_that_is_no_disk_is_refused_and_left_as_it_is(path):
     for text in (b"x", b"my thesis\n" * 30000):
         for keep in (True, False):
             path.write_bytes(text)
-            with pytest.raises(ValueError, match="disk: .* is not an EDM disk"):
-                Disk(str(path), START, END, keep)
-            assert path.read_bytes() == text
+            refused(path, "disk: .* is not an EDM disk", keep=keep)
 
 
 def test_another_geometry_is_refused(path):
     made(path)
     for start, end in ((START, END + PAGE_SIZE), (START + PAGE_SIZE, END)):
-        with pytest.raises(ValueError, match="geometry.*start_addr 0x1b58000"):
-            Disk(str(path), start, end, keep=True)
+        refused(path, "geometry.*start_addr 0x1b58000", start, end)
 
 
 def test_another_version_of_the_format_is_refused(path, monkeypatch):
     monkeypatch.setattr("edm.dms.FORMAT", 99)
     made(path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="version 99"):
-        Disk(str(path), START, END, keep=True)
+    refused(path, "version 99")
 
 
 def test_a_damaged_header_is_told(path):
@@ -588,8 +592,7 @@ def test_a_damaged_header_is_told(path):
         for at in (0, HEADER_COPY):
             file.seek(at + 30)
             file.write(b"damage")
-    with pytest.raises(ValueError, match="damaged"):
-        Disk(str(path), START, END, keep=True)
+    refused(path, "damaged")
 
 
 def test_a_header_that_is_older_than_the_pages_is_told_and_nothing_is_changed(path):
@@ -603,17 +606,13 @@ def test_a_header_that_is_older_than_the_pages_is_told_and_nothing_is_changed(pa
     kept.disk.close()
     now = path.read_bytes()
     path.write_bytes(before[:TABLE] + now[TABLE:])
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="damaged: its header is older than its pages"):
-        Disk(str(path), START, END, keep=True)
-    assert path.read_bytes() == before
+    refused(path, "damaged: its header is older than its pages")
 
 
 def test_a_kept_disk_that_was_cut_short_is_told(path):
     made(path)
     os.truncate(path, path.stat().st_size - PAGE_SIZE)
-    with pytest.raises(ValueError, match="damaged: it has .* bytes, and should have"):
-        Disk(str(path), START, END, keep=True)
+    refused(path, "damaged: it has .* bytes, and should have")
 
 
 def test_a_kept_disk_whose_making_was_interrupted_is_a_new_one(path):
@@ -624,8 +623,7 @@ def test_a_kept_disk_whose_making_was_interrupted_is_a_new_one(path):
 
 def test_a_kept_disk_is_not_overwritten_by_a_job_that_does_not_keep_it(path):
     made(path)
-    with pytest.raises(ValueError, match="kept disk of an earlier job; --keep goes on"):
-        Disk(str(path), START, END, keep=False)
+    refused(path, "kept disk of an earlier job; --keep goes on", keep=False)
     assert Kept(path).read(0) == content(1)
 
 
@@ -633,8 +631,7 @@ def test_a_disk_that_was_not_kept_is_refused_for_keeping_and_else_begins_anew(pa
     disk = Disk(str(path), START, END, keep=False)
     disk.write(0, memoryview(content(1)))
     disk.close()
-    with pytest.raises(ValueError, match="not kept"):
-        Disk(str(path), START, END, keep=True)
+    refused(path, "not kept")
     disk = Disk(str(path), START, END, keep=False)
     assert os.pread(disk._fd, PAIR, TABLE) == bytes(PAIR)
     disk.close()

@@ -64,6 +64,23 @@ def test_without_mpi_it_says_what_is_missing_and_how_to_get_it(run, package, tmp
     assert states["MPI"] == states["two ranks"] == "missing"
     assert "pip install mpi4py mpich" in ended.stdout and "Traceback" not in ended.stdout
     assert "EDM can't run here." in ended.stdout
+    # mpi4py alone, without an MPI library
+    shutil.copytree(Path(mpi4py.__file__).parent, package / "mpi4py")
+    settings.append("MPI4PY_LIBMPI=/nowhere/libmpi.so")
+    ended = run("/usr/bin/env", *settings, bare / "bin" / "python", "-m", "edm", "doctor")
+    assert ended.returncode == 1 and found(ended.stdout)["MPI"] == "missing", ended.stdout
+    assert "mpi4py finds no MPI library" in ended.stdout
+    assert "-m pip install mpich\n" in ended.stdout and "Traceback" not in ended.stdout
+
+
+def test_an_mpirun_of_another_mpi_is_told(monkeypatch, tmp_path):
+    other = tmp_path / "mpirun"
+    other.write_text('#!/bin/sh\nshift 2\n"$@" & "$@"\nwait\n')
+    other.chmod(0o755)
+    monkeypatch.setattr(doctor, "find_mpirun", lambda: str(other))
+    state, words, remedy = doctor.two_ranks()
+    assert state == "missing" and "are not of the same kind" in words
+    assert "pip install --force-reinstall mpich" in remedy
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import pwd
 import random
 import re
 import select
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, TRACKERS, has_mpich, needs_userfaultfd
@@ -348,7 +350,36 @@ def test_malformed_messages_are_refused_and_the_dms_goes_on_serving(mpirun):
 # ---------------------------------------------------------------- who else may look
 
 
-def test_no_other_user_can_read_the_disk_or_find_a_name_or_a_socket(
+def test_another_user_can_open_neither_the_disk_nor_the_memory_of_a_job(
+    start, mpirun_command, tmp_path
+):
+    if os.getuid():
+        pytest.skip("becoming another user needs root")
+    nobody = pwd.getpwnam("nobody")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    shared = set(Path("/dev/shm").iterdir())
+    job = start(*resume(mpirun_command, tmp_path / "disk"))
+    read_until(job, "page 4096")
+    files = [tmp_path / "disk", *(set(Path("/dev/shm").iterdir()) - shared)]
+    for pid in job.parts().values():
+        process = Path(f"/proc/{pid}")
+        files += [process / "mem", process / "maps", *(process / "fd").iterdir()]
+    assert len(files) > 20
+    opens = 'for file; do ( : < "$file" ) 2>/dev/null && echo "$file"; done'
+
+    def opened(*more, **who):
+        command = ["/bin/sh", "-c", opens, "sh", *map(str, files), *map(str, more)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, **who).stdout
+
+    public = tmp_path / "public"
+    public.touch(0o644)
+    assert str(tmp_path / "disk") in opened()  # as root
+    who = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+    assert opened(public, **who) == f"{public}\n"
+
+
+def test_the_disk_is_for_its_owner_and_edm_makes_no_socket_with_a_name_or_a_port(
     start, mpirun_command, tmp_path
 ):
     disk = tmp_path / "disk"
