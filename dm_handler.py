@@ -45,7 +45,7 @@ from logging import INFO
 from edm import log
 from edm.lspt import AWAY, CLEAN, COMING, DIRTY, HELD_CLEAN, HELD_DIRTY, LOST, LSPT, NEW, Stopped
 from edm.messages import CONTENT, NEW_PAGES, UNREADABLE, DMSError
-from edm.mpi_client import MpiClient
+from edm.mpi_client import TESTS, MpiClient
 from edm.readahead import Ahead, Readahead, Stream
 from edm.uffd_ctypes import (
     PAGE_SIZE,
@@ -165,10 +165,14 @@ class DmHandler:
         """
         until = time.monotonic() + EAGER
         waiting = [self._client, *(stream.ahead.client for stream in self._readahead.asked())]
+        looks = 0
         while time.monotonic() < until or not all(client.answered() for client in waiting):
             os.sched_yield()
             if ready := poll.poll(0):
                 return ready
+            looks += 1
+            if looks % TESTS == 0:
+                self._client.check_dms()
         self._take_ack()
         return []
 

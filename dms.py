@@ -215,9 +215,9 @@ class Disk:
         except BlockingIOError:
             raise ValueError(f"disk: {name} is in use by another job") from None
         size = self._data + self._slot * (2 if self._keep else 1)
-        begun = self._has_data()
+        begun, agree = self._has_data(), False
         if begun:
-            kept = self._read_header(name)
+            kept, agree = self._read_header(name)
             if kept and not self._keep:
                 raise ValueError(
                     f"disk: {name} is the kept disk of an earlier job; "
@@ -231,11 +231,12 @@ class Disk:
         if not self._keep:
             os.ftruncate(self._fd, 0)
         os.ftruncate(self._fd, size)
-        # Both are whole from here on, and have their blocks, however full the disk gets; and what
-        # this job goes on from is durable, as it writes over what the sync before that needs.
-        self._write_header(self._synced, 0)
-        os.fsync(self._fd)
-        self._write_header(self._synced, 1)
+        if not self._keep or not agree:
+            # Both are whole from here on, and have their blocks, however full the disk gets; and what
+            # this job goes on from is durable, as it writes over what the sync before that needs.
+            self._write_header(self._synced, 0)
+            os.fsync(self._fd)
+            self._write_header(self._synced, 1)
         if self._keep and not begun:
             self._sync_name(name)
 
@@ -280,8 +281,11 @@ class Disk:
         whole = fields + CRC.pack(zlib.crc32(fields))
         self._write_all(memoryview(whole), copy * HEADER_COPY)
 
-    def _read_header(self, name: str) -> bool:
-        """Take the epoch from the newer whole copy. Was the disk kept?"""
+    def _read_header(self, name: str) -> tuple[bool, bool]:
+        """Take the epoch from the newer whole copy. Was the disk kept; do both say the same?
+
+        Then it is durable, as the second one is written after that.
+        """
         magic, whole = False, []
         for at in (0, HEADER_COPY):
             raw = os.pread(self._fd, HEADER.size + CRC.size, at)
@@ -307,7 +311,7 @@ class Disk:
                 f"disk: {name} is of another geometry: pages of {size} bytes, start_addr "
                 f"{start:#x}, end_addr {end:#x}; give the same ones"
             )
-        return bool(kept)
+        return bool(kept), len(whole) == 2 and whole[0] == whole[1]
 
     # ------------------------------------------------------------ the table
 
@@ -494,34 +498,37 @@ class Disk:
         """These pages are as never written. Gives their blocks back; on a kept disk, those that the
         last sync needs at the next one."""
         self._check_written()
-        pages = range(page, page + count)
         if self._keep:
+            changed = page
             try:
-                self._free_kept(page, count)
+                for first, pairs in self._used(page, count):
+                    freed = self._make_holes(first, pairs)
+                    changed = first + len(freed)
+                    self._write_pairs(first, pairs)
+                    self._freed.update((at, many) for at, many, new in _runs(first, freed) if new)
+                    # What the last sync does not need: the holes themselves are in the table.
+                    self._punch_places(_runs(first, self._writable(pairs)))
             except OSError:
-                self._torn.update(pages)  # some are holes now, which no sync may make the last word
+                self._torn.update(range(page, changed))  # no sync may make this the last word
                 raise
         else:
             self._punch(TABLE + page * PAIR, count * PAIR)
             self._punch_places([(page, count, 0)])
-        self._torn.difference_update(pages if self._torn else ())
+        self._torn.difference_update(range(page, page + count) if self._torn else ())
 
-    def _free_kept(self, page: int, count: int) -> None:
+    def _make_holes(self, first: int, pairs: array) -> list[bool]:
+        """Let the pairs say that their pages are freed: of which of them they did not."""
         hole = self._synced + 1 << EPOCH | HOLE
-        for first, pairs in self._used(page, count):
-            self._mend(first, pairs)
-            slots = self._writable(pairs)
-            freed = []
-            for index, slot in enumerate(slots):
-                at = 4 * index
-                newest = max(pairs[at], pairs[at + 2])
-                freed.append(bool(newest and not newest & HOLE))
-                if freed[-1]:
-                    pairs[at + 2 * slot] = hole
-                    pairs[at + 2 * slot + 1] = _sums(first + index, slot, hole, 0)
-            self._write_pairs(first, pairs)
-            self._freed.update((at, length) for at, length, new in _runs(first, freed) if new)
-            self._punch_places(_runs(first, slots))  # what the last sync does not need
+        self._mend(first, pairs)
+        freed = []
+        for index, slot in enumerate(self._writable(pairs)):
+            at = 4 * index
+            newest = max(pairs[at], pairs[at + 2])
+            freed.append(bool(newest and not newest & HOLE))
+            if freed[-1]:
+                pairs[at + 2 * slot] = hole
+                pairs[at + 2 * slot + 1] = _sums(first + index, slot, hole, 0)
+        return freed
 
     def _give_back(self, first: int, holes: Sequence[bool]) -> None:
         """Those of the pages from first on that are holes, by the last sync too: as never there."""

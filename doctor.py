@@ -106,9 +106,11 @@ def page_fault() -> Finding:
                 return "missing", "no page fault came", ""
             (_, at), *_ = uffd.read_faults()
             uffd.copy(at & -PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
-            thread.join(DEADLINE)
     except (OSError, ValueError) as error:
         return "missing", f"{error}", ""
+    finally:
+        if thread.ident:  # it was started
+            thread.join(DEADLINE)
     if got.raw != page.raw:
         return "missing", "the page came, but with other bytes", ""
     return "ok", "a page was brought in by userfaultfd", ""

@@ -230,6 +230,7 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
             raise  # before it began, or with BYE said: no other rank waits for this one
         print(f"edm: error: the DMS has failed: {error}", file=sys.stderr, flush=True)
         world.Abort(2)
+        os._exit(2)  # a launcher that was told not to clean up lets Abort return
     except BaseException as error:  # noqa: BLE001 - it ends this process
         # Another rank may be waiting for this one: end the job rather than hang.
         if isinstance(error, DMSGone):
@@ -241,7 +242,7 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
             traceback.print_exc()
         sys.stderr.flush()
         world.Abort(1)
-        os._exit(1)  # a launcher that was told not to clean up lets Abort return
+        os._exit(1)
 
 
 def _check_mpi(MPI: Any) -> None:
@@ -337,8 +338,17 @@ def _run_application(
         # Told as Python tells it, without the frames that led to the program.
         own = (__file__, str(Path(__file__).with_name("launch.py")), runpy.__file__, "<frozen")
         error = error.with_traceback(log.programs_own(error.__traceback__, own))
-        sys.excepthook(type(error), error, error.__traceback__)
         status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as exit:  # the program's own hook
+            status = _exit_status(exit.code)
+        except BaseException as second:  # noqa: BLE001 - likewise
+            print("Error in sys.excepthook:", file=sys.stderr)
+            trace = log.programs_own(second.__traceback__, own)
+            traceback.print_exception(type(second), second, trace, chain=False)
+            print("\nOriginal exception was:", file=sys.stderr)
+            traceback.print_exception(type(error), error, error.__traceback__)
     # As a Python process ends: its threads, its exit functions, and what is left in buffers.
     try:
         threading._shutdown()

@@ -45,7 +45,7 @@ from typing import Any
 from edm import log
 from edm import messages as m
 from edm.lspt import DIRTY, LSPT, SMALL, HeldRun, Run, runs_of
-from edm.mpi_client import MpiClient
+from edm.mpi_client import PATIENCE, MpiClient
 from edm.page_idle import IdleTracker, Pagemap
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
 
@@ -106,9 +106,9 @@ class Lpet:
             while any(work := self._lspt.wait_for_work(max(0.0, not_before - time.monotonic()))):
                 evict, stored = work
                 if evict:
-                    self._evict_until_low_threshold()
-                    if self._refusal and self._lspt.resident >= self._high:
-                        self._evict_until_low_threshold()  # CLEAN ones: _again_at lies ahead
+                    clean_untried = self._evict_until_low_threshold()
+                    if clean_untried and self._lspt.resident >= self._high:
+                        self._evict_until_low_threshold()
                     not_before = time.monotonic() + self._rest()
                 else:
                     self._answer(stored)
@@ -190,7 +190,8 @@ class Lpet:
 
     # ------------------------------------------------------------ which pages
 
-    def _evict_until_low_threshold(self) -> None:
+    def _evict_until_low_threshold(self) -> bool:
+        """Was it refused at its very end, before CLEAN pages alone were tried?"""
         self._rounds += 1
         if time.monotonic() >= self._again_at:
             self._refusal = ""
@@ -207,10 +208,13 @@ class Lpet:
         while needed > 0:
             most = self._batch if self._refusal else self._most
             candidates = self._lspt.next_candidates(most)
+            if not candidates and not seen:
+                time.sleep(PATIENCE)  # nothing can be done, and it would be woken again at once
             if not candidates or self._refusal and seen > resident:
                 break  # the rest is COMING, being unmapped, sent, or refused
-            chosen, hot = self._choose(candidates, needed, to_pass)
-            seen += len(chosen) + len(hot)
+            chosen, hot, stay = self._choose(candidates, needed, to_pass)
+            done = len(chosen) + len(hot) + len(stay)
+            seen += done
             to_pass -= len(hot)
             needed -= len(chosen)
             self._tracker.mark(runs_of(sorted(hot)))
@@ -219,19 +223,22 @@ class Lpet:
             for at in range(0, len(runs), RUNS):
                 held = self._lspt.hold(runs[at : at + RUNS], only_clean=bool(self._refusal))
                 self._send(held, self._drop)
-            kept = hot
-            if self._refusal:
-                kept = hot + [p for p in chosen if self._lspt.state[p] == DIRTY]
-                needed += len(kept) - len(hot)
-            self._lspt.passed(candidates, len(chosen) + len(hot), kept)
+            if self._refusal:  # since when, some could not be held
+                not_held = [p for p in chosen if self._lspt.state[p] == DIRTY]
+                needed += len(not_held)
+                stay += not_held
+            self._lspt.passed(candidates, done, hot + stay)
+        refused_before = self._refusal
         self._finish_sent()
         if self._info:
             self._banner.info("\n-----------------FINISH LPET-----------------\n")
+        return bool(self._refusal) and not refused_before
 
     def _choose(
         self, candidates: dict[int, bool], needed: int, to_pass: int
-    ) -> tuple[list[int], list[int]]:
-        """In order, until enough are chosen: those to evict, and those to mark and pass.
+    ) -> tuple[list[int], list[int], list[int]]:
+        """In order, until enough are chosen: those to evict, those to mark and pass, and those that
+        have to stay, as the DMS refuses DIRTY ones.
 
         A page that was never marked is not idle. One that was, and was touched since, shows that
         marking was worth it.
@@ -243,14 +250,17 @@ class Lpet:
             self._worth += (touched - self._worth) * min(1.0, len(marked) / SMALL)
         chosen: list[int] = []
         hot: list[int] = []
+        stay: list[int] = []
         for page in candidates:
             if len(chosen) == needed:
                 break
-            if page in idle or len(hot) >= to_pass:
+            if self._refusal and self._lspt.state[page] == DIRTY:
+                stay.append(page)
+            elif page in idle or len(hot) >= to_pass:
                 chosen.append(page)
             else:
                 hot.append(page)
-        return chosen, hot
+        return chosen, hot, stay
 
     def _show_lspt(self) -> None:
         with self._lspt.lock:

@@ -26,7 +26,7 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
     run      u64 page, u32 count, u32 1 if dirty
 
 A page is named by its number in the space: (address - start_addr) / PAGE_SIZE. Instead of any of
-these answers the DMS may send ERROR with a reason in UTF-8; then nothing was changed.
+these answers the DMS may send ERROR with a reason in UTF-8; then every page is where it was.
 
 Each MpiClient of an instance has an MPI tag of its own for its requests and their answers, and one
 request under way at a time.

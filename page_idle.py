@@ -209,9 +209,9 @@ def bitmap_missing() -> str:
     """Why this process can't use the kernel's idle bitmap; "" if it can."""
     try:
         os.close(os.open(BITMAP, os.O_RDWR | os.O_CLOEXEC))
+        return pfns_missing()
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    return pfns_missing()
 
 
 def pfns_missing() -> str:

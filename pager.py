@@ -163,10 +163,13 @@ class Pager:
             self._lspt.stop()
             for thread in threads:
                 thread.join()
-            if not isinstance(self._failure, m.DMSGone):
-                if self._kept:
-                    self._write_back()
-                self._client.bye()
+            try:
+                if not isinstance(self._failure, m.DMSGone):
+                    if self._kept:
+                        self._write_back()
+                    self._client.bye()
+            except m.DMSGone as error:
+                self._failure = self._failure or error
             self._tell()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -273,6 +276,7 @@ class Pager:
                     continue  # the application has been killed, or is just being
                 except m.DMSGone as error:
                     self._fail(error)
+                    poll.unregister(self._control)  # nothing more can be done for it
                     continue
                 except m.DMSError as error:
                     if what == address_space.RELEASE:  # and no zeros for who gets the pages next

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +49,23 @@ TRACKERS = [
 ]
 
 Run = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """log.start is for a process's whole life; here it is for a test's."""
+    edm = logging.getLogger("edm")
+    before = edm.handlers.copy(), edm.propagate, edm.level
+    yield
+    edm.handlers, edm.propagate, edm.level = before
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """As tmp_path, but every user may go there."""
+    with tempfile.TemporaryDirectory(prefix="edm-test-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 def has_mpich() -> bool:

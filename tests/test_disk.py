@@ -338,14 +338,17 @@ def test_that_no_hole_can_be_punched_is_no_error_once_the_entries_say_it(path, m
 
 def test_what_a_resumed_job_goes_on_from_is_durable_before_anything_is_written(path, monkeypatch):
     made(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:HEADER_COPY] + bytes(50) + whole[HEADER_COPY + 50 :])
     calls = []
     real_fsync, real_pwrite = os.fsync, os.pwrite
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), real_fsync(fd)))
     monkeypatch.setattr(
         os, "pwrite", lambda fd, what, at: (calls.append(at), real_pwrite(fd, what, at))[1]
     )
-    Kept(path).disk.close()
-    assert calls == [0, "fsync", HEADER_COPY]
+    for _ in range(2):
+        Kept(path).disk.close()
+        assert calls == [0, "fsync", HEADER_COPY]  # and never again: both say the same now
 
 
 def test_a_page_that_the_file_system_can_not_read_is_told_and_its_neighbours_are_read(

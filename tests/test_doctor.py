@@ -43,9 +43,9 @@ def test_it_is_there_from_the_folder_itself_too(run):
 
 
 @pytest.fixture
-def package(tmp_path):
+def package(public_path):
     """A folder that has edm and nothing else, for everybody to read."""
-    folder = tmp_path / "site"
+    folder = public_path / "site"
     folder.mkdir()
     target = folder / "edm"
     target.mkdir()
@@ -84,7 +84,7 @@ def test_an_mpirun_of_another_mpi_is_told(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def as_nobody(run, package, tmp_path):
+def as_nobody(run, package, public_path):
     """Run `python ...` to its end as nobody, in an environment that has EDM and its MPI.
 
     It is one of its own, as this test's may be in a folder that is root's alone.
@@ -102,9 +102,7 @@ def as_nobody(run, package, tmp_path):
             continue
     else:
         pytest.skip("there is no Python of this version that nobody may run")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    environment = tmp_path / "environment"
+    environment = public_path / "environment"
     subprocess.run([base, "-m", "venv", "--without-pip", environment], check=True)
     ours = Path(sys.prefix)
     for name in ("bin", "lib", "etc", "share"):  # an MPI from PyPI is there
@@ -116,7 +114,7 @@ def as_nobody(run, package, tmp_path):
     shutil.copytree(Path(mpi4py.__file__).parent, package / "mpi4py")
 
     def as_nobody(*arguments, **options):
-        settings = [f"PYTHONPATH={package}", f"HOME={tmp_path}"]
+        settings = [f"PYTHONPATH={package}", f"HOME={public_path}"]
         python = environment / "bin" / "python"
         return run("/usr/bin/env", *settings, python, *arguments, **who, **options)
 

@@ -86,6 +86,8 @@ last = Last()
         ["-c", "import sys, module; print(sys.argv, sys.path[0])", "-m", "x"],
         ["-c", "raise SystemExit"],
         ["-c", "1/0"],
+        ["-c", "import sys; sys.excepthook = lambda *error: sys.exit(5); 1/0"],
+        ["-c", "import sys; sys.excepthook = lambda *error: open('/nowhere'); 1/0"],
         ["-c", FINALIZED],
         ["-c", "import sys; sys.stderr.close()"],
         ["-c", "import sys; sys.stdout = None"],

@@ -199,14 +199,15 @@ def test_sigterm_to_the_launcher_writes_everything_back_too(start, run, mpirun_c
 def test_after_a_signal_what_was_never_synced_is_on_the_disk_too(
     start, mpirun, mpirun_command, tmp_path, who, number
 ):
+    if who == "launcher" and not has_mpich():
+        pytest.skip("Open MPI's mpirun gives its ranks no time")
     job = start(*mpirun_command(PROGRAMS / "kept.py", tmp_path / "disk", "wait"))
     read_until(job, "written")
     os.kill(job.parts()["pager"] if who == "pager" else job.pid, number)
     rest, _ = job.communicate(timeout=30)
     wait_until_gone(job)
     wrote = re.search(r"wrote (\d+) pages back and synced the disk in \S+ s", rest)
-    if who == "pager" or has_mpich():  # Open MPI's prints nothing of a job that it ends
-        assert wrote and int(wrote[1]) > 0, rest
+    assert wrote and int(wrote[1]) > 0, rest
     again = mpirun(PROGRAMS / "kept.py", tmp_path / "disk", "find")
     assert again.returncode == 0 and "kept SUCCESS" in again.stdout, again.stdout
 
@@ -351,17 +352,15 @@ def test_malformed_messages_are_refused_and_the_dms_goes_on_serving(mpirun):
 
 
 def test_another_user_can_open_neither_the_disk_nor_the_memory_of_a_job(
-    start, mpirun_command, tmp_path
+    start, mpirun_command, public_path
 ):
     if os.getuid():
         pytest.skip("becoming another user needs root")
     nobody = pwd.getpwnam("nobody")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
     shared = set(Path("/dev/shm").iterdir())
-    job = start(*resume(mpirun_command, tmp_path / "disk"))
+    job = start(*resume(mpirun_command, public_path / "disk"))
     read_until(job, "page 4096")
-    files = [tmp_path / "disk", *(set(Path("/dev/shm").iterdir()) - shared)]
+    files = [public_path / "disk", *(set(Path("/dev/shm").iterdir()) - shared)]
     for pid in job.parts().values():
         process = Path(f"/proc/{pid}")
         files += [process / "mem", process / "maps", *(process / "fd").iterdir()]
@@ -372,9 +371,9 @@ def test_another_user_can_open_neither_the_disk_nor_the_memory_of_a_job(
         command = ["/bin/sh", "-c", opens, "sh", *map(str, files), *map(str, more)]
         return subprocess.run(command, capture_output=True, text=True, check=False, **who).stdout
 
-    public = tmp_path / "public"
+    public = public_path / "public"
     public.touch(0o644)
-    assert str(tmp_path / "disk") in opened()  # as root
+    assert str(public_path / "disk") in opened()  # as root
     who = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
     assert opened(public, **who) == f"{public}\n"
 
@@ -393,8 +392,13 @@ def test_the_disk_is_for_its_owner_and_edm_makes_no_socket_with_a_name_or_a_port
     application = job.parts()["application"]
 
     def sockets(pid):
-        files = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
-        return {re.search(r"\d+", name)[0] for name in files if name.startswith("socket:")}
+        found = set()
+        with contextlib.suppress(FileNotFoundError):  # it has ended, or closed one meanwhile
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                name = os.readlink(f"/proc/{pid}/fd/{fd}")
+                if name.startswith("socket:"):
+                    found.add(re.search(r"\d+", name)[0])
+        return found
 
     # The launcher's own are inherited.
     inodes = sockets(application)
