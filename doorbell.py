@@ -25,8 +25,6 @@ import time
 from struct import Struct
 
 ADDRESS = Struct("<iiQ36s")  # pid, descriptor, inode of the pipe, boot id
-
-
 LAST_WORDS = 0.5  # seconds for what the DMS has sent before its end: it need not have died
 
 
@@ -70,15 +68,16 @@ class Bell:
         if os.stat(path).st_ino != inode:
             raise OSError(f"{path} is not the doorbell: the DMS is in another container")
         self._fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._poll = select.poll()
-        self._poll.register(self._fd, 0)  # POLLERR, of a pipe that nobody can read, always counts
         self._broken_since = 0.0  # seconds of the clock
 
     def is_broken(self) -> bool:
         """Has the DMS's process ended, and has this been known for LAST_WORDS?"""
         now = time.monotonic()
-        if not self._broken_since and self._poll.poll(0):
-            self._broken_since = now
+        if not self._broken_since:
+            poll = select.poll()  # one of its own: another thread may be in here too
+            poll.register(self._fd, 0)  # POLLERR, of a pipe that nobody can read, always counts
+            if poll.poll(0):
+                self._broken_since = now
         return bool(self._broken_since) and now - self._broken_since > LAST_WORDS
 
     def ring(self) -> None:
