@@ -38,10 +38,11 @@ The disk file (little-endian; all of it is sparse):
 The epoch of the header is that of the last sync; a page that is written belongs to the next one,
 whose entries only count when the next sync has written the header. The entry with the greater epoch
 is the page's current one. A page is always written to the place which that last sync does not need,
-its bytes first, then its entry; bytes that neither needs go when the file system is full. So at every moment the file holds all pages as they were when the
+its bytes first, then its entry. So at every moment the file holds all pages as they were when the
 last sync returned, whatever was written since; and that is what a job which resumes it gets, unless
 the one before it ended with a sync, as it does unless DMS or pager are killed. sync is: fsync, write
-one header, fsync, write the other one.
+one header, fsync, write the other one. When the file system is full, the bytes go that neither the
+last sync nor the pages of now need.
 
 A pair with an entry whose check is wrong says nothing: its page can't be read until it is written or
 freed, which makes the pair whole again.
@@ -502,12 +503,13 @@ class Disk:
             changed = page
             try:
                 for first, pairs in self._used(page, count):
-                    freed = self._make_holes(first, pairs)
+                    self._mend(first, pairs)
+                    slots = self._writable(pairs)
+                    freed = self._make_holes(first, pairs, slots)
                     changed = first + len(freed)
                     self._write_pairs(first, pairs)
                     self._freed.update((at, many) for at, many, new in _runs(first, freed) if new)
-                    # What the last sync does not need: the holes themselves are in the table.
-                    self._punch_places(_runs(first, self._writable(pairs)))
+                    self._punch_places(_runs(first, slots))  # what the last sync does not need
             except OSError:
                 self._torn.update(range(page, changed))  # no sync may make this the last word
                 raise
@@ -516,12 +518,11 @@ class Disk:
             self._punch_places([(page, count, 0)])
         self._torn.difference_update(range(page, page + count) if self._torn else ())
 
-    def _make_holes(self, first: int, pairs: array) -> list[bool]:
-        """Let the pairs say that their pages are freed: of which of them they did not."""
+    def _make_holes(self, first: int, pairs: array, slots: Sequence[int]) -> list[bool]:
+        """Let the pairs say in these places that their pages are freed: which said so not yet?"""
         hole = self._synced + 1 << EPOCH | HOLE
-        self._mend(first, pairs)
         freed = []
-        for index, slot in enumerate(self._writable(pairs)):
+        for index, slot in enumerate(slots):
             at = 4 * index
             newest = max(pairs[at], pairs[at + 2])
             freed.append(bool(newest and not newest & HOLE))

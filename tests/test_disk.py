@@ -233,11 +233,7 @@ def test_a_failed_sync_is_never_followed_by_one_that_succeeds(path, monkeypatch)
     kept = Kept(path)
     kept.write(0, 1)
     with monkeypatch.context() as broken:
-
-        def fail(fd):
-            raise OSError(5, "Input/output error")
-
-        broken.setattr(os, "fsync", fail)
+        broken.setattr(os, "fsync", failing(errno.EIO))
         with pytest.raises(OSError, match="Input/output"):
             kept.disk.sync()
     with pytest.raises(OSError, match="Input/output"):

@@ -12,7 +12,7 @@ import random
 import pytest
 from test_disk import START, Kept, content
 
-from edm.dms import TABLE
+from edm.dms import PAIR, TABLE
 from edm.uffd_ctypes import PAGE_SIZE
 
 PAGES, SECTOR = 12, 512
@@ -118,7 +118,7 @@ class Machine:
         disk = self.disk.disk
         at = disk._data + slot * disk._slot + page * PAGE_SIZE + self.dice.randrange(PAGE_SIZE)
         if self.dice.random() < 0.7:
-            at = TABLE + page * 32 + self.dice.randrange(32)
+            at = TABLE + page * PAIR + self.dice.randrange(PAIR)
         self.flipped.add(page)
         with self.path.open("r+b") as file:
             file.seek(at)

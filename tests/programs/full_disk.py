@@ -2,9 +2,9 @@
 and "keep", if it is to be kept, and "close", if the thresholds are to be.
 
 In any way what was written before is whole. With "EIO" it is not full, but writing to it fails for a
-while, now for a whole batch and now after half of it. With "frees", an area is unmapped when it is full, and
-the writer goes on; with "reads", something else fills the file system, and a few pages are written
-amid many that are read; else the writer goes on until the job is ended.
+while, now for a whole batch and now after half of it. With "frees", an area is unmapped when it is
+full, and the writer goes on; with "reads", something else fills the file system, and a few pages are
+written amid many that are read; else the writer goes on until the job is ended.
 """
 
 import ctypes
