@@ -30,9 +30,11 @@ import mpi4py.MPI first; every rank runs the program up to run(), and on after i
 from __future__ import annotations
 
 import argparse
+import array
 import atexit
 import contextlib
 import dataclasses
+import fcntl
 import gc
 import io
 import logging
@@ -40,7 +42,9 @@ import os
 import runpy
 import signal
 import socket
+import stat
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -84,7 +88,7 @@ def _setting(default: Any, help: str, metavar: str = "", choices: Any = None) ->
 
 
 # Seconds. When one rank ends with an error, Open MPI's mpirun kills the others: who has nothing to
-# tell leaves that much to the one that has.
+# tell leaves that much to the one that has. And what a launcher has to read a message, at most.
 TELLING = 0.3
 
 
@@ -228,9 +232,8 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
         control.close()
         if world.rank or role is None:
             raise  # before it began, or with BYE said: no other rank waits for this one
-        print(f"edm: error: the DMS has failed: {error}", file=sys.stderr, flush=True)
-        world.Abort(2)
-        os._exit(2)  # a launcher that was told not to clean up lets Abort return
+        print(f"edm: error: the DMS has failed: {error}", file=sys.stderr)
+        _abort(world, 2)
     except BaseException as error:  # noqa: BLE001 - it ends this process
         # Another rank may be waiting for this one: end the job rather than hang.
         if isinstance(error, DMSGone):
@@ -240,9 +243,30 @@ def _run_rank(config: Config, application: int, control: socket.socket) -> int:
             print(f"edm: error: MPI: {reason}; a process of the job has died?", file=sys.stderr)
         else:
             traceback.print_exc()
-        sys.stderr.flush()
-        world.Abort(1)
-        os._exit(1)
+        _abort(world, 1)
+
+
+def _abort(world: Any, status: int) -> NoReturn:
+    """End the whole job, but not before the launcher has read why.
+
+    What is in its pipes when MPI_Abort tells it to end, MPICH's throws away (measured: in 21 jobs
+    of 250, with both cores taken).
+    """
+    sys.stderr.flush()
+    deadline = time.monotonic() + TELLING
+    while any(map(_unread, (1, 2))) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    world.Abort(status)
+    os._exit(status)  # a launcher that was told not to clean up lets Abort return
+
+
+def _unread(descriptor: int) -> int:
+    """How many bytes nobody has read yet, if it is a pipe; else 0."""
+    waiting = array.array("i", [0])
+    with contextlib.suppress(OSError):  # it is closed
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            fcntl.ioctl(descriptor, termios.FIONREAD, waiting)
+    return waiting[0]
 
 
 def _check_mpi(MPI: Any) -> None:

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import logging
+import os
 import re
+import select
 import subprocess
 import sys
 
@@ -104,3 +106,32 @@ def test_another_system_than_linux_is_told_so():
     )
     assert ended.returncode != 0
     assert "EDM needs Linux 5.19 or later; this is darwin" in ended.stderr.splitlines()[-1]
+
+
+def test_a_job_is_not_ended_before_the_launcher_has_read_why():
+    code = """
+import fcntl, os, struct, sys, termios
+from edm import edm
+class World:
+    def Abort(self, status):  # as MPICH's launcher: what is unread now is lost
+        unread = fcntl.ioctl(2, termios.FIONREAD, bytes(4))
+        os._exit(status if not any(unread) else 99)
+edm.TELLING = 30
+print("the reason", file=sys.stderr)
+edm._abort(World(), 7)
+"""
+    nobody, pipe = subprocess.DEVNULL, subprocess.PIPE
+    job = subprocess.Popen([sys.executable, "-c", code], stdout=nobody, stderr=pipe)
+    assert select.select([job.stderr], [], [], 30)[0]
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.wait(0.2)
+    assert os.read(job.stderr.fileno(), 100) == b"the reason\n"
+    assert job.wait(20) == 7
+    job.stderr.close()
+
+
+def test_a_job_ends_too_where_nobody_reads_why():
+    code = "from edm import edm; World = type('World', (), {'Abort': lambda *_: None})"
+    code += "; print('the reason', file=edm.sys.stderr); edm._abort(World(), 7)"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as job:
+        assert job.wait(20) == 7
