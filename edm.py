@@ -364,7 +364,8 @@ def _run_application(
         error = error.with_traceback(log.programs_own(error.__traceback__, own))
         status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         try:
-            sys.excepthook(type(error), error, error.__traceback__)
+            with _in_one_piece(sys.stderr):
+                sys.excepthook(type(error), error, error.__traceback__)
         except SystemExit as exit:  # the program's own hook
             status = _exit_status(exit.code)
         except BaseException as second:  # noqa: BLE001 - likewise
@@ -389,6 +390,22 @@ def _run_application(
                 stream.flush()
         flush_c_streams()
         os._exit(status)
+
+
+@contextlib.contextmanager
+def _in_one_piece(stream: Any) -> Iterator[None]:
+    """Python writes a traceback word by word; mpirun would put what others write in between."""
+    if not isinstance(stream, io.TextIOWrapper) or stream.closed:
+        yield
+        return
+    before = stream.line_buffering, stream.write_through
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it; closed
+        stream.reconfigure(line_buffering=False, write_through=False)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            stream.reconfigure(line_buffering=before[0], write_through=before[1])
 
 
 def _forget_main() -> None:

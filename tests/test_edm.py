@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import select
+import socket
 import subprocess
 import sys
 
@@ -135,3 +136,24 @@ def test_a_job_ends_too_where_nobody_reads_why():
     code += "; print('the reason', file=edm.sys.stderr); edm._abort(World(), 7)"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as job:
         assert job.wait(20) == 7
+
+
+def test_a_traceback_is_written_in_one_piece():
+    code = """
+import os, sys
+from edm import edm
+try:
+    raise RuntimeError("boom")
+except RuntimeError as error:
+    with edm._in_one_piece(sys.stderr):
+        sys.excepthook(type(error), error, error.__traceback__)
+print("as before", end="", file=sys.stderr)
+os._exit(0)
+"""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet a write
+    with ours:
+        subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
+        theirs.close()
+        trace, after, end = (ours.recv(1 << 16) for _ in range(3))
+    assert trace.startswith(b"Traceback") and trace.endswith(b"\nRuntimeError: boom\n")
+    assert (after, end) == (b"as before", b"")
