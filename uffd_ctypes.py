@@ -7,7 +7,7 @@ Interface:
     supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, unregister, copy, zeropage, writeprotect,
                             wake, poison; and read_faults, which reads the messages
-    mmap_fixed, munmap, madvise, punch_hole, prctl, flush_c_streams
+    mmap_fixed, madvise, punch_hole, prctl, flush_c_streams
 
 Rules:
     * A call that fails raises OSError with its errno and its name.
@@ -42,7 +42,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (c_int, c_ulong, c_void_p)
 _libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
 _libc.mmap.restype = c_void_p
-_libc.munmap.argtypes = (c_void_p, c_size_t)
 _libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
 _libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
 _libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
@@ -340,15 +339,6 @@ def mmap_fixed(addr: int, length: int, prot: int, flags: int, fd: int = -1, off:
     got = _libc.mmap(addr, length, prot, flags, fd, off)
     if got == c_void_p(-1).value:
         raise _failed("mmap")
-    if got != addr:  # a kernel that takes MAP_FIXED_NOREPLACE for a hint
-        munmap(got, length)
-        raise OSError(errno.EEXIST, f"mmap: {os.strerror(errno.EEXIST)}")
-
-
-def munmap(addr: int, length: int) -> None:
-    """munmap(2)."""
-    if _libc.munmap(addr, length):
-        raise _failed("munmap")
 
 
 def madvise(addr: int, length: int, advice: int) -> None:

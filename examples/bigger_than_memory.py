@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator
 
 import edm
+from edm import report
 
 WORDS = edm.PAGE_SIZE // 8  # 64-bit numbers in a page
 
@@ -48,7 +49,12 @@ def work(space: edm.Space) -> None:
 
     count = pages * WORDS
     seconds = time.monotonic() - began
-    report(space.figures(), pages, seconds)
+    figures = space.figures()
+    print(f"array        {pages} pages, {args.size} MiB, in {seconds:.1f} s")
+    print(
+        f"resident     at most {figures['peak_resident']} pages, of {config.high_threshold} allowed"
+    )
+    print(report.table(figures, ""))
     if total != count * (count - 1) // 2:
         sys.exit(f"the sum is {total}, not {count * (count - 1) // 2}: FAILURE")
     if wrong:
@@ -66,25 +72,6 @@ def progress(what: str, count: int) -> Iterator[int]:
             print(f"{what:8} {100 * n // count:3} %", end=end, file=sys.stderr, flush=True)
         yield n
     print(f"{what:8} 100 %", file=sys.stderr, flush=True)
-
-
-def report(figures: dict, pages: int, seconds: float) -> None:
-    f = figures
-    faults = f["faults_first_access"] + f["faults_refetch"] + f["faults_write_protect"]
-    rows = {
-        "array": f"{pages} pages, {pages * edm.PAGE_SIZE >> 20} MiB",
-        "resident": f"at most {f['peak_resident']} pages, of {config.high_threshold} allowed",
-        "time": f"{seconds:.1f} s",
-        "faults": f"{faults}: {f['faults_first_access']} first accesses, "
-        f"{f['faults_refetch']} refetches, {f['faults_write_protect']} first writes",
-        "evictions": f"{f['evicted_dirty']} with their bytes, {f['evicted_clean']} without",
-        "to the DMS": f"{f['bytes_sent'] / 1e6:.1f} MB",
-        "from it": f"{f['bytes_received'] / 1e6:.1f} MB",
-        "latency": f"{f['latency_median']:.0f} µs median, "
-        f"{f['latency_99th']:.0f} µs 99th percentile of the faults",
-    }
-    for name, value in rows.items():
-        print(f"{name:12} {value}")
 
 
 if __name__ == "__main__":

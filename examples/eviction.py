@@ -3,11 +3,10 @@
 mpirun -n 2 python -m edm.examples.eviction
 """
 
-import argparse
 import sys
 
 import edm
-from edm.examples.layout import Layout, add_option
+from edm.examples.layout import Layout, parse_arguments
 from edm.log import logger
 
 AREA_1, AREA_2 = 0x1D4C000, 0x1D5C000
@@ -49,14 +48,5 @@ def check(space: edm.Space, step: int, address: int, expected: list[str]) -> Non
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_option(parser)
-    args, config = edm.parse_arguments(
-        parser,
-        start_addr=0x1B58000,
-        end_addr=0x1F40000,
-        high_threshold=4,
-        low_threshold=2,
-        log_level="info",
-    )
+    args, config = parse_arguments(__doc__, high_threshold=4, low_threshold=2)
     edm.main(user_code, config)

@@ -5,11 +5,10 @@
 Twenty pages may be here, and LPET evicts until fifteen are.
 """
 
-import argparse
 import sys
 
 import edm
-from edm.examples.layout import Layout, add_option
+from edm.examples.layout import Layout, parse_arguments
 from edm.log import logger
 
 AREAS = (0x1D4C000, 0x1D51000, 0x1E14000, 0x1E19000, 0x1E20000)
@@ -63,14 +62,5 @@ def user_code(space: edm.Space) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_option(parser)
-    args, config = edm.parse_arguments(
-        parser,
-        start_addr=0x1B58000,
-        end_addr=0x1F40000,
-        high_threshold=20,
-        low_threshold=15,
-        log_level="info",
-    )
+    args, config = parse_arguments(__doc__, high_threshold=20, low_threshold=15)
     edm.main(user_code, config)

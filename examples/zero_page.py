@@ -3,11 +3,10 @@
 mpirun -n 2 python -m edm.examples.zero_page
 """
 
-import argparse
 import sys
 
 import edm
-from edm.examples.layout import Layout, add_option
+from edm.examples.layout import Layout, parse_arguments
 from edm.log import logger
 
 AREA_1 = 0x1D4C000
@@ -28,9 +27,5 @@ def user_code(space: edm.Space) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_option(parser)
-    args, config = edm.parse_arguments(
-        parser, start_addr=0x1B58000, end_addr=0x1F40000, log_level="info"
-    )
+    args, config = parse_arguments(__doc__)
     edm.main(user_code, config)
