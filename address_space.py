@@ -141,7 +141,9 @@ class Space:
         """Unmap an area that mmap returned. Its bytes are gone, here and on the DMS.
 
         Raises ValueError if it is no such area, and BufferError while anything else (a slice, a
-        NumPy array) still uses it; then nothing was changed. Source: munmap(2).
+        NumPy array) still uses it; then nothing was changed. Raises OSError with the DMS's reason
+        if it can't forget them, which only a kept disk may not: the area can't be used any more,
+        but its bytes stay, and this can be called again. Source: munmap(2).
         """
         with self._locked():
             view, users, addr = self._views.get(id(area), (None, 0, 0))
@@ -150,10 +152,10 @@ class Space:
             if _users(area) != users:
                 raise BufferError("area: still in use, by a slice or an array made of it")
             area.release()  # BufferError, if a buffer of it is in use this moment
-            del self._views[id(area)]
             self._unmap(addr)
             # If the DMS refuses, the bytes are still there: nothing else may be mapped over them.
             self._call(MUNMAP, addr - self.start_addr, self._lengths[addr])
+            del self._views[id(area)]
             self._forget(addr)
 
     def sync(self) -> int:
@@ -336,9 +338,11 @@ class Space:
     def _locked(self) -> Iterator[None]:
         if self._lock._is_owned():
             raise RuntimeError("space: called by a signal handler, in the midst of another call")
-        with self._lock:
-            yield
-        self._unmap_released()
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._unmap_released()
 
     def _map(self, addr: int, whole: int, what: int, name: str) -> None:
         """Locked. Map whole bytes at addr, where nothing is."""

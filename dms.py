@@ -216,7 +216,8 @@ class Disk:
         except BlockingIOError:
             raise ValueError(f"disk: {name} is in use by another job") from None
         size = self._data + self._slot * (2 if self._keep else 1)
-        begun, agree = self._has_data(), False
+        # Else it is new, or its making was interrupted before its header was written.
+        begun, agree = self._next_data(0) is not None, False
         if begun:
             kept, agree = self._read_header(name)
             if kept and not self._keep:
@@ -252,15 +253,14 @@ class Disk:
         except OSError as error:  # not for us to read, or a file system that does not do it
             log.logger("DMS").info("the folder of %s could not be synced: %s", name, error)
 
-    def _has_data(self) -> bool:
-        """Not one that is new, or whose making was interrupted before its header was written."""
+    def _next_data(self, at: int) -> int | None:
+        """Where, from at on, there is something else than a hole; None if nowhere."""
         try:
-            os.lseek(self._fd, 0, os.SEEK_DATA)
+            return os.lseek(self._fd, at, os.SEEK_DATA)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            return False
-        return True
+            return None
 
     def _check_whole(self, name: str, size: int) -> None:
         """Nothing was changed yet: do size and entries fit the header?"""
@@ -299,9 +299,9 @@ class Disk:
             raise ValueError(f"disk: {name} is not an EDM disk; choose another path")
         if not whole:
             raise ValueError(f"disk: the header of {name} is damaged; no job can use it")
-        if len(whole) < 2:
-            log.logger("DMS").warning("%s: one of the two copies of its header is damaged", name)
         _, version, kept, *geometry, self._synced = max(whole, key=lambda header: header[-1])
+        if len(whole) < 2 and self._synced:  # at 0, its making may have been interrupted
+            log.logger("DMS").warning("%s: one of the two copies of its header is damaged", name)
         if version != FORMAT:
             raise ValueError(
                 f"disk: {name} has version {version} of the format; this EDM knows {FORMAT}"
@@ -329,13 +329,8 @@ class Disk:
     def _used(self, page: int, count: int) -> Iterator[tuple[int, array]]:
         """(first page, pairs) for the parts of this range that have entries at all."""
         at, end = TABLE + page * PAIR, TABLE + (page + count) * PAIR
-        while at < end:
-            try:
-                at = max(at, os.lseek(self._fd, at, os.SEEK_DATA)) // PAIR * PAIR
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                return  # there is no more data
+        while at < end and (data := self._next_data(at)) is not None:
+            at = data // PAIR * PAIR
             stop = min(end, at + PART * PAIR, os.lseek(self._fd, at, os.SEEK_HOLE))
             stop = -(-stop // PAIR) * PAIR
             if at < end:
@@ -516,7 +511,7 @@ class Disk:
         else:
             self._punch(TABLE + page * PAIR, count * PAIR)
             self._punch_places([(page, count, 0)])
-        self._torn.difference_update(range(page, page + count) if self._torn else ())
+        self._torn = {torn for torn in self._torn if not page <= torn < page + count}
 
     def _make_holes(self, first: int, pairs: array, slots: Sequence[int]) -> list[bool]:
         """Let the pairs say in these places that their pages are freed: which said so not yet?"""
@@ -705,8 +700,8 @@ class DMS:
             if kind == m.GET:
                 return self._get(source - 1, page, count, max(stride, 1))
             return action(source - 1, page, count, body) or 0
-        except (BadRequest, OSError) as error:
-            return self._refuse(m.ERROR, source - 1, f"{error}")
+        except (BadRequest, OSError, MemoryError) as error:
+            return self._refuse(m.ERROR, source - 1, str(error) or type(error).__name__)
 
     def _refuse(self, kind: int, instance: int, reason: str) -> int:
         if reason != self._refused:  # a full disk refuses again and again
@@ -747,6 +742,8 @@ class DMS:
 
     def _get(self, instance: int, page: int, count: int, stride: int) -> int:
         spt = self._spts[instance]
+        if stride > m.MAX_STRIDE:
+            raise BadRequest(f"a stride of {stride} pages, where up to {m.MAX_STRIDE} may be")
         if page + (count - 1) * stride >= spt.pages:
             leave = f"{count} pages from page {page}, a stride of {stride} apart,"
             raise BadRequest(f"{leave} in a space of {spt.pages} pages")
@@ -826,7 +823,8 @@ class DMS:
 
     def _free(self, instance: int, page: int, count: int, body: memoryview) -> None:
         self._disks[instance].free(page, count)
-        self._spts[instance].set(range(page, page + count), NEW)
+        for at in range(page, page + count, PART):
+            self._spts[instance].set(range(at, min(at + PART, page + count)), NEW)
         self._show(instance)
 
     def _sync(self, instance: int, page: int, count: int, body: memoryview) -> None:

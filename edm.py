@@ -364,7 +364,9 @@ def _run_application(
         error = error.with_traceback(log.programs_own(error.__traceback__, own))
         status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         try:
-            with _in_one_piece(sys.stderr):
+            # A program's own hook may end the process.
+            pythons = sys.excepthook is sys.__excepthook__
+            with _in_one_piece(sys.stderr) if pythons else contextlib.nullcontext():
                 sys.excepthook(type(error), error, error.__traceback__)
         except SystemExit as exit:  # the program's own hook
             status = _exit_status(exit.code)
@@ -395,12 +397,12 @@ def _run_application(
 @contextlib.contextmanager
 def _in_one_piece(stream: Any) -> Iterator[None]:
     """Python writes a traceback word by word; mpirun would put what others write in between."""
-    if not isinstance(stream, io.TextIOWrapper) or stream.closed:
+    try:
+        before = stream.line_buffering, stream.write_through
+        stream.reconfigure(line_buffering=False, write_through=False)
+    except (AttributeError, OSError, ValueError):  # of another kind; nobody reads it; closed
         yield
         return
-    before = stream.line_buffering, stream.write_through
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it; closed
-        stream.reconfigure(line_buffering=False, write_through=False)
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ is the same, with STORE for EVICT, and without the end: it stays, CLEAN, still w
 
 When the DMS refuses an eviction, because its disk is full or fails, the DIRTY pages are released, and
 for a while LPET evicts CLEAN ones only, before it tries again, with half as many at once. If a fault
-has waited for GRACE seconds without any room, the job ends with the DMS's reason.
+has waited for GRACE seconds of refusals without any room, the job ends with the DMS's reason.
 
 Rules: this thread alone turns the LSPT's order, and has the idle tracker and its own MpiClient to
 itself. It holds the LSPT's lock for no system call.
@@ -35,6 +35,7 @@ itself. It holds the LSPT's lock for no system call.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -80,6 +81,7 @@ class Lpet:
         )
         self._refusal = ""  # the DMS's reason: until _again_at, only CLEAN pages are evicted
         self._again_at, self._backoff = 0.0, SHORTEST_REST  # seconds of the clock; seconds
+        self._refused_since = math.inf  # seconds of the clock: DIRTY pages, again and again
         self._tracker, self._pagemap = tracker, pagemap
         self._start, self._batch = start_addr, batch
         self._most = batch  # pages to evict at once: fewer after a refusal, as some may still fit
@@ -122,7 +124,7 @@ class Lpet:
         if not self._refusal or self._lspt.resident < self._high:
             return 0.0
         waiting_since = self._lspt.waiting_since
-        if waiting_since and time.monotonic() - waiting_since > GRACE:
+        if waiting_since and time.monotonic() - max(waiting_since, self._refused_since) > GRACE:
             raise m.DMSError(
                 f"no page can be evicted, and the application needs another one: {self._refusal}"
             )
@@ -130,6 +132,7 @@ class Lpet:
 
     def _refused_for(self, reason: str) -> None:
         self._refusal = reason
+        self._refused_since = min(self._refused_since, time.monotonic())
         self._most = max(1, self._most // 2)
         self._again_at = time.monotonic() + self._backoff
         self._backoff = min(2 * self._backoff, LONGEST_REST)
@@ -330,7 +333,7 @@ class Lpet:
         else:
             acked(held)
             if any(dirty for _, _, dirty in held):
-                self._backoff = SHORTEST_REST
+                self._backoff, self._refused_since = SHORTEST_REST, math.inf
                 self._most = min(2 * self._most, self._batch)
 
     def _read_protected(self, page: int, count: int, into: memoryview) -> None:

@@ -41,6 +41,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 
 VERSION = 2
 MAX_PAGES = 256  # at most so many pages of content in one message (1 MiB)
+MAX_STRIDE = 64  # pages at most from one page of a GET to the next
 MAX_RUNS = MAX_PAGES  # at most so many runs in one EVICT
 MAX_LOCATIONS = 1 << 16  # at most so many pages in one LOCATIONS
 

@@ -350,7 +350,8 @@ class Pager:
             held = self._lspt.hold_all(page, count, lambda: os.write(self._commands, GIVE_UP))
             self._client.free(page, count)
         except (Stopped, m.DMSError):
-            self._wake(self._lspt.released([(first, length) for first, length, _ in held]))
+            # Refused: LPET's hand may have passed them meanwhile.
+            self._wake(self._lspt.refused([(first, length) for first, length, _ in held]))
             self._lspt.mapped(page, count)  # it is to be synced and written back as before
             raise
         punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)

@@ -23,13 +23,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edm.messages import MAX_STRIDE
+
 if TYPE_CHECKING:
     from edm.mpi_client import MpiClient
 
 STREAMS = 4  # followed at once
 REMEMBERED = 16  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 8
-MAX_STRIDE = 64
 STRIDED_WINDOW = 64  # at most: the pages of one are read and installed one by one
 
 

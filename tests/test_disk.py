@@ -614,10 +614,18 @@ def test_a_kept_disk_that_was_cut_short_is_told(path):
     refused(path, "damaged: it has .* bytes, and should have")
 
 
-def test_a_kept_disk_whose_making_was_interrupted_is_a_new_one(path):
-    path.touch()
-    os.truncate(path, 1 << 20)
+@pytest.mark.parametrize("headers", [0, 1])
+def test_a_kept_disk_whose_making_was_interrupted_is_a_new_one(path, caplog, headers):
+    if headers:
+        Kept(path).disk.close()
+        with path.open("r+b") as file:
+            file.seek(HEADER_COPY)
+            file.write(bytes(HEADER.size + CRC.size))
+    else:
+        path.touch()
+        os.truncate(path, 1 << 20)
     assert Kept(path).all() == [None] * PAGES
+    assert not caplog.text
 
 
 def test_a_kept_disk_is_not_overwritten_by_a_job_that_does_not_keep_it(path):

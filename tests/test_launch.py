@@ -70,6 +70,11 @@ handler = logging.handlers.MemoryHandler(100, target=logging.StreamHandler(sys.s
 logging.getLogger().addHandler(handler)
 logging.error("kept until the end")
 """
+DIES_IN_ITS_HOOK = """
+import os, sys
+sys.excepthook = lambda *error: (print("mine", file=sys.stderr), os._exit(3))
+1/0
+"""
 FINALIZED = """
 NAME = "a global"
 class Last:
@@ -88,6 +93,7 @@ last = Last()
         ["-c", "1/0"],
         ["-c", "import sys; sys.excepthook = lambda *error: sys.exit(5); 1/0"],
         ["-c", "import sys; sys.excepthook = lambda *error: open('/nowhere'); 1/0"],
+        ["-c", DIES_IN_ITS_HOOK],
         ["-c", FINALIZED],
         ["-c", "import sys; sys.stderr.close()"],
         ["-c", "import sys; sys.stdout = None"],

@@ -1,5 +1,6 @@
 """mmap and munmap: what they promise, and what they refuse."""
 
+import contextlib
 import errno
 import gc
 import os
@@ -42,6 +43,13 @@ def app(space):
     low = space.mmap(100)
     assert len(low) == 100 and space.areas()[0] == (START, PAGE)
     low[99] = 1
+
+    # What is released in the midst of a call is unmapped after it, even if it fails.
+    addr = space.allocate(PAGE, "")
+    with contextlib.suppress(KeyError), space._locked():
+        space.release(addr)
+        raise KeyError
+    assert addr not in dict(space.areas())
 
     # munmap refuses while anything uses the area, and then everything is as before.
     area[:] = b"x" * len(area)

@@ -45,7 +45,7 @@ RIGHT = {
 # What is wrong in each field, and words of the reason.
 WRONG = {
     "kind": ((0, 10, 16, 17, 18, 19, 20, 0x7FFF, 0xFFFF), "no request of kind"),
-    "stride": ((1000, 0x7FFF, 0xFFFF), "stride|pages from page"),
+    "stride": ((65, 1000, 0x7FFF, 0xFFFF), "stride of|and stride"),
     "count": ((0, PAGES, PAGES + 1, 0x7FFFFFFF, 0xFFFFFFFF), "a count of|runs, where|in a space"),
     "page": ((PAGES, 1 << 31, 1 << 32, (1 << 63) - 1, (1 << 64) - 1), "in a space of"),
     "body": ((b"x", RUN + b"x", RUN + PAGE[1:], RUN + PAGE + b"x"), "a body of"),
