@@ -145,8 +145,8 @@ class Config:
             object.__setattr__(self, "low_threshold", low)
         for name in ("start_addr", "end_addr"):
             value = getattr(self, name)
-            if value % PAGE_SIZE or value < 0:
-                raise ValueError(f"{name}: {value:#x} is not a multiple of {PAGE_SIZE:#x}")
+            if value % PAGE_SIZE or value <= 0:
+                raise ValueError(f"{name}: {value:#x} is no positive multiple of {PAGE_SIZE:#x}")
         if self.start_addr >= self.end_addr:
             raise ValueError(
                 f"end_addr: {self.end_addr:#x} leaves no space after start_addr, "
