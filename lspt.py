@@ -14,8 +14,8 @@ of LSPT are the only code that changes one.
                                 └───── refused ─────────►┤   (the DMS has not taken it)
                                 └───── stored ──────────►┘   (CLEAN now: the DMS has its bytes)
 
-    munmap takes pages the same way, and makes them NEW: hold_all, then freed. A page whose bytes
-    the DMS can't give back is LOST until then.
+    munmap takes pages the same way, and makes them NEW: hold_all, then freed; or refused. A page
+    whose bytes the DMS can't give back is LOST until then.
 
 Interface: the methods named on the arrows, and for waiting: ask_for_room, ask_to_store,
 wait_for_work; LPET reads the order with next_candidates and turns it with passed; the DM-Handler

@@ -50,11 +50,9 @@ def work(space: edm.Space) -> None:
     count = pages * WORDS
     seconds = time.monotonic() - began
     figures = space.figures()
-    print(f"array        {pages} pages, {args.size} MiB, in {seconds:.1f} s")
-    print(
-        f"resident     at most {figures['peak_resident']} pages, of {config.high_threshold} allowed"
-    )
-    print(report.table(figures, ""))
+    here = f"at most {figures['peak_resident']} pages, of {config.high_threshold} allowed"
+    title = f"{pages} pages, {args.size} MiB, in {seconds:.1f} s; here were {here}"
+    print(report.table(figures, title))
     if total != count * (count - 1) // 2:
         sys.exit(f"the sum is {total}, not {count * (count - 1) // 2}: FAILURE")
     if wrong:

@@ -111,7 +111,7 @@ def test_another_system_than_linux_is_told_so():
 
 def test_a_job_is_not_ended_before_the_launcher_has_read_why():
     code = """
-import fcntl, os, struct, sys, termios
+import fcntl, os, sys, termios
 from edm import edm
 class World:
     def Abort(self, status):  # as MPICH's launcher: what is unread now is lost
