@@ -1,6 +1,6 @@
 """EDM: more memory than this machine has, for a Python program. See edm.py."""
 
-from edm.edm import PAGE_SIZE, Config, Space, main, numpy_allocator, parse_arguments, run, space
+import importlib
 
 __all__ = [
     "PAGE_SIZE",
@@ -11,4 +11,13 @@ __all__ = [
     "parse_arguments",
     "run",
     "space",
+    "start",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Imported when it is used first. `python -m edm` begins with the current folder on sys.path, and
+    # would import modules from there; __main__.py takes that folder away.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("edm.edm"), name)

@@ -1,84 +1,78 @@
-"""Space: what the application sees of EDM, in a process of its own.
+"""Space: what the application sees of EDM, in its own process.
 
 In the picture: the box on the left. A Python thread that takes a page fault sleeps in the kernel
-holding the GIL, so whoever resolves its faults must be another process: the pager (pager.py), which
-is this one's parent. This process makes the userfaultfd and the memfd and hands them to the pager;
-from then on it just touches memory.
+holding the GIL, so whoever resolves its faults must be another process: the pager (pager.py). This
+process makes the userfaultfd and the memfd and hands them to the pager; from then on it just touches
+memory.
 
-Interface: for the application, Space: mmap, munmap, sync, and to look at itself: areas,
-locations, figures. For numpy_mem_handler.py: allocate and release. For edm.py: Space.open makes
-everything ready, before the application runs.
+Interface: for the application, Space: mmap, munmap, sync, and to look at itself: areas, locations,
+figures. For numpy_mem_handler.py: allocate, allocated and release. For edm.py: Space makes everything
+ready, close ends it; spawn_pager starts a pager on this machine. For pager.py: the messages.
 
-The memory: one memfd, as long as the space. An area is a part of it, mapped shared at its own
-address and registered with userfaultfd for MISSING and WP faults. The rest of the space is mapped
-PROT_NONE, so that nothing else of the process ever lands in it.
+The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
+with userfaultfd. Areas are bookkeeping of this process: mapping one calls nobody but tells the pager,
+which reads ahead within areas only. Freeing one makes its pages NEW, here and in the store. So
+touching an area after munmap gives zeros, or the next area's bytes; it is not caught.
 
-Rules: any thread of the application may call Space; one call to the pager at a time (`_lock`). A
+Behind the space, the memfd has the mailbox by which this process calls the pager. The addresses of an
+area that was freed are used again when the pager has said there that its pages are.
+
+Rules: any thread of the application may call Space; one call that is answered at a time (`_lock`). A
 signal handler that calls it in the midst of another call gets a RuntimeError. An allocator is called
 in the midst of anything, even of one of these methods, by a garbage collection: so allocate gives up
 rather than wait for its own thread, and release leaves it to that. A process that the application
-forks has none of the areas (MADV_DONTFORK: touching one is a SIGSEGV) and no way to reach the pager:
-it can't damage the memory.
+forks has no space (MADV_DONTFORK: touching it is a SIGSEGV) and can't reach the pager.
 
-The control socket (a SOCK_SEQPACKET pair) carries one request, CALL and for a new area its name, at a
-time and its answer, ANSWER and what belongs to it. RELEASE has no answer.
+This module, and what it imports, is all that a program under `edm run` gets to carry: it imports
+little.
+
+A socket pair carries the first message to the pager, with the descriptors and HELLO's dictionary, and
+its answer; then it is closed. Calls go by mailbox.py. So all that is open in the application is the
+read end of one pipe, its lifeline.
 """
 
 from __future__ import annotations
 
+import _socket
+import _thread
+import array
+import atexit
 import bisect
-import contextlib
 import ctypes
 import errno
+import fcntl
 import gc
-import json
-import mmap as mmap_module
+import marshal
 import os
-import socket
 import sys
-import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from struct import Struct
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
 
-from edm import log
+from edm import mailbox as m
 from edm import uffd_ctypes as u
-from edm.messages import location
-from edm.page_idle import TlbFlush
 from edm.uffd_ctypes import PAGE_SIZE
 
-CALL = Struct("=BQQQ")  # what, the call's number, first page, count of pages
-ANSWER = Struct("=Qi")  # the call's number; 0, or an errno and then a text
-MMAP, ALLOCATE, MUNMAP, RELEASE, LOCATIONS, FIGURES, SYNC = range(7)
-MAX_NAME = 200  # bytes of an area's name
-MAX_LOCATIONS = 1 << 15  # pages in one LOCATIONS, as a packet must fit the socket's buffer
-SCRATCH = Struct("=Q")  # sent with the three descriptors: where the scratch area is
+TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
+if TYPE_CHECKING:
+    from typing import Any
+
+MAX_LOCATIONS = 1 << 15  # pages in one LOCATIONS, as an answer must fit the mailbox
+MAX_HELLO = 1 << 17  # bytes
+HIGH = 512  # a descriptor's number
+FREES = 1e-4  # seconds between two looks whether the pager has freed what is to be used again
+
+TRACKING = ("auto", "async", "events", "none")  # how first writes are noticed, see uffd_ctypes
+SIGKILL = 9  # signal.SIGKILL, without importing signal
 
 _FORKED = "this process was forked by the application, and has no EDM memory"
 _USER_MODE_ONLY = (
     "edm: this user may have userfaultfd for user mode only, so system calls fail with EFAULT (Bad "
-    "address) on a page that is not here; sudo sysctl vm.unprivileged_userfaultfd=1 changes that"
+    "address) on a page that is not here; sudo sysctl vm.unprivileged_userfaultfd=1 changes that\n"
 )
 
-
-class Descriptors(NamedTuple):
-    """What Space.open sends to the pager."""
-
-    scratch: int  # the address of the scratch area, see page_idle.TlbFlush
-    fds: list[int]  # userfaultfd, memfd, /proc/self/pagemap
-
-    @classmethod
-    def receive(cls, control: socket.socket) -> Descriptors:
-        """Wait for them. Raises the ValueError or OSError that Space.open failed of."""
-        packet, fds, _, _ = socket.recv_fds(control, 4096, 3)
-        if not packet:
-            raise ConnectionError("the application process ended before it began")
-        if not fds:
-            kind, arguments = json.loads(packet)
-            raise {"ValueError": ValueError, "OSError": OSError}[kind](*arguments)
-        (scratch,) = SCRATCH.unpack(packet)
-        return cls(scratch, fds)
+_INT = array.array("i").itemsize
 
 
 def whole_pages(length: int) -> int:
@@ -86,117 +80,133 @@ def whole_pages(length: int) -> int:
     return -(-length // PAGE_SIZE) * PAGE_SIZE
 
 
+def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Call this method with the lock. A signal handler may raise at any point: a `with` statement on
+    the lock itself is what that can't come between."""
+
+    @wraps(method)
+    def locked(self: Space, *args: Any, **options: Any) -> Any:
+        if self._lock._is_owned():
+            raise RuntimeError("space: called by a signal handler, in the midst of another call")
+        try:
+            with self._lock:
+                return method(self, *args, **options)
+        finally:
+            self._free_released()
+
+    return locked
+
+
 class Space:
     """A range of addresses whose memory is not limited by this machine's."""
 
-    def __init__(
-        self,
-        start_addr: int,
-        end_addr: int,
-        resident_limit: int,
-        instance: int,
-        control: socket.socket,
-    ) -> None:
-        """Use open() instead."""
+    def __init__(self, config: Any, control: Any, instance: int = 0) -> None:
+        """Reserve the space, make userfaultfd and memfd, and send them to the pager on the other end
+        of the socket `control`, a _socket.socket, which is closed; wait until it serves.
+
+        Raises ValueError if the range can't be had, and what the pager raised.
+        """
+        self.start_addr, self.end_addr = config.start_addr, config.end_addr
+        self.resident_limit = config.high_threshold * PAGE_SIZE  # bytes
         self.instance = instance  # this instance's number, from 0
-        self.resident_limit = resident_limit  # bytes
-        self.start_addr = start_addr
-        self.end_addr = end_addr
-        self._control = control
         self.user_mode_only = False  # do system calls fail with EFAULT on a page that is not here?
-        self._lock = threading.RLock()  # never taken twice: to be asked whether this thread has it
-        self._released: deque[int] = deque()  # areas that are to be unmapped when nobody holds it
-        self._areas: list[tuple[int, int]] = []  # (address, length in bytes), sorted
-        self._lengths: dict[int, int] = {}  # the same, to be asked without the lock
+        self.is_forked = False  # was this process forked by the application?
+        self._lock = _thread.RLock()  # never taken twice: to be asked whether this thread has it
+        self._released: deque[int] = deque()  # areas to be freed when nobody has the lock
+        self._lengths: dict[int, int] = {}  # address → length in bytes, of each area
+        self._gaps = [(self.start_addr, self.end_addr - self.start_addr)]  # between them, sorted
+        self._freeing: deque[tuple[int, int, int]] = deque()  # (call, address, length): not yet
         self._views: dict[int, tuple[memoryview, int, int]] = {}  # id(view) → view, users, address
-        self._uffd = self._scratch = None
-        self._memfd = -1
-        self._calls = 0  # to the pager, so far
+        self._waits_for = 0  # the call whose answer is to be waited for before the next one
+        try:
+            memfd = self._map()
+            try:
+                self._say_hello(config, control, memfd)
+            except BaseException:
+                self._unmap()
+                raise
+            finally:
+                os.close(memfd)
+        finally:
+            control.close()
         os.register_at_fork(after_in_child=self._forked)
+        atexit.register(self._end)
 
     # ------------------------------------------------------------ the API
 
+    @_locked
     def mmap(self, length: int, addr: int | None = None, name: str = "") -> memoryview:
         """Map an area of length bytes: at addr, or where there is room. Its pages read as zeros.
 
         Returns a writable memoryview of the bytes. The area takes whole pages, and stays until
-        munmap. name: what a report calls it. Raises ValueError for a length that is not positive,
-        an addr that is not a multiple of PAGE_SIZE, and an area that leaves the space or overlaps
-        another; MemoryError when no addr is given and the space has no gap that is large enough.
-        Source: mmap(2).
+        munmap. With a kept disk its pages are as an earlier job has left them. name: what a report
+        calls it. Raises ValueError for a length that is not positive, an addr that is not a multiple
+        of PAGE_SIZE, and an area that leaves the space or overlaps another; MemoryError when no
+        addr is given and the space has no gap that is large enough. Source: mmap(2).
         """
         if self.is_forked:
             raise RuntimeError(_FORKED)
         if length <= 0:
             raise ValueError(f"length: {length} bytes; an area has at least one")
         whole = whole_pages(length)
-        with self._locked():
-            addr = self._gap(whole) if addr is None else self._check(addr, whole)
-            self._map(addr, whole, MMAP, name)
-            view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
-            self._views[id(view)] = (view, _users(view), addr)
-            return view
+        addr = self._gap(whole) if addr is None else self._check(addr, whole)
+        self._take(addr, whole, name)
+        view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
+        self._views[id(view)] = (view, _users(view), addr)
+        return view
 
+    @_locked
     def munmap(self, area: memoryview) -> None:
-        """Unmap an area that mmap returned. Its bytes are gone, here and on the DMS.
+        """Unmap an area that mmap returned. Its bytes are gone, here and in the store.
 
         Raises ValueError if it is no such area, and BufferError while anything else (a slice, a
-        NumPy array) still uses it; then nothing was changed. Raises OSError with the DMS's reason
+        NumPy array) still uses it; then nothing was changed. Raises OSError with the store's reason
         if it can't forget them, which only a kept disk may not: the area can't be used any more,
         but its bytes stay, and this can be called again. Source: munmap(2).
         """
-        with self._locked():
-            view, users, addr = self._views.get(id(area), (None, 0, 0))
-            if view is None:
-                raise ValueError("area: not one that mmap returned, or unmapped already")
-            if _users(area) != users:
-                raise BufferError("area: still in use, by a slice or an array made of it")
-            area.release()  # BufferError, if a buffer of it is in use this moment
-            self._unmap(addr)
-            # If the DMS refuses, the bytes are still there: nothing else may be mapped over them.
-            self._call(MUNMAP, addr - self.start_addr, self._lengths[addr])
-            del self._views[id(area)]
-            self._forget(addr)
+        view, users, addr = self._views.get(id(area), (None, 0, 0))
+        if view is None:
+            raise ValueError("area: not one that mmap returned, or unmapped already")
+        if _users(area) != users:
+            raise BufferError("area: still in use, by a slice or an array made of it")
+        area.release()  # BufferError, if a buffer of it is in use this moment
+        # If the store refuses, the bytes are still there: nothing else may be mapped over them.
+        self._call(m.FREE, addr, self._lengths[addr])
+        del self._views[id(area)]
+        self._give_back(addr, self._lengths.pop(addr))
 
     def sync(self) -> int:
         """Make everything written so far durable, without evicting it; how many pages were sent.
 
         When this returns, the disk (Config's disk and keep) holds every page that was written
         before it was called, and a job that resumes it after any crash finds them so, or as a
-        later sync has left them. Raises OSError with the DMS's reason when it can't write.
+        later sync has left them. Raises OSError with the store's reason when it can't write.
         Source: fsync(2).
         """
-        with self._locked():
-            return int(self._call(SYNC, 0, 0))
+        return int(self._call_locked(m.SYNC))
 
+    @_locked
     def areas(self) -> list[tuple[int, int]]:
         """The (address, length in bytes) of every area, by address."""
-        with self._locked():
-            return list(self._areas)
+        return sorted(self._lengths.items())
 
+    @_locked
     def locations(self, addr: int, length: int) -> list[str]:
         """Where each page of a range (bytes, whole pages) is: NEW, INSTANCE_n or DISK.
 
-        This is what the DMS's SPT says.
+        This is what the store's SPT says.
         """
         spt = b""
-        with self._locked():
-            for at in range(addr, addr + length, MAX_LOCATIONS * PAGE_SIZE):
-                part = min(MAX_LOCATIONS * PAGE_SIZE, addr + length - at)
-                spt += self._call(LOCATIONS, at - self.start_addr, part)
-        return [location(byte, self.instance) for byte in spt]
+        for at in range(addr, addr + length, MAX_LOCATIONS * PAGE_SIZE):
+            spt += self._call(m.LOCATIONS, at, min(MAX_LOCATIONS * PAGE_SIZE, addr + length - at))
+        here = f"INSTANCE_{self.instance}"
+        return [here if byte & 1 else "DISK" if byte else "NEW" for byte in spt]
 
-    def figures(self) -> dict[str, object]:
+    def figures(self) -> dict[str, Any]:
         """What the pager has counted: faults, evictions, bytes, latencies (see pager.py)."""
-        with self._locked():
-            return json.loads(self._call(FIGURES, 0, 0))
+        return marshal.loads(self._call_locked(m.FIGURES))
 
     # ------------------------------------------------------------ for an allocator
-
-    @property
-    def is_forked(self) -> bool:
-        """Was this process forked by the application? Then it has none of the areas."""
-        return self._control is None
 
     def allocate(self, length: int, name: str) -> int:
         """Map an area of length bytes, zeros, near the end of the space; its address.
@@ -206,51 +216,95 @@ class Space:
         """
         if self.is_forked or self._lock._is_owned():
             return 0
-        whole = whole_pages(length)
-        with self._locked():
-            addr = self._gap(whole, from_end=True)
-            self._map(addr, whole, ALLOCATE, name)
-            return addr
+        return self._allocate(whole_pages(length), name)
+
+    @_locked
+    def _allocate(self, whole: int, name: str) -> int:
+        addr = self._gap(whole, from_end=True)
+        if self._kept:
+            self._call(m.FREE, addr, whole)  # whatever an earlier job has left there
+        self._take(addr, whole, name)
+        return addr
 
     def allocated(self, addr: int) -> int:
         """How many bytes (whole pages) the area at this address has."""
         return self._lengths[addr]
 
     def release(self, addr: int) -> None:
-        """Unmap what allocate has mapped there: now, or when the call that is under way has ended."""
+        """Free what allocate has mapped there: now, or when the call that is under way has ended.
+
+        This waits for nobody.
+        """
         if not self.is_forked:
             self._released.append(addr)
-            self._unmap_released()
+            self._free_released()
 
-    # ------------------------------------------------------------ getting ready
+    # ------------------------------------------------------------ beginning and end
 
-    @classmethod
-    def open(
-        cls,
-        start_addr: int,
-        end_addr: int,
-        resident_limit: int,
-        instance: int,
-        control: socket.socket,
-    ) -> Space | None:
-        """Reserve the space, make userfaultfd and memfd, and send them to the pager.
-
-        If that can't be done, None; the pager is then sent the reason and raises it: ValueError if
-        the range can't be had, OSError if userfaultfd can't.
-        """
-        space = cls(start_addr, end_addr, resident_limit, instance, control)
+    def _map(self) -> int:
+        """Map the space, and behind it the mailbox; the memfd."""
+        length = self.end_addr - self.start_addr
+        memfd = os.memfd_create("edm")
+        os.ftruncate(memfd, length + m.SIZE)
+        at = f"start_addr, end_addr: the range {self.start_addr:#x}-{self.end_addr + m.SIZE:#x}"
         try:
-            space._reserve(start_addr, end_addr - start_addr, u.MAP_FIXED_NOREPLACE)
-            space._make_descriptors()
-        except ValueError as error:
-            control.send(json.dumps(["ValueError", [str(error)]]).encode())
-            return None
+            flags = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
+            u.mmap_fixed(self.start_addr, length + m.SIZE, u.PROT_READ | u.PROT_WRITE, flags, memfd)
+            u.madvise(self.start_addr, length + m.SIZE, u.MADV_DONTFORK)
         except OSError as error:
-            control.send(json.dumps(["OSError", [error.errno, error.strerror]]).encode())
-            return None
-        return space
+            os.close(memfd)
+            if error.errno == errno.EEXIST:
+                found = _mappings(self.start_addr, self.end_addr + m.SIZE)
+                there = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+                raise ValueError(
+                    f"{at} overlaps what this process has there: {there}; choose another range"
+                ) from None
+            raise ValueError(f"{at} can't be mapped ({error.strerror}); choose another") from None
+        memory = memoryview((ctypes.c_ubyte * m.SIZE).from_address(self.end_addr)).cast("B")
+        self._mailbox = m.Mailbox(memory, self.end_addr)
+        return memfd
 
-    def _make_descriptors(self) -> None:
+    def _unmap(self) -> None:
+        u.munmap(self.start_addr, self.end_addr - self.start_addr + m.SIZE)
+
+    def _say_hello(self, config: Any, control: Any, memfd: int) -> None:
+        uffd, how = u.open_userfaultfd()
+        self.user_mode_only = how == u.USER_MODE
+        # Whose write end is the pager's alone: when that ends, the kernel kills this process.
+        self._lifeline, pagers_end = os.pipe2(os.O_CLOEXEC)
+        fds = [uffd, memfd, os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC), pagers_end]
+        try:
+            tracking = self._make_registered(u.Userfaultfd(uffd), config.clean_tracking)
+            hello = {
+                "config": vars(config), "pid": os.getpid(), "how": how,
+                "track_clean": tracking != "none", "command": sys.orig_argv[1:],
+            }  # fmt: skip
+            ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
+            control.sendmsg([marshal.dumps(hello)], ancillary)
+            answer = control.recv(MAX_HELLO)
+            if not answer:
+                raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
+            kind, *arguments = marshal.loads(answer)
+            if kind != "ready":
+                raise {"ValueError": ValueError, "OSError": OSError}[kind](*arguments)
+        except BaseException:
+            os.close(self._lifeline)
+            raise
+        finally:
+            for fd in fds:
+                if fd != memfd:
+                    os.close(fd)
+        (self._kept,) = arguments
+        self._lifeline = _moved_up(self._lifeline)
+        self._lifeline_is = os.fstat(self._lifeline).st_ino
+        fcntl.fcntl(self._lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(self._lifeline, fcntl.F_SETSIG, SIGKILL)
+        fcntl.fcntl(self._lifeline, fcntl.F_SETFL, os.O_ASYNC)
+        if self.user_mode_only:
+            sys.excepthook = _explained(sys.excepthook)
+
+    def _make_registered(self, uffd: u.Userfaultfd, wanted: str) -> str:
+        """Ask the kernel for its features, and register the space; how first writes are noticed."""
         supported = u.supported_features()
         missing = u.NEEDED_FEATURES & ~supported
         if missing:
@@ -259,40 +313,61 @@ class Space:
                 f"userfaultfd: this kernel ({os.uname().release}) lacks features {missing:#x}; "
                 "EDM needs Linux 5.19 or later, with CONFIG_USERFAULTFD",
             )
-        fd, how = u.open_userfaultfd()
-        log.logger("EDM CLIENT").info("userfaultfd permitted by: %s", how)
-        self.user_mode_only = how == u.USER_MODE
-        if self.user_mode_only:
-            sys.excepthook = _explained(sys.excepthook)
-            threading.excepthook = _explained(threading.excepthook)
-        self._uffd = u.Userfaultfd(fd)
-        self._uffd.api(u.NEEDED_FEATURES | supported & u.UFFD_FEATURE_POISON)
-        # The memfd has a scratch area behind the space, for page_idle.TlbFlush.
-        length, scratch = self.end_addr - self.start_addr, TlbFlush.PAGES * PAGE_SIZE
-        self._memfd = os.memfd_create("edm")
-        os.ftruncate(self._memfd, length + scratch)
-        self._scratch = mmap_module.mmap(self._memfd, scratch, offset=length)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._scratch))
-        self._uffd.register(address, scratch)
-        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        socket.send_fds(self._control, [SCRATCH.pack(address)], [fd, self._memfd, pagemap])
-        os.close(pagemap)
+        asks = {
+            "async": u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC,
+            "events": u.WP_FEATURES,
+            "none": 0,
+        }
+        for how, asked in asks.items():
+            if wanted in ("auto", how) and not asked & ~supported:
+                uffd.api(u.NEEDED_FEATURES | asked | u.OTHER_FEATURES & supported)
+                length = self.end_addr - self.start_addr
+                uffd.register(self.start_addr, length, write_protect=bool(asked))
+                return how
+        raise ValueError(f"clean_tracking: this kernel does not have {wanted!r}; take auto")
 
-    def _reserve(self, addr: int, length: int, fixed: int) -> None:
-        flags = u.MAP_PRIVATE | u.MAP_ANONYMOUS | u.MAP_NORESERVE | fixed
+    def _end(self) -> None:
+        """At the interpreter's end: what the pager prints comes before the shell's prompt."""
+        if not self.is_forked:
+            try:
+                self._call_locked(m.END)
+            except (OSError, RuntimeError):
+                pass  # it was closed, or a signal handler ends the process in the midst of a call
+
+    @_locked
+    def close(self) -> None:
+        """End the space, and the pager: what is to be kept is kept. No array of it may be used."""
+        if self.is_forked:
+            return
+        atexit.unregister(self._end)
+        if self._has_lifeline():
+            fcntl.fcntl(self._lifeline, fcntl.F_SETFL, 0)  # its end is no accident
+            self._ask(m.CLOSE)
+            os.read(self._lifeline, 1)  # until it has ended
+            os.close(self._lifeline)
+        else:
+            self._call(m.END)
+            self._ask(m.CLOSE)
+        self.is_forked = True
+        self._unmap()
+
+    def _forked(self) -> None:
+        """In a process that the application forked: it has no space."""
+        if not self.is_forked:
+            self.is_forked = True
+            self._lock = _thread.RLock()
+            self._released.clear()
+            if self._has_lifeline():
+                os.close(self._lifeline)
+
+    def _has_lifeline(self) -> bool:
+        """Or has the program closed it, and the number may be something else's now?"""
         try:
-            u.mmap_fixed(addr, length, u.PROT_NONE, flags)
-        except OSError as error:
-            at = f"start_addr, end_addr: the range {addr:#x}-{addr + length:#x}"
-            if error.errno == errno.EEXIST:
-                found = _mappings(addr, addr + length)
-                there = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-                raise ValueError(
-                    f"{at} overlaps what this process has there: {there}; choose another range"
-                ) from None
-            raise ValueError(f"{at} can't be mapped ({error.strerror}); choose another") from None
+            return os.fstat(self._lifeline).st_ino == self._lifeline_is
+        except OSError:  # EBADF
+            return False
 
-    # ------------------------------------------------------------ within
+    # ------------------------------------------------------------ the areas
 
     def _check(self, addr: int, whole: int) -> int:
         if addr % PAGE_SIZE:
@@ -302,140 +377,124 @@ class Space:
                 f"addr: the area {addr:#x}-{addr + whole:#x} leaves the space "
                 f"{self.start_addr:#x}-{self.end_addr:#x}"
             )
-        after = bisect.bisect_left(self._areas, (addr + whole, 0))
-        if after and sum(self._areas[after - 1]) > addr:
-            other, length = self._areas[after - 1]
-            raise ValueError(
-                f"addr: the area {addr:#x}-{addr + whole:#x} overlaps "
-                f"the area {other:#x}-{other + length:#x}"
-            )
+        while not self._is_free(addr, whole):
+            if not self._freeing:
+                other, length = next(
+                    (at, n)
+                    for at, n in self._lengths.items()
+                    if at < addr + whole and addr < at + n
+                )
+                raise ValueError(
+                    f"addr: the area {addr:#x}-{addr + whole:#x} overlaps "
+                    f"the area {other:#x}-{other + length:#x}"
+                )
+            self._wait_for_a_free()
         return addr
+
+    def _is_free(self, addr: int, whole: int) -> bool:
+        index = bisect.bisect_right(self._gaps, (addr, self.end_addr)) - 1
+        return index >= 0 and addr + whole <= sum(self._gaps[index])
 
     def _gap(self, whole: int, from_end: bool = False) -> int:
         """The lowest address with room for whole bytes; or the highest."""
-        if from_end:
-            end = self.end_addr
-            for addr, length in reversed(self._areas):
-                if end - addr - length >= whole:
-                    break
-                end = addr
-            if end - self.start_addr >= whole:
-                return end - whole
-        else:
-            at = self.start_addr
-            for addr, length in self._areas:
-                if addr - at >= whole:
-                    break
-                at = addr + length
-            if self.end_addr - at >= whole:
-                return at
-        raise MemoryError(
-            f"no gap of {whole} bytes in the space {self.start_addr:#x}-{self.end_addr:#x}; "
-            "a larger end_addr makes room"
-        )
+        self._reuse()
+        while True:
+            for at, length in reversed(self._gaps) if from_end else self._gaps:
+                if length >= whole:
+                    return at + length - whole if from_end else at
+            if not self._freeing:
+                raise MemoryError(
+                    f"no gap of {whole} bytes in the space "
+                    f"{self.start_addr:#x}-{self.end_addr:#x}; a larger end_addr makes room"
+                )
+            self._wait_for_a_free()
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        if self._lock._is_owned():
-            raise RuntimeError("space: called by a signal handler, in the midst of another call")
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._unmap_released()
-
-    def _map(self, addr: int, whole: int, what: int, name: str) -> None:
-        """Locked. Map whole bytes at addr, where nothing is."""
-        offset = addr - self.start_addr
-        flags = u.MAP_SHARED | u.MAP_FIXED
-        # First, as a signal handler may raise at any point of this: so nothing else is mapped there.
-        bisect.insort(self._areas, (addr, whole))
+    def _take(self, addr: int, whole: int, name: str) -> None:
+        """Locked. A part of a gap becomes an area."""
+        index = bisect.bisect_right(self._gaps, (addr, self.end_addr)) - 1
+        start, length = self._gaps[index]
+        rest = [(start, addr - start), (addr + whole, start + length - addr - whole)]
+        self._gaps[index : index + 1] = [gap for gap in rest if gap[1]]
         self._lengths[addr] = whole
-        try:
-            u.mmap_fixed(addr, whole, u.PROT_READ | u.PROT_WRITE, flags, self._memfd, offset)
-            u.madvise(addr, whole, u.MADV_DONTFORK)
-            self._uffd.register(addr, whole)
-            self._call(what, offset, whole, name.encode(errors="replace")[:MAX_NAME])
-        except OSError:
-            self._forget(addr)
-            raise
+        self._ask(m.MAPPED, addr, whole, name.encode(errors="replace"))
 
-    def _unmap(self, addr: int) -> None:
-        """Locked. Unmap the area at addr: no fault of its pages can come while the pager, which is
-        told after this, frees them. Raises ValueError if that can't be done."""
-        self._reserve(addr, self._lengths[addr], u.MAP_FIXED)
+    def _give_back(self, addr: int, whole: int) -> None:
+        """Locked. An area becomes a gap, or a part of one."""
+        index = bisect.bisect_right(self._gaps, (addr, 0))
+        end = addr + whole
+        if index < len(self._gaps) and self._gaps[index][0] == end:
+            end += self._gaps.pop(index)[1]
+        if index and sum(self._gaps[index - 1]) == addr:
+            index -= 1
+            addr = self._gaps.pop(index)[0]
+        self._gaps.insert(index, (addr, end - addr))
 
-    def _forget(self, addr: int) -> None:
-        self._areas.remove((addr, self._lengths[addr]))
-        del self._lengths[addr]
+    def _reuse(self) -> None:
+        """Locked. Let the addresses whose free is done be gaps."""
+        while self._freeing and self._mailbox.is_freed(self._freeing[0][0]):
+            _, addr, whole = self._freeing.popleft()
+            self._give_back(addr, whole)
 
-    def _unmap_released(self) -> None:
-        # Whoever holds the lock comes by here after it. The pager takes requests in order: a later
-        # allocate at the same address is answered when this is done. A signal handler may raise at
-        # any point: then the pager is told once more, or the address is never used again. It is not
-        # either if it can't be unmapped; but its pages are freed.
-        if not self._released or self._lock._is_owned():
+    def _wait_for_a_free(self) -> None:
+        while not self._mailbox.is_freed(self._freeing[0][0]):
+            time.sleep(FREES)
+        self._reuse()
+
+    def _free_released(self) -> None:
+        # Whoever holds the lock comes by here after it.
+        if not self._released or self.is_forked or self._lock._is_owned():
             return
         with self._lock:
             while self._released:
                 addr = self._released[0]
-                unmapped = True
-                try:
-                    self._unmap(addr)
-                except ValueError:  # the kernel has no more mappings for us (vm.max_map_count)
-                    unmapped = False
-                self._ask(RELEASE, addr - self.start_addr, self._lengths[addr])
+                # A signal handler may raise at any point: then the addresses are not used again.
+                whole = self._lengths.pop(addr, 0)
                 self._released.popleft()
-                if unmapped:
-                    self._forget(addr)
+                if whole:
+                    self._freeing.append((self._ask(m.RELEASE, addr, whole), addr, whole))
 
-    def _call(self, what: int, offset: int, length: int, name: bytes = b"") -> bytes:
-        """Locked. Ask the pager, for a range in bytes from start_addr."""
-        self._ask(what, offset, length, name)
-        number = 0
-        while number != self._calls:  # those of calls that a signal handler has left are skipped
-            answer = self._control.recv(1 << 17)
-            if not answer:
-                raise ConnectionError("the pager has ended")
-            number, error = ANSWER.unpack_from(answer)
-        if error:
-            raise OSError(error, answer[ANSWER.size :].decode())
-        return answer[ANSWER.size :]
+    # ------------------------------------------------------------ calling the pager
 
-    def _ask(self, what: int, offset: int, length: int, name: bytes = b"") -> None:
+    def _call(self, what: int, addr: int = 0, length: int = 0) -> bytes:
+        """Locked. Ask the pager, for a range in bytes, and wait for the answer."""
+        while self._waits_for and not self._mailbox.is_answered(self._waits_for):
+            time.sleep(FREES)  # a signal handler has left a call, which goes on
+        self._waits_for = number = self._ask(what, addr, length)
+        answer = self._mailbox.answer(number)
+        self._waits_for = 0
+        return answer
+
+    _call_locked = _locked(_call)
+
+    def _ask(self, what: int, addr: int = 0, length: int = 0, name: bytes = b"") -> int:
         if self.is_forked:
             raise RuntimeError(_FORKED)
-        self._calls += 1
-        call = CALL.pack(what, self._calls, offset // PAGE_SIZE, length // PAGE_SIZE)
-        self._control.send(call + name)
-
-    def _forked(self) -> None:
-        """In a process that the application forked: let go of everything that reaches the pager."""
-        self._lock = threading.RLock()
-        self._released.clear()
-        if self._control is not None:
-            self._control.close()
-        self._control = None
-        if self._uffd is not None:
-            os.close(self._uffd.fd)
-            os.close(self._memfd)
-        self._uffd, self._memfd = None, -1
+        page = (addr - self.start_addr) // PAGE_SIZE if addr else 0
+        return self._mailbox.ask(what, page, length // PAGE_SIZE, name)
 
 
 def _explained(hook: Callable[..., None]) -> Callable[..., None]:
-    """sys.excepthook or threading.excepthook, with a word behind the first EFAULT, or what may be
-    one (NumPy's OSErrors have no errno)."""
+    """sys.excepthook, with a word behind the first EFAULT, or what may be one (NumPy's OSErrors have
+    no errno)."""
 
-    def explained(*args: object) -> None:
+    def explained(kind: type, error: BaseException, trace: object) -> None:
         global _USER_MODE_ONLY
-        hook(*args)
-        error = args[1] if len(args) == 3 else args[0].exc_value
-        maybe = isinstance(error, OSError) and error.errno in (errno.EFAULT, None)
-        if maybe and _USER_MODE_ONLY:
-            print(_USER_MODE_ONLY, file=sys.stderr)
+        hook(kind, error, trace)
+        if isinstance(error, OSError) and error.errno in (errno.EFAULT, None) and _USER_MODE_ONLY:
+            sys.stderr.write(_USER_MODE_ONLY)
             _USER_MODE_ONLY = ""
 
     return explained
+
+
+def _moved_up(fd: int) -> int:
+    """The same file under a number that a program which closes everything does not reach."""
+    try:
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
+    except OSError:
+        return fd  # the limit on descriptors (RLIMIT_NOFILE) is lower
+    os.close(fd)
+    return high
 
 
 def _users(view: memoryview) -> int:
@@ -456,3 +515,78 @@ def _mappings(start: int, end: int) -> list[str]:
             if low < end and high > start:
                 found.append(" ".join([span, *name]))
     return found
+
+
+# ---------------------------------------------------------------- a pager on this machine
+
+# What the spawned interpreter runs: the package is where it was found here, and nothing that the
+# environment or the current folder says can be in its way (-I -S).
+_BOOT = """\
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+folder, descriptor = sys.argv[1:]
+spec = spec_from_file_location("edm", folder + "/__init__.py", submodule_search_locations=[folder])
+sys.modules["edm"] = package = module_from_spec(spec)
+spec.loader.exec_module(package)
+from edm.pager import spawned
+spawned(int(descriptor))
+"""
+
+
+def spawn_pager() -> Any:
+    """Start a pager that is no child of this process; the socket that reaches it, for Space."""
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    folder = os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, "-I", "-S", "-c", _BOOT, folder, str(theirs.fileno())]
+    streams = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+        # dup2(fd, fd) lets the descriptor stay open there: posix_spawn_file_actions_adddup2(3)
+        (os.POSIX_SPAWN_DUP2, theirs.fileno(), theirs.fileno()),
+    ]
+    try:
+        os.fstat(2)
+    except OSError:  # it is closed
+        streams.append((os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
+    spawned = os.posix_spawn(sys.executable, command, environment, file_actions=streams, setsigmask=[])  # fmt: skip
+    theirs.close()
+    try:
+        os.waitpid(spawned, 0)
+    except ChildProcessError:
+        pass  # the program ignores SIGCHLD, or another thread of it waits for any child
+    return ours
+
+
+def receive_hello(control: Any) -> tuple[dict[str, Any], list[int]]:
+    """The pager's: what Space has sent: its dictionary, and uffd, memfd, pagemap, lifeline. Nothing,
+    if the application has ended."""
+    space, flags = _socket.CMSG_LEN(4 * _INT), _socket.MSG_CMSG_CLOEXEC
+    packet, ancillary, _, _ = control.recvmsg(MAX_HELLO, space, flags)
+    if not packet:
+        return {}, []
+    return marshal.loads(packet), list(array.array("i", ancillary[0][2]))
+
+
+def send_ready(control: Any, kept: bool) -> None:
+    """The pager's answer to Space."""
+    _send(control, "ready", kept)
+
+
+def send_refusal(control: Any, error: ValueError | OSError) -> None:
+    """The pager's answer to Space if it can't serve."""
+    if isinstance(error, ValueError):
+        _send(control, "ValueError", str(error))
+    else:
+        words = str(error.strerror or error)
+        if error.filename:
+            words += f": {error.filename!r}"
+        _send(control, "OSError", error.errno or errno.EIO, words)
+
+
+def _send(control: Any, *answer: Any) -> None:
+    try:
+        control.send(marshal.dumps(answer))
+    except ConnectionError:
+        pass  # it has ended meanwhile
+    control.close()

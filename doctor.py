@@ -26,9 +26,8 @@ import threading
 from collections.abc import Callable
 
 from edm import uffd_ctypes as u
-from edm.edm import disk_folder
-from edm.launch import find_mpirun
 from edm.page_idle import bitmap_missing, pfns_missing, unmap_missing
+from edm.page_store import disk_folder
 from edm.uffd_ctypes import PAGE_SIZE
 
 OLDEST = (5, 19)  # Linux
@@ -81,11 +80,16 @@ def features() -> Finding:
     except OSError as error:
         return "missing", f"{error.strerror}", ""
     if missing := u.NEEDED_FEATURES & ~supported:
-        found = f"this kernel lacks {missing:#x}, which Linux 5.19 has with CONFIG_USERFAULTFD"
+        found = f"this kernel lacks {missing:#x}, which Linux 4.11 has with CONFIG_USERFAULTFD"
         return "missing", found, "grep USERFAULTFD /boot/config-$(uname -r)"
+    if u.WP_FEATURES & ~supported:
+        found = "write-protection of shared memory (Linux 5.19): every page counts as written"
+        return "without", found, ""
     if not supported & u.UFFD_FEATURE_POISON:
         return "without", "UFFDIO_POISON (Linux 6.6): a page that is lost ends the job", ""
-    return "ok", "missing pages and write-protection of shared memory, poison", ""
+    if not supported & u.UFFD_FEATURE_WP_ASYNC:
+        return "without", "asynchronous write-protection (Linux 6.7): first writes are faults", ""
+    return "ok", "missing pages and asynchronous write-protection of shared memory, poison", ""
 
 
 def page_fault() -> Finding:
@@ -100,11 +104,11 @@ def page_fault() -> Finding:
         with open(u.open_userfaultfd()[0], "rb", buffering=0) as file:  # its end ends all waiting
             uffd = u.Userfaultfd(file.fileno())
             uffd.api(u.NEEDED_FEATURES)
-            uffd.register(address, PAGE_SIZE)
+            uffd.register(address, PAGE_SIZE, write_protect=False)  # a kernel may not have it
             thread.start()
             if not select.select([file], [], [], DEADLINE)[0]:
                 return "missing", "no page fault came", ""
-            (_, at), *_ = uffd.read_faults()
+            (_, _, at), *_ = uffd.read_faults()
             uffd.copy(at & -PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
     except (OSError, ValueError) as error:
         return "missing", f"{error}", ""
@@ -168,6 +172,12 @@ def mpi() -> Finding:
         found = f"mpi4py finds no MPI library ({last})"
         return "missing", found, f"{sys.executable} -m pip install mpich"
     return "ok", last.strip("\0 "), ""
+
+
+def find_mpirun() -> str | None:
+    """The path of mpirun: the one of this Python's environment, else the one on PATH."""
+    own = os.path.join(sys.prefix, "bin", "mpirun")
+    return own if os.path.exists(own) else shutil.which("mpirun")
 
 
 def two_ranks() -> Finding:

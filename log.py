@@ -20,10 +20,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import types
 from collections.abc import Iterable
-
-LEVELS = ("debug", "info", "warning", "error")
 
 _PREFIXES = {"edm": "", "edm.Usercode": "[Usercode] : "}
 
@@ -42,7 +39,7 @@ def logger(name: str = "") -> logging.Logger:
 
 
 def start(level: str) -> None:
-    """Write the log's lines of at least this level, one of LEVELS, to stderr."""
+    """Write the log's lines of at least this level, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     line = "[%(asctime)s.%(msecs)03d]:[%(level)s]-%(prefix)s%(message)s"
     handler.setFormatter(_WikiFormatter(line, "%a %b %d %Y %H:%M:%S"))
@@ -64,12 +61,3 @@ def lspt_table(rows: Iterable[tuple[int, int, bool]]) -> str:
     """
     lines = [f"address : {a:#x}  pfn : {pfn}  is_idle: {int(idle)}" for a, pfn, idle in rows]
     return "\n".join(["page list state: ", "-----START LSPT ----", *lines, "-----END LSPT ----"])
-
-
-def programs_own(
-    trace: types.TracebackType | None, files: tuple[str, ...]
-) -> types.TracebackType | None:
-    """A traceback without its first frames, as far as they are of files that begin so: EDM's."""
-    while trace and trace.tb_frame.f_code.co_filename.startswith(files):
-        trace = trace.tb_next
-    return trace

@@ -1,370 +1,451 @@
-"""LPET, the low priority eviction thread: sends pages that nobody uses back to the DMS.
+"""LPET, the low priority eviction thread: lets pages leave that nobody uses.
 
-In the picture: in the pager process, beside the DM-Handler, with the LSPT between them.
+In the picture: beside the DM-Handler, with the LSPT between them. On one machine it is a process of
+its own, forked from the pager, as a thread would wait for the pager's GIL; over MPI it is a thread of
+the pager. The code is the same: it shares nothing with the DM-Handler but
+the LSPT and the store.
 
-Interface: run() is the thread; figures() its counts. store() sends the DMS what it does not have
-yet, without evicting it: in this thread when LSPT.ask_to_store asks for it, and for the main thread
-when this one has ended. A fault that needs room meanwhile gets it, by an eviction in between.
+Interface: run() is LPET. store() sends the store what it does not have yet, without evicting it; it
+is called by another thread, on an Lpet of that thread's own. figures are in the LSPT.
 
-It sleeps until the DM-Handler finds high_threshold pages here, and then evicts until only
-low_threshold are left. Which (the wiki's algorithm): it goes round the LSPT from where the last
-run stopped. An idle page is evicted. Any other is marked idle and passed. When every page has been
-passed and there are still too many, it evicts in order, idle or not. With SMALL pages or more
-here, a round is shortened: see LEAST_PASSED.
+It sleeps until the DM-Handler finds that many pages are here (LSPT.arrived, LSPT.expect), and evicts
+until only low_threshold are left.
 
-One eviction, safe under writers (Lpet._send, and then _finish):
+One eviction (Lpet._evict) is safe under writers, although nothing is protected before it:
 
-    hold             the pages' faults wait from here on
-    WRITEPROTECT     those that are DIRTY: a writer now sleeps in a WP fault
-    preadv           their bytes, from the memfd
-    EVICT            one message for all; wait for the DMS's ack that they are written
-    PUNCH_HOLE       the pages leave the memfd and the application's page table
-    left, WAKE       who waited faults again, MISSING now, and gets the page back
+    1. claim    HERE → LEAVING: faults of these pages wait.
+    2. take     splice(memfd → pipe): the pipe holds references to the pages. Nothing is copied.
+    3. remove   MADV_REMOVE: the pages leave every page table, and all TLBs. No writer is left now:
+                what the pipe holds is final.
+    4. marks    /proc/PID/pagemap: a page whose mark is still set was clean when it left.
+    5. put      the store takes the dirty pages from the pipe; clean pages are dropped without
+                writing, as the store has their bytes.
+    6. gone     LEAVING → AWAY; faults that came meanwhile are woken, and try again.
 
-A CLEAN page is protected already, and as the DMS has its bytes, EVICT only names it. To store a page
-is the same, with STORE for EVICT, and without the end: it stays, CLEAN, still write-protected.
+If the store refuses in step 5, a second pipe has the same references: the pages go back into the
+memfd, and are HERE again. The order of 2 and 3, and of 3 and 4, matters: bytes or marks that are
+read while a writer is left may be old (tests/test_order.py has both wrong orders, which fail).
 
-When the DMS refuses an eviction, because its disk is full or fails, the DIRTY pages are released, and
-for a while LPET evicts CLEAN ones only, before it tries again, with half as many at once. If a fault
-has waited for GRACE seconds of refusals without any room, the job ends with the DMS's reason.
+Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
+where it stopped. Pages that came AGE generations ago leave, neighbours together; if a turn of the
+clock does not find enough, younger ones do. A page that the kernel's idle bitmap says was used is
+passed. While the LSPT is small (lspt.SMALL) the wiki's algorithm is followed in full: every page is
+asked, idle ones leave, the others are marked and passed, and if that was not enough, they leave in
+order.
 
-Rules: this thread alone turns the LSPT's order, and has the idle tracker and its own MpiClient to
-itself. It holds the LSPT's lock for no system call.
+When the store refuses, because its disk is full or fails, LPET evicts clean pages only for a while,
+and then tries again with half as many at once. If a fault has waited for GRACE seconds of refusals
+without any room, LPET raises the store's reason, which ends the job.
+
+Rules: an Lpet belongs to one thread. It holds the LSPT's lock for no system call.
 """
 
 from __future__ import annotations
 
-import errno
+import bisect
+import fcntl
 import math
+import mmap
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 from logging import INFO
-from typing import Any
 
 from edm import log
-from edm import messages as m
-from edm.lspt import DIRTY, LSPT, SMALL, HeldRun, Run, runs_of
-from edm.mpi_client import PATIENCE, MpiClient
-from edm.page_idle import IdleTracker, Pagemap
-from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd, punch_hole
+from edm import lspt as l
+from edm.lspt import LSPT, Left, Run, here_runs, runs_of
+from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd, tee
 
-RUNS = 32  # in one message: each is a write of its own for the DMS, and a fault may wait for all
-# With many pages here, LPET does not pass all of them before it evicts in order: so many for each
-# page that must go, depending on how often a page that it had passed was used again.
-LEAST_PASSED, MOST_PASSED = 1 / 16, 1.0
+TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
+if TYPE_CHECKING:
+    from typing import Any
+
+AGE = 2  # generations: see the top; 1 and 3 fetch more pages with a zipf workload
 GRACE = 5.0  # seconds
-SHORTEST_REST, LONGEST_REST = 0.02, 1.0  # seconds between two tries to send what was refused
+SHORTEST_REST, LONGEST_REST = 0.02, 1.0  # seconds between two tries of what was refused
+SETTLE = 100e-6  # seconds between two looks at pages that somebody else has in its hands
+
+
+class PagePipe:
+    """A pipe that holds references to pages of the memfd, and a second one that holds them again
+    until the store has the bytes."""
+
+    def __init__(self, memfd: int) -> None:
+        self._memfd = memfd
+        self.out, self._in = os.pipe2(os.O_CLOEXEC)
+        self._spare_out, self._spare_in = os.pipe2(os.O_CLOEXEC)
+        self._null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        self._pages = 0  # in the first pipe, when nobody has read of it
+        for pipe in (self.out, self._spare_out):
+            # 1 MiB is what any user may have: fs.pipe-max-size, pipe(7).
+            size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PAGES_AT_ONCE * PAGE_SIZE)
+        self.capacity = size // PAGE_SIZE
+
+    def take(self, runs: Iterable[Run]) -> None:
+        """memfd → pipe."""
+        for page, count in runs:
+            self._pages += count
+            _splice(self._memfd, self._in, count * PAGE_SIZE, offset_src=page * PAGE_SIZE)
+
+    def keep(self) -> None:
+        """Hold everything twice: what is read from `out` can be put back."""
+        if tee(self.out, self._spare_in, self._pages * PAGE_SIZE) != self._pages * PAGE_SIZE:
+            raise OSError("tee: the second pipe has no room")
+
+    def drop(self) -> None:
+        """The store has everything."""
+        _splice(self._spare_out, self._null, self._pages * PAGE_SIZE)
+        self._pages = 0
+
+    def put_back(self, runs: Iterable[Run]) -> None:
+        """second pipe → memfd: the runs that were taken. What is left in the first one is dropped."""
+        self._empty(self.out)
+        self._put(self._spare_out, runs)
+
+    def clear(self) -> None:
+        """Drop everything; the memfd still has it."""
+        self._empty(self.out)
+        self._empty(self._spare_out)
+        self._pages = 0
+
+    def _empty(self, pipe: int) -> None:
+        os.set_blocking(pipe, False)
+        try:
+            while os.splice(pipe, self._null, PAGES_AT_ONCE * PAGE_SIZE):
+                pass
+        except BlockingIOError:
+            pass  # it is empty now
+        finally:
+            os.set_blocking(pipe, True)
+
+    def return_at_once(self, runs: Iterable[Run]) -> None:
+        """pipe → memfd: the runs that were taken, which were not kept twice."""
+        self._put(self.out, runs)
+
+    def _put(self, pipe: int, runs: Iterable[Run]) -> None:
+        for page, count in runs:
+            _splice(pipe, self._memfd, count * PAGE_SIZE, offset_dst=page * PAGE_SIZE)
+        self._pages = 0
+
+    def close(self) -> None:
+        for fd in (self.out, self._in, self._spare_out, self._spare_in, self._null):
+            os.close(fd)
+
+
+def _splice(source: int, target: int, length: int, **offset: int) -> None:
+    """splice(2) until all is through; one of offset_src, offset_dst or neither."""
+    while length:
+        done = os.splice(source, target, length, **offset)
+        if not done:
+            raise OSError("splice: nothing came")
+        length -= done
+        offset = {name: at + done for name, at in offset.items()}
 
 
 class Lpet:
     def __init__(
         self,
-        uffd: Userfaultfd,
-        memfd: int,
-        clients: Sequence[MpiClient],
         lspt: LSPT,
-        tracker: IdleTracker,
+        store: Any,
+        memory: mmap.mmap,
+        memfd: int,
+        uffd: int,
         pagemap: Pagemap,
         start_addr: int,
-        high_threshold: int,
-        low_threshold: int,
         batch: int,
+        tracker: str,
     ) -> None:
-        """Two clients, used in turn. batch: pages that are looked at and evicted at once."""
-        self._uffd, self._memfd, self._lspt = uffd, memfd, lspt
-        self._clients = list(clients)  # the first is the next one to send with
-        # What was sent and is not acknowledged yet, and what is then to be done with it.
-        self._sent: tuple[MpiClient, list[HeldRun], Callable[[Sequence[HeldRun]], None]] | None = (
-            None
+        """memory: the pager's mapping of the memfd, which nobody touches. tracker: its name.
+
+        batch: pages that are looked at and evicted at once.
+        """
+        self._lspt, self._store = lspt, store
+        self._memory, self._uffd, self._pagemap = memory, Userfaultfd(uffd), pagemap
+        self._start = start_addr
+        self._pipe = PagePipe(memfd)
+        self._batch = min(batch, self._pipe.capacity)
+        self._tracker: Any = (
+            BitmapTracker(pagemap)
+            if tracker == BitmapTracker.name
+            else UnmapTracker(pagemap, self._unmap)
         )
-        self._refusal = ""  # the DMS's reason: until _again_at, only CLEAN pages are evicted
+        self._hand = 0  # the page where the clock goes on
+        self._refusal: OSError | None = None  # until _again_at, only clean pages are evicted
         self._again_at, self._backoff = 0.0, SHORTEST_REST  # seconds of the clock; seconds
-        self._refused_since = math.inf  # seconds of the clock: DIRTY pages, again and again
-        self._tracker, self._pagemap = tracker, pagemap
-        self._start, self._batch = start_addr, batch
-        self._most = batch  # pages to evict at once: fewer after a refusal, as some may still fit
-        self._high, self._low = high_threshold, low_threshold
-        self._worth = 0.1  # the share of marked pages that were touched again, of late
+        self._refused_since = self._wanted_since = math.inf  # seconds of the clock
+        self._most = self._batch  # pages to evict at once: fewer after a refusal, as some may fit
         self._log, self._banner = log.logger("Lpet"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
-        self._dirty = self._clean = self._marked = self._rounds = self._refused = 0
-
-    def figures(self) -> dict[str, object]:
-        """See the top of pager.py."""
-        return {
-            "evicted_dirty": self._dirty,
-            "evicted_clean": self._clean,
-            "marked_idle": self._marked,
-            "lpet_runs": self._rounds,
-            "refused": self._refused,
-        }
 
     def run(self) -> None:
-        """Evict whenever woken, until told to stop, or until the application has ended."""
-        not_before = 0.0  # seconds of the clock
-        try:
-            while any(work := self._lspt.wait_for_work(max(0.0, not_before - time.monotonic()))):
-                evict, stored = work
-                if evict:
-                    clean_untried = self._evict_until_low_threshold()
-                    if clean_untried and self._lspt.resident >= self._high:
-                        self._evict_until_low_threshold()
-                    not_before = time.monotonic() + self._rest()
-                else:
-                    self._answer(stored)
-        except ProcessLookupError:
-            pass  # ESRCH: the application has ended; the main thread knows, or will
-        finally:
-            self._finish_sent()  # no answer may be left under way
+        """Evict whenever woken, until told to stop."""
+        while self._lspt.lpet_waits():
+            if self._evict_until_low_threshold():
+                self._wanted_since = math.inf
+            elif rest := self._rest():
+                time.sleep(min(rest, 0.05))  # short, as it may be told to stop
 
-    def _rest(self) -> float:
-        """How many seconds to wait before the next try, if nothing could leave."""
-        if not self._refusal or self._lspt.resident < self._high:
-            return 0.0
-        waiting_since = self._lspt.waiting_since
-        if waiting_since and time.monotonic() - max(waiting_since, self._refused_since) > GRACE:
-            raise m.DMSError(
-                f"no page can be evicted, and the application needs another one: {self._refusal}"
-            )
-        return max(self._again_at - time.monotonic(), SHORTEST_REST)
+    def close(self) -> None:
+        self._pipe.close()
 
-    def _refused_for(self, reason: str) -> None:
-        self._refusal = reason
-        self._refused_since = min(self._refused_since, time.monotonic())
-        self._most = max(1, self._most // 2)
-        self._again_at = time.monotonic() + self._backoff
-        self._backoff = min(2 * self._backoff, LONGEST_REST)
+    # ------------------------------------------------------------ one eviction
 
-    # ------------------------------------------------------------ storing
+    def _evict(self, page: int, count: int, which: bytes) -> int:
+        """Evict those pages of a range, at most PAGES_AT_ONCE, that the table says; how many left.
 
-    def _answer(self, stored: Future[int]) -> None:
-        try:
-            pages = self.store()
-        except m.DMSError as error:
-            stored.set_exception(error)
-        except BaseException:
-            stored.cancel()  # nobody is to wait for it
-            raise
-        else:
-            stored.set_result(pages)
-
-    def store(self) -> int:
-        """Send every DIRTY page, and keep it; how many there were.
-
-        Raises DMSError if the DMS refuses one.
+        The steps are explained at the top.
         """
-        self._refusal = ""
-        pages = 0
-        group: list[Run] = []  # as much as one message may have
-        room = self._batch
-        for page, count in self._lspt.dirty():
-            while count and not self._refusal:
-                part = min(count, room)
-                group.append((page, part))
-                page, count, room = page + part, count - part, room - part
-                if not room or len(group) == RUNS:
-                    pages += self._store_group(group)
-                    group, room = [], self._batch
-                    pages += self._make_room()
-        pages += self._store_group(group)
-        self._finish_sent()
-        if self._refusal:
-            raise m.DMSError(self._refusal)
+        left = self._lspt.leaving(page, count, which)  # 1
+        if not left:
+            return 0
+        here = [run for each in left for run in here_runs(each)]
+        runs = self._take_out(left, here)  # 2, 3, 4
+        try:
+            self._pipe.keep()
+            self._store.put(runs, self._pipe.out)  # 5
+        except OSError as error:
+            self._pipe.put_back(here)
+            self._wake(self._lspt.stays(left))
+            self._refused(error, sum(count for _, count in here))
+            return 0
+        self._pipe.drop()
+        self._wake(self._lspt.gone(left))  # 6
+        return self._count(runs)
+
+    def _take_out(self, left: list[Left], here: list[Run]) -> list[tuple[int, int, bool]]:
+        """Steps 2 to 4: (first page, count, is dirty) of what the pipe holds."""
+        self._pipe.take(here)
+        self._remove(left)
+        return self._pagemap.written(here)
+
+    def _remove(self, left: Iterable[Left]) -> None:
+        for first, before in left:
+            self._memory.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, len(before) * PAGE_SIZE)
+
+    def _wake(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self._uffd.wake(self._start + page * PAGE_SIZE, PAGE_SIZE)
+
+    def _count(self, runs: Sequence[tuple[int, int, bool]]) -> int:
+        pages = sum(count for _, count, _ in runs)
+        dirty = sum(count for _, count, dirty in runs if dirty)
+        figures = self._lspt.figures
+        figures[l.EVICTED_DIRTY] += dirty
+        figures[l.EVICTED_CLEAN] += pages - dirty
+        figures[l.STORED_BYTES] += dirty * PAGE_SIZE
+        if dirty:
+            self._backoff, self._refused_since = SHORTEST_REST, math.inf
+            self._most = min(2 * self._most, self._batch)
+        if self._info:
+            for page in pages_in((page, count) for page, count, _ in runs):
+                self._log.info("evict page in address: %#x", self._start + page * PAGE_SIZE)
         return pages
 
-    def _make_room(self) -> int:
-        """Evict, if a fault waits for it: how many DIRTY pages the DMS got by that."""
-        before = self._dirty
-        if self._lspt.waiting_since:
-            self._finish_sent()
-            if not self._refusal:
-                self._evict_until_low_threshold()
-        return self._dirty - before
+    # ------------------------------------------------------------ refusals
 
-    def _store_group(self, runs: Sequence[Run]) -> int:
-        held = self._lspt.hold_dirty(runs)
-        self._send(held, self._keep)
-        return sum(count for _, count, _ in held)
+    def _refused(self, error: OSError, pages: int) -> None:
+        now = time.monotonic()
+        self._refusal = error
+        self._refused_since = min(self._refused_since, now)
+        self._most = max(1, self._most // 2)
+        self._again_at = now + self._backoff
+        self._backoff = min(2 * self._backoff, LONGEST_REST)
+        self._lspt.figures[l.REFUSED] += pages
 
-    def _keep(self, held: Sequence[HeldRun]) -> None:
-        self._wake(self._lspt.stored([(page, count) for page, count, _ in held]))
+    def _rest(self) -> float:
+        """How many seconds to wait before the next try, if nothing could leave.
+
+        Raises OSError, with the store's errno, when a fault has waited for too long.
+        """
+        now, wanted = time.monotonic(), self._lspt.room_wanted()
+        self._wanted_since = min(self._wanted_since, now) if wanted else math.inf
+        if not self._refusal:
+            return SETTLE if wanted else 0.0
+        if now - max(self._wanted_since, self._refused_since) > GRACE:
+            raise OSError(
+                self._refusal.errno,
+                "no page can be evicted, and the application needs another one: "
+                f"{self._refusal.strerror or self._refusal}",
+            )
+        return max(self._again_at - now, SETTLE)
 
     # ------------------------------------------------------------ which pages
 
-    def _evict_until_low_threshold(self) -> bool:
-        """Was it refused at its very end, before CLEAN pages alone were tried?"""
-        self._rounds += 1
+    def _evict_until_low_threshold(self) -> int:
+        """One run; how many pages have left."""
+        # Counted once: the pages that come from here on are not this run's business.
+        needed = self._lspt.figures[l.RESIDENT] - self._lspt.low
+        if needed <= 0:  # it was woken once more than there was need, or pages were freed
+            return 0
+        self._lspt.figures[l.LPET_RUNS] += 1
         if time.monotonic() >= self._again_at:
-            self._refusal = ""
+            self._refusal = None
         if self._info:
             self._banner.info("\n-----------------START LPET-----------------\n")
             self._show_lspt()
-        # Counted once: the pages that come from here on are not this run's business.
-        resident = self._lspt.resident
-        needed = resident - self._low
-        seen = 0
-        to_pass = resident  # so many, and every page has been passed
-        if resident >= SMALL:
-            to_pass = int(needed * min(max(2 * self._worth, LEAST_PASSED), MOST_PASSED))
-        while needed > 0:
-            most = self._batch if self._refusal else self._most
-            candidates = self._lspt.next_candidates(most)
-            if not candidates and not seen:
-                time.sleep(PATIENCE)  # nothing can be done, and it would be woken again at once
-            if not candidates or self._refusal and seen > resident:
-                break  # the rest is COMING, being unmapped, sent, or refused
-            chosen, hot, stay = self._choose(candidates, needed, to_pass)
-            done = len(chosen) + len(hot) + len(stay)
-            seen += done
-            to_pass -= len(hot)
-            needed -= len(chosen)
-            self._tracker.mark(runs_of(sorted(hot)))
-            self._marked += len(hot)
-            runs = runs_of(sorted(chosen))
-            for at in range(0, len(runs), RUNS):
-                held = self._lspt.hold(runs[at : at + RUNS], only_clean=bool(self._refusal))
-                self._send(held, self._drop)
-            if self._refusal:  # since when, some could not be held
-                not_held = [p for p in chosen if self._lspt.state[p] == DIRTY]
-                needed += len(not_held)
-                stay += not_held
-            self._lspt.passed(candidates, done, hot + stay)
-        refused_before = self._refusal
-        self._finish_sent()
+        if self._lspt.high <= l.SMALL:
+            pages = self._evict_as_the_wiki_does(needed)
+        else:
+            pages = self._evict_by_age(needed)
         if self._info:
             self._banner.info("\n-----------------FINISH LPET-----------------\n")
-        return bool(self._refusal) and not refused_before
+        return pages
 
-    def _choose(
-        self, candidates: dict[int, bool], needed: int, to_pass: int
-    ) -> tuple[list[int], list[int], list[int]]:
-        """In order, until enough are chosen: those to evict, those to mark and pass, and those that
-        have to stay, as the DMS refuses DIRTY ones.
+    def _evict_by_age(self, needed: int) -> int:
+        pages = 0
+        for age in range(AGE, -1, -1):
+            which, made_for = b"", -1
+            for page, count in self._clock():
+                generation = self._lspt.figures[l.GENERATION]
+                if generation != made_for:
+                    which, made_for = self._lspt.older_than(age), generation
+                if age and self._tracker.name == BitmapTracker.name:
+                    self._pass_used(page, count, which)
+                pages += self._evict_some(page, count, which)
+                if pages >= needed or self._lspt.stopped():
+                    return pages
+        return pages
 
-        A page that was never marked is not idle. One that was, and was touched since, shows that
-        marking was worth it.
-        """
-        marked = [page for page, was_marked in candidates.items() if was_marked]
-        idle = self._tracker.idle(runs_of(sorted(marked)))
-        if marked:
-            touched = 1 - len(idle) / len(marked)
-            self._worth += (touched - self._worth) * min(1.0, len(marked) / SMALL)
+    def _clock(self) -> Iterator[Run]:
+        """The space a batch at a step, from where the last one stopped, once round."""
+        start = self._hand
+        for begin, end in ((start, self._lspt.pages), (0, start)):
+            for first, count in self._lspt.used(begin, end - begin):
+                for page in range(first, first + count, self._batch):
+                    self._hand = min(page + self._batch, first + count)
+                    yield page, self._hand - page
+
+    def _pass_used(self, page: int, count: int, which: bytes) -> None:
+        """Pages that are old and in use count as if they had come now, and are marked anew."""
+        states = self._lspt.state[page : page + count].translate(which)
+        old = [page + at for at, what in enumerate(states) if what == 2]
+        idle = self._tracker.idle(runs_of(old))
+        used = runs_of([page for page in old if page not in idle])
+        generation = self._lspt.figures[l.GENERATION]
+        for run in used:
+            self._wake(self._lspt.stays(self._lspt.leaving(*run, which), generation))
+        self._mark(used)
+
+    def _evict_as_the_wiki_does(self, needed: int) -> int:
+        runs: Iterable[Run] = self._lspt.here()
+        if self._refusal:  # then a page that was written is not to be chosen
+            runs = [
+                (page, count)
+                for run in runs
+                for page, count, dirty in self._pagemap.written([run])
+                if not dirty
+            ]
+        pages = list(pages_in(runs))
+        at = bisect.bisect_left(pages, self._hand)
+        order = pages[at:] + pages[:at]
+        idle = self._tracker.idle(runs_of(pages))
         chosen: list[int] = []
         hot: list[int] = []
-        stay: list[int] = []
-        for page in candidates:
+        for page in order:
             if len(chosen) == needed:
                 break
-            if self._refusal and self._lspt.state[page] == DIRTY:
-                stay.append(page)
-            elif page in idle or len(hot) >= to_pass:
-                chosen.append(page)
+            (chosen if page in idle else hot).append(page)
+            self._hand = page + 1
+        if len(chosen) < needed and hot:  # every page was passed: now in order
+            in_order, hot = hot[: needed - len(chosen)], hot[needed - len(chosen) :]
+            self._hand = in_order[-1] + 1
+            chosen += in_order
+        self._mark(runs_of(sorted(hot)))
+        return sum(
+            self._evict_some(page, count, l.NO_HOLES) for page, count in runs_of(sorted(chosen))
+        )
+
+    def _evict_some(self, page: int, count: int, which: bytes) -> int:
+        """_evict, in parts as large as may be; while the store refuses, of clean pages only."""
+        pages, end = 0, page + count
+        while page < end:
+            part = (page, min(self._most, end - page))
+            page += part[1]
+            if self._refusal:
+                for at, length, dirty in self._pagemap.written([part]):
+                    pages += 0 if dirty else self._evict(at, length, which)
             else:
-                hot.append(page)
-        return chosen, hot, stay
+                pages += self._evict(*part, which)
+        return pages
+
+    def _mark(self, runs: Sequence[Run]) -> None:
+        self._tracker.mark(runs)
+        self._lspt.figures[l.MARKED_IDLE] += sum(count for _, count in runs)
+
+    def _unmap(self, runs: Iterable[Run]) -> None:
+        """Take pages out of the page table, but leave them in the memfd: UnmapTracker's mark."""
+        for first, count in runs:
+            for page in range(first, first + count, self._batch):
+                part = min(self._batch, first + count - page)
+                left = self._lspt.leaving(page, part, l.NO_HOLES)
+                here = [run for each in left for run in here_runs(each)]
+                self._pipe.take(here)
+                self._remove(left)
+                self._pipe.return_at_once(here)
+                self._wake(self._lspt.stays(left))
 
     def _show_lspt(self) -> None:
-        with self._lspt.lock:
-            pages = list(self._lspt.pages())
+        runs = list(self._lspt.here())
+        pages = list(pages_in(runs))
         if pages:
             self._log.info("start address: %#x", self._start + pages[0] * PAGE_SIZE)
-        idle = self._tracker.idle(runs_of(sorted(pages)))
+        idle = self._tracker.idle(runs)
         rows = [
             (self._start + page * PAGE_SIZE, self._pagemap.pfns(page, 1)[0], page in idle)
             for page in pages
         ]
         self._banner.info(log.lspt_table(rows))
 
-    # ------------------------------------------------------------ how they leave
+    # ------------------------------------------------------------ storing without evicting
 
-    def _send(self, held: Sequence[HeldRun], acked: Callable[[Sequence[HeldRun]], None]) -> None:
-        """Send these pages, at most a batch; what was sent before is then finished.
+    def store(self, track_clean: bool) -> int:
+        """Send the store every page that it does not have as it is, and keep it; how many.
 
-        So the DMS writes one batch while the next is being read. acked: what is to be done with
-        these when the DMS has them; _drop, or _keep to let them stay.
+        What is written meanwhile is marked as written again. track_clean: the pages have marks.
+        Raises OSError if the store refuses one.
         """
-        if not held:
-            return
-        client = self._clients[0]
-        self._ask(client, held, acked)
-        before, self._sent = self._sent, (client, held, acked)
-        self._clients.reverse()
-        self._finish(before)
+        pages = 0
+        for first, count in self._lspt.used(0, self._lspt.pages):
+            for page in range(first, first + count, self._batch):
+                pages += self._store_part(page, min(self._batch, first + count - page), track_clean)
+        return pages
 
-    def _ask(
-        self, client: MpiClient, held: Sequence[HeldRun], acked: Callable[[Sequence[HeldRun]], None]
-    ) -> None:
-        content = len(held) * m.RUN.size  # where the bytes begin: behind the run table
-        body = client.question.body
-        at = content
-        for index, (page, count, dirty) in enumerate(held):
-            m.RUN.pack_into(body, index * m.RUN.size, page, count, dirty)
-            if dirty:
-                self._read_protected(page, count, body[at : at + count * PAGE_SIZE])
-                at += count * PAGE_SIZE
-            if self._info and acked == self._drop:
-                for p in range(page, page + count):
-                    self._log.info("evict page in address: %#x", self._start + p * PAGE_SIZE)
-        client.ask_evict(len(held), at - content, stay=acked == self._keep)
+    def _store_part(self, page: int, count: int, track_clean: bool) -> int:
+        states = self._lspt.state[page : page + count]
+        unsettled = runs_of([page + at for at, state in enumerate(states) if l.COMING <= state <= l.AWAITED])  # fmt: skip
+        pages = self._store_here(page, count, track_clean)
+        for run in unsettled:  # somebody else had them: they are HERE, or have been stored, soon
+            while self._lspt.unsettled(*run) and not self._lspt.stopped():
+                time.sleep(SETTLE)
+            pages += self._store_here(*run, track_clean)
+        return pages
 
-    def _finish_sent(self) -> None:
-        sent, self._sent = self._sent, None
-        self._finish(sent)
-
-    def _finish(self, sent: Any) -> None:
-        """Wait until the DMS has written what was sent; or has refused it, which then stays."""
-        if not sent:
-            return
-        client, held, acked = sent
+    def _store_here(self, page: int, count: int, track_clean: bool) -> int:
+        left = self._lspt.leaving(page, count, l.NO_HOLES)
+        here = [run for each in left for run in here_runs(each)]
+        runs = [run for run in self._pagemap.written(here) if run[2]]
+        dirty = [run[:2] for run in runs]
         try:
-            client.answer_evict()
-        except m.DMSError as error:
-            self._refused_for(str(error))
-            self._take_back([run for run in held if run[2]])
-            clean = [run for run in held if not run[2]]
-            # A full disk refuses a message for its dirty pages: those that are clean can leave.
-            if clean and len(clean) < len(held) and acked == self._drop:
-                self._ask(client, clean, acked)
-                self._finish((client, clean, acked))
-            else:
-                self._take_back(clean)
-        else:
-            acked(held)
-            if any(dirty for _, _, dirty in held):
-                self._backoff, self._refused_since = SHORTEST_REST, math.inf
-                self._most = min(2 * self._most, self._batch)
-
-    def _read_protected(self, page: int, count: int, into: memoryview) -> None:
-        self._uffd.writeprotect_mapped(self._start + page * PAGE_SIZE, count * PAGE_SIZE, True)
-        if os.preadv(self._memfd, [into], page * PAGE_SIZE) != count * PAGE_SIZE:
-            raise OSError(errno.EIO, "preadv: short read of the memfd")
-
-    def _take_back(self, held: Sequence[HeldRun]) -> None:
-        self._refused += sum(count for _, count, _ in held)
-        for page, count, dirty in held:
             if dirty:
-                address = self._start + page * PAGE_SIZE
-                self._uffd.writeprotect_mapped(address, count * PAGE_SIZE, False)
-        self._wake(self._lspt.refused([(page, count) for page, count, _ in held]))
+                if track_clean:
+                    self._protect(dirty, True)
+                self._pipe.take(dirty)
+                self._store.put(runs, self._pipe.out, stay=True)
+        except OSError:
+            if track_clean:
+                self._protect(dirty, False)
+            raise
+        finally:
+            self._pipe.clear()
+            self._wake(self._lspt.stays(left))
+        pages = sum(length for _, length in dirty)
+        self._lspt.figures[l.STORED_BYTES] += pages * PAGE_SIZE
+        return pages
 
-    def _drop(self, held: Sequence[HeldRun]) -> None:
-        """Give the memory back."""
-        runs: list[Run] = []
-        for page, count, dirty in held:  # neighbours, one dirty and one not, are punched as one
-            if dirty:
-                self._dirty += count
-            else:
-                self._clean += count
-            if runs and sum(runs[-1]) == page:
-                runs[-1] = (runs[-1][0], runs[-1][1] + count)
-            else:
-                runs.append((page, count))
+    def _protect(self, runs: Iterable[Run], protect: bool) -> None:
         for page, count in runs:
-            punch_hole(self._memfd, page * PAGE_SIZE, count * PAGE_SIZE)
-        self._wake(self._lspt.left(runs))
-
-    def _wake(self, pages: Iterable[int]) -> None:
-        for awaited in pages:
-            self._uffd.wake(self._start + awaited * PAGE_SIZE, PAGE_SIZE)
+            try:
+                self._uffd.writeprotect(self._start + page * PAGE_SIZE, count * PAGE_SIZE, protect)
+            except ProcessLookupError:  # ESRCH: it has ended, and writes no more
+                return

@@ -1,485 +1,371 @@
-"""LSPT: the pages of this instance, in the order in which they came, and the state of each.
+"""LSPT: the pages of this instance, a byte each, in memory that the pager and LPET share.
 
-In the picture: the table between the DM-Handler (which adds pages), LPET (which takes them away)
-and the main thread (which frees them at munmap). Every page state is named here, and the methods
-of LSPT are the only code that changes one.
+In the picture: the table between the DM-Handler (which makes pages come), LPET (which lets them
+leave) and the pager's main thread (which frees them). Every page state is named here, and the
+methods of LSPT are the only code that changes one:
 
-                           expect            arrived
-        NEW or AWAY  ──────────────►  COMING  ─────►  CLEAN or DIRTY
-              ▲                                          │ CLEAN ──written──► DIRTY
-              │ left                                     │
-              └──────────────  HELD  ◄────── hold ───────┤   (LPET: to evict it, to store it, or to
-                                │                        │    mark it idle)
-                                └───── released ────────►┤   (marked)
-                                └───── refused ─────────►┤   (the DMS has not taken it)
-                                └───── stored ──────────►┘   (CLEAN now: the DMS has its bytes)
+             expect                     arrived
+ NEW, AWAY ──────────────────► COMING ─────────────► HERE (with its generation)
+     ▲                           │ not_coming: as before         │
+     │ gone: the store has its   │ lost: LOST                    │ leaving
+     │ bytes, or needs none      ▼                               ▼
+     └───────────────────────────────────────────────── LEAVING ◄┘
+                                                        └── stays ────► HERE
+ freeing: any state but COMING and LEAVING → LEAVING;  freed: LEAVING → NEW
 
-    munmap takes pages the same way, and makes them NEW: hold_all, then freed; or refused. A page
-    whose bytes the DMS can't give back is LOST until then.
+    NEW       never accessed: zeros
+    AWAY      it was here; the store knows what it is
+    COMING    the DM-Handler is installing it
+    HERE      in the application's memory
+    LEAVING   LPET, a sync or a free has it in its hands
+    AWAITED   LEAVING, and a fault waits for that to end
+    LOST      its bytes can't be had: touching it is a SIGBUS
 
-Interface: the methods named on the arrows, and for waiting: ask_for_room, ask_to_store,
-wait_for_work; LPET reads the order with next_candidates and turns it with passed; the DM-Handler
-asks fetchable how far it may read ahead.
+Whether a page is clean is not stored: the page table knows.
+
+Generations: one begins with each quarter of high_threshold that has come. HERE has the one in which
+the page came, AWAY the one in which it left. Both count modulo GENERATIONS.
+
+Interface: the methods named on the arrows. For waiting, two eventfds: `for_handler` tells the
+DM-Handler that there is room, or that it is to stop; `for_lpet` tells LPET that there are pages to
+evict, or that it is to stop. `figures` are counters that any process may read.
 
 Rules:
-    * `lock` protects everything here. Methods whose docstring says "Locked" want the caller to
-      hold it; the others take it themselves. The state of a page may be read without it where a
-      stale answer does no harm.
-    * The DM-Handler holds `installing` from before a page is installed until it has arrived:
-      installing wakes the application, which may write the page and call for a sync meanwhile.
-      Who wants both takes `installing` first.
-    * COMING belongs to the DM-Handler and HELD to whoever held it: nobody else touches such a
-      page's memory or state. A fault of a HELD page is put into `awaited`; who holds the page
-      wakes those that wait when it lets go.
-    * CLEAN says: write-protected since it was installed, so the DMS's copy is as good (or there
-      never was anything but zeros). It becomes DIRTY by the one call that lifts the protection,
-      made under the lock; so a page that is held while CLEAN stays unwritten.
+    * `lock` protects every change of a state or counter. The methods take it; those whose
+      docstring says "Locked" want the caller to hold it. No system call is made under it, but the writing of an eventfd.
+    * COMING belongs to the DM-Handler, LEAVING to whoever made it so: nobody else touches the
+      memory or the state of such a page, but for the DM-Handler, which makes LEAVING AWAITED. Who
+      ends LEAVING wakes the faults of the pages that were AWAITED (the methods return which).
+    * A LEAVING range may have holes: pages that are not here, and that nobody may bring meanwhile.
+    * `areas` belongs to the pager's process; LPET does not need it.
 
-Cost: one byte a page of address space (lazily, as zeros that the kernel has not given yet), and
-4 bytes an entry of the order. A page that leaves otherwise than by its entry's turn (munmap) leaves
-a stale entry behind, which is skipped; when those are many, LPET's thread writes the order anew.
-Nothing looks through all pages while it holds the lock or the GIL.
+Cost: one byte a page of the space, as zeros that the kernel has not given yet. `_used` has a byte a
+PART of pages that is 1 once one of them came, so that nobody reads, and so makes, the other parts.
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
 import mmap
+import os
 import re
-import threading
-import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 
-NEW = 0  # never accessed: the DMS knows no more of it than that it is zeros
-AWAY = 1  # it was here, or may have been: the DMS has to be asked
-LOST = 2  # touching it is a SIGBUS
-COMING = 3  # asked for, not yet installed
-CLEAN = 4  # here, write-protected
-DIRTY = 5  # here, writable
-HELD_CLEAN = 6  # as CLEAN, but LPET or munmap has it in its hands: faults wait
-HELD_DIRTY = 7  # as DIRTY, likewise
+from edm.uffd_ctypes import semaphore
 
-PART = 1 << 16  # pages whose states are looked at together: no other thread runs meanwhile
-MAX_PAGES = 1 << 31  # of a space: the order's entries have four bytes, one bit of it the mark
-WRITTEN_BEFORE, WRITTEN_AT_ONCE = 3, 64  # pages, see LSPT.written
-SMALL = 1024  # with a lower high_threshold, LPET is woken when that is reached, not before
+NEW, LOST, COMING, LEAVING, AWAITED = range(5)
+GENERATIONS = 64
+AWAY = 64  # and its generation
+HERE = 128  # and its generation
 
-_CLEAN_BYTE, _DIRTY_BYTE = bytes((CLEAN,)), bytes((DIRTY,))
-_CLEAN_OR_DIRTY_RUN = re.compile(b"%c+|%c+" % (CLEAN, DIRTY))
-_CLEAN_RUN = re.compile(b"%c+" % CLEAN)
-_DIRTY_RUN = re.compile(b"[%c%c]+" % (DIRTY, HELD_DIRTY))
-_FETCHABLE = re.compile(b"%c+|%c*" % (AWAY, NEW))
-_UNSETTLED = re.compile(b"[%c%c%c]" % (COMING, HELD_CLEAN, HELD_DIRTY))
-_RELEASE = bytes((NEW, AWAY, LOST, COMING, CLEAN, DIRTY, CLEAN, DIRTY)) + bytes(248)
-_STORED = bytes((NEW, AWAY, LOST, COMING, CLEAN, DIRTY, CLEAN, CLEAN)) + bytes(248)
+PART = 4096  # pages
+QUARTERS = 4  # generations in one turnover of high_threshold pages
+SMALL = 1024  # with no higher high_threshold, LPET follows the wiki's algorithm to the letter
+# A page that comes back within so many generations after it left counts as if it had come so much
+# later. Measured with a zipf workload: see lpet.py.
+SOON, LONGER = 2 * QUARTERS, QUARTERS
+
+# Tables for `leaving`: 2 for a state that is to leave, 1 for a hole, 0 for what stays as it is.
+ANY_HERE = bytes(
+    2 if byte >= HERE else 1 if byte == NEW or byte & AWAY else 0 for byte in range(256)
+)
+NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
+_ONLY_AWAY = bytes(AWAY <= byte < HERE for byte in range(256))
+_RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # of what is to leave, with holes
+_FETCHABLE = re.compile(rb"\x00+|[\x40-\x7f]+")
+_HERE_RUN = re.compile(rb"[\x80-\xff]+")
+_FREE_RUN = re.compile(rb"[^\x02\x03\x04]+")
+_UNSETTLED = re.compile(rb"[\x02\x03\x04]")
+_LEAVING_BYTE, _AWAITED_BYTE = bytes((LEAVING,)), bytes((AWAITED,))
 
 Run = tuple[int, int]  # (first page, count of pages)
-HeldRun = tuple[int, int, bool]  # (first page, count of pages, whether they were DIRTY)
+Left = tuple[int, bytes]  # the first page of a LEAVING range, and the states before
+
+# Counters in shared memory: the LSPT's own, and LPET's figures.
+(
+    RESIDENT, PEAK, CAME, GENERATION, ROOM_WANTED, LPET_AWAKE, STOPPED,
+    EVICTED_DIRTY, EVICTED_CLEAN, MARKED_IDLE, LPET_RUNS, REFUSED, STORED_BYTES,
+) = range(13)  # fmt: skip
 
 
-def runs_of(pages: Iterable[int]) -> list[Run]:
+def runs_of(pages: list[int]) -> list[Run]:
     """The ascending page numbers as runs of neighbours."""
     runs: list[Run] = []
-    first = last = -2
     for page in pages:
-        if page == last + 1:
-            last = page
-            continue
-        if last >= 0:
-            runs.append((first, last + 1 - first))
-        first = last = page
-    if last >= 0:
-        runs.append((first, last + 1 - first))
+        if runs and sum(runs[-1]) == page:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((page, 1))
     return runs
 
 
-class Stopped(Exception):
-    """There will be no more room: the instance is coming to its end."""
+def here_runs(left: Left) -> Iterator[Run]:
+    """The runs of pages of a LEAVING range that were HERE."""
+    first, before = left
+    for run in _HERE_RUN.finditer(before):
+        yield first + run.start(), run.end() - run.start()
 
 
 class LSPT:
-    def __init__(self, pages: int, high_threshold: int, low_threshold: int = 0) -> None:
+    def __init__(self, pages: int, high_threshold: int, low_threshold: int) -> None:
         """A table for a space of so many pages, of which at most high_threshold may be here.
 
-        If that is many, LPET is woken halfway between the thresholds already, so that a fault
-        hardly ever finds no room.
+        With more than SMALL LPET is woken halfway between the thresholds, so that a fault hardly ever
+        finds no room; else when a fault finds none.
         """
-        self.lock = threading.Lock()
-        self.installing = threading.Lock()
-        self.state = mmap.mmap(-1, pages)  # one byte a page: the states above
-        self.resident = 0  # how many pages are COMING, CLEAN, DIRTY or HELD
-        self.peak = 0  # the most that resident ever was
-        self.awaited: set[int] = set()  # HELD pages on which a fault has come
-        self.unwanted: Run = (0, 0)  # the pages that munmap waits for
-        self.waiting_since: float | None = None  # a fault, for room: seconds of the clock
-        self._high = high_threshold
-        self._wake_at = high_threshold
-        if high_threshold >= SMALL:
+        self.pages, self.high, self.low = pages, high_threshold, low_threshold
+        self.lock = semaphore()
+        self.state = mmap.mmap(-1, pages)
+        self._used = mmap.mmap(-1, -(-pages // PART))
+        self.figures = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
+        self.for_handler = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.for_lpet = os.eventfd(0, os.EFD_CLOEXEC)
+        self.areas: list[Run] = []  # of the application, sorted
+        self._wake_at = high_threshold + 1
+        if high_threshold > SMALL:
             self._wake_at = (high_threshold + low_threshold) // 2
-        # 2 * page, and 1 more if LPET has marked it; the entries before _hand are done with.
-        self._order = array("I")
-        self._hand = 0
-        self._areas: list[Run] = []  # of the application, sorted
-        self._taken: int | None = None  # while LPET has candidates: where it has read up to
-        self._room = threading.Condition(self.lock)
-        self._work = threading.Condition(self.lock)
-        self._settled = threading.Condition(self.lock)
-        self._wanted = self._stopped = False
-        self._to_store: Future[int] | None = None
+        self._quarter = max(1, high_threshold // QUARTERS)
+
+    def close(self) -> None:
+        os.close(self.for_handler)
+        os.close(self.for_lpet)
 
     # ------------------------------------------------------------ the DM-Handler's transitions
 
-    def expect(self, pages: range) -> None:
-        """Locked. NEW or AWAY → COMING: they are on their way, and count as resident."""
-        self._set(pages, COMING)
-        self.resident += len(pages)
-        self.peak = max(self.peak, self.resident)
+    def expect(self, wanted: range) -> tuple[int, range]:
+        """NEW or AWAY → COMING, for the first page of `wanted` and those after it that are alike.
 
-    def arrived(self, pages: range, dirty: bool) -> None:
-        """COMING → CLEAN or DIRTY: the pages are installed, and join the end of the order."""
+        Returns the state that the first page had, and which pages are COMING now, ascending: none
+        if the state is another one (LEAVING has become AWAITED) or if there is no room for a page,
+        in which case LPET is to be woken and for_handler tells when to ask again.
+        """
+        page = wanted.start
         with self.lock:
-            self._set(pages, DIRTY if dirty else CLEAN)
-            self._order.extend(range(2 * pages.start, 2 * pages.stop, 2 * pages.step))
-            if self.resident >= self._wake_at and not self._wanted and not self.full():
-                self._wanted = True
-                self._work.notify()
-            if self._is_stale():
-                self._work.notify()
-            self._settled.notify_all()
+            state = self.state[page]
+            if state >= AWAY or state == NEW:
+                if state >= HERE:
+                    return state, range(0)
+                room = self.high - self.figures[RESIDENT]
+                if room <= 0:
+                    self.figures[ROOM_WANTED] = 1
+                    return state, range(0)
+                pages = range(page, page + 1) if len(wanted) == 1 else self.alike(wanted[:room])
+                self._set(pages, COMING)
+                self._used[pages.start // PART] = self._used[pages[-1] // PART] = 1
+                self.figures[RESIDENT] = resident = self.figures[RESIDENT] + len(pages)
+                self.figures[PEAK] = max(self.figures[PEAK], resident)
+                return state, pages
+            if state == LEAVING:
+                self.state[page] = AWAITED
+            return state, range(0)
 
-    def not_coming(self, pages: range) -> None:
-        """COMING → AWAY: they could not be had after all."""
+    def alike(self, wanted: range) -> range:
+        """Locked, or as a guess. As many of these pages, from the first on, as are all NEW or all AWAY; ascending."""
+        if wanted.step > 0:
+            states = self.state[wanted.start : wanted.stop : wanted.step]
+            return wanted[: _FETCHABLE.match(states).end()]
+        pages = wanted[::-1]
+        states = self.state[pages.start : pages.stop][::-1]
+        return pages[len(pages) - _FETCHABLE.match(states).end() :]
+
+    def arrived(self, pages: range, came_from: int) -> bool:
+        """COMING → HERE: they are installed. Is LPET to be woken?
+
+        came_from: the state that a single page had before, or NEW: see SOON.
+        """
         with self.lock:
-            self._leave(pages, AWAY, len(pages))
+            figures = self.figures
+            generation = figures[GENERATION]
+            if came_from and generation - came_from & GENERATIONS - 1 <= SOON:
+                self._set(pages, HERE | generation + LONGER & GENERATIONS - 1)
+            else:
+                self._set(pages, HERE | generation & GENERATIONS - 1)
+            figures[CAME] = came = figures[CAME] + len(pages)
+            if came >= self._quarter:
+                figures[CAME] = came - self._quarter
+                figures[GENERATION] = generation + 1
+            if figures[RESIDENT] >= self._wake_at and not figures[LPET_AWAKE]:
+                figures[LPET_AWAKE] = 1
+                return True
+            return False
+
+    def not_coming(self, pages: range, state: int) -> None:
+        """COMING → NEW or AWAY: they could not be had now."""
+        with self.lock:
+            self._leave(pages, state, len(pages))
 
     def lost(self, page: int) -> None:
-        """AWAY → LOST: the DMS can't give it back."""
+        """COMING → LOST."""
         with self.lock:
-            self.state[page] = LOST
-
-    def written(self, page: int) -> range:
-        """Locked. CLEAN → DIRTY, this page and perhaps neighbours; which ones.
-
-        The caller lifts their write-protection, still locked. A program that has just written the
-        pages up to this one, or down to it, is taken to go on: as many as are DIRTY behind it, so
-        many CLEAN ones before it become DIRTY too. A wrong guess costs evictions with bytes.
-        """
-        below = self.state[max(0, page - WRITTEN_AT_ONCE) : page]
-        above = self.state[page + 1 : page + 1 + WRITTEN_AT_ONCE]
-        written_below = len(below) - len(below.rstrip(_DIRTY_BYTE))
-        written_above = len(above) - len(above.lstrip(_DIRTY_BYTE))
-        start, stop = page, page + 1
-        if written_below >= WRITTEN_BEFORE:
-            above = above[:written_below]
-            stop += len(above) - len(above.lstrip(_CLEAN_BYTE))
-        elif written_above >= WRITTEN_BEFORE:
-            below = below[-written_above:]
-            start -= len(below) - len(below.rstrip(_CLEAN_BYTE))
-        self._set(range(start, stop), DIRTY)
-        return range(start, stop)
-
-    # ------------------------------------------------------------ LPET's and munmap's transitions
-
-    def hold(self, runs: Iterable[Run], only_clean: bool = False) -> list[HeldRun]:
-        """CLEAN → HELD_CLEAN, DIRTY → HELD_DIRTY: from now on, faults of them wait.
-
-        Pages in other states are left out of what is returned.
-        """
-        with self.lock:
-            return self._hold(runs, _CLEAN_RUN if only_clean else _CLEAN_OR_DIRTY_RUN)
-
-    def hold_dirty(self, runs: Iterable[Run]) -> list[HeldRun]:
-        """As hold, but DIRTY pages only; and those that a thread which has failed was holding."""
-        with self.lock:
-            return self._hold(runs, _DIRTY_RUN)
-
-    def _hold(self, runs: Iterable[Run], which: re.Pattern[bytes]) -> list[HeldRun]:
-        held = []
-        for page, count in runs:
-            states = self.state[page : page + count]
-            for run in which.finditer(states):
-                at, end = run.span()
-                dirty = states[at] != CLEAN
-                hold = HELD_DIRTY if dirty else HELD_CLEAN
-                self.state[page + at : page + end] = bytes((hold,)) * (end - at)
-                held.append((page + at, end - at, dirty))
-        return held
-
-    def hold_all(
-        self, page: int, count: int, give_up: Callable[[], None] = lambda: None
-    ) -> list[HeldRun]:
-        """For munmap: wait until LPET and DM-Handler have let go of these pages; hold those here.
-
-        give_up tells the DM-Handler to let go of those of `unwanted` that it has asked for ahead.
-        Raises Stopped if they have ended, or end meanwhile.
-        """
-        with self.lock:
-            self.unwanted = (page, count)
-            if COMING in self.state[page : page + count]:
-                give_up()
-                self._room.notify_all()  # it may be waiting for some
-            while _UNSETTLED.search(self.state[page : page + count]):
-                if self._stopped:
-                    raise Stopped
-                self._settled.wait()
-            self.unwanted = (0, 0)
-            return self._hold([(page, count)], _CLEAN_OR_DIRTY_RUN)
-
-    def released(self, runs: Iterable[Run]) -> list[int]:
-        """HELD_CLEAN → CLEAN, HELD_DIRTY → DIRTY. Returns the pages whose faults are to be woken."""
-        with self.lock:
-            return self._let_go(runs, _RELEASE)
-
-    def refused(self, runs: Iterable[Run]) -> list[int]:
-        """As released; and as LPET's hand has passed the pages, they join the order's end again."""
-        with self.lock:
-            for page, count in runs:
-                self._order.extend(range(2 * page, 2 * (page + count), 2))
-            return self._let_go(runs, _RELEASE)
-
-    def stored(self, runs: Iterable[Run]) -> list[int]:
-        """HELD → CLEAN: still write-protected. Returns the pages whose faults are to be woken."""
-        with self.lock:
-            return self._let_go(runs, _STORED)
-
-    def _let_go(self, runs: Iterable[Run], states: bytes) -> list[int]:
-        for page, count in runs:
-            self.state[page : page + count] = self.state[page : page + count].translate(states)
-        self._settled.notify_all()
-        return self._no_longer_awaited(runs)
-
-    def left(self, runs: Iterable[Run]) -> list[int]:
-        """HELD → AWAY. Returns the pages whose faults are to be woken."""
-        with self.lock:
-            for page, count in runs:
-                self._leave(range(page, page + count), AWAY, count)
-            return self._no_longer_awaited(runs)
-
-    def freed(self, page: int, count: int) -> list[int]:
-        """For munmap: HELD or AWAY → NEW. Returns the pages whose faults are to be woken."""
-        with self.lock:
-            states = self.state[page : page + count]
-            held = states.count(HELD_CLEAN) + states.count(HELD_DIRTY)
-            self._leave(range(page, page + count), NEW, held)
-            return self._no_longer_awaited([(page, count)])
+            self._leave(range(page, page + 1), LOST, 1)
 
     def _set(self, pages: range, state: int) -> None:
         if len(pages) == 1:
             self.state[pages.start] = state
-        else:
+        elif pages:
             self.state[pages.start : pages.stop : pages.step] = bytes((state,)) * len(pages)
 
     def _leave(self, pages: range, state: int, resident: int) -> None:
         self._set(pages, state)
-        self.resident -= resident
-        self._room.notify_all()
-        self._settled.notify_all()
+        self._room(resident)
 
-    def _no_longer_awaited(self, runs: Iterable[Run]) -> list[int]:
-        if not self.awaited:
-            return []
-        done = [p for p in self.awaited for page, count in runs if page <= p < page + count]
-        self.awaited.difference_update(done)
-        return done
+    # ------------------------------------------------------------ LEAVING
 
-    # ------------------------------------------------------------ the order
+    def older_than(self, age: int) -> bytes:
+        """A table for `leaving`: pages that are HERE for at least so many generations may leave.
 
-    def next_candidates(self, limit: int) -> dict[int, bool]:
-        """At most limit pages that may be evicted, in order from the hand: {page: is it marked}.
+        Those that count as if they came later have generations ahead of today's.
+        """
+        if age <= 0:
+            return ANY_HERE
+        table = bytearray(ANY_HERE)
+        for generation in range(GENERATIONS):
+            since = self.figures[GENERATION] - generation & GENERATIONS - 1
+            if not age <= since < GENERATIONS - 2 * SOON:
+                table[HERE + generation] = 0
+        return bytes(table)
 
-        LPET's thread only. They stay where they are until passed() speaks of them. Empty once
-        there is none.
+    def leaving(self, page: int, count: int, which: bytes = ANY_HERE) -> list[Left]:
+        """HERE → LEAVING, for the pages of a range that the table `which` says (see older_than).
+
+        Neighbours, holes between them included, are one entry of what is returned.
         """
         with self.lock:
-            found: dict[int, bool] = {}  # ordered, and without a stale entry's second mention
-            at = self._hand
-            while len(found) < limit and at < len(self._order):
-                for entry in self._order[at : at + limit - len(found)]:
-                    at += 1
-                    if self.state[entry >> 1] in (CLEAN, DIRTY):
-                        found.setdefault(entry >> 1, bool(entry & 1))
-            self._taken = at if found else None
+            states = self.state[page : page + count]
+            found = []
+            for run in _RUN.finditer(states.translate(which)):
+                at, end = run.span()
+                self.state[page + at : page + end] = _LEAVING_BYTE * (end - at)
+                found.append((page + at, states[at:end]))
             return found
 
-    def passed(self, candidates: Iterable[int], done: int, kept: Iterable[int]) -> None:
-        """The hand moves over the first done candidates; kept ones go to the order's end, marked."""
+    def gone(self, left: list[Left]) -> list[int]:
+        """LEAVING → AWAY: the store has their bytes, or needs none. Returns the AWAITED pages."""
+        away = AWAY | self.figures[GENERATION] & GENERATIONS - 1
+        table = bytes(range(HERE)) + bytes((away,)) * (256 - HERE)
         with self.lock:
-            stop = next(itertools.islice(candidates, done, None), None)
-            if stop is None:
-                self._hand = self._taken
-            else:
-                while self._order[self._hand] >> 1 != stop:
-                    self._hand += 1
-            self._taken = None
-            self._order.extend([2 * page + 1 for page in kept])
-            if self._hand > 1024 and self._hand > len(self._order) // 2:
-                del self._order[: self._hand]
-                self._hand = 0
+            awaited = self._end([(first, before.translate(table)) for first, before in left])
+            self._room(sum(count for each in left for _, count in here_runs(each)))
+            return awaited
 
-    def pages(self) -> Iterator[int]:
-        """Locked. Every page of the LSPT, in order from the hand."""
-        return (entry >> 1 for entry in self._valid(self._order[self._hand :]))
+    def stays(self, left: list[Left], generation: int | None = None) -> list[int]:
+        """LEAVING → HERE, as they were before; returns the AWAITED pages.
 
-    def _valid(self, entries: Iterable[int]) -> Iterator[int]:
-        """The entries that are not stale: the first one of each page that is here."""
-        seen = set()
-        for entry in entries:
-            if entry >> 1 not in seen and self.state[entry >> 1] >= CLEAN:
-                seen.add(entry >> 1)
-                yield entry
-
-    def _is_stale(self) -> bool:
-        return len(self._order) - self._hand > 2 * self.resident + 1024
-
-    def _without_stale(self) -> None:
-        """Locked, in LPET's thread, but for the time that it takes to look through all entries."""
-        entries = self._order[self._hand :]
-        self.lock.release()
-        try:
-            # A page that comes meanwhile, or comes back, gets another entry behind these.
-            valid = array("I", self._valid(entries))
-        finally:
-            self.lock.acquire()
-        self._order[: self._hand + len(entries)] = valid
-        self._hand = 0
-
-    # ------------------------------------------------------------ the areas
-
-    def mapped(self, page: int, count: int, away: Iterable[Run] = ()) -> None:
-        """The application has mapped an area. away: NEW → AWAY, what the DMS has of it already."""
-        with self.lock:
-            bisect.insort(self._areas, (page, count))
-            for first, length in away:
-                self._set(range(first, first + length), AWAY)
-
-    def unmapped(self, page: int, count: int) -> bool:
-        """The application has unmapped an area. Was it there?"""
-        with self.lock:
-            there = (page, count) in self._areas
-            if there:
-                self._areas.remove((page, count))
-            return there
-
-    def in_area(self, page: int) -> bool:
-        """Locked. Is this page in an area?"""
-        return page in self._area(page)
-
-    def _area(self, page: int) -> range:
-        """The area that has this page; without one, an empty range or one that has it not."""
-        index = bisect.bisect_right(self._areas, (page, MAX_PAGES)) - 1
-        first, count = self._areas[index] if index >= 0 else (0, 0)
-        return range(first, first + count)
-
-    def fetchable(self, wanted: range) -> range:
-        """Locked. As many of these pages, from the first on, as may be fetched together; ascending.
-
-        They are all NEW or all AWAY, in one area, and fit under the high threshold.
+        generation: pages that were used of late count as if they had come in that one.
         """
-        area = self._area(wanted.start)
-        if wanted.start not in area:
-            return range(0)
-        upward = wanted.step > 0
-        stop = min(wanted.stop, area.stop) if upward else max(wanted.stop, area.start - 1)
-        wanted = range(wanted.start, stop, wanted.step)[: max(0, self._high - self.resident)]
-        pages = wanted if upward else wanted[::-1]
-        states = self.state[pages.start : pages.stop : pages.step]
-        if upward:
-            return pages[: _FETCHABLE.match(states).end()]
-        return pages[len(pages) - _FETCHABLE.match(states[::-1]).end() :]
+        if generation is not None:
+            here = bytes((HERE | generation & GENERATIONS - 1,))
+            table = bytes(range(HERE)) + here * (256 - HERE)
+            left = [(first, before.translate(table)) for first, before in left]
+        with self.lock:
+            return self._end(left)
 
-    def dirty(self) -> Iterator[Run]:
-        """Runs of pages with every page that is DIRTY, HELD ones too; by address.
+    def _end(self, left: list[Left]) -> list[int]:
+        """Set these states, where LEAVING was; which pages were AWAITED?"""
+        awaited = []
+        for first, after in left:
+            now = self.state[first : first + len(after)]
+            if _AWAITED_BYTE in now:
+                awaited += [first + at for at, state in enumerate(now) if state == AWAITED]
+            self.state[first : first + len(after)] = after
+        return awaited
 
-        What the application has been woken for is among them, and not COMING any more.
+    def _room(self, pages: int) -> None:
+        self.figures[RESIDENT] -= pages
+        if pages and self.figures[ROOM_WANTED]:
+            self.figures[ROOM_WANTED] = 0
+            os.eventfd_write(self.for_handler, 1)
+
+    # ------------------------------------------------------------ freeing
+
+    def freeing(self, page: int, count: int) -> tuple[list[Left], list[Run]]:
+        """Any state → LEAVING, but COMING and LEAVING: these are returned as the second list.
+
+        The caller comes back for those: nobody has them for longer than a batch.
         """
-        with self.installing:
-            pass  # what was just being installed has arrived
-        for page, states in self._parts():
-            for run in _DIRTY_RUN.finditer(states):
-                yield page + run.start(), run.end() - run.start()
+        taken: list[Left] = []
+        later: list[Run] = []
+        for first, length in self.used(page, count):
+            with self.lock:
+                states = self.state[first : first + length]
+                for run in _FREE_RUN.finditer(states):
+                    at, end = run.span()
+                    self.state[first + at : first + end] = _LEAVING_BYTE * (end - at)
+                    taken.append((first + at, states[at:end]))
+            later += runs_of([first + at.start() for at in _UNSETTLED.finditer(states)])
+        return taken, later
+
+    def freed(self, left: list[Left]) -> list[int]:
+        """LEAVING → NEW. Returns the AWAITED pages."""
+        with self.lock:
+            awaited = self._end([(first, bytes(len(before))) for first, before in left])
+            self._room(sum(count for each in left for _, count in here_runs(each)))
+            return awaited
+
+    def on_disk(self, page: int, count: int) -> None:
+        """NEW → AWAY, at the start: the store has these pages of an earlier job."""
+        with self.lock:
+            self._set(range(page, page + count), AWAY | 2 * SOON)  # not of late
+            first, last = page // PART, (page + count - 1) // PART
+            self._used[first : last + 1] = b"\1" * (last + 1 - first)
+
+    # ------------------------------------------------------------ looking
+
+    def used(self, page: int, count: int) -> Iterator[Run]:
+        """The parts of a range that pages may be in, each within a PART; the others are all NEW."""
+        part, end = page // PART, page + count
+        while (part := self._used.find(b"\1", part, -(-end // PART))) >= 0:
+            first = max(page, part * PART)
+            yield first, min(end, (part + 1) * PART) - first
+            part += 1
+
+    def here(self) -> Iterator[Run]:
+        """Runs of pages that are HERE, by address; each part as it is when it is asked for."""
+        for first, count in self.used(0, self.pages):
+            yield from here_runs((first, self.state[first : first + count]))
+
+    def unsettled(self, page: int, count: int) -> bool:
+        """Is any of these pages COMING or LEAVING?"""
+        return bool(_UNSETTLED.search(self.state[page : page + count]))
+
+    def area(self, page: int) -> range:
+        """The area of the application that has this page; without one, an empty range."""
+        index = bisect.bisect_right(self.areas, (page, self.pages)) - 1
+        first, count = self.areas[index] if index >= 0 else (0, 0)
+        return range(first, first + count) if page < first + count else range(0)
 
     def away(self) -> int:
-        """How many pages the DMS has and this instance has not; a while ago, some of them."""
-        return sum(states.count(AWAY) for _, states in self._parts())
-
-    def _parts(self) -> Iterator[tuple[int, bytes]]:
-        """(first page, states) of every area, a part at a time, so that other threads can run."""
-        with self.lock:
-            areas = list(self._areas)
-        for page, count in areas:
-            for at in range(page, page + count, PART):
-                yield at, self.state[at : min(at + PART, page + count)]
+        """How many pages only the store has; a while ago, some of them."""
+        return sum(
+            self.state[first : first + count].translate(_ONLY_AWAY).count(1)
+            for first, count in self.used(0, self.pages)
+        )
 
     # ------------------------------------------------------------ waiting
 
-    def full(self) -> bool:
-        """Locked. Are high_threshold pages here?"""
-        return self.resident >= self._high
+    def wake_lpet(self) -> None:
+        os.eventfd_write(self.for_lpet, 1)
 
-    def ask_for_room(self) -> None:
-        """Locked. Wake LPET, and wait until fewer than high_threshold pages are here; or until
-        munmap waits for pages that the DM-Handler has asked for ahead.
+    def room_wanted(self) -> bool:
+        """Does the DM-Handler wait for room?"""
+        return bool(self.figures[ROOM_WANTED])
 
-        Raises Stopped if LPET has ended, or ends meanwhile.
-        """
-        self._wanted = True
-        self._work.notify()
-        self.waiting_since = time.monotonic()
-        try:
-            while self.full() and not self._is_to_give_up():
-                if self._stopped:
-                    raise Stopped
-                self._room.wait()
-        finally:
-            self.waiting_since = None
+    def lpet_waits(self) -> bool:
+        """LPET's: sleep until there is something to evict. False once stop was called."""
+        while not self.stopped():
+            with self.lock:
+                full = self.figures[RESIDENT] >= self._wake_at
+                self.figures[LPET_AWAKE] = awake = full or self.figures[ROOM_WANTED]
+            if awake:
+                return True
+            os.eventfd_read(self.for_lpet)  # or what is left of a call that was seen already
+        return False
 
-    def _is_to_give_up(self) -> bool:
-        page, count = self.unwanted
-        return COMING in self.state[page : page + count]
-
-    def ask_to_store(self) -> Future[int]:
-        """Have LPET send every DIRTY page to the DMS, which makes it CLEAN; of how many pages.
-
-        Cancelled if LPET has ended, or ends meanwhile.
-        """
-        with self.lock:
-            self._to_store = stored = Future()
-            if self._stopped:
-                stored.cancel()
-            self._work.notify()
-        return stored
-
-    def wait_for_work(self, rest: float = 0) -> tuple[bool, Future[int] | None]:
-        """LPET's thread: sleep until it is woken: (is it to evict, is it to store).
-
-        Neither, once stop was called. rest: do not evict for so many seconds.
-        """
-        until = time.monotonic() + rest
-        with self.lock:
-            while not self._stopped and not self._to_store:
-                left = until - time.monotonic()
-                if (self._wanted or self.waiting_since and self.full()) and left <= 0:
-                    break
-                if self._is_stale():
-                    self._without_stale()
-                    continue  # the lock was free meanwhile: whoever has notified was not heard
-                self._work.wait(left if left > 0 else None)
-            store, self._to_store = self._to_store, None
-            if self._stopped and store:
-                store.cancel()
-            evict = not self._stopped and not store
-            if evict:
-                self._wanted = False
-            return evict, None if self._stopped else store
+    def stopped(self) -> bool:
+        return bool(self.figures[STOPPED])
 
     def stop(self) -> None:
-        """End every wait for good: LPET's for work, the DM-Handler's for room, and munmap's."""
-        with self.lock:
-            self._stopped = True
-            if self._to_store:
-                self._to_store.cancel()
-            for waiting in (self._work, self._room, self._settled):
-                waiting.notify_all()
+        """End the DM-Handler's and LPET's waiting for good."""
+        self.figures[STOPPED] = 1
+        os.eventfd_write(self.for_handler, 1)
+        os.eventfd_write(self.for_lpet, 1)

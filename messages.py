@@ -8,9 +8,7 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
     header   u16 kind, u16 stride, u32 count, u64 page         (little-endian)
 
     from the instance                          from the DMS
-    HELLO      GEOMETRY                        OK, count 1 if the disk is kept; then
-                                               the doorbell's address (doorbell.py)
-    RINGS                                      OK: from now on the instance rings
+    HELLO      GEOMETRY                        OK, with WELCOME
     GET        count pages from page on,       NEW_PAGES: they were never accessed
                stride apart (0: as 1)          CONTENT: their bytes follow
                                                (either for the first count of them)
@@ -24,59 +22,67 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
     BYE                                        OK: the DMS forgets the instance
 
     run      u64 page, u32 count, u32 1 if dirty
+    reason   u32 errno, then words in UTF-8
 
 A page is named by its number in the space: (address - start_addr) / PAGE_SIZE. Instead of any of
-these answers the DMS may send ERROR with a reason in UTF-8; then every page is where it was.
+these answers the DMS may send ERROR with a reason; then every page is where it was.
 
-Each MpiClient of an instance has an MPI tag of its own for its requests and their answers, and one
-request under way at a time.
+A question and its answer have the same MPI tag, and no other question has that tag meanwhile. The
+order of messages of different tags means nothing: an EVICT may overtake the GET of its page.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 from struct import Struct
 
+from edm.page_store import MAX_PAGES
 from edm.uffd_ctypes import PAGE_SIZE
 
-VERSION = 2
-MAX_PAGES = 256  # at most so many pages of content in one message (1 MiB)
+VERSION = 3
 MAX_STRIDE = 64  # pages at most from one page of a GET to the next
 MAX_RUNS = MAX_PAGES  # at most so many runs in one EVICT
 MAX_LOCATIONS = 1 << 16  # at most so many pages in one LOCATIONS
 
-HELLO, GET, EVICT, FREE, LOCATIONS, BYE, RINGS, STORE, SYNC = range(1, 10)
-OK, NEW_PAGES, CONTENT, ERROR, UNREADABLE = range(16, 21)
+HELLO, GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE = range(1, 9)
+OK, ERROR, UNREADABLE = 16, 19, 20  # and NEW_PAGES, CONTENT, which are 17 and 18
 
 HEADER = Struct("<HHIQ")
 GEOMETRY = Struct("<IIQQ")  # version, page size, start_addr, end_addr
+WELCOME = Struct("<IiQ36s")  # 1 if the disk is kept; of the DMS: pid, then what pids_are_of gives
 RUN = Struct("<QII")
-
-# Seconds after a request that was answered for which the DMS is surely awake: an instance rings
-# after that. A DMS sleeps when it has had nothing to do for twice as long.
-AWAKE = 250e-6
+ERRNO = Struct("<I")
 
 MAX_MESSAGE = HEADER.size + MAX_RUNS * RUN.size + MAX_PAGES * PAGE_SIZE  # bytes
-
-# A byte of the SPT, and of a LOCATIONS answer: where a page is. INSTANCE | DISK is a page that the
-# instance has and whose bytes on the disk are the same, unless it has been written meanwhile. SLOT
-# is the SPT's own, see dms.py.
-NEW, INSTANCE, DISK, SLOT = 0, 1, 2, 4
-
-
-def location(byte: int, instance: int) -> str:
-    """A byte of the SPT in the wiki's words: NEW, INSTANCE_n or DISK."""
-    if byte & INSTANCE:
-        return f"INSTANCE_{instance}"
-    return "DISK" if byte & DISK else "NEW"
-
-
-class DMSError(OSError):
-    """The DMS refused a request; the text is its reason."""
 
 
 class DMSGone(Exception):
     """The DMS's process has ended, and will answer no more."""
+
+
+def pids_are_of() -> tuple[int, bytes]:
+    """Where this process's pids mean something: the inode of its pid namespace, and the boot id of its
+    machine. Source: namespaces(7), proc(5)."""
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return os.stat("/proc/self/ns/pid").st_ino, file.read(36)
+
+
+def reason(error: Exception) -> bytes:
+    """What ERROR and UNREADABLE say."""
+    number, text = errno.EINVAL, str(error) or type(error).__name__
+    if isinstance(error, OSError):
+        number, text = error.errno or errno.EIO, error.strerror or text
+    elif isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    return ERRNO.pack(number) + text.encode()[:1000]
+
+
+def error_of(reason: bytes) -> OSError:
+    """The error that this was made of; an OSError in any case."""
+    text = reason[ERRNO.size :].decode(errors="replace")
+    return OSError(ERRNO.unpack_from(reason)[0], text)
 
 
 class MessageBuffer:

@@ -5,7 +5,6 @@ In the picture: in the application process, between NumPy and the Space.
 Interface:
     numpy_allocator(space, threshold)   a context manager: arrays made meanwhile, of at least so many
                                         bytes, live in the space
-    when_numpy_is_imported(action)      for `edm run`, whose script may never import it
 
 NumPy asks its data memory handler for the memory of every array (NEP 49): four C functions, here
 ctypes callbacks, so that every array costs a microsecond or two more. PyDataMem_SetHandler would
@@ -27,12 +26,12 @@ Sources: NEP 49; "Memory management in NumPy" in its reference guide; numpy/_cor
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import contextvars
 import ctypes
 import dis
 import functools
-import importlib.util
 import os
 import site
 import sys
@@ -42,10 +41,12 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from ctypes import c_char, c_size_t, c_uint8, c_void_p, py_object
-from typing import Any
 
-from edm import log
 from edm.address_space import Space, whole_pages
+
+TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
+if TYPE_CHECKING:
+    from typing import Any
 
 # PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
 SET_HANDLER, GET_HANDLER = 304, 305
@@ -144,6 +145,13 @@ class MemHandler:
         for name, callback in self._callbacks.items():
             setattr(allocator, name, ctypes.cast(callback, c_void_p).value)
         os.register_at_fork(after_in_child=self._spare.clear)
+        atexit.register(self._let_go, allocator)
+
+    @staticmethod
+    def _let_go(allocator: PyDataMemAllocator) -> None:
+        """When the interpreter takes itself apart, no callback works any more. What is freed then is
+        left to the kernel: abs(3) is a function that does nothing."""
+        allocator.free = ctypes.cast(ctypes.CDLL(None).abs, c_void_p).value
 
     # Every array of this process comes by these: no attribute more than it takes.
 
@@ -273,7 +281,7 @@ class Guard:
             try:
                 answer = _Answer((call(*args) if len(errors) < TRIES else None) or 0)
                 first, *others = errors
-                first.__traceback__ = log.programs_own(first.__traceback__, (__file__,))
+                first.__traceback__ = _without_ours(first.__traceback__)
                 answer.after = [self._raise_later(first) if none_set else self._set(first)]
                 answer.after += map(self._raise_later, others)
                 return answer
@@ -314,6 +322,13 @@ class Guard:
             return numpy.empty(id(second), numpy.dtype(numpy.uint8, metadata={"second": second}))
 
         return contextvars.Context().run(make)  # so that nothing else ever gets this handler
+
+
+def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
+    """A traceback without its first frames, as far as they are of this file."""
+    while trace and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
 
 
 class _Answer(int):
@@ -368,34 +383,3 @@ _pointer = ctypes.PYFUNCTYPE(c_void_p, py_object, ctypes.c_char_p)(
 _new_capsule = ctypes.PYFUNCTYPE(py_object, c_void_p, ctypes.c_char_p, c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
-
-
-def when_numpy_is_imported(action: Callable[[], None]) -> None:
-    """Do this after `import numpy` has been done for the first time; at once, if it was."""
-
-    def find_spec(name: str, path: object = None, target: object = None) -> object:
-        """Finds NumPy as always, and has the action done when it was imported. See sys.meta_path."""
-        if name != "numpy":
-            return None
-        sys.meta_path.remove(finder)
-        try:
-            spec = importlib.util.find_spec("numpy")
-        finally:
-            sys.meta_path.insert(0, finder)
-        if spec and spec.loader:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: object) -> None:
-                execute(module)
-                if finder in sys.meta_path:
-                    sys.meta_path.remove(finder)
-                    action()
-
-            spec.loader.exec_module = exec_module
-        return spec
-
-    finder = types.SimpleNamespace(find_spec=find_spec)
-    if "numpy" in sys.modules:
-        action()
-    else:
-        sys.meta_path.insert(0, finder)

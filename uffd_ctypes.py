@@ -1,21 +1,21 @@
-"""userfaultfd(2) and the few other system calls that Python's own modules do not have, by ctypes.
+"""userfaultfd(2) and the few other system calls that Python's own modules do not have.
 
 In the picture: every arrow between EDM and the kernel.
 
 Interface:
     open_userfaultfd()      make one, in the most capable way that this process is permitted
     supported_features()    what this kernel's userfaultfd can do
-    Userfaultfd(fd)         its ioctls: api, register, unregister, copy, zeropage, writeprotect,
-                            wake, poison; and read_faults, which reads the messages
-    mmap_fixed, madvise, punch_hole, prctl, flush_c_streams
+    Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
+                            and read_faults, which reads the messages
+    mmap_fixed, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, tee, prctl
 
 Rules:
     * A call that fails raises OSError with its errno and its name.
     * Addresses and lengths are bytes, whole pages.
-    * A Userfaultfd holds one argument block per ioctl, so that a fault allocates nothing. Each
-      thread makes a Userfaultfd of its own around the same descriptor.
+    * A Userfaultfd holds one argument block, so each thread makes its own around the descriptor.
     * The descriptor acts on the address space of the process that made it, whoever holds it.
-    * ctypes.CDLL lets go of the GIL during a call, so other threads run meanwhile.
+    * Every call lets go of the GIL. fcntl.ioctl is a microsecond faster than ctypes, so the ioctls
+      use it, with the arguments packed by struct.
 
 Sources: userfaultfd(2), ioctl_userfaultfd(2), <linux/userfaultfd.h>, <asm-generic/ioctl.h>,
 Documentation/admin-guide/mm/userfaultfd.rst.
@@ -26,33 +26,19 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import sys
-from ctypes import c_int, c_int64, c_long, c_size_t, c_uint64, c_ulong, c_void_p
+import time
+from _multiprocessing import SemLock
+from ctypes import c_int, c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
+from fcntl import ioctl
 from struct import Struct
 
 if sys.platform != "linux":
     raise OSError(f"EDM needs Linux 5.19 or later; this is {sys.platform}")
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")  # bytes
-
-# ---------------------------------------------------------------- calling the kernel
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ioctl.argtypes = (c_int, c_ulong, c_void_p)
-_libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
-_libc.mmap.restype = c_void_p
-_libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
-_libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
-_libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
-_libc.syscall.restype = c_long
-_ioctl = _libc.ioctl
-
-
-def _failed(name: str) -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, f"{name}: {os.strerror(number)}")
-
+# Pages at most that leave, or come, together: what a pipe of any user may hold, see pipe(7).
+PAGES_AT_ONCE = (1 << 20) // PAGE_SIZE
 
 # ---------------------------------------------------------------- <asm-generic/ioctl.h>
 
@@ -67,56 +53,28 @@ def _IO(kind: int, number: int) -> int:
     return _IOC(0, kind, number, 0)
 
 
-def _IOR(kind: int, number: int, block: type[ctypes.Structure]) -> int:
-    return _IOC(_IOC_READ, kind, number, ctypes.sizeof(block))
+def _IOR(kind: int, number: int, block: Struct) -> int:
+    return _IOC(_IOC_READ, kind, number, block.size)
 
 
-def _IOWR(kind: int, number: int, block: type[ctypes.Structure]) -> int:
-    return _IOC(_IOC_READ | _IOC_WRITE, kind, number, ctypes.sizeof(block))
+def _IOWR(kind: int, number: int, block: Struct) -> int:
+    return _IOC(_IOC_READ | _IOC_WRITE, kind, number, block.size)
 
 
 # ---------------------------------------------------------------- <linux/userfaultfd.h>
 
+uffd_msg = Struct("=B7xQQ8x")  # event; of a page fault: flags, address
+uffdio_api = Struct("=QQQ")  # api, features, ioctls
+uffdio_range = Struct("=QQ")  # start, len
+uffdio_register = Struct("=QQQQ")  # range, mode, ioctls
+uffdio_copy = Struct("=QQQQq")  # dst, src, len, mode, copy
+uffdio_zeropage = Struct("=QQQq")  # range, mode, zeropage
+uffdio_writeprotect = Struct("=QQQ")  # range, mode
+uffdio_poison = Struct("=QQQq")  # range, mode, updated
 
-class uffdio_api(ctypes.Structure):
-    _fields_ = [("api", c_uint64), ("features", c_uint64), ("ioctls", c_uint64)]
-
-
-class uffdio_range(ctypes.Structure):
-    _fields_ = [("start", c_uint64), ("len", c_uint64)]
-
-
-class uffdio_register(ctypes.Structure):
-    _fields_ = [("range", uffdio_range), ("mode", c_uint64), ("ioctls", c_uint64)]
-
-
-class uffdio_copy(ctypes.Structure):
-    _fields_ = [
-        ("dst", c_uint64),
-        ("src", c_uint64),
-        ("len", c_uint64),
-        ("mode", c_uint64),
-        ("copy", c_int64),
-    ]
-
-
-class uffdio_zeropage(ctypes.Structure):
-    _fields_ = [("range", uffdio_range), ("mode", c_uint64), ("zeropage", c_int64)]
-
-
-class uffdio_writeprotect(ctypes.Structure):
-    _fields_ = [("range", uffdio_range), ("mode", c_uint64)]
-
-
-class uffdio_poison(ctypes.Structure):
-    _fields_ = [("range", uffdio_range), ("mode", c_uint64), ("updated", c_int64)]
-
-
-UFFD_API = 0xAA
-UFFDIO = 0xAA
+UFFD_API = UFFDIO = 0xAA
 UFFDIO_API = _IOWR(UFFDIO, 0x3F, uffdio_api)
 UFFDIO_REGISTER = _IOWR(UFFDIO, 0x00, uffdio_register)
-UFFDIO_UNREGISTER = _IOR(UFFDIO, 0x01, uffdio_range)
 UFFDIO_WAKE = _IOR(UFFDIO, 0x02, uffdio_range)
 UFFDIO_COPY = _IOWR(UFFDIO, 0x03, uffdio_copy)
 UFFDIO_ZEROPAGE = _IOWR(UFFDIO, 0x04, uffdio_zeropage)
@@ -133,25 +91,44 @@ UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
 UFFD_FEATURE_MISSING_SHMEM = 1 << 5
 UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12  # Linux 5.19
 UFFD_FEATURE_POISON = 1 << 14  # Linux 6.6
+UFFD_FEATURE_WP_ASYNC = 1 << 15  # Linux 6.7
 
-UFFD_EVENT_PAGEFAULT = 0x12
 UFFD_PAGEFAULT_FLAG_WRITE = 1 << 0
 UFFD_PAGEFAULT_FLAG_WP = 1 << 1
 
 UFFD_USER_MODE_ONLY = 1
 USER_MODE = "user mode only"  # open_userfaultfd's word for it
 
-# struct uffd_msg of a page fault: event, flags, address.
-_UFFD_MSG = Struct("=B7xQQ8x")
+# System calls that the C library has no function for, by machine: userfaultfd, futex.
+_NUMBERS = {"x86_64": (323, 202), "aarch64": (282, 98)}
 
-_NR_userfaultfd = {"x86_64": 323, "aarch64": 282}
-
-# What EDM can't do without: page faults of shared memory, and write-protecting it.
-NEEDED_FEATURES = (
-    UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
-)
+# What EDM can't do without: page faults of shared memory. And what tells that a page was written.
+NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM
+WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+OTHER_FEATURES = UFFD_FEATURE_POISON
 
 # ---------------------------------------------------------------- making a userfaultfd
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
+_libc.mmap.restype = c_void_p
+_libc.munmap.argtypes = (c_void_p, c_size_t)
+_libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
+_libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
+_libc.tee.argtypes = (c_int, c_int, c_size_t, c_uint)
+_libc.tee.restype = c_long
+_libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
+_libc.syscall.restype = c_long
+
+_machine = os.uname().machine
+if _machine not in _NUMBERS:
+    raise OSError(errno.ENOSYS, f"EDM does not know this machine, {_machine}")
+_NR_userfaultfd, _NR_futex = _NUMBERS[_machine]
+
+
+def _failed(name: str, number: int = 0) -> OSError:
+    number = number or ctypes.get_errno()
+    return OSError(number, f"{name}: {os.strerror(number)}")
 
 
 def open_userfaultfd() -> tuple[int, str]:
@@ -165,11 +142,7 @@ def open_userfaultfd() -> tuple[int, str]:
     Raises OSError: ENOSYS where kernel or machine has no userfaultfd, EPERM where a sandbox
     forbids it. Source: userfaultfd(2).
     """
-    machine = platform.machine()
-    if machine not in _NR_userfaultfd:
-        raise OSError(errno.ENOSYS, f"userfaultfd: EDM does not know this machine, {machine}")
-    flags = os.O_CLOEXEC | os.O_NONBLOCK
-    number = _NR_userfaultfd[machine]
+    number, flags = _NR_userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK
     fd = _libc.syscall(number, flags)
     if fd >= 0:
         return fd, "system call"
@@ -180,7 +153,7 @@ def open_userfaultfd() -> tuple[int, str]:
     except OSError:
         device = -1  # absent, or not for this user: the third way is left
     if device >= 0:
-        fd = _ioctl(device, USERFAULTFD_IOC_NEW, flags)
+        fd = _libc.ioctl(device, USERFAULTFD_IOC_NEW, flags)
         os.close(device)
         if fd >= 0:
             return fd, "/dev/userfaultfd"
@@ -210,135 +183,111 @@ class Userfaultfd:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._range = uffdio_range()
-        self._copy = uffdio_copy()
-        self._zeropage = uffdio_zeropage()
-        self._writeprotect = uffdio_writeprotect()
-        self._range_at = ctypes.addressof(self._range)
-        self._copy_at = ctypes.addressof(self._copy)
-        self._zeropage_at = ctypes.addressof(self._zeropage)
-        self._writeprotect_at = ctypes.addressof(self._writeprotect)
+        self._block = bytearray(64)
+
+    def _call(self, name: str, request: int, block: Struct, *fields: int) -> tuple[int, ...]:
+        block.pack_into(self._block, 0, *fields)
+        try:
+            ioctl(self.fd, request, self._block)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise _failed(name, error.errno) from None
+        return block.unpack_from(self._block)
 
     def api(self, features: int) -> int:
         """The handshake, once per descriptor: ask for features, get those that there are.
 
         Raises OSError EINVAL if the kernel lacks one that was asked for.
         """
-        block = uffdio_api(api=UFFD_API, features=features)
-        if _ioctl(self.fd, UFFDIO_API, ctypes.addressof(block)):
-            raise _failed("UFFDIO_API")
-        return block.features
+        return self._call("UFFDIO_API", UFFDIO_API, uffdio_api, UFFD_API, features, 0)[1]
 
-    def register(self, start: int, length: int) -> None:
+    def register(self, start: int, length: int, write_protect: bool = True) -> None:
         """From now on, MISSING and WP faults of this range (bytes) become messages."""
-        block = uffdio_register(
-            uffdio_range(start, length), UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP
-        )
-        if _ioctl(self.fd, UFFDIO_REGISTER, ctypes.addressof(block)):
-            raise _failed("UFFDIO_REGISTER")
-
-    def unregister(self, start: int, length: int) -> None:
-        """From now on, the kernel fills missing pages of this range (bytes) with zeros itself."""
-        self._range.start, self._range.len = start, length
-        if _ioctl(self.fd, UFFDIO_UNREGISTER, self._range_at):
-            raise _failed("UFFDIO_UNREGISTER")
+        mode = UFFDIO_REGISTER_MODE_MISSING | (UFFDIO_REGISTER_MODE_WP if write_protect else 0)
+        self._call("UFFDIO_REGISTER", UFFDIO_REGISTER, uffdio_register, start, length, mode, 0)
 
     def copy(self, dst: int, src: int, length: int, write_protect: bool = False) -> None:
         """Install length bytes of src (this process) at dst (the faulting one), and wake.
 
-        With write_protect the page reads freely and its first write raises a WP fault; both are
-        one step, so that no write can slip in between. Raises OSError EEXIST when a page of the
-        range is there already, ENOENT when it isn't registered, ESRCH when the process has ended.
+        With write_protect the pages get the mark that their first write clears. Raises OSError
+        EEXIST when a page of the range is there already, ENOENT when it isn't registered, ESRCH
+        when the process has ended.
         """
-        block = self._copy
-        block.dst, block.src, block.len = dst, src, length
-        block.mode = UFFDIO_COPY_MODE_WP if write_protect else 0
-        block.copy = 0
-        while _ioctl(self.fd, UFFDIO_COPY, self._copy_at):
-            # EAGAIN: interrupted after block.copy bytes; the next try goes on, or tells why.
-            if ctypes.get_errno() != errno.EAGAIN:
-                raise _failed("UFFDIO_COPY")
-            done = max(0, block.copy)
-            block.dst += done
-            block.src += done
-            block.len -= done
-            block.copy = 0
+        mode = UFFDIO_COPY_MODE_WP if write_protect else 0
+        block = self._block
+        uffdio_copy.pack_into(block, 0, dst, src, length, mode, 0)
+        while True:
+            try:
+                ioctl(self.fd, UFFDIO_COPY, block)
+                return
+            except OSError as error:
+                if error.errno != errno.EAGAIN:
+                    raise _failed("UFFDIO_COPY", error.errno) from None
+            # Interrupted after `done` bytes; the next try goes on, or tells why.
+            dst, src, length, _, done = uffdio_copy.unpack_from(block)
+            done = max(0, done)
+            uffdio_copy.pack_into(block, 0, dst + done, src + done, length - done, mode, 0)
 
     def zeropage(self, start: int, length: int) -> None:
         """Install zeroed, writable pages in this range (bytes), and wake. Raises as copy does."""
-        block = self._zeropage
-        block.range.start, block.range.len, block.mode, block.zeropage = start, length, 0, 0
-        while _ioctl(self.fd, UFFDIO_ZEROPAGE, self._zeropage_at):
-            if ctypes.get_errno() != errno.EAGAIN:
-                raise _failed("UFFDIO_ZEROPAGE")
-            done = max(0, block.zeropage)
-            block.range.start += done
-            block.range.len -= done
-            block.zeropage = 0
+        while length:
+            fields = start, length, 0, 0
+            done = self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE, uffdio_zeropage, *fields)[3]
+            if done > 0:
+                start, length = start + done, length - done
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
-        """Protect this range (bytes) from writes; or, protect=False, allow them and wake."""
-        block = self._writeprotect
-        block.range.start, block.range.len = start, length
-        block.mode = UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
-        while _ioctl(self.fd, UFFDIO_WRITEPROTECT, self._writeprotect_at):
-            if ctypes.get_errno() != errno.EAGAIN:
-                raise _failed("UFFDIO_WRITEPROTECT")
-
-    def writeprotect_mapped(self, start: int, length: int, protect: bool) -> None:
-        """As writeprotect, but passes over pages that the application has unmapped meanwhile.
-
-        Nobody can write to those any more; nor to any, if the application has ended.
-        """
-        try:
-            self.writeprotect(start, length, protect)
-        except ProcessLookupError:
-            pass  # ESRCH
-        except FileNotFoundError:
-            if length > PAGE_SIZE:
-                for page in range(start, start + length, PAGE_SIZE):
-                    self.writeprotect_mapped(page, PAGE_SIZE, protect)
+        """Set the mark of these pages (bytes); or, protect=False, clear it and wake."""
+        mode = UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
+        uffdio_writeprotect.pack_into(self._block, 0, start, length, mode)
+        while True:
+            try:
+                ioctl(self.fd, UFFDIO_WRITEPROTECT, self._block)
+                return
+            except OSError as error:
+                if error.errno != errno.EAGAIN:
+                    raise _failed("UFFDIO_WRITEPROTECT", error.errno) from None
 
     def wake(self, start: int, length: int) -> None:
         """Wake the threads that sleep in a fault of this range (bytes); they try again."""
-        self._range.start, self._range.len = start, length
-        if _ioctl(self.fd, UFFDIO_WAKE, self._range_at):
-            raise _failed("UFFDIO_WAKE")
+        self._call("UFFDIO_WAKE", UFFDIO_WAKE, uffdio_range, start, length)
 
     def poison(self, start: int, length: int) -> None:
         """Make this range (bytes) raise SIGBUS when touched, and wake. Linux 6.6."""
-        block = uffdio_poison(uffdio_range(start, length))
-        if _ioctl(self.fd, UFFDIO_POISON, ctypes.addressof(block)):
-            raise _failed("UFFDIO_POISON")
+        self._call("UFFDIO_POISON", UFFDIO_POISON, uffdio_poison, start, length, 0, 0)
 
-    def read_faults(self) -> list[tuple[int, int]]:
-        """The (flags, address) of as many faults as are waiting, at most MESSAGES; none: []."""
+    def read_faults(self) -> list[tuple[int, int, int]]:
+        """(event, flags, address) of the faults that wait, at most MESSAGES; none: []."""
         try:
-            raw = os.read(self.fd, _UFFD_MSG.size * self.MESSAGES)
+            return list(uffd_msg.iter_unpack(os.read(self.fd, uffd_msg.size * self.MESSAGES)))
         except BlockingIOError:
             return []
-        return [(flags, address) for _, flags, address in _UFFD_MSG.iter_unpack(raw)]
 
 
 # ---------------------------------------------------------------- other system calls
 
 PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
-MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
-MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x4000, 0x100000
+MAP_SHARED, MAP_FIXED_NOREPLACE = 0x01, 0x100000
 MADV_DONTFORK = 10
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 PR_SET_PDEATHSIG, PR_SET_TIMERSLACK = 1, 29
 
 
 def mmap_fixed(addr: int, length: int, prot: int, flags: int, fd: int = -1, off: int = 0) -> None:
-    """mmap(2) at exactly addr. flags must have MAP_FIXED or MAP_FIXED_NOREPLACE.
+    """mmap(2) at exactly addr. flags must have MAP_FIXED_NOREPLACE.
 
-    Raises OSError: EEXIST (with MAP_FIXED_NOREPLACE) where something is mapped already, EPERM
-    below vm.mmap_min_addr, ENOMEM beyond the end of the address space.
+    Raises OSError: EEXIST where something is mapped already, EPERM below vm.mmap_min_addr, ENOMEM
+    beyond the end of the address space.
     """
     got = _libc.mmap(addr, length, prot, flags, fd, off)
     if got == c_void_p(-1).value:
         raise _failed("mmap")
+
+
+def munmap(addr: int, length: int) -> None:
+    """munmap(2)."""
+    if _libc.munmap(addr, length):
+        raise _failed("munmap")
 
 
 def madvise(addr: int, length: int, advice: int) -> None:
@@ -353,12 +302,38 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
         raise _failed("fallocate")
 
 
+FUTEX_WAIT, FUTEX_WAKE = 0, 1  # between processes
+
+
+def futex_wait(address: int, value: int) -> None:
+    """futex(2): sleep until somebody wakes this word of shared memory; at once if it is not value.
+
+    Returns for no reason at times, and when a signal has come.
+    """
+    _libc.syscall(_NR_futex, c_void_p(address), FUTEX_WAIT, c_uint(value), None)
+
+
+def futex_wake(address: int) -> None:
+    """futex(2): wake everybody who sleeps there."""
+    _libc.syscall(_NR_futex, c_void_p(address), FUTEX_WAKE, 0x7FFFFFFF)
+
+
+def semaphore() -> SemLock:
+    """A lock for threads and forked processes: a semaphore of one, sem_overview(7), whose name is gone
+    at once. It is what multiprocessing.Lock wraps; that takes long to import."""
+    kind, name = 1, f"/edm-{os.getpid()}-{time.monotonic_ns()}"
+    return SemLock(kind, 1, 1, name, True)
+
+
+def tee(pipe: int, other: int, length: int) -> int:
+    """tee(2): let the other pipe hold the same bytes (references to the same pages) too."""
+    done = _libc.tee(pipe, other, length, 0)
+    if done < 0:
+        raise _failed("tee")
+    return done
+
+
 def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
     if _libc.prctl(option, value, 0, 0, 0):
         raise _failed("prctl")
-
-
-def flush_c_streams() -> None:
-    """fflush(3) of all streams of C code, which os._exit leaves out."""
-    _libc.fflush(None)

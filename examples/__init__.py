@@ -1,1 +1,1 @@
-"""Short programs that show EDM at work. Run each under mpirun, as its docstring says."""
+"""Short programs that show EDM at work: alone, or under mpirun with a DMS of its own."""

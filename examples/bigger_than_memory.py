@@ -1,6 +1,6 @@
 """An array several times as large as what may be here: filled, summed, shuffled, checked.
 
-    mpirun -n 2 python -m edm.examples.bigger_than_memory --size 256 --high-threshold 8192
+    python -m edm.examples.bigger_than_memory --size 256 --high-threshold 8192
 
 Nothing but the first line of the code that works on it knows that the array is in EDM.
 """

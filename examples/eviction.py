@@ -1,6 +1,7 @@
 """Example 2 of the wiki: LPET evicts two pages to the disk, and one comes back, with its bytes.
 
-mpirun -n 2 python -m edm.examples.eviction
+python -m edm.examples.eviction                   on one machine
+mpirun -n 2 python -m edm.examples.eviction       with a DMS, as in the wiki
 """
 
 import sys

@@ -1,6 +1,6 @@
 """LPET evicts the pages that nobody uses: hot pages stay, idle ones go.
 
-    mpirun -n 2 python -m edm.examples.eviction_policy
+    python -m edm.examples.eviction_policy
 
 Twenty pages may be here, and LPET evicts until fifteen are.
 """

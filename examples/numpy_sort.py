@@ -1,6 +1,6 @@
 """NumPy on arrays several times as large as what may be here: sort, reduce, multiply.
 
-    mpirun -n 2 python -m edm.examples.numpy_sort --size 256 --high-threshold 8192
+    python -m edm.examples.numpy_sort --size 256 --high-threshold 8192
 
 The answers are known beforehand. The one line of EDM's is `with edm.numpy_allocator()`.
 """
@@ -13,7 +13,7 @@ import edm
 
 
 def work(space: edm.Space) -> None:
-    import numpy as np  # in the application only: the other ranks need none
+    import numpy as np  # in the application only: a DMS needs none
 
     began = time.monotonic()
 

@@ -1,7 +1,7 @@
 """A long computation that survives being ended: its memory is on a kept disk.
 
-    mpirun -n 2 python -m edm.examples.resume --disk PATH      end it with SIGTERM, or kill -9
-    mpirun -n 2 python -m edm.examples.resume --disk PATH      it goes on where it was
+    python -m edm.examples.resume --disk PATH      end it with SIGTERM, or kill -9
+    python -m edm.examples.resume --disk PATH      it goes on where it was
 
 Each page of an array is made of the one before it, so none can be made without all of them. The
 first page of the space counts how many there are.

@@ -1,6 +1,7 @@
 """Example 1 of the wiki: the first access to a page gets a page of zeros.
 
-mpirun -n 2 python -m edm.examples.zero_page
+python -m edm.examples.zero_page                   on one machine
+mpirun -n 2 python -m edm.examples.zero_page       with a DMS, as in the wiki
 """
 
 import sys

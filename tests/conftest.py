@@ -1,14 +1,16 @@
-"""What the tests share: running a program under mpirun, and saying why one can't run here."""
+"""What the tests share: running a program on one machine and over MPI, and why one can't run here."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 mpi4py.rc(initialize=False, finalize=False)
 
 from edm import uffd_ctypes
-from edm.launch import find_mpirun
+from edm.doctor import find_mpirun
 from edm.page_idle import bitmap_missing
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -48,7 +50,66 @@ TRACKERS = [
     ),
 ]
 
+
+def _trackings() -> list:
+    """Config's clean_tracking, each way that this kernel has."""
+    needs = {
+        "async": uffd_ctypes.WP_FEATURES | uffd_ctypes.UFFD_FEATURE_WP_ASYNC,
+        "events": uffd_ctypes.WP_FEATURES,
+        "none": 0,
+    }
+    try:
+        has = uffd_ctypes.supported_features()
+    except OSError:
+        has = 0
+    return [
+        pytest.param(
+            way, marks=pytest.mark.skipif(bool(need & ~has), reason=f"no {way} write-protection")
+        )
+        for way, need in needs.items()
+    ]
+
+
+TRACKINGS = _trackings()
+
 Run = Callable[..., subprocess.CompletedProcess]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10) -> object:
+    """Poll until condition() is true, and return what it gave."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.005)
+    return pytest.fail(f"waited {seconds} s in vain")
+
+
+def read_until(job: Job, words: str, seconds: float = 30) -> str:
+    """Read the job's output until it has these words."""
+    output = ""
+    while words not in output:
+        assert select.select([job.stdout], [], [], seconds)[0], output
+        part = os.read(job.stdout.fileno(), 1 << 16).decode()
+        assert part, output
+        output += part
+    return output
+
+
+def wait_until_gone(job: Job, seconds: float = 5) -> None:
+    """Poll until no process of the job is left."""
+    deadline = time.monotonic() + seconds
+    while left := job.processes():
+        assert time.monotonic() < deadline, f"still there after {seconds} s: {left}"
+        time.sleep(0.005)
+
+
+def has_ended(pid: int) -> bool:
+    """Has this process ended? If its parent has not waited for it, it has, too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +135,13 @@ def has_mpich() -> bool:
     return "HYDRA" in subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
+
+
 class Job(subprocess.Popen):
     """A command, and all processes that come of it, wherever a launcher puts them.
 
@@ -92,12 +160,11 @@ class Job(subprocess.Popen):
         }
         super().__init__(
             [str(part) for part in command],
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
-            **options,
+            **{"stdin": subprocess.DEVNULL, **options},
         )
 
     def processes(self) -> dict[int, int]:
@@ -114,8 +181,18 @@ class Job(subprocess.Popen):
         return found
 
     def parts(self) -> dict[str, int]:
-        """{"DMS", "pager", "application": process id} of a job of two ranks, once it has them."""
+        """{name of the part: process id}, once the job has them all.
+
+        On one machine "application", "pager" and, without a kept disk, "LPET"; of a job of two ranks
+        "DMS", "pager" and "application".
+        """
         processes = self.processes()
+        if not Path(self.args[0]).name.startswith("mpi"):
+            # The pager has a session of its own.
+            pagers = [pid for pid in processes if _session(pid) == pid != self.pid]
+            lpets = [pid for pid, parent in processes.items() if parent in pagers]
+            names = ("application", "pager", *(["LPET"] if lpets else []))
+            return dict(zip(names, [self.pid, *pagers, *lpets], strict=True)) if pagers else {}
         ranks = {rank: pid for pid in processes if (rank := self._rank(pid)) is not None}
         if not {0, 1} <= ranks.keys():
             return {}
@@ -215,6 +292,50 @@ def mpirun(run: Run, mpirun_command: Callable[..., list[object]]) -> Run:
         return run(*mpirun_command(*arguments, ranks=ranks), **options)
 
     return mpirun
+
+
+class Way:
+    """Runs programs in one way: on one machine, or over MPI as a DMS and an instance."""
+
+    def __init__(self, mpirun: str | None, start: Callable[..., Job], run: Run) -> None:
+        """mpirun: its path; None: on one machine."""
+        self.alone = mpirun is None
+        self._mpirun, self._start, self._run = mpirun, start, run
+
+    def command(self, *arguments: object) -> list[object]:
+        """The command line that runs `python ...` so."""
+        return [*([] if self.alone else [self._mpirun, "-n", 2]), sys.executable, *arguments]
+
+    def start(self, *arguments: object, **options: object) -> Job:
+        """Start `python ...`."""
+        return self._start(*self.command(*arguments), **options)
+
+    def run(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:
+        """Run `python ...` to its end."""
+        return self._run(*self.command(*arguments), **options)
+
+    def killed_by(self, number: int) -> int:
+        """The job's return code when this signal has killed the application."""
+        return -number if self.alone else 128 + number
+
+    def failed(self) -> int:
+        """The job's return code when EDM itself had to end it."""
+        return -signal.SIGKILL if self.alone else 2
+
+
+@pytest.fixture(params=["alone", "mpi"])
+def way(request: pytest.FixtureRequest, start: Callable[..., Job], run: Run) -> Way:
+    """A test that has this is run in both ways."""
+    mpirun = find_mpirun() if request.param == "mpi" else None
+    if request.param == "mpi" and not mpirun:
+        pytest.skip("there is no mpirun: pip install mpich")
+    return Way(mpirun, start, run)
+
+
+@pytest.fixture
+def alone(start: Callable[..., Job], run: Run) -> Way:
+    """On one machine only."""
+    return Way(None, start, run)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""dms.Disk under faults at any of its system calls, against a model of what it has promised.
+"""A kept PageStore under faults at any of its system calls, against a model of what it has promised.
 
-A kept disk is written, freed and synced at random, as the DMS does it. Meanwhile the process is
+A kept disk is written, freed and synced at random. Meanwhile the process is
 killed at a system call, or the machine loses power, which leaves any of the sectors written since the
 last fsync; system calls fail, with a part of their work done; and bits flip.
 """
@@ -8,14 +8,17 @@ last fsync; system calls fail, with a part of their work done; and bits flip.
 import errno
 import os
 import random
+from struct import Struct
 
 import pytest
-from test_disk import START, Kept, content
+from test_page_store import START, Kept, content
 
-from edm.dms import PAIR, TABLE
+from edm.page_store import FIRST, SECOND
 from edm.uffd_ctypes import PAGE_SIZE
 
 PAGES, SECTOR = 12, 512
+BLOCK_PAGES, BLOCK = 3, Struct("<IQ3s12s993x")  # so that there are some, each of two sectors
+BLOCK_SIZE = 1024
 
 
 class Killed(BaseException):
@@ -34,7 +37,7 @@ class Machine:
         self.flipped = set()  # pages of which a bit was flipped at some time: reading may fail
         self.fault, self.countdown = None, 0
         self.durable = b""
-        real_pwrite, real_fsync = os.pwrite, os.fsync
+        real_pwrite, real_fsync, real_fallocate = os.pwrite, os.fsync, os.posix_fallocate
 
         def pwrite(fd, data, at):
             error = self.happens()
@@ -52,6 +55,11 @@ class Machine:
             real_fsync(fd)
             self.durable = path.read_bytes()
 
+        def posix_fallocate(fd, at, length):
+            if error := self.happens():
+                raise error
+            real_fallocate(fd, at, length)
+
         def punch_hole(fd, at, length):
             if error := self.happens():
                 raise error
@@ -59,7 +67,11 @@ class Machine:
 
         monkeypatch.setattr(os, "pwrite", pwrite)
         monkeypatch.setattr(os, "fsync", fsync)
-        monkeypatch.setattr("edm.dms.punch_hole", punch_hole)
+        monkeypatch.setattr(os, "posix_fallocate", posix_fallocate)
+        monkeypatch.setattr("edm.page_store.punch_hole", punch_hole)
+        monkeypatch.setattr("edm.page_store.BLOCK_PAGES", BLOCK_PAGES)
+        monkeypatch.setattr("edm.page_store.BLOCK", BLOCK)
+        monkeypatch.setattr("edm.page_store.BLOCK_SIZE", BLOCK_SIZE)
         self.disk = Kept(path, START, START + PAGES * PAGE_SIZE)
 
     def happens(self):
@@ -92,11 +104,7 @@ class Machine:
     def free(self):
         page = self.dice.randrange(PAGES)
         count = self.dice.randint(1, PAGES - page)
-        try:
-            self.disk.free(page, count)
-        except OSError:
-            self.flipped.update(range(page, page + count))  # what fails may be unreadable
-            return
+        self.disk.free(page, count)
         self.now[page : page + count] = [None] * count
         for at in range(page, page + count):
             self.dirty.pop(at, None)
@@ -107,19 +115,23 @@ class Machine:
                 return
         self.syncing = self.now.copy()
         try:
-            self.disk.disk.sync()
+            self.disk.sync()
         except OSError:
             self.crash()  # for this job it is over: it may have succeeded, or not
         else:
             self.synced, self.syncing = self.syncing, None
 
     def flip(self):
-        page, slot = self.dice.randrange(PAGES), self.dice.randrange(2)
-        disk = self.disk.disk
-        at = disk._data + slot * disk._slot + page * PAGE_SIZE + self.dice.randrange(PAGE_SIZE)
+        """A bit of a page's bytes, or of a block of the table."""
+        page, store = self.dice.randrange(PAGES), self.disk.store
         if self.dice.random() < 0.7:
-            at = TABLE + page * PAIR + self.dice.randrange(PAIR)
-        self.flipped.add(page)
+            block = page // BLOCK_PAGES
+            at = store._block_place(self.dice.randrange(2), block) + self.dice.randrange(BLOCK_SIZE)
+            self.flipped.update(range(block * BLOCK_PAGES, (block + 1) * BLOCK_PAGES))
+        else:
+            at = store.place(page, self.dice.choice((FIRST, SECOND)))
+            at += self.dice.randrange(PAGE_SIZE)
+            self.flipped.add(page)
         with self.path.open("r+b") as file:
             file.seek(at)
             byte = file.read(1)[0]
@@ -137,7 +149,7 @@ class Machine:
     def crash(self, power=False):
         """And resume: all pages are as at the last sync, or at the one that was under way."""
         self.fault = None
-        self.disk.disk.close()
+        self.disk.close()
         if power:
             self.lose_power()
         self.disk = Kept(self.path, START, START + PAGES * PAGE_SIZE)
@@ -207,4 +219,4 @@ def test_whatever_fails_and_whenever_it_ends_the_disk_keeps_its_promise(
                 except Killed:
                     machine.crash(power)
                 machine.check()
-            machine.disk.disk.close()
+            machine.disk.close()

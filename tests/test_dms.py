@@ -1,4 +1,4 @@
-"""dms.py and messages.py, without MPI: SPT, and what the DMS answers to each request."""
+"""dms.py and messages.py, without MPI: what the DMS answers to each request."""
 
 import errno
 import os
@@ -10,8 +10,8 @@ import pytest
 from mpi4py import MPI
 
 from edm import messages as m
-from edm.dms import DMS, SPT
-from edm.messages import DISK, INSTANCE, NEW
+from edm.dms import DMS
+from edm.page_store import CONTENT, DISK, INSTANCE, MAX_PAGES, NEW, NEW_PAGES
 from edm.uffd_ctypes import PAGE_SIZE
 
 PAGES = 1000
@@ -22,10 +22,13 @@ class TwoRanks:
     size = 2
 
 
+def served(path, keep):
+    return DMS(TwoRanks(), str(path), START, START + PAGES * PAGE_SIZE, keep)
+
+
 @pytest.fixture(params=[False, True], ids=["scratch", "kept"])
 def dms(tmp_path, request):
-    disk = str(tmp_path / "disk")
-    return DMS(TwoRanks(), disk, START, START + PAGES * PAGE_SIZE, request.param)
+    return served(tmp_path / "disk", request.param)
 
 
 def ask(dms, kind, page=0, count=0, body=b"", stride=0):
@@ -36,6 +39,13 @@ def ask(dms, kind, page=0, count=0, body=b"", stride=0):
     kind, zero, count, _ = m.HEADER.unpack_from(dms._answer.whole)
     assert zero == 0
     return kind, count, bytes(dms._answer.body[:length])
+
+
+def refused(answer, kind=m.ERROR):
+    """The errno and the words of this answer, which is a refusal."""
+    assert answer[0] == kind and answer[1] == len(answer[2])
+    error = m.error_of(answer[2])
+    return error.errno, error.strerror
 
 
 def eviction(*runs):
@@ -58,7 +68,7 @@ def content(seed, pages=1):
 
 
 def test_the_first_access_of_a_page_is_answered_with_new_and_noted_in_the_spt(dms):
-    assert ask(dms, m.GET, page=7, count=1) == (m.NEW_PAGES, 1, b"")
+    assert ask(dms, m.GET, page=7, count=1) == (NEW_PAGES, 1, b"")
     assert ask(dms, m.LOCATIONS, page=6, count=3) == (m.LOCATIONS, 3, bytes((NEW, INSTANCE, NEW)))
 
 
@@ -66,8 +76,8 @@ def test_an_evicted_page_comes_back_with_its_bytes(dms):
     ask(dms, m.GET, page=7, count=2)
     assert ask(dms, **eviction((7, content(1, 2)))) == (m.OK, 0, b"")
     assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, DISK))
-    assert ask(dms, m.GET, page=7, count=1) == (m.CONTENT, 1, content(1, 2)[:PAGE_SIZE])
-    assert ask(dms, m.GET, page=8, count=1) == (m.CONTENT, 1, content(1, 2)[PAGE_SIZE:])
+    assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(1, 2)[:PAGE_SIZE])
+    assert ask(dms, m.GET, page=8, count=1) == (CONTENT, 1, content(1, 2)[PAGE_SIZE:])
 
 
 def test_an_acknowledged_eviction_is_in_the_disk_file(dms, tmp_path):
@@ -79,19 +89,19 @@ def test_an_acknowledged_eviction_is_in_the_disk_file(dms, tmp_path):
 def test_get_answers_for_the_first_pages_that_are_in_the_same_place(dms):
     ask(dms, m.GET, page=2, count=2)
     ask(dms, **eviction((2, content(1, 2))))
-    assert ask(dms, m.GET, page=0, count=8)[:2] == (m.NEW_PAGES, 2)
-    assert ask(dms, m.GET, page=2, count=6) == (m.CONTENT, 2, content(1, 2))
-    assert ask(dms, m.GET, page=4, count=4)[:2] == (m.NEW_PAGES, 4)
+    assert ask(dms, m.GET, page=0, count=8)[:2] == (NEW_PAGES, 2)
+    assert ask(dms, m.GET, page=2, count=6) == (CONTENT, 2, content(1, 2))
+    assert ask(dms, m.GET, page=4, count=4)[:2] == (NEW_PAGES, 4)
 
 
 def test_get_takes_every_stride_th_page(dms):
     ask(dms, m.GET, page=0, count=30)
     ask(dms, **eviction((0, content(1, 30))))
     pages = [content(1, 30)[p * PAGE_SIZE : (p + 1) * PAGE_SIZE] for p in (3, 10, 17, 24)]
-    assert ask(dms, m.GET, page=3, count=6, stride=7) == (m.CONTENT, 4, b"".join(pages))
+    assert ask(dms, m.GET, page=3, count=6, stride=7) == (CONTENT, 4, b"".join(pages))
     where = ask(dms, m.LOCATIONS, page=0, count=40)[2]
     assert [p for p in range(40) if where[p] == INSTANCE | DISK] == [3, 10, 17, 24]
-    assert ask(dms, m.GET, page=31, count=6, stride=7)[:2] == (m.NEW_PAGES, 6)
+    assert ask(dms, m.GET, page=31, count=6, stride=7)[:2] == (NEW_PAGES, 6)
 
 
 def test_a_clean_page_goes_back_without_its_bytes_and_is_still_on_the_disk(dms):
@@ -100,13 +110,13 @@ def test_a_clean_page_goes_back_without_its_bytes_and_is_still_on_the_disk(dms):
     ask(dms, m.GET, page=7, count=1)
     assert ask(dms, m.LOCATIONS, page=7, count=1)[2] == bytes((INSTANCE | DISK,))
     assert ask(dms, **eviction((7, 1)))[0] == m.OK
-    assert ask(dms, m.GET, page=7, count=1) == (m.CONTENT, 1, content(1))
+    assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(1))
 
 
 def test_a_page_that_was_never_written_goes_back_to_new(dms):
     ask(dms, m.GET, page=7, count=1)
     assert ask(dms, **eviction((7, 1)))[0] == m.OK
-    assert ask(dms, m.GET, page=7, count=1) == (m.NEW_PAGES, 1, b"")
+    assert ask(dms, m.GET, page=7, count=1) == (NEW_PAGES, 1, b"")
 
 
 def test_one_eviction_carries_many_runs_clean_and_dirty(dms):
@@ -125,10 +135,25 @@ def test_a_stored_page_is_on_the_disk_and_stays_in_the_instance(dms):
     assert ask(dms, **eviction((7, content(1, 2))) | {"kind": m.STORE})[0] == m.OK
     assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((INSTANCE | DISK,)) * 2
     assert ask(dms, **eviction((7, 2)))[0] == m.OK
-    assert ask(dms, m.GET, page=7, count=2) == (m.CONTENT, 2, content(1, 2))
+    assert ask(dms, m.GET, page=7, count=2) == (CONTENT, 2, content(1, 2))
 
 
-def test_a_page_that_the_disk_has_lost_is_unreadable_and_those_around_it_are_not(dms, tmp_path):
+def test_a_page_that_is_in_the_instance_is_given_again(dms):
+    ask(dms, m.GET, page=7, count=2)
+    assert ask(dms, m.GET, page=7, count=2) == (NEW_PAGES, 2, b"")
+    ask(dms, **eviction((7, content(1))))
+    for _ in range(2):
+        assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(1))
+
+
+def test_an_eviction_may_overtake_the_get_of_its_page(dms):
+    assert ask(dms, **eviction((7, content(1)), (8, 1)))[0] == m.OK
+    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, NEW))
+    assert ask(dms, m.GET, page=7, count=2) == (CONTENT, 1, content(1))
+
+
+def test_a_page_that_the_disk_has_lost_is_unreadable_and_those_around_it_are_not(tmp_path):
+    dms = served(tmp_path / "disk", keep=True)
     ask(dms, m.GET, page=10, count=5)
     ask(dms, **eviction((10, content(1, 5))))
     file = tmp_path / "disk"
@@ -138,49 +163,50 @@ def test_a_page_that_the_disk_has_lost_is_unreadable_and_those_around_it_are_not
         flipped = disk.read(1)[0] ^ 1
         disk.seek(at)
         disk.write(bytes((flipped,)))
-    assert ask(dms, m.GET, page=10, count=5) == (m.CONTENT, 2, content(1, 5)[: 2 * PAGE_SIZE])
-    kind, _, reason = ask(dms, m.GET, page=12, count=3)
-    assert kind == m.UNREADABLE and b"page 12" in reason and b"checksum" in reason
+    assert ask(dms, m.GET, page=10, count=5) == (CONTENT, 2, content(1, 5)[: 2 * PAGE_SIZE])
+    number, reason = refused(ask(dms, m.GET, page=12, count=3), m.UNREADABLE)
+    assert number == errno.EIO and "page 12" in reason and "checksum" in reason
     assert ask(dms, m.LOCATIONS, page=12, count=1)[2] == bytes((DISK,))
-    assert ask(dms, m.GET, page=13, count=2) == (m.CONTENT, 2, content(1, 5)[3 * PAGE_SIZE :])
+    assert ask(dms, m.GET, page=13, count=2) == (CONTENT, 2, content(1, 5)[3 * PAGE_SIZE :])
 
 
 def test_freed_pages_read_as_new(dms):
     ask(dms, m.GET, page=0, count=4)
     ask(dms, **eviction((0, content(1, 2))))
     assert ask(dms, m.FREE, page=0, count=4)[0] == m.OK
-    assert ask(dms, m.GET, page=0, count=8)[:2] == (m.NEW_PAGES, 8)
+    assert ask(dms, m.GET, page=0, count=8)[:2] == (NEW_PAGES, 8)
 
 
 GEOMETRY = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE)
 
 
 def test_hello_is_welcome_only_with_the_same_geometry(dms):
-    assert ask(dms, m.HELLO, body=GEOMETRY)[0] == m.OK
+    kind, count, welcome = ask(dms, m.HELLO, body=GEOMETRY)
+    assert (kind, count) == (m.OK, m.WELCOME.size)
+    assert m.WELCOME.unpack(welcome) == (dms._stores[0].kept, os.getpid(), *m.pids_are_of())
     other = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, START, START + 4 * PAGE_SIZE)
-    kind, _, reason = ask(dms, m.HELLO, body=other)
-    assert kind == m.ERROR and b"start_addr" in reason
+    number, reason = refused(ask(dms, m.HELLO, body=other))
+    assert number == errno.EINVAL and "start_addr" in reason
 
 
 WRONG = {
     "an unknown kind": {"kind": 77},
-    "an answer's kind": {"kind": m.CONTENT, "count": 1},
+    "an answer's kind": {"kind": CONTENT, "count": 1},
     "a stride where none belongs": {"kind": m.FREE, "page": 1, "count": 1, "stride": 5},
     "a stride that leaves the space": {"kind": m.GET, "page": 1, "count": 21, "stride": 50},
     "a page outside": {"kind": m.GET, "page": PAGES, "count": 1},
     "a page far outside": {"kind": m.GET, "page": 2**64 - 1, "count": 2},
     "a range that leaves the space": {"kind": m.GET, "page": PAGES - 1, "count": 2},
     "no pages": {"kind": m.GET, "page": 1, "count": 0},
-    "too many pages": {"kind": m.GET, "page": 1, "count": m.MAX_PAGES + 1},
+    "too many pages": {"kind": m.GET, "page": 1, "count": MAX_PAGES + 1},
     "a GET with a body": {"kind": m.GET, "page": 1, "count": 1, "body": b"x"},
-    "a page that is here": {"kind": m.GET, "page": 500, "count": 1},
+    "the kind of a doorbell": {"kind": 9},
     "a short HELLO": {"kind": m.HELLO, "body": GEOMETRY[:-1]},
     "a FREE outside": {"kind": m.FREE, "page": 999, "count": 2},
     "LOCATIONS of none": {"kind": m.LOCATIONS, "page": 1, "count": 0},
     "EVICT without runs": {"kind": m.EVICT},
     "EVICT of too many runs": {"kind": m.EVICT, "count": m.MAX_RUNS + 1},
     "EVICT with half a table": {"kind": m.EVICT, "count": 2, "body": m.RUN.pack(500, 1, 0)},
-    "EVICT of a page not here": eviction((3, content(1))),
     "EVICT of a page outside": eviction((PAGES, content(1))),
     "EVICT of no pages": eviction((500, 0)),
     "EVICT with bytes missing": {
@@ -194,11 +220,12 @@ WRONG = {
         "body": m.RUN.pack(500, 1, 0) + b"x",
     },
     "EVICT with a strange dirty": {"kind": m.EVICT, "count": 1, "body": m.RUN.pack(500, 1, 2)},
-    "EVICT partly of pages not here": eviction((500, content(1)), (501, content(2))),
-    "STORE of a page not here": eviction((3, content(1))) | {"kind": m.STORE},
+    "EVICT partly of pages outside": eviction((500, content(1)), (PAGES, content(2))),
+    "STORE of a page outside": eviction((PAGES, content(1))) | {"kind": m.STORE},
+    "STORE partly of pages outside": eviction((500, content(1)), (PAGES - 1, 2))
+    | {"kind": m.STORE},
     "SYNC with a body": {"kind": m.SYNC, "body": b"x"},
     "BYE with a body": {"kind": m.BYE, "body": b"x"},
-    "RINGS with a body": {"kind": m.RINGS, "body": b"x"},
 }
 
 
@@ -208,11 +235,11 @@ def test_a_wrong_request_is_answered_with_a_reason_and_changes_nothing(dms, requ
     ask(dms, m.GET, page=600, count=1)
     ask(dms, **eviction((600, content(6))))
     before = ask(dms, m.LOCATIONS, page=0, count=PAGES)
-    kind, _, reason = ask(dms, **request_)
-    assert kind == m.ERROR and reason
-    assert f"request of INSTANCE_0 refused: {reason.decode()}" in caplog.text
+    number, reason = refused(ask(dms, **request_))
+    assert number == errno.EINVAL and reason
+    assert f"request of INSTANCE_0 refused: {reason}" in caplog.text
     assert ask(dms, m.LOCATIONS, page=0, count=PAGES) == before
-    assert ask(dms, m.GET, page=600, count=1) == (m.CONTENT, 1, content(6))
+    assert ask(dms, m.GET, page=600, count=1) == (CONTENT, 1, content(6))
 
 
 def test_who_has_said_bye_is_refused(dms):
@@ -220,6 +247,21 @@ def test_who_has_said_bye_is_refused(dms):
     for request in (m.BYE, m.SYNC):
         assert ask(dms, request)[0] == m.ERROR
     assert dms._left == {0}
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "words"),
+    [
+        (OSError(errno.ENOSPC, "it is full"), errno.ENOSPC, "it is full"),
+        (OSError("no errno"), errno.EIO, "no errno"),
+        (MemoryError(), errno.ENOMEM, "MemoryError"),
+        (ValueError("x" * 5000), errno.EINVAL, "x" * 1000),
+        (OSError(errno.EIO, "\u00b5" * 999), errno.EIO, "\u00b5" * 500),
+    ],
+)
+def test_a_reason_travels_with_its_errno(error, number, words):
+    told = m.error_of(m.reason(error))
+    assert (told.errno, told.strerror) == (number, words)
 
 
 @pytest.mark.parametrize("length", [MPI.UNDEFINED, 1 << 62])
@@ -236,7 +278,7 @@ def test_random_bytes_never_end_the_dms(dms):
         length = dice.choice((0, 1, 15, 16, 17, 40, 200, 5000))
         dms._question.whole[:length] = dice.randbytes(length)
         if length >= 2:  # a kind that there is, most of the time
-            dms._question.whole[0:4] = bytes((dice.choice((*range(1, 10), 99)), 0, 0, 0))
+            dms._question.whole[0:4] = bytes((dice.choice((*range(1, 9), 99)), 0, 0, 0))
         dms._handle(1, length)
         dms._left.clear()  # after a BYE it would refuse the rest
     assert ask(dms, m.LOCATIONS, page=0, count=1)[0] == m.LOCATIONS
@@ -249,32 +291,11 @@ def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_SIZE, hard))  # EFBIG: Python ignores SIGXFSZ
     try:
-        kind, _, reason = ask(dms, **eviction((900, content(1))))
+        answer = ask(dms, **eviction((900, content(1))))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert kind == m.ERROR and os.strerror(errno.EFBIG).encode() in reason
+    assert refused(answer) == (errno.EFBIG, os.strerror(errno.EFBIG))
     assert ask(dms, m.LOCATIONS, page=900, count=1)[2] == bytes((INSTANCE,))
-    assert ask(dms, m.GET, page=7, count=1) == (m.CONTENT, 1, content(7))
+    assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(7))
     assert ask(dms, **eviction((900, content(1))))[0] == m.OK
-    assert ask(dms, m.GET, page=900, count=1) == (m.CONTENT, 1, content(1))
-
-
-def test_the_spt_costs_no_memory_until_it_is_used():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    spt = SPT(1 << 34, 0)  # 64 TiB
-    spt.set(range(1 << 33, (1 << 33) + 100), DISK)
-    assert spt.same(range(1 << 33, (1 << 33) + 4096)) == (DISK, 100)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
-
-
-def test_the_spt_is_printed_as_the_wiki_prints_it():
-    spt = SPT(PAGES, 0)
-    spt.set(range(2, 3), INSTANCE)
-    spt.set(range(4, 5), DISK)
-    assert spt.table(0x1D4A000) == (
-        "Print SPT STATE\n"
-        "-----START SPT ----\n"
-        "address : 0x1d4c000  location : INSTANCE_0\n"
-        "address : 0x1d4e000  location : DISK\n"
-        "------END SPT-----"
-    )
+    assert ask(dms, m.GET, page=900, count=1) == (CONTENT, 1, content(1))

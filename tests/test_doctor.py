@@ -1,5 +1,6 @@
 """python -m edm doctor: that it finds what is there, and names what is not."""
 
+import errno
 import os
 import pwd
 import re
@@ -7,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mpi4py
 import pytest
 from conftest import needs_userfaultfd
 
 from edm import doctor
+from edm import uffd_ctypes as u
 
 ROOT = Path(doctor.__file__).parent
 
@@ -51,6 +54,7 @@ def package(public_path):
     target.mkdir()
     for module in ROOT.glob("*.py"):
         (target / module.name).write_bytes(module.read_bytes())
+    shutil.copytree(ROOT / "startup", target / "startup")
     return folder
 
 
@@ -71,6 +75,21 @@ def test_without_mpi_it_says_what_is_missing_and_how_to_get_it(run, package, tmp
     assert ended.returncode == 1 and found(ended.stdout)["MPI"] == "missing", ended.stdout
     assert "mpi4py finds no MPI library" in ended.stdout
     assert "-m pip install mpich\n" in ended.stdout and "Traceback" not in ended.stdout
+
+
+def test_this_environments_mpirun_is_taken_before_the_one_on_path(monkeypatch, tmp_path):
+    for folder in ("here/bin", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "mpirun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "here"))
+    assert doctor.find_mpirun() == str(tmp_path / "here/bin/mpirun")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert doctor.find_mpirun() == str(tmp_path / "elsewhere/mpirun")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.find_mpirun() is None
+    state, words, remedy = doctor.two_ranks()
+    assert (state, words) == ("missing", "there is no mpirun") and "pip install mpich" in remedy
 
 
 def test_an_mpirun_of_another_mpi_is_told(monkeypatch, tmp_path):
@@ -142,6 +161,62 @@ def test_it_is_right_for_a_user_without_privileges(as_nobody):
         """
     ended = as_nobody("-m", "edm", "run", "--no-numpy", "--resident", "64K", "-c", code)
     assert (ended.returncode, ended.stdout) == (0, "True True\n")
+
+
+FEATURES = u.NEEDED_FEATURES | u.WP_FEATURES | u.UFFD_FEATURE_POISON | u.UFFD_FEATURE_WP_ASYNC
+
+
+@pytest.mark.parametrize(
+    ("lacks", "state", "words"),
+    [
+        (0, "ok", "asynchronous write-protection of shared memory"),
+        (u.NEEDED_FEATURES, "missing", "CONFIG_USERFAULTFD"),
+        (u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM, "without", "every page counts as written"),
+        (u.UFFD_FEATURE_POISON, "without", "a page that is lost ends the job"),
+        (u.UFFD_FEATURE_WP_ASYNC, "without", "first writes are faults"),
+    ],
+)
+def test_what_the_kernels_userfaultfd_lacks_is_told(monkeypatch, lacks, state, words):
+    monkeypatch.setattr(u, "supported_features", lambda: FEATURES & ~lacks)
+    found, told, _ = doctor.features()
+    assert found == state and words in told
+
+
+def test_a_userfaultfd_for_user_mode_only_is_one_to_do_with(monkeypatch):
+    monkeypatch.setattr(u, "open_userfaultfd", lambda: (os.open("/dev/null", 0), u.USER_MODE))
+    state, words, remedy = doctor.userfaultfd()
+    assert state == "without" and "EFAULT" in words and "sysctl" in remedy
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
+def test_a_userfaultfd_that_there_is_not_is_missing(monkeypatch, number):
+    def fail():
+        raise OSError(number, "userfaultfd: the reason")
+
+    monkeypatch.setattr(u, "open_userfaultfd", fail)
+    state, words, remedy = doctor.userfaultfd()
+    assert (state, words) == ("missing", "userfaultfd: the reason")
+    assert bool(remedy) == (number == errno.EPERM), "what a kernel is built without no sysctl gives"
+    assert doctor.page_fault()[0] == doctor.features()[0] == "missing"
+
+
+@needs_userfaultfd
+def test_a_page_comes_on_a_kernel_without_write_protection_too(monkeypatch):
+    real = u.Userfaultfd.register
+
+    def register(self, start, length, write_protect=True):
+        if write_protect:
+            raise OSError(errno.EINVAL, "UFFDIO_REGISTER")
+        real(self, start, length, write_protect)
+
+    monkeypatch.setattr(u.Userfaultfd, "register", register)
+    assert doctor.page_fault() == ("ok", "a page was brought in by userfaultfd", "")
+
+
+def test_a_kernel_that_is_too_old_is_told(monkeypatch):
+    for release, state in {"5.18.99": "missing", "5.19": "ok", "6.1.0-9-amd64": "ok"}.items():
+        monkeypatch.setattr(os, "uname", lambda release=release: SimpleNamespace(release=release))
+        assert doctor.kernel()[0] == state
 
 
 def test_a_disk_that_is_memory_is_told(monkeypatch):

@@ -6,54 +6,105 @@ import logging
 import os
 import re
 import select
-import socket
 import subprocess
 import sys
 
 import pytest
 
 import edm
+from edm import edm as face
 from edm import log
+from edm.edm import MAX_PAGES, Config
+from edm.uffd_ctypes import PAGES_AT_ONCE
 
 WRONG = {
-    "start_addr": {"start_addr": 0x1001},
-    "end_addr": {"start_addr": 0x2000, "end_addr": 0x2000},
-    "high_threshold": {"high_threshold": 1},
-    "low_threshold": {"high_threshold": 4, "low_threshold": 4},
-    "readahead": {"readahead": 0},
-    "evict_batch": {"evict_batch": 257},
-    "idle_tracker": {"idle_tracker": "psychic"},
-    "log_level": {"log_level": "loud"},
+    "start_addr": [{"start_addr": 0x1001}, {"start_addr": 0}, {"start_addr": -edm.PAGE_SIZE}],
+    "end_addr": [
+        {"start_addr": 0x2000, "end_addr": 0x2000},
+        {"end_addr": 0x20_0000_0001},
+        {"end_addr": Config.start_addr + (MAX_PAGES + 1) * edm.PAGE_SIZE},
+    ],
+    "high_threshold": [{"high_threshold": 1}],
+    "low_threshold": [{"high_threshold": 4, "low_threshold": 4}, {"low_threshold": -1}],
+    "readahead": [{"readahead": 0}, {"readahead": PAGES_AT_ONCE + 1}],
+    "evict_batch": [{"evict_batch": 0}, {"evict_batch": PAGES_AT_ONCE + 1}],
+    "idle_tracker": [{"idle_tracker": "psychic"}],
+    "clean_tracking": [{"clean_tracking": "perhaps"}],
+    "dms": [{"dms": 2}, {"dms": -1}],
+    "keep": [{"keep": True}],
+    "report": [{"report": "/nowhere/report.html"}],
+    "log_level": [{"log_level": "loud"}],
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_setting_is_a_valueerror_of_one_line_that_names_it(name):
+@pytest.mark.parametrize(
+    ("name", "settings"), [(name, each) for name, all_of in WRONG.items() for each in all_of]
+)
+def test_a_wrong_setting_is_a_valueerror_of_one_line_that_names_it(name, settings):
     with pytest.raises(ValueError, match=f"^{name}: [^\n]*$"):
-        edm.Config(**WRONG[name])
+        Config(**settings)
+
+
+def test_the_largest_settings_are_none_that_is_wrong(tmp_path):
+    Config(
+        end_addr=Config.start_addr + MAX_PAGES * edm.PAGE_SIZE, readahead=PAGES_AT_ONCE,
+        evict_batch=PAGES_AT_ONCE, dms=1, keep=True, disk="disk", report=f"{tmp_path}/report.html",
+    )  # fmt: skip
+    Config(high_threshold=2, low_threshold=0, readahead=1, evict_batch=1, report="report.html")
 
 
 @pytest.mark.parametrize("high", [2, 4, 16, 1000])
 def test_the_low_threshold_follows_the_high_one(high):
-    assert 0 < edm.Config(high_threshold=high).low_threshold < high
+    assert 0 < Config(high_threshold=high).low_threshold < high
 
 
-def test_every_setting_has_an_option_and_its_help(monkeypatch):
+def test_every_setting_has_an_option_and_its_help(monkeypatch, tmp_path):
+    report = f"{tmp_path}/report.html"
     arguments = [
         "program", "--start-addr", "0x1B58000", "--end-addr", "0x1F40000", "--high-threshold", "4",
-        "--low-threshold", "2", "--disk", "/tmp/x", "--idle-tracker", "unmap",
-        "--log-level", "debug", "--readahead", "16", "--evict-batch", "8", "--no-clean-tracking",
+        "--low-threshold", "2", "--disk", "/tmp/x", "--keep", "--idle-tracker", "unmap",
+        "--log-level", "debug", "--readahead", "16", "--evict-batch", "8",
+        "--clean-tracking", "events", "--dms", "1", "--stats", "--progress", "--report", report,
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     parser = argparse.ArgumentParser()
     _, config = edm.parse_arguments(parser)
-    assert config == edm.Config(
+    assert config == Config(
         start_addr=0x1B58000, end_addr=0x1F40000, high_threshold=4, low_threshold=2,
-        disk="/tmp/x", idle_tracker="unmap", readahead=16, evict_batch=8, clean_tracking=False,
+        disk="/tmp/x", keep=True, idle_tracker="unmap", readahead=16, evict_batch=8,
+        clean_tracking="events", dms=1, stats=True, progress=True, report=report,
         log_level="debug",
     )  # fmt: skip
-    for setting in dataclasses.fields(edm.Config):
-        assert f"--{setting.name.replace('_', '-')} " in parser.format_help()
+    for setting in dataclasses.fields(Config):
+        assert getattr(config, setting.name) != setting.default, "each option was given"
+        assert re.search(f"--{setting.name.replace('_', '-')}[ ,]", parser.format_help())
+
+
+def test_without_options_the_settings_are_the_default_ones(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program"])
+    assert edm.parse_arguments(argparse.ArgumentParser())[1] == Config()
+
+
+def test_a_wrong_option_is_told_in_one_line_by_one_rank(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "--high-threshold", "1"])
+    monkeypatch.setattr(face, "TELLING", 0)
+    for rank in (0, 1):
+        monkeypatch.setattr(face, "launched", lambda rank=rank: (rank, 2))
+        with pytest.raises(SystemExit) as ended:
+            edm.parse_arguments(argparse.ArgumentParser(prog="program"))
+        assert ended.value.code == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        if rank:
+            assert told.err == ""
+        else:
+            assert re.fullmatch("program: error: high_threshold: [^\n]*\n", told.err)
+
+
+def test_settings_can_be_left_out_of_the_options():
+    parser = argparse.ArgumentParser()
+    face.add_settings(parser, ("disk",), readahead=7)
+    assert "--disk" not in parser.format_help() and parser.parse_args([]).readahead == 7
 
 
 def test_a_programs_own_defaults_are_taken_and_can_be_overridden(monkeypatch):
@@ -88,16 +139,92 @@ def test_the_lspt_is_printed_as_the_wiki_prints_it():
 
 
 def test_the_log_is_silent_below_warning_by_default(capsys):
-    log.start(edm.Config().log_level)
+    log.start(Config().log_level)
     log.logger("DMS").info("no")
     log.logger("DMS").warning("yes")
     assert "no" not in capsys.readouterr().err
     assert not log.logger("DmHandler").isEnabledFor(logging.INFO)
 
 
-def test_importing_edm_does_not_initialise_mpi():
-    code = "import edm, sys; assert 'mpi4py.MPI' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+HEAVY = ("mpi4py", "numpy", "logging", "threading", "argparse", "multiprocessing", "subprocess")
+
+
+@pytest.mark.parametrize("module", ["edm", "edm.edm", "edm.address_space", "edm.launch"])
+def test_a_program_does_not_get_to_carry_what_edm_does_not_need_there(module):
+    code = f"import sys; before = set(sys.modules); import {module}; "
+    code += "print(*(set(sys.modules) - before))"
+    ended = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    imported = {name.partition(".")[0] for name in ended.stdout.split()}
+    heavy = imported.intersection(HEAVY)
+    assert "edm" in imported and heavy == ({"argparse"} if module == "edm.launch" else set())
+
+
+RANKS = ("PMI_RANK", "PMI_SIZE", "PMI_FD", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+RANKS += ("PMIX_RANK", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "3", "PMI_FD": "open"}, (2, 3)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "3"}, (2, 3)),  # a launcher that has no descriptor
+        ({"PMI_RANK": "2", "PMI_SIZE": "3", "PMI_FD": "closed"}, (0, 1)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "", "PMI_FD": "open"}, (0, 1)),
+        ({"PMI_RANK": "2"}, (0, 1)),
+        ({"PMI_SIZE": "3", "PMI_FD": "open"}, (0, 1)),
+        ({"PMI_RANK": "-1", "PMI_SIZE": "x"}, (0, 1)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, (1, 4)),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, (0, 1)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "0"}, (0, 1)),
+        ({"PMIX_RANK": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+        ({"PMIX_RANK": "1"}, (0, 1)),
+        (
+            {
+                "PMI_RANK": "2", "PMI_SIZE": "3", "PMI_FD": "closed",
+                "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4",
+            },
+            (1, 4),
+        ),
+    ],
+)  # fmt: skip
+def test_variables_that_a_launcher_has_left_make_no_rank(monkeypatch, variables, expected):
+    ours, theirs = os.pipe()
+    os.close(theirs)
+    descriptors = {"open": str(ours), "closed": str(theirs)}
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, descriptors.get(value, value))
+    assert face.launched() == expected
+    os.close(ours)
+
+
+def test_a_dms_needs_ranks_and_is_refused_before_anything_starts(monkeypatch):
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"^dms: needs at least 2 MPI ranks.*mpirun -n 2"):
+        edm.run(lambda space: pytest.fail("it was started"), Config(dms=1))
+
+
+def test_what_is_no_application_has_no_space():
+    with pytest.raises(RuntimeError, match=r"^edm\.space: this process is not an application"):
+        edm.space()
+
+
+def test_no_descriptor_gets_the_number_of_a_standard_stream_that_is_closed():
+    code = """if True:
+        import os
+        from edm.edm import _streams_taken
+        for fd in (0, 2):
+            os.close(fd)
+        with _streams_taken():
+            made = os.open("/dev/null", os.O_RDONLY)
+        free = os.open("/dev/null", os.O_RDONLY)
+        print(made > 2, free)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert ended.stdout == b"True 0\n"
 
 
 def test_another_system_than_linux_is_told_so():
@@ -112,14 +239,14 @@ def test_another_system_than_linux_is_told_so():
 def test_a_job_is_not_ended_before_the_launcher_has_read_why():
     code = """
 import fcntl, os, sys, termios
-from edm import edm
+from edm import rank
 class World:
     def Abort(self, status):  # as MPICH's launcher: what is unread now is lost
         unread = fcntl.ioctl(2, termios.FIONREAD, bytes(4))
         os._exit(status if not any(unread) else 99)
-edm.TELLING = 30
+rank.READ = 30
 print("the reason", file=sys.stderr)
-edm._abort(World(), 7)
+rank._abort(World(), 7)
 """
     nobody, pipe = subprocess.DEVNULL, subprocess.PIPE
     job = subprocess.Popen([sys.executable, "-c", code], stdout=nobody, stderr=pipe)
@@ -132,28 +259,7 @@ edm._abort(World(), 7)
 
 
 def test_a_job_ends_too_where_nobody_reads_why():
-    code = "from edm import edm; World = type('World', (), {'Abort': lambda *_: None})"
-    code += "; print('the reason', file=edm.sys.stderr); edm._abort(World(), 7)"
+    code = "from edm import rank; World = type('World', (), {'Abort': lambda *_: None})"
+    code += "; print('the reason', file=rank.sys.stderr); rank._abort(World(), 7)"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as job:
         assert job.wait(20) == 7
-
-
-def test_a_traceback_is_written_in_one_piece():
-    code = """
-import os, sys
-from edm import edm
-try:
-    raise RuntimeError("boom")
-except RuntimeError as error:
-    with edm._in_one_piece(sys.stderr):
-        sys.excepthook(type(error), error, error.__traceback__)
-print("as before", end="", file=sys.stderr)
-os._exit(0)
-"""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet a write
-    with ours:
-        subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
-        theirs.close()
-        trace, after, end = (ours.recv(1 << 16) for _ in range(3))
-    assert trace.startswith(b"Traceback") and trace.endswith(b"\nRuntimeError: boom\n")
-    assert (after, end) == (b"as before", b"")

@@ -1,75 +1,250 @@
-"""python -m edm run: a program finds everything as python itself gives it, and more memory."""
+"""python -m edm run: a program finds everything as plain Python gives it.
 
+Each test runs a program under `python` and under `python -m edm run`, and compares. What the program
+has in addition, a space, is in test_launch_space.py.
+"""
+
+import compileall
 import os
 import pty
 import re
 import select
 import signal
+import site
 import socket
+import stat
 import subprocess
 import sys
+import threading
 import time
+import zipfile
+from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, needs_userfaultfd
+from conftest import needs_userfaultfd
 
+import edm
 from edm import launch
-from edm.launch import find_mpirun, size_in_bytes
+from edm.launch import size_in_bytes
 
-pytestmark = [
-    needs_userfaultfd,
-    pytest.mark.skipif(find_mpirun() is None, reason="there is no mpirun: pip install mpich"),
-]
+pytestmark = needs_userfaultfd
 
-EDM_RUN = (sys.executable, "-m", "edm", "run", "--resident", "16M")
-
-SCRIPT = """\
-import atexit, sys
-print(__name__, sys.argv, __file__, sys.path[0], sys.flags.dev_mode)
-print(sys.modules["__main__"].answer if "answer" in globals() else "no answer yet")
-answer = 42
-print("to stderr", file=sys.stderr)
-print(input(), input())
-atexit.register(print, "the end")
-def fail(): return {}["key"]
-END
-"""
-ENDS = {"returns": "", "raises": "fail()", "exits": "sys.exit(7)", "exits with words": "sys.exit('bye')"}  # fmt: skip
+RUN = ("-m", "edm", "run", "--resident", "16M")
+EDM_COMMAND = Path(sys.executable).parent / "edm"
 
 
-def both(arguments, cwd, python=(sys.executable,), run=EDM_RUN):
-    """(status, stdout, stderr) of `python ...`, and of `python -m edm run ...`."""
+def both(program, python=(), feed=b"", run=RUN, **options):
+    """[(status, stdout, stderr)] of `python ... PROGRAM`, and of `python ... -m edm run PROGRAM`.
+
+    program and feed may be functions that make them anew.
+    """
     found = []
-    for command in (python, run):
+    for words in ((), run):
+        made, stdin = (x() if callable(x) else x for x in (program, feed))
         ended = subprocess.run(
-            [*command, *arguments], input=b"two\nlines\n", capture_output=True, cwd=cwd,
-            timeout=60, check=False,
+            [sys.executable, *python, *words, *made], input=stdin, capture_output=True, timeout=60,
+            check=False, **options,
         )  # fmt: skip
-        # What Open MPI's mpirun itself says of a status that is not 0.
-        errors = re.sub(r"-{60,}\n.*?-{60,}\n", "", ended.stderr.decode(), flags=re.DOTALL)
-        found.append((ended.returncode, ended.stdout.decode(), errors))
+        found.append(
+            (
+                ended.returncode,
+                *(text.decode(errors="surrogateescape") for text in (ended.stdout, ended.stderr)),
+            )
+        )
     return found
 
 
-# ---------------------------------------------------------------- as python does it
+# ---------------------------------------------------------------- what a program finds
 
-
-@pytest.mark.parametrize("end", ENDS)
-def test_a_script_prints_and_ends_as_it_does_without_edm(tmp_path, end):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "script.py").write_text(SCRIPT.replace("END", ENDS[end]))
-    without, within = both(["folder/script.py", "-c", "--resident", "x y"], tmp_path)
-    assert within == without
-    assert without[1].startswith("__main__ ['folder/script.py', '-c', '--resident', 'x y']")
-
-
-LOGGED = """
-import logging, logging.handlers, sys
-handler = logging.handlers.MemoryHandler(100, target=logging.StreamHandler(sys.stdout))
-logging.getLogger().addHandler(handler)
-logging.error("kept until the end")
+ABOUT = """\
+import sys
+modules = sorted(sys.modules)
+import os, signal
+print(__name__, __doc__, __package__, __spec__ and __spec__.name, globals().get("__file__"))
+print(sys.argv, sys.orig_argv, sys.path, sys.flags, sys.warnoptions, sys._xoptions, sys.executable)
+print(os.getcwd(), sorted(os.environ.items()), [os.isatty(n) for n in range(3)])
+print(modules, sorted(vars(sys.modules["__main__"])))
+print([signal.getsignal(n) for n in signal.valid_signals()], signal.pthread_sigmask(0, ()))
+print(sys.stdout.encoding, sys.stdout.line_buffering, sys.stdout.write_through, __debug__)
+print("to stderr", file=sys.stderr)
 """
+
+
+def script(folder):
+    (folder / "script.py").write_text(ABOUT)
+    return ["script.py"]
+
+
+def script_in_a_folder(folder):
+    (folder / "folder").mkdir()
+    script(folder / "folder")
+    return ["folder/script.py"]
+
+
+def compiled(folder):
+    compileall.compile_file(folder / script(folder)[0], legacy=True, quiet=1)
+    return ["script.pyc"]
+
+
+def module(folder):
+    script(folder)
+    return ["-m", "script"]
+
+
+def module_in_one_word(folder):
+    script(folder)
+    return ["-mscript"]
+
+
+def package(folder):
+    folder_with_main(folder)
+    return ["-m", "folder"]
+
+
+def code(folder):
+    return ["-c", ABOUT]
+
+
+def standard_input(folder):
+    return ["-"]
+
+
+def dev_stdin(folder):
+    return ["/dev/stdin"]
+
+
+def folder_with_main(folder):
+    (folder / "folder").mkdir()
+    (folder / "folder" / "__main__.py").write_text(ABOUT)
+    return ["folder"]
+
+
+def zip_file(folder):
+    with zipfile.ZipFile(folder / "archive", "w") as archive:
+        archive.writestr("__main__.py", ABOUT)
+    return ["archive"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        script, script_in_a_folder, compiled, module, module_in_one_word, package, code,
+        standard_input, dev_stdin, folder_with_main, zip_file,
+    ],
+)  # fmt: skip
+def test_a_program_of_any_kind_finds_what_plain_python_gives_it(tmp_path, kind):
+    program = [*kind(tmp_path), "-c", "--resident", "x y", "--", "-m"]
+    plain, within = both(program, feed=ABOUT.encode(), cwd=tmp_path)
+    assert within == plain
+    assert plain[0] == 0 and plain[1].startswith("__main__"), plain
+
+
+def test_a_script_may_be_a_fifo_or_a_descriptor(tmp_path):
+    def fifo():
+        path = tmp_path / "fifo"
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        threading.Thread(target=path.write_text, args=[ABOUT], daemon=True).start()
+        return ["fifo"]
+
+    plain, within = both(fifo, cwd=tmp_path)
+    assert within == plain and plain[0] == 0, plain
+    ends = []
+
+    def descriptor():
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        ends.append(file.fileno())
+        return [f"/dev/fd/{file.fileno()}"]
+
+    with open(tmp_path / "text", "w+") as file:
+        file.write(ABOUT)
+        file.flush()
+        plain, within = both(descriptor, cwd=tmp_path, pass_fds=[file.fileno()])
+    assert within == plain and plain[0] == 0, plain
+
+
+def test_a_command_that_is_written_in_python_is_found_on_path(tmp_path):
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, first in {
+        "direct": f"#!{sys.executable} -E\n",
+        "by-env": "#!/usr/bin/env python3\n",
+        "long": f"#!/bin/sh\n'''exec' '{sys.executable}' \"$0\" \"$@\"\n' '''\n",
+    }.items():
+        (commands / name).write_text(first + ABOUT)
+        (commands / name).chmod(0o755)
+        search = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}"}
+        plain, _ = both([str(commands / name), "-x"], cwd=tmp_path, env=search)
+        _, within = both([name, "-x"], cwd=tmp_path, env=search)
+        assert within == plain and plain[0] == 0, plain
+
+
+def test_a_file_goes_before_a_command_of_its_name(tmp_path):
+    (tmp_path / "pytest").write_text("print('the file')")
+    plain, within = both(["pytest"], cwd=tmp_path)
+    assert within == plain == (0, "the file\n", "")
+
+
+# ---------------------------------------------------------------- Python's own options
+
+SAFE_PATH = sys.version_info >= (3, 11)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-O"], ["-OO"], ["-W", "error"], ["-Wignore", "-Wdefault::UserWarning"], ["-X", "dev"],
+        ["-Xutf8", "-X", "tracemalloc=2"], ["-u"], ["-B"], ["-s"], ["-bb"], ["-i"], ["-Oqu"],
+        ["--check-hash-based-pycs", "always"],
+        pytest.param(["-P"], marks=pytest.mark.skipif(not SAFE_PATH, reason="new in 3.11")),
+    ],
+    ids="".join,
+)  # fmt: skip
+def test_options_of_python_itself_reach_the_program(tmp_path, options):
+    plain, within = both(script(tmp_path), options, cwd=tmp_path)
+    assert within == plain and plain[0] == 0, plain
+
+
+def test_inspection_after_the_program_works(tmp_path):
+    plain, within = both(["-c", "x = 42; 1/0"], ["-i"], b"print(x)\n", cwd=tmp_path)
+    assert within == plain and plain[1] == "42\n"
+
+
+@pytest.mark.parametrize(
+    ("spelled", "options"),
+    [
+        (["-medm", "run"], []),
+        (["-Om", "edm", "run"], ["-O"]),
+        (["-Oumedm", "run"], ["-Ou"]),
+        (["-W", "error", "-O", "-m", "edm", "run"], ["-W", "error", "-O"]),
+        pytest.param(
+            ["-O", str(EDM_COMMAND), "run"],
+            ["-O"],
+            marks=pytest.mark.skipif(not EDM_COMMAND.exists(), reason="not installed: edm"),
+        ),
+    ],
+)
+def test_edm_itself_may_be_spelled_as_any_module(tmp_path, spelled, options):
+    plain, _ = both(script(tmp_path), options, cwd=tmp_path)
+    _, within = both(script(tmp_path), run=spelled, cwd=tmp_path)
+    assert within == plain and plain[0] == 0, plain
+
+
+@pytest.mark.parametrize("option", ["-I", "-E", "-S", "-IO"])
+def test_where_python_ignores_sitecustomize_the_program_runs_plainly_and_a_line_says_so(
+    tmp_path, option
+):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "edm").symlink_to(Path(edm.__file__).parent)
+    search = {**os.environ, "PYTHONPATH": str(tmp_path / "path")}
+    plain, within = both(script(tmp_path), [option], cwd=tmp_path, env=search)
+    line, *stderr = within[2].splitlines(keepends=True)
+    assert (*within[:2], "".join(stderr)) == plain and plain[0] == 0
+    assert line.startswith("python -m edm run: EDM is not used: python -"), line
+
+
+# ---------------------------------------------------------------- how a program ends
+
 DIES_IN_ITS_HOOK = """
 import os, sys
 sys.excepthook = lambda *error: (print("mine", file=sys.stderr), os._exit(3))
@@ -81,230 +256,115 @@ class Last:
     def __del__(self): print(NAME, "is there when finalizers run")
 last = Last()
 """
+IN_A_THREAD = """
+import threading, time
+threading.Thread(target=lambda: (time.sleep(0.2), print("waited for"))).start()
+"""
+LOGGED = """
+import logging, logging.handlers, sys
+handler = logging.handlers.MemoryHandler(100, target=logging.StreamHandler(sys.stdout))
+logging.getLogger().addHandler(handler)
+logging.error("kept until the end")
+"""
+KILLED = "import os, signal; os.kill(os.getpid(), signal.{})"
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "code",
     [
-        ["-m", "module", "--stats", "x"],
-        ["-m", "package", "x"],
-        ["-c", "import sys, module; print(sys.argv, sys.path[0])", "-m", "x"],
-        ["-c", "raise SystemExit"],
-        ["-c", "1/0"],
-        ["-c", "import sys; sys.excepthook = lambda *error: sys.exit(5); 1/0"],
-        ["-c", "import sys; sys.excepthook = lambda *error: open('/nowhere'); 1/0"],
-        ["-c", DIES_IN_ITS_HOOK],
-        ["-c", FINALIZED],
-        ["-c", "import sys; sys.stderr.close()"],
-        ["-c", "import sys; sys.stdout = None"],
-        ["-c", "import ctypes; ctypes.CDLL(None).printf(b'by C\\n')"],
-        ["-c", LOGGED],
-        ["-c", "this is no Python"],
-        ["-m", "module.nothing"],
-        ["package", "x"],
+        "pass", "1/0", "this is no Python", "raise SystemExit", "import sys; sys.exit(7)",
+        "import sys; sys.exit('bye')", "import sys; sys.exit(-1)", "import os; os._exit(5)",
+        "raise KeyboardInterrupt", "def f(): raise ValueError('x') from KeyError(1)\nf()",
+        "import sys; sys.excepthook = lambda *error: sys.exit(5); 1/0",
+        "import sys; sys.excepthook = lambda *error: open('/nowhere'); 1/0",
+        "import sys; sys.stderr.close()", "import sys; sys.stdout = None",
+        "import ctypes; ctypes.CDLL(None).printf(b'by C\\n')",
+        "import atexit; atexit.register(print, 'the end')", "import json; json.loads('{')",
+        DIES_IN_ITS_HOOK, FINALIZED, IN_A_THREAD, LOGGED, "import nothing_of_that_name",
+        *map(KILLED.format, ("SIGKILL", "SIGTERM", "SIGINT", "SIGSEGV", "SIGPIPE")),
     ],
-)
-def test_modules_code_and_folders_run_as_they_do_without_edm(tmp_path, arguments):
-    (tmp_path / "module.py").write_text("import sys; print(__name__, sys.argv, __spec__.name)")
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "__init__.py").write_text("")
-    (tmp_path / "package" / "__main__.py").write_text("import sys; print(sys.argv, __name__)")
-    without, within = both(arguments, tmp_path)
-    assert within == without
+)  # fmt: skip
+def test_a_program_ends_with_its_own_status_and_words(tmp_path, code):
+    (tmp_path / "script.py").write_text(code)
+    for program in (["-c", code], ["script.py"]):
+        plain, within = both(program, cwd=tmp_path)
+        assert within == plain
 
 
-def test_options_of_python_itself_are_passed_on(tmp_path):
-    run = [sys.executable, "-O", "-W", "error", "-X", "dev", *EDM_RUN[1:]]
-    code = "import sys; print(__debug__, sys.flags.dev_mode, sys.warnoptions)"
-    without, within = both(["-c", code], tmp_path, [sys.executable, *run[1:6]], run)
-    assert within == without and without[1].startswith("False True")
+@pytest.mark.parametrize("program", [["-m", "nothing"], ["-m", "os.nothing"], ["empty"]])
+def test_what_python_says_of_a_program_that_is_not_there(tmp_path, program):
+    (tmp_path / "empty").mkdir()
+    plain, within = both(program, cwd=tmp_path)
+    assert within == plain and plain[0] == 1
 
 
-def test_the_programs_standard_output_is_the_file_that_it_was_sent_to(tmp_path):
-    with open(tmp_path / "output", "wb") as output:
+@pytest.mark.parametrize("handled", ["SIG_DFL", "SIG_IGN", "print_and_exit", "default_int_handler"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_to_the_process_that_was_started_is_the_programs(number, handled):
+    code = f"""
+import os, signal, sys
+def print_and_exit(*_): print("came", flush=True); sys.exit(9)
+handlers = {{**vars(signal), "print_and_exit": print_and_exit}}
+signal.signal({number:d}, handlers["{handled}"])
+print(os.getpid(), flush=True); os.read(0, 1)
+"""
+    found = []
+    for words in ((), RUN):
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, *words, "-c", code], text=True, **pipes)
+        try:
+            assert process.stdout.readline() == f"{process.pid}\n"
+            # The traceback says where it was: in the read.
+            state, deadline = Path(f"/proc/{process.pid}/stat"), time.monotonic() + 20
+            while ") S " not in state.read_text() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            process.send_signal(number)
+            if handled == "SIG_IGN":
+                process.stdin.write("\n")
+            output = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            process.communicate()
+        found.append((process.returncode, output))
+    assert found[0] == found[1]
+
+
+# ---------------------------------------------------------------- streams and descriptors
+
+
+def test_standard_streams_are_those_of_whoever_started_it(tmp_path):
+    with open(tmp_path / "output", "w+b") as output:
         output.write(b"before\n")
         output.flush()
-        subprocess.run([*EDM_RUN, "-c", "print('x' * 100000)"], stdout=output, check=True)
-    assert (tmp_path / "output").read_bytes() == b"before\n" + b"x" * 100000 + b"\n"
-
-
-def test_standard_input_may_be_a_socket():
+        command = [sys.executable, *RUN, "-c", "print('x' * 100000)"]
+        subprocess.run(command, stdout=output, check=True, timeout=60)
+        output.seek(0)
+        assert output.read() == b"before\n" + b"x" * 100000 + b"\n"
     ours, theirs = socket.socketpair()
-    ours.sendall(b"over a socket\n" * 10000)
+    ours.sendall(b"over a socket\n" * 1000)
     ours.shutdown(socket.SHUT_WR)
-    code = "import sys; print(len(sys.stdin.read()))"
-    ended = subprocess.run(
-        [*EDM_RUN, "-c", code], stdin=theirs, text=True, capture_output=True, timeout=60, check=True
+    command = [sys.executable, *RUN, "-c", "import sys; print(len(sys.stdin.read()))"]
+    ended = subprocess.run(command, stdin=theirs, capture_output=True, check=True, timeout=60)
+    assert ended.stdout == b"14000\n"
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_standard_stream_may_be_closed(tmp_path, closed):
+    about = "import sys; print([s is None for s in (sys.stdin, sys.stdout, sys.stderr)], file={})"
+    code = about.format("sys.stderr" if closed == 1 else "sys.stdout")
+    plain, within = both(["-c", code], cwd=tmp_path, preexec_fn=lambda: os.close(closed))
+    assert within == plain and "True" in plain[1] + plain[2]
+
+
+def test_a_program_has_the_descriptors_that_it_is_given(tmp_path):
+    read, write = os.pipe()
+    plain, within = both(
+        lambda: os.write(write, b"bytes") and ["-c", f"import os; print(os.read({read}, 5))"],
+        pass_fds=[read],
     )
-    assert ended.stdout == "140000\n"
-
-
-def test_a_killed_program_ends_with_128_and_the_signal():
-    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    ended = subprocess.run(
-        [*EDM_RUN, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert ended.returncode == 128 + signal.SIGKILL
-    assert "the application was killed by SIGKILL" in ended.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_program_that_is_to_end_can_end_in_its_own_way(start, number):
-    code = f"""
-import signal, time
-signal.signal({number:d}, signal.default_int_handler)
-try:
-    print("begun", flush=True)
-    time.sleep(60)
-finally:
-    until = time.monotonic() + 0.5
-    while time.monotonic() < until: pass
-    print("cleaned up", flush=True)
-"""
-    job = start(find_mpirun(), "-n", 2, *EDM_RUN, "-c", code)
-    assert job.stdout.readline() == "begun\n"
-    os.kill(job.parts()["pager"], number)
-    output, _ = job.communicate(timeout=20)
-    assert "cleaned up" in output and job.returncode == 128 + signal.SIGINT, output
-    assert "KeyboardInterrupt" in output
-
-
-def test_a_signal_to_the_launcher_reaches_the_program_once_and_its_status_is_its_own(start):
-    version = subprocess.run([find_mpirun(), "--version"], capture_output=True, check=False).stdout
-    if b"open-mpi" in version.lower():
-        pytest.skip("Open MPI's mpirun gives its ranks no time")
-    code = """
-import signal, sys, time
-times = []
-signal.signal(signal.SIGTERM, lambda *_: times.append(1))
-print("begun", flush=True)
-while not times: time.sleep(0.01)
-until = time.monotonic() + 0.5
-while time.monotonic() < until: pass
-print("came", len(times), flush=True)
-sys.exit(0)
-"""
-    job = start(*EDM_RUN, "-c", code)
-    assert job.stdout.readline() == "begun\n"
-    job.send_signal(signal.SIGTERM)
-    output, _ = job.communicate(timeout=20)
-    assert "came 1\n" in output, output
-
-
-def test_a_program_that_will_not_end_is_ended(start):
-    code = """
-import signal, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("begun", flush=True)
-time.sleep(60)
-"""
-    job = start(find_mpirun(), "-n", 2, *EDM_RUN, "-c", code)
-    assert job.stdout.readline() == "begun\n"
-    began = time.monotonic()
-    os.kill(job.parts()["pager"], signal.SIGTERM)
-    output, _ = job.communicate(timeout=20)
-    assert time.monotonic() - began < 6 and job.returncode == 128 + signal.SIGTERM, output
-
-
-def test_several_instances_share_the_memory_of_their_machine(monkeypatch):
-    monkeypatch.setattr(launch, "_memory", lambda: (1000 << 20, 400 << 20))
-    for here, ranks, mib in (("", "", 320), ("2", "2", 320), ("5", "5", 80), ("2", "3", 160)):
-        monkeypatch.setenv("MPI_LOCALNRANKS", here)
-        monkeypatch.setenv("PMI_SIZE", ranks)
-        config = launch._config(launch._parse(["x.py"]))
-        assert config.high_threshold == (mib << 20) // 4096
-
-
-def test_under_mpirun_the_ranks_are_what_it_says(mpirun):
-    code = "import edm; print(f'instance {edm.space().instance}\\n', end='')"  # in one write
-    ended = mpirun("-m", "edm", "run", "--resident", "16M", "-c", code, ranks=3)
-    assert ended.returncode == 0, ended.stdout
-    assert sorted(re.findall(r"instance (\d)", ended.stdout)) == ["0", "1"]
-
-
-def test_the_script_finds_its_space_and_nothing_is_printed_unless_asked(run):
-    code = "import edm; a = edm.space().mmap(64 << 20); a[::4096] = bytes(len(a) // 4096); a[-1]"
-    ended = run(*EDM_RUN, "-c", code)
-    assert (ended.returncode, ended.stdout) == (0, "")
-
-
-def test_starting_and_ending_takes_less_than_a_second_or_little_more_than_mpi_itself(run):
-    def seconds(*command):
-        began = time.monotonic()
-        assert run(*command).returncode == 0
-        return time.monotonic() - began
-
-    # Open MPI needs more than a second by itself.
-    mpi = (find_mpirun(), "-n", 2, sys.executable, "-c", "from mpi4py import MPI")
-    limit = max(1, min(seconds(*mpi) for _ in range(3)) + 0.5)
-    assert min(seconds(*EDM_RUN[:4], "-c", "pass") for _ in range(3)) < limit
-
-
-# ---------------------------------------------------------------- mistakes
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--resident", "12X", "x.py"], "resident: '12X' is no size"),
-        (["--resident", "4K", "x.py"], "resident: 4K is less than two pages"),
-        (["--numpy-threshold", "much", "x.py"], "numpy_threshold: 'much' is no size"),
-        (["--readahead", "0", "x.py"], "readahead: 0 pages"),
-        (["/nowhere/x.py"], "can't open file '/nowhere/x.py'"),
-        ([], "which program?"),
-        (["--report", "/nowhere/x.html", "-c", "pass"], "report: there is no folder"),
-    ],
-)
-def test_a_mistake_is_told_in_one_line_with_status_2(run, arguments, words, tmp_path):
-    (tmp_path / "x.py").write_text("")
-    ended = run(sys.executable, "-m", "edm", "run", *arguments, cwd=tmp_path)
-    lines = [line for line in ended.stdout.splitlines() if "error:" in line]
-    assert ended.returncode == 2 and len(lines) == 1 and words in lines[0], ended.stdout
-    assert "Traceback" not in ended.stdout
-
-
-def test_without_mpirun_it_says_what_brings_one(monkeypatch):
-    monkeypatch.setattr(launch, "find_mpirun", lambda: None)
-    with pytest.raises(SystemExit, match="there is no mpirun; pip install mpich"):
-        launch._launch(["-c", "pass"])
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("512M", 512 << 20), ("12G", 12 << 30), ("1.5KiB", 1536), ("2TB", 2 << 40), ("8192", 8192)],
-)
-def test_sizes(text, size):
-    assert size_in_bytes("resident", text) == size
-
-
-def test_a_share_is_of_this_machines_memory(monkeypatch):
-    monkeypatch.setattr(launch, "_memory", lambda: (1000 << 20, 400 << 20))
-    assert size_in_bytes("resident", "80%") == 800 << 20
-
-
-# ---------------------------------------------------------------- what it tells of itself
-
-WORK = "import edm; a = edm.space().mmap(32 << 20, name='my data'); a[:] = bytes(len(a)); a[::4096]"
-
-
-def test_stats_prints_one_table_at_the_end(run):
-    ended = run(*EDM_RUN, "--stats", "-c", WORK + "; print('last words')")
-    words, title, *rows = ended.stdout.splitlines()
-    assert words == "last words" and title.startswith("EDM, INSTANCE_0: ")
-    figures = {row[:12].strip(): row[12:] for row in rows}
-    assert re.fullmatch(
-        r" \d+: \d+ first accesses, \d+ refetches, \d+ first writes", figures["faults"]
-    )
-    for name, pattern in {
-        "latency": r"\d+ µs median, \d+ µs 99th",
-        "waiting": r"\d+\.\d\d s",
-        "evictions": r"\d+ pages with their bytes, \d+ clean",
-        "to the DMS": r"\d+ \wiB",
-        "from it": r"\d+.* \wiB",
-        "resident": r"(\d+) MiB at most",
-    }.items():
-        assert re.search(pattern, figures[name]), (name, figures)
-    assert int(re.search(r"(\d+) MiB at most", figures["resident"])[1]) <= 16
+    os.close(read)
+    os.close(write)
+    assert within == plain == (0, "b'bytes'\n", "")
 
 
 def on_a_terminal(*command):
@@ -326,45 +386,260 @@ def on_a_terminal(*command):
     return output.decode()
 
 
-PROGRESS = r"resident [\d.]+ \w+, on the DMS [\d.]+ \w+, \d+ faults/s, \d+ evictions/s"
-
-
-def test_progress_is_a_live_line_on_a_terminal_and_nothing_elsewhere(run):
-    code = (
-        WORK + "; import time; t = time.time()\nwhile time.time() < t + 0.7: a[:] = bytes(len(a))"
-    )
-    output = on_a_terminal(*EDM_RUN, "--progress", "-c", code)
-    lines = output.split("\r\x1b[K")
-    assert len(lines) > 2 and all(re.fullmatch(PROGRESS, line) for line in lines[1:-1]), output
-    assert lines[-1] == ""
-    assert run(*EDM_RUN, "--progress", "-c", code).stdout == ""
-
-
 def test_a_program_on_a_terminal_has_the_terminal():
-    code = "import os, sys; print([os.isatty(n) for n in range(3)], sys.stdout.line_buffering)"
-    assert on_a_terminal(*EDM_RUN, "-c", code) == "[True, True, True] True\r\n"
+    code = (
+        "import os, sys; print([os.isatty(n) for n in range(3)], sys.stdout.line_buffering,"
+        " os.tcgetpgrp(0) == os.getpid() == os.getsid(0))"
+    )
+    plain = on_a_terminal(sys.executable, "-c", code)
+    assert on_a_terminal(sys.executable, *RUN, "-c", code) == plain
+    assert plain.startswith("[True, True, True]") and plain.endswith("True\r\n"), plain
 
 
-# ---------------------------------------------------------------- other processes, other rights
+# ---------------------------------------------------------------- the environment, other processes
+
+SEES = (
+    "import os, sys; print(sys.path, os.environ.get('PYTHONPATH'), 'sitecustomize' in sys.modules)"
+)
 
 
-def test_a_forked_child_fails_cleanly_and_spawned_ones_work(run):
-    ended = run(*EDM_RUN, PROGRAMS / "processes.py")
-    assert ended.returncode == 0 and "processes SUCCESS" in ended.stdout, ended.stdout
+@pytest.mark.parametrize("before", [None, "", ":", "a", "a::b:", "/nowhere/\udcff"])
+def test_pythonpath_is_as_the_user_has_it(tmp_path, before):
+    search = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    search |= {} if before is None else {"PYTHONPATH": before}
+    plain, within = both(["-X", "utf8", "-c", SEES][2:], cwd=tmp_path, env=search)
+    assert within == plain
 
 
-def test_where_system_calls_may_not_fault_the_error_says_so_once(mpirun, tmp_path):
-    ended = mpirun(PROGRAMS / "user_mode.py", cwd=tmp_path)
-    assert ended.returncode == 1
-    assert ended.stdout.count("OSError: [Errno 14] Bad address") == 2, ended.stdout
-    assert ended.stdout.count("vm.unprivileged_userfaultfd=1") == 1, ended.stdout
+CUSTOMIZED = """\
+import sys
+sys.customized = __name__, __file__, sys.modules[__name__].__spec__.name, sorted(sys.modules)
+"""
 
 
-def test_report_writes_a_page_with_the_areas_by_their_names(run, tmp_path):
-    page = tmp_path / "page.html"
-    ended = run(*EDM_RUN, "--report", page, "-c", WORK)
-    assert (ended.returncode, ended.stdout) == (0, "")
-    text = page.read_text()
-    row = re.search(r"<tr><td>my data</td>.*?</tr>", text, re.DOTALL)[0]
-    assert "32 MiB" in row and "on the DMS" in row and "here" in row
-    assert re.search(r"faults</td><td>\d+: \d+ first accesses, \d+ refetches", text)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sitecustomize", CUSTOMIZED),
+        pytest.param(
+            "usercustomize",
+            CUSTOMIZED,
+            marks=pytest.mark.skipif(not site.ENABLE_USER_SITE, reason="not in a venv"),
+        ),
+        ("sitecustomize", CUSTOMIZED + "1/0"),
+        ("sitecustomize", CUSTOMIZED + "raise ImportError('of its own', name='x')"),
+        ("sitecustomize", CUSTOMIZED + "import importlib, json, logging, types"),
+    ],
+)
+def test_the_users_own_sitecustomize_is_run(tmp_path, name, text):
+    (tmp_path / f"{name}.py").write_text(text)
+    search = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = f"import sys; print(sys.customized, sys.modules.get('{name}'), sorted(sys.modules))"
+    plain, within = both(["-c", code], cwd=tmp_path, env=search)
+    # The launcher is a Python program as well: what goes wrong there is told by it, too.
+    assert within == (*plain[:2], 2 * plain[2])
+    assert plain[0] == 0 and "sitecustomize" in plain[1]
+
+
+CHILD = "import os, sys; print(sorted(os.environ), sys.path, sorted(sys.modules))"
+CHILDREN = {
+    "a child": f"subprocess.run([sys.executable, '-c', {CHILD!r}])",
+    "by fork": "pid = os.fork()\nif pid == 0: print(sorted(os.environ), sys.path)\nelse: os.waitpid(pid, 0)",
+    "by exec": f"os.execv(sys.executable, [sys.executable, '-c', {CHILD!r}])",
+    "itself": "'AGAIN' in os.environ or os.execve(sys.executable, sys.orig_argv, "
+    "{**os.environ, 'AGAIN': ''})\nprint(sys.argv, sys.path, sorted(os.environ))",
+    "nested": f"subprocess.run([sys.executable, *{RUN}, '-c', {CHILD!r}])",
+    "spawned": "import multiprocessing\nif __name__ == '__main__':\n"
+    "    p = multiprocessing.get_context('spawn').Process(target=print, args=[1])\n"
+    "    p.start(); p.join(); sys.exit(p.exitcode)",
+}
+
+
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_other_processes_that_a_program_starts_are_plain(tmp_path, kind):
+    code = f"import os, subprocess, sys\n{CHILDREN[kind]}"
+    (tmp_path / "script.py").write_text(code)
+    for program in (["script.py"], ["-c", code]):
+        plain, within = both(program, cwd=tmp_path)
+        assert within == plain and plain[0] == 0 and plain[1], plain
+
+
+# ---------------------------------------------------------------- modules of the same name
+
+OF_THE_LIBRARY = ["argparse", "contextlib", "ctypes", "dataclasses", "edm", "enum", "json", "logging", "queue", "re", "socket", "struct", "threading", "types"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_LIBRARY)
+def test_a_module_beside_the_script_goes_before_all_others_of_its_name(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("NAME = 'its own'")
+    (tmp_path / "script.py").write_text(f"import {name}; print(vars({name}).get('NAME'))")
+    plain, within = both([tmp_path / "script.py"], cwd="/")
+    assert within == plain and plain[0] == 0, plain
+
+
+def test_modules_of_the_current_folder_are_not_edms(tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("argparse", "log", "logging", "mpi4py", "numpy", "random", "signal", "socket"):
+        (here / f"{name}.py").write_text(f"raise SystemExit('the current folder has {name}')")
+    (tmp_path / "script.py").write_text(ABOUT)
+    plain, within = both(["../script.py"], cwd=here)
+    assert within == plain and plain[0] == 0
+
+
+@pytest.mark.skipif(not EDM_COMMAND.exists(), reason="not installed: edm")
+def test_the_command_edm_does_not_look_for_edm_in_the_current_folder(tmp_path):
+    (tmp_path / "edm").mkdir()
+    (tmp_path / "edm" / "__init__.py").write_text("raise SystemExit('the current folder has edm')")
+    plain, within = both(["-c", ABOUT], run=[str(EDM_COMMAND), "run"], cwd=tmp_path)
+    assert within == plain and plain[0] == 0
+
+
+def test_a_module_called_numpy_is_not_taken_for_numpy(tmp_path):
+    (tmp_path / "numpy.py").write_text("NAME = 'its own'")
+    plain, within = both(["-c", "import numpy; print(numpy.NAME, numpy.__file__)"], cwd=tmp_path)
+    assert within == plain and plain[0] == 0
+
+
+IMPORTED = """
+import copyreg, ctypes, importlib, importlib.util, inspect, logging, pickle, sys, threading, weakref
+print([importlib.util.find_spec(name).origin for name in ("json", "dis", "types")])
+import dis, json, types
+for module in (ctypes, dis, importlib.util, json, logging, threading, types):
+    print(module.__name__, type(module.__loader__), type(module.__spec__.loader), module.__spec__.origin)
+    print(module.__loader__ is module.__spec__.loader, len(inspect.getsource(module)))
+print(pickle.loads(pickle.dumps(types.SimpleNamespace(a=logging.Formatter))))
+del sys.modules["json"]
+import json as another
+print(another is json, importlib.reload(logging) is logging, threading.main_thread().name)
+"""
+
+
+def test_modules_of_the_library_are_as_they_always_are(tmp_path):
+    plain, within = both(["-c", IMPORTED], cwd=tmp_path)
+    assert within == plain and plain[0] == 0
+    plain, within = both(["-m", "dis", *script(tmp_path)], cwd=tmp_path)
+    assert [re.sub("0x[0-9a-f]+", "", text) for text in (plain[1], plain[2])] == [
+        re.sub("0x[0-9a-f]+", "", text) for text in (within[1], within[2])
+    ]
+
+
+EDM_IS_THE_SAME = """
+import edm, pickle, sys
+assert edm.space() is sys.modules["edm.edm"].space()
+import edm.mailbox
+from edm import Config, launch
+assert pickle.loads(pickle.dumps(Config())) == Config() and launch.Config is Config
+assert edm.mailbox is sys.modules["edm.mailbox"] is edm.address_space.m
+print(edm.mailbox.__spec__.loader is edm.mailbox.__loader__)
+"""
+
+
+@pytest.mark.parametrize(
+    "cwd", ["/", Path(edm.__file__).parent, Path(edm.__file__).parent / "tests"]
+)
+def test_a_program_that_imports_edm_gets_the_one_that_was_started(cwd):
+    _, within = both(["-c", EDM_IS_THE_SAME], cwd=cwd)
+    assert within == (0, "True\n", "")
+
+
+def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
+    python = os.path.realpath(sys.executable)
+    command = [python, "-c", "import edm"]
+    if not subprocess.run(command, cwd="/", capture_output=True, check=False).returncode:
+        pytest.skip("edm is installed for all")
+    (tmp_path / "edm").symlink_to(Path(edm.__file__).parent)
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "script.py").write_text("import edm; print(edm.space() is not None)")
+    ended = subprocess.run(
+        [python, *RUN, "program/script.py"], cwd=tmp_path, capture_output=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"True\n", b"")
+
+
+# ---------------------------------------------------------------- the launcher's own options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resident", "12X", "x.py"], "resident: '12X' is no size"),
+        (["--resident", "4K", "x.py"], "resident: 4K is less than two pages"),
+        (["--numpy-threshold", "much", "x.py"], "numpy_threshold: 'much' is no size"),
+        (["--readahead", "0", "x.py"], "readahead: 0 pages"),
+        (["--readahead", "many", "x.py"], "--readahead"),
+        (["--readahead"], "--readahead"),
+        (["--no-such", "x.py"], "--no-such"),
+        (["-O", "x.py"], "-O"),
+        (["/nowhere/x.py"], "can't open file '/nowhere/x.py'"),
+        (["no-such-command"], "no-such-command'"),
+        (["ls"], "is not written in Python"),
+        ([], "which program?"),
+        (["--stats"], "which program?"),
+        (["-m"], "-m: an argument is missing"),
+        (["--report", "/nowhere/x.html", "-c", "pass"], "report: there is no folder"),
+        (["--dms", "1", "x.py"], "start it as: mpirun -n 3 python -m edm run --dms 1 ..."),
+        (["--dms", "2", "x.py"], "--dms"),
+    ],
+)
+@pytest.mark.parametrize("python", [[], ["-OO", "-W", "error"]], ids=["", "-OO"])
+def test_a_mistake_is_told_in_one_line_with_status_2(arguments, words, python, tmp_path):
+    (tmp_path / "x.py").write_text("print('started')")
+    _, within = both(arguments, python, run=RUN[:3], cwd=tmp_path)
+    status, output, errors = within
+    assert (status, output) == (2, "") and words in errors, within
+    assert errors.startswith("python -m edm run: error: ") and errors.count("\n") == 1, errors
+
+
+def test_options_end_where_the_program_begins(capfd, monkeypatch):
+    became = []
+    monkeypatch.setattr(os, "execv", lambda *command: became.append(command[1]))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-O", "-m", "edm", "run", "-c", "1"])
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "run", "-c", "1"])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for options in (["--resident=16M", "--stats"], ["--resident", "16M", "--no-numpy"], []):
+        for program in (["-c", "pass", "--stats"], ["-mabc", "--no-such"], ["-", "-h"]):
+            launch.main([*options, *program])
+            assert became.pop() == [sys.executable, "-O", *program]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_names_every_option_on_standard_output(option):
+    _, (status, output, errors) = both([option], run=RUN[:3])
+    assert (status, errors) == (0, "")
+    for name in ("--resident", "--no-numpy", "--numpy-threshold", "--dms", "--stats", "COMMAND"):
+        assert name in output
+
+
+def test_several_instances_share_the_memory_of_their_machine(monkeypatch):
+    monkeypatch.setattr(launch, "_memory", lambda: (1000 << 20, 400 << 20))
+    monkeypatch.setenv("PMI_RANK", "1")
+    for dms, here, ranks, mib in (
+        ("0", "", "", 320), ("0", "2", "2", 160), ("0", "2", "4", 160), ("1", "2", "2", 320),
+        ("1", "5", "5", 80), ("1", "2", "3", 160),
+    ):  # fmt: skip
+        monkeypatch.setenv("MPI_LOCALNRANKS", here)
+        monkeypatch.setenv("PMI_SIZE", ranks)
+        config = launch._config(launch._parser().parse_args(["--dms", dms]))
+        assert config.high_threshold == (mib << 20) // 4096
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512M", 512 << 20), ("12G", 12 << 30), ("1.5KiB", 1536), ("2TB", 2 << 40), ("8192", 8192)],
+)
+def test_sizes(text, size):
+    assert size_in_bytes("resident", text) == size
+
+
+def test_a_share_is_of_this_machines_memory(monkeypatch):
+    monkeypatch.setattr(launch, "_memory", lambda: (1000 << 20, 400 << 20))
+    assert size_in_bytes("resident", "80%") == 800 << 20
+
+
+def test_the_startup_folder_has_nothing_else_that_a_program_could_import():
+    startup = Path(edm.__file__).parent / "startup"
+    names = {path.name for path in startup.iterdir()} - {"__pycache__"}
+    assert names == {"sitecustomize.py"} and stat.S_ISREG((startup / names.pop()).stat().st_mode)

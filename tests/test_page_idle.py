@@ -1,26 +1,40 @@
 """page_idle.py: pagemap and the idle bitmap, against files that stand for the kernel's."""
 
 import os
-from struct import pack, unpack_from
+from struct import pack, unpack, unpack_from
 
 import pytest
 
 from edm import page_idle
-from edm.page_idle import BitmapTracker, Pagemap, choose_tracker
+from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, choose_tracker, pages_in
 from edm.uffd_ctypes import PAGE_SIZE
 
 START = 0x10000
-PRESENT = 1 << 63
+PRESENT, MARK = 1 << 63, 1 << 57
 
 
 @pytest.fixture
-def pagemap(tmp_path):
+def make(tmp_path):
+    """A Pagemap that reads these entries, of pages from START on."""
+    opened = []
+
+    def make(entries):
+        file = tmp_path / f"pagemap{len(opened)}"
+        file.write_bytes(bytes(8 * (START // PAGE_SIZE)) + pack(f"={len(entries)}Q", *entries))
+        opened.append(os.open(file, os.O_RDONLY))
+        return Pagemap(opened[-1], START)
+
+    yield make
+    for fd in opened:
+        os.close(fd)
+
+
+@pytest.fixture
+def pagemap(make):
     """Pages 0 to 9 of a space at START: page n has frame 100 + 7 * n, but 3 is not present."""
     entries = [PRESENT | 100 + 7 * n for n in range(10)]
     entries[3] = 100 + 7 * 3
-    file = tmp_path / "pagemap"
-    file.write_bytes(bytes(8 * (START // PAGE_SIZE)) + pack("=10Q", *entries))
-    return Pagemap(os.open(file, os.O_RDONLY), START)
+    return make(entries)
 
 
 @pytest.fixture
@@ -36,23 +50,73 @@ def test_pagemap_tells_what_is_present_and_in_which_frame(pagemap):
 
 
 def test_pagemap_of_a_process_that_has_ended_has_no_pages(tmp_path):
-    (tmp_path / "ended").write_bytes(b"")
-    gone = Pagemap(os.open(tmp_path / "ended", os.O_RDONLY), START)
-    assert gone.present(0, 2) == [False, False] and gone.pfns(0, 2) == [0, 0]
+    with open(tmp_path / "ended", "wb+") as file:
+        gone = Pagemap(file.fileno(), START)
+        assert gone.present(0, 2) == [False, False] and gone.pfns(0, 2) == [0, 0]
+        assert gone.written([(0, 2), (5, 1)]) == [(0, 2, True), (5, 1, True)], "so nothing is lost"
+        assert gone.is_gone()
 
 
-def test_the_bitmap_tracker_marks_the_frames_of_present_pages(pagemap, bitmap):
-    flushes = []
-    BitmapTracker(pagemap, lambda: flushes.append(1), str(bitmap)).mark([(0, 2), (3, 2)])
+def test_pagemap_tells_whether_the_process_is_still_there(pagemap):
+    assert not pagemap.is_gone()
+    with open("/proc/self/pagemap", "rb", buffering=0) as own:
+        assert not Pagemap(own.fileno(), START).is_gone()
+
+
+def test_a_page_was_written_if_it_has_no_mark_whether_it_is_present_or_not(make):
+    marks = [1, 1, 0, 0, 1, 0, 1, 1, 1, 0]
+    for present in (PRESENT, 0):
+        pagemap = make([MARK * mark | present | 7 for mark in marks])
+        assert pagemap.written([]) == []
+        assert pagemap.written([(0, 10)]) == [
+            (0, 2, False), (2, 2, True), (4, 1, False), (5, 1, True), (6, 3, False), (9, 1, True),
+        ]  # fmt: skip
+        assert pagemap.written([(1, 2), (3, 1), (6, 2), (9, 1)]) == [
+            (1, 1, False), (2, 1, True), (3, 1, True), (6, 2, False), (9, 1, True),
+        ]  # fmt: skip
+
+
+def test_no_other_bit_is_taken_for_a_mark(make):
+    pagemap = make([~MARK & (1 << 64) - 1, MARK])
+    assert pagemap.written([(0, 2)]) == [(0, 1, True), (1, 1, False)]
+
+
+def bits(bitmap):
     words = unpack_from("=64Q", bitmap.read_bytes())
-    assert {64 * w + b for w in range(64) for b in range(64) if words[w] >> b & 1} == {
-        100, 107, 128,
-    }  # fmt: skip
-    assert flushes == [1]
+    return {64 * w + b for w in range(64) for b in range(64) if words[w] >> b & 1}
 
 
-def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap):
-    tracker = BitmapTracker(pagemap, lambda: None, str(bitmap))
+@pytest.fixture
+def drained(monkeypatch):
+    """How often the LRU batches were drained."""
+    calls = []
+    monkeypatch.setattr(page_idle, "drain_lru_batches", lambda: calls.append(1))
+    return calls
+
+
+def test_the_bitmap_tracker_marks_the_frames_of_present_pages(pagemap, bitmap, drained):
+    BitmapTracker(pagemap, str(bitmap)).mark([(0, 2), (4, 1)])
+    assert bits(bitmap) == {100, 107, 128} and drained == []
+    BitmapTracker(pagemap, str(bitmap)).mark([(3, 1)])
+    assert bits(bitmap) == {100, 107, 128}
+
+
+def test_a_page_in_an_lru_batch_is_marked_when_the_batches_have_been_drained(
+    pagemap, bitmap, drained, monkeypatch
+):
+    real = os.pwrite
+
+    def pwrite(fd, words, offset):  # as the kernel: frame 107 can't be marked yet
+        hidden = 0 if drained or offset != 107 // 64 * 8 else 1 << 107 % 64
+        return real(fd, pack("=Q", *(word & ~hidden for word in unpack("=Q", words))), offset)
+
+    monkeypatch.setattr(page_idle.os, "pwrite", pwrite)
+    BitmapTracker(pagemap, str(bitmap)).mark([(0, 3)])
+    assert bits(bitmap) == {100, 107, 114} and drained == [1]
+
+
+def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap, drained):
+    tracker = BitmapTracker(pagemap, str(bitmap))
     tracker.mark([(0, 10)])
     assert tracker.idle([(0, 10)]) == set(range(10)) - {3}
     words = list(unpack_from("=64Q", bitmap.read_bytes()))
@@ -61,8 +125,34 @@ def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap):
     assert tracker.idle([(0, 5)]) == {0, 2, 4}
 
 
+def test_the_unmap_tracker_unmaps_to_mark_and_a_page_that_is_not_present_is_idle(pagemap):
+    unmapped = []
+    tracker = UnmapTracker(pagemap, unmapped.append)
+    tracker.mark([(2, 3)])
+    assert unmapped == [[(2, 3)]]
+    assert tracker.idle([(2, 3), (7, 1)]) == {3}
+
+
+def test_pages_in_runs():
+    assert list(pages_in([])) == [] and list(pages_in([(3, 2), (7, 1)])) == [3, 4, 7]
+
+
 def test_a_forced_bitmap_that_is_not_there_is_an_error_that_names_the_remedy(monkeypatch):
     monkeypatch.setattr(page_idle, "BITMAP", "/nowhere/bitmap")
     with pytest.raises(ValueError, match="idle_tracker.*--idle-tracker unmap"):
         choose_tracker("bitmap")
     assert choose_tracker("auto") == choose_tracker("unmap") == "unmap"
+
+
+def test_auto_takes_the_bitmap_where_it_can_be_used(monkeypatch):
+    monkeypatch.setattr(page_idle, "bitmap_missing", lambda: "")
+    assert choose_tracker("auto") == choose_tracker("bitmap") == "bitmap"
+    assert choose_tracker("unmap") == "unmap"
+
+
+def test_unmapping_is_refused_where_the_kernel_makes_huge_pages_of_memory_files(monkeypatch):
+    monkeypatch.setattr(page_idle, "unmap_missing", lambda: "huge pages: echo advise > there")
+    monkeypatch.setattr(page_idle, "bitmap_missing", lambda: "no such file")
+    for wanted in ("auto", "unmap"):
+        with pytest.raises(ValueError, match="idle_tracker.*echo advise > there"):
+            choose_tracker(wanted)

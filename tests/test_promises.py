@@ -13,11 +13,21 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, TRACKERS, has_mpich, needs_userfaultfd
+from conftest import (
+    PROGRAMS,
+    TRACKERS,
+    TRACKINGS,
+    has_ended,
+    has_mpich,
+    needs_userfaultfd,
+    read_until,
+    wait_for,
+    wait_until_gone,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edm.dms import PAIR, TABLE
+from edm.page_store import BLOCK_PAGES, BLOCK_SIZE, HEADER, TABLE
 
 pytestmark = needs_userfaultfd
 
@@ -27,109 +37,97 @@ def long(request):
     return request.config.getoption("--long")
 
 
-def read_until(job, words, seconds=30):
-    """Read the job's output until it has these words."""
-    output = ""
-    while words not in output:
-        assert select.select([job.stdout], [], [], seconds)[0], output
-        part = os.read(job.stdout.fileno(), 1 << 16).decode()
-        assert part, output
-        output += part
-    return output
-
-
-def wait_until_gone(job, seconds=5):
-    deadline = time.monotonic() + seconds
-    while left := job.processes():
-        assert time.monotonic() < deadline, f"still there after {seconds} s: {left}"
-        time.sleep(0.01)
-
-
 # ---------------------------------------------------------------- the disk
 
 
-@pytest.mark.parametrize("keep", [[], ["keep"]])
+def errors(ended):
+    return [line for line in ended.stdout.splitlines() if "edm: error:" in line]
+
+
+@pytest.mark.parametrize("keep", [[], ["keep"]], ids=["scratch", "kept"])
 def test_when_the_disk_is_full_nothing_is_lost_and_the_application_goes_on_when_there_is_room(
-    mpirun, small_file_system, keep
+    way, small_file_system, keep
 ):
-    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "frees", *keep)
+    ended = way.run(PROGRAMS / "full_disk.py", small_file_system / "disk", "frees", *keep)
     assert ended.returncode == 0 and "full disk SUCCESS" in ended.stdout, ended.stdout
-    assert "No space left on device" in ended.stdout
+    assert not errors(ended) and "Traceback" not in ended.stdout, ended.stdout
 
 
-def test_while_writing_fails_nothing_is_lost_and_then_the_application_goes_on(mpirun, tmp_path):
-    ended = mpirun(PROGRAMS / "full_disk.py", tmp_path / "disk", "EIO")
+@pytest.mark.parametrize("keep", [[], ["keep"]], ids=["scratch", "kept"])
+def test_while_writing_fails_nothing_is_lost_and_then_the_application_goes_on(way, tmp_path, keep):
+    ended = way.run(PROGRAMS / "full_disk.py", tmp_path / "disk", "EIO", *keep)
     assert ended.returncode == 0 and "full disk SUCCESS" in ended.stdout, ended.stdout
-    assert "Input/output error" in ended.stdout
+    assert not errors(ended) and "Traceback" not in ended.stdout, ended.stdout
 
 
-def test_refusals_after_a_long_silence_do_not_end_the_job_at_once(mpirun, tmp_path):
-    ended = mpirun(PROGRAMS / "refused.py", tmp_path / "disk", "stall")
+def test_refusals_after_a_long_silence_do_not_end_the_job_at_once(way, tmp_path):
+    ended = way.run(PROGRAMS / "refused.py", tmp_path / "disk", "stall")
     assert ended.returncode == 0 and "refused SUCCESS" in ended.stdout, ended.stdout
 
 
-def test_an_area_that_could_not_be_unmapped_is_in_nobodys_way_and_can_be_unmapped_later(
-    mpirun, tmp_path
-):
-    ended = mpirun(PROGRAMS / "refused.py", tmp_path / "disk", "munmap")
+def test_an_area_can_be_unmapped_while_the_disk_refuses_everything(way, tmp_path):
+    ended = way.run(PROGRAMS / "refused.py", tmp_path / "disk", "munmap")
     assert ended.returncode == 0 and "refused SUCCESS" in ended.stdout, ended.stdout
-    assert ended.stdout.count("munmap: [Errno 5]") == 2, ended.stdout
 
 
-@pytest.mark.parametrize("thresholds", [[], ["close"]])
-def test_when_the_disk_is_full_clean_pages_still_leave(mpirun, small_file_system, thresholds):
-    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "reads", *thresholds)
+@pytest.mark.parametrize("thresholds", [[], ["close"]], ids=["apart", "close"])
+def test_when_the_disk_is_full_clean_pages_still_leave(way, small_file_system, thresholds):
+    arguments = (small_file_system / "disk", "reads", *thresholds)
+    ended = way.run(PROGRAMS / "full_disk.py", *arguments, timeout=20)  # soon, too
     assert ended.returncode == 0 and "full disk SUCCESS" in ended.stdout, ended.stdout
 
 
-@pytest.mark.parametrize("keep", [[], ["keep"]])
+@pytest.mark.parametrize("keep", [[], ["keep"]], ids=["scratch", "kept"])
 def test_when_the_disk_is_full_and_the_application_can_go_no_further_the_job_ends_and_says_why(
-    mpirun, small_file_system, keep
+    way, small_file_system, keep
 ):
+    grace, options = (2, ["keep", "impatient"]) if keep else (5, [])  # seconds
     began = time.monotonic()
-    ended = mpirun(PROGRAMS / "full_disk.py", small_file_system / "disk", "goes on", *keep)
-    assert ended.returncode == 2 and time.monotonic() - began > 5, ended.stdout
+    ended = way.run(PROGRAMS / "full_disk.py", small_file_system / "disk", "goes on", *options)
+    assert ended.returncode == way.failed() and time.monotonic() - began > grace, ended.stdout
     assert "full disk SUCCESS" not in ended.stdout and "is wrong" not in ended.stdout
-    errors = [line for line in ended.stdout.splitlines() if "edm: error:" in line]
-    assert len(errors) == 1 and "No space left on device" in errors[0], ended.stdout
+    told = errors(ended)
+    assert len(told) == 1 and "No space left on device" in told[0], ended.stdout
+    assert "Traceback" not in ended.stdout
     # And it was the last page that did not fit, not the last batch.
     assert os.statvfs(small_file_system).f_bfree == 0
 
 
-def test_sync_returns_how_many_pages_it_sent_and_evicts_none(mpirun):
-    ended = mpirun(PROGRAMS / "syncs.py")
+def test_sync_returns_how_many_pages_it_sent_and_evicts_none(way):
+    ended = way.run(PROGRAMS / "syncs.py")
     assert ended.returncode == 0 and "syncs SUCCESS" in ended.stdout, ended.stdout
 
 
-def test_faults_that_need_room_do_not_wait_for_a_sync_to_end(mpirun):
-    ended = mpirun(PROGRAMS / "room_in_sync.py")
+def test_faults_that_need_room_do_not_wait_for_a_sync_to_end(way):
+    ended = way.run(PROGRAMS / "room_in_sync.py")
     assert ended.returncode == 0 and "room SUCCESS" in ended.stdout, ended.stdout
 
 
-def test_a_flipped_byte_in_the_disk_file_is_a_sigbus_and_the_other_pages_are_whole(
-    mpirun, tmp_path
-):
-    ended = mpirun(PROGRAMS / "lost_page.py", tmp_path / "disk", "flip")
+def check_page_20_is_lost(way, ended, why):
+    assert "the others are right" in ended.stdout and "never seen" not in ended.stdout, ended.stdout
+    assert "page in address 0x1000014000 can't be brought back: " in ended.stdout, ended.stdout
+    assert why in ended.stdout
+    assert ended.returncode == way.killed_by(signal.SIGBUS), ended.stdout
+
+
+def test_a_flipped_byte_in_a_kept_disk_is_a_sigbus_and_the_other_pages_are_whole(way, tmp_path):
+    ended = way.run(PROGRAMS / "lost_page.py", tmp_path / "disk", "flip", "keep")
+    check_page_20_is_lost(way, ended, "the checksum is wrong")
+
+
+@pytest.mark.parametrize("keep", [[], ["keep"]], ids=["scratch", "kept"])
+def test_a_page_that_can_not_be_read_is_a_sigbus_too(way, tmp_path, keep):
+    ended = way.run(PROGRAMS / "lost_page.py", tmp_path / "disk", "EIO", *keep)
+    check_page_20_is_lost(way, ended, "Input/output error")
+
+
+def test_without_poison_a_page_that_can_not_be_brought_back_ends_the_job(way, tmp_path):
+    ended = way.run(PROGRAMS / "lost_page.py", tmp_path / "disk", "no poison")
     assert "the others are right" in ended.stdout and "never seen" not in ended.stdout
-    assert "can't be brought back: page 20: " in ended.stdout, ended.stdout
-    assert "the checksum is wrong" in ended.stdout
-    assert ended.returncode == 128 + signal.SIGBUS, ended.stdout
-
-
-def test_a_page_that_can_not_be_read_is_a_sigbus_too(mpirun, tmp_path):
-    ended = mpirun(PROGRAMS / "lost_page.py", tmp_path / "disk", "EIO")
-    assert "the others are right" in ended.stdout and "never seen" not in ended.stdout
-    assert "can't be brought back: page 20: " in ended.stdout, ended.stdout
-    assert "Input/output error" in ended.stdout
-    assert ended.returncode == 128 + signal.SIGBUS, ended.stdout
-
-
-def test_without_poison_a_page_that_can_not_be_brought_back_ends_the_job(mpirun, tmp_path):
-    ended = mpirun(PROGRAMS / "lost_page.py", tmp_path / "disk", "no poison")
-    assert "the others are right" in ended.stdout and "never seen" not in ended.stdout
-    assert ended.returncode == 2, ended.stdout
-    errors = [line for line in ended.stdout.splitlines() if "edm: error:" in line]
-    assert len(errors) == 1 and "page 20: " in errors[0] and "UFFDIO_POISON" in errors[0]
+    assert ended.returncode == way.failed(), ended.stdout
+    told = errors(ended)
+    assert len(told) == 1 and "page in address 0x1000014000" in told[0], ended.stdout
+    assert "UFFDIO_POISON" in told[0] and "Traceback" not in ended.stdout
 
 
 # ---------------------------------------------------------------- who dies
@@ -139,15 +137,13 @@ def test_without_poison_a_page_that_can_not_be_brought_back_ends_the_job(mpirun,
 def test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs(
     start, mpirun_command, who
 ):
+    """On one machine: see test_one_machine.py."""
     job = start(*mpirun_command("-m", "edm.examples.bigger_than_memory", "--size", "256"))
     output = read_until(job, "25 %")
     parts = job.parts()
     os.kill(parts[who], signal.SIGKILL)
-    began = time.monotonic()
     if who == "pager":
-        while os.path.exists(f"/proc/{parts['application']}/exe"):
-            assert time.monotonic() - began < 1, "the application lives on"
-            time.sleep(0.01)
+        wait_for(lambda: has_ended(parts["application"]), 1)
     rest, _ = job.communicate(timeout=20)
     assert job.returncode not in (0, None), output + rest
     assert re.search(r"signal|terminat|killed|has died", rest, re.IGNORECASE), output + rest
@@ -156,59 +152,73 @@ def test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs(
 
 
 def test_when_the_dms_dies_and_the_launcher_does_nothing_the_instance_ends_the_job(
-    start, mpirun_command
+    start, mpirun_command, tmp_path
 ):
     mpirun, *rest = mpirun_command("-m", "edm.examples.bigger_than_memory", "--size", "256")
     if not has_mpich():
         pytest.skip("only MPICH's mpirun can be told to do nothing")
-    job = start(mpirun, "-disable-auto-cleanup", *rest)
-    read_until(job, "25 %")
-    os.kill(job.parts()["DMS"], signal.SIGKILL)
-    rest, _ = job.communicate(timeout=10)
-    assert job.returncode != 0 and "edm: error: the DMS has died" in rest, rest
-    assert "SUCCESS" not in rest and "Traceback" not in rest
-    wait_until_gone(job)
+    # It may end before the ranks, and what they tell goes to a file therefore. MPICH's kills the other
+    # rank now and then all the same: that is not what is tried here.
+    errors = tmp_path / "errors"
+    to_file = ["sh", "-c", 'exec "$@" 2>>"$0"', errors]
+    for _ in range(8):
+        errors.write_text("")
+        job = start(mpirun, "-disable-auto-cleanup", *rest[:2], *to_file, *rest[2:])
+        wait_for(lambda: "25 %" in errors.read_text(), 30)
+        os.kill(job.parts()["DMS"], signal.SIGKILL)
+        job.communicate(timeout=10)
+        wait_until_gone(job)
+        told = errors.read_text()
+        assert job.returncode != 0 and "Traceback" not in told and "check    100 %" not in told
+        if "edm: error: the DMS has died" in told:
+            return
+    pytest.fail(f"the launcher, or the instance without a word, ended the job eight times: {told}")
 
 
 # ---------------------------------------------------------------- keep and resume
 
+WROTE = r"wrote (\d+) pages back and synced the disk in \S+ s"
 
-def resume(mpirun_command, disk, *more):
-    return mpirun_command("-m", "edm.examples.resume", "--disk", disk, *more)
+
+def resume(disk, *more):
+    return ("-m", "edm.examples.resume", "--disk", disk, *more)
+
+
+def check_it_goes_on(way, disk, at_least):
+    again = way.run(*resume(disk, "--pages", "12000"))
+    assert again.returncode == 0 and "resume SUCCESS" in again.stdout, again.stdout
+    assert int(re.search(r"the space has (\d+) of", again.stdout)[1]) >= at_least
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_everything_back_and_the_next_job_goes_on(
-    start, run, mpirun_command, tmp_path, number
-):
-    disk = tmp_path / "disk"
-    job = start(*resume(mpirun_command, disk, "--pages", "65536"))
+def test_a_signal_writes_everything_back_and_the_next_job_goes_on(way, tmp_path, number):
+    job = way.start(*resume(tmp_path / "disk", "--pages", "65536"))
     read_until(job, "page 4096")
-    os.kill(job.parts()["pager"], number)
+    os.kill(job.parts()["application" if way.alone else "pager"], number)
     rest, _ = job.communicate(timeout=30)
-    assert job.returncode == 128 + number, rest
-    name = signal.Signals(number).name
-    assert re.search(rf"{name}: wrote \d+ pages back and synced the disk in \S+ s", rest), rest
-    again = run(*resume(mpirun_command, disk, "--pages", "20000"))
-    assert again.returncode == 0 and "resume SUCCESS" in again.stdout, again.stdout
-    assert int(re.search(r"the space has (\d+) of", again.stdout)[1]) >= 4096
+    wait_until_gone(job)
+    assert job.returncode == way.killed_by(number), rest
+    # On one machine, with SIGINT, it is Python that comes to its end: that needs no word.
+    why = "end" if way.alone else signal.Signals(number).name
+    assert way.alone and number == signal.SIGINT or re.search(f"{why}: {WROTE}", rest), rest
+    check_it_goes_on(way, tmp_path / "disk", 4096)
 
 
-def test_sigterm_to_the_launcher_writes_everything_back_too(start, run, mpirun_command, tmp_path):
+def test_sigterm_to_the_launcher_writes_everything_back_too(mpirun_command, start, run, tmp_path):
     disk = tmp_path / "disk"
-    job = start(*resume(mpirun_command, disk, "--pages", "65536"))
+    job = start(*mpirun_command(*resume(disk, "--pages", "65536")))
     read_until(job, "page 8192")
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=30)
     assert job.returncode != 0
     wait_until_gone(job)
-    again = run(*resume(mpirun_command, disk, "--pages", "20000"))
+    again = run(*mpirun_command(*resume(disk, "--pages", "12000")))
     assert again.returncode == 0 and "resume SUCCESS" in again.stdout, again.stdout
     assert int(re.search(r"the space has (\d+) of", again.stdout)[1]) >= 8192
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("who", ["pager", "launcher"])
+@pytest.mark.parametrize("who", ["rank", "launcher"])
 def test_after_a_signal_what_was_never_synced_is_on_the_disk_too(
     start, mpirun, mpirun_command, tmp_path, who, number
 ):
@@ -216,25 +226,39 @@ def test_after_a_signal_what_was_never_synced_is_on_the_disk_too(
         pytest.skip("Open MPI's mpirun gives its ranks no time")
     job = start(*mpirun_command(PROGRAMS / "kept.py", tmp_path / "disk", "wait"))
     read_until(job, "written")
-    os.kill(job.parts()["pager"] if who == "pager" else job.pid, number)
+    os.kill(job.parts()["pager"] if who == "rank" else job.pid, number)
     rest, _ = job.communicate(timeout=30)
     wait_until_gone(job)
-    wrote = re.search(r"wrote (\d+) pages back and synced the disk in \S+ s", rest)
+    wrote = re.search(WROTE, rest)
     assert wrote and int(wrote[1]) > 0, rest
     again = mpirun(PROGRAMS / "kept.py", tmp_path / "disk", "find")
     assert again.returncode == 0 and "kept SUCCESS" in again.stdout, again.stdout
 
 
-def test_killed_at_any_moment_the_disk_has_what_the_last_sync_had(
-    start, mpirun_command, tmp_path, long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_after_a_signal_on_one_machine_what_was_never_synced_is_on_the_disk_too(
+    alone, tmp_path, number
 ):
+    job = alone.start(PROGRAMS / "kept.py", tmp_path / "disk", "wait")
+    read_until(job, "written")
+    job.send_signal(number)
+    rest, _ = job.communicate(timeout=30)
+    wait_until_gone(job)
+    assert job.returncode == -number, rest
+    wrote = re.search(f"end: {WROTE}", rest)
+    assert number == signal.SIGINT or wrote and int(wrote[1]) > 0, rest
+    again = alone.run(PROGRAMS / "kept.py", tmp_path / "disk", "find")
+    assert again.returncode == 0 and "kept SUCCESS" in again.stdout, again.stdout
+
+
+def test_killed_at_any_moment_the_disk_has_what_the_last_sync_had(way, tmp_path, long):
     synced, dice = 0, random.Random()
-    crashes = 50 if long else 8
+    crashes = 50 if long else 5
     for crash in range(crashes + 1):
-        job = start(*mpirun_command(PROGRAMS / "crashes.py", tmp_path / "disk"))
+        job = way.start(PROGRAMS / "crashes.py", tmp_path / "disk")
         output = ""
-        # Every fourth is killed while it begins, perhaps in the midst of going back to the last sync.
-        begins = crash % 4 == 3 and crash < crashes
+        # Every third is killed while it begins, perhaps in the midst of going back to the last sync.
+        begins = crash % 3 == 2 and crash < crashes
         moment = time.monotonic() + dice.random() * 0.4
         if not begins:
             output = read_until(job, "\n")
@@ -243,24 +267,35 @@ def test_killed_at_any_moment_the_disk_has_what_the_last_sync_had(
         while time.monotonic() < moment:
             if select.select([job.stdout], [], [], max(0, moment - time.monotonic()))[0]:
                 output += os.read(job.stdout.fileno(), 1 << 16).decode()
-        parts = job.parts()
-        victims = dice.sample([parts["DMS"], parts["pager"]], 2) if parts else [*job.processes()]
-        for victim in victims:
-            with contextlib.suppress(ProcessLookupError):  # the launcher has been quicker
-                os.kill(victim, signal.SIGKILL)
+        kill_everything_of_edms(job, dice)
         rest, _ = job.communicate(timeout=20)
         wait_until_gone(job)
         output += rest
-        assert "not as it was" not in output
+        assert "not as it was" not in output and "Traceback" not in output, output
         if found := re.search(r"found (\d+)", output):
             assert int(found[1]) >= synced, f"a sync that had returned is lost: {synced}, {output}"
         synced = max(map(int, re.findall(r"synced (\d+)\n", output)), default=synced)
     assert synced > 0
 
 
-def test_a_disk_in_use_and_other_mistakes_get_one_line(start, mpirun, mpirun_command, tmp_path):
+def kill_everything_of_edms(job, dice):
+    """In any order; but no pager writes back what the application wrote, as it would after its end."""
+    parts = job.parts()
+    victims = [parts[name] for name in ("DMS", "pager") if name in parts] or [*job.processes()]
+    if "LPET" in parts and dice.random() < 0.3:
+        victims = [parts["LPET"]]  # then the pager ends everything at once
+    if "DMS" not in parts:
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGSTOP)
+    for victim in dice.sample(victims, len(victims)):
+        with contextlib.suppress(ProcessLookupError):  # the launcher has been quicker
+            os.kill(victim, signal.SIGKILL)
+
+
+def test_a_disk_in_use_and_other_mistakes_get_one_line(way, tmp_path):
     disk = tmp_path / "disk"
-    job = start(*resume(mpirun_command, disk, "--pages", "1000000"))  # till the test's end
+    job = way.start(*resume(disk, "--pages", "1000000"))  # till the test's end
     read_until(job, "page 4096")
     for arguments, words in (
         (["--disk", disk], "in use by another job"),
@@ -268,31 +303,47 @@ def test_a_disk_in_use_and_other_mistakes_get_one_line(start, mpirun, mpirun_com
         (["--disk", __file__], "is not an EDM disk"),
         (["--disk", ""], "keep: needs a disk"),
     ):
-        ended = mpirun("-m", "edm.examples.resume", *arguments)
+        ended = way.run("-m", "edm.examples.resume", *arguments)
         lines = [line for line in ended.stdout.splitlines() if "error:" in line]
-        assert ended.returncode != 0
+        assert ended.returncode == 2, ended.stdout
         assert len(lines) == 1 and words in lines[0], ended.stdout
 
 
-@pytest.mark.parametrize("how", ["raise", "exit", "kill"])
-def test_what_an_application_wrote_is_on_a_kept_disk_however_it_ended(mpirun, tmp_path, how):
-    ended = mpirun(PROGRAMS / "kept.py", tmp_path / "disk", how)
-    assert ended.returncode not in (0, None), ended.stdout
-    again = mpirun(PROGRAMS / "kept.py", tmp_path / "disk", "find")
+@pytest.mark.parametrize("how", ["raise", "exit", "kill", "_exit", "exec"])
+def test_what_an_application_wrote_is_on_a_kept_disk_however_it_ended(way, tmp_path, how):
+    job = way.start(PROGRAMS / "kept.py", tmp_path / "disk", how)
+    output, _ = job.communicate(timeout=60)
+    wait_until_gone(job)
+    assert job.returncode not in (0, None), output
+    again = way.run(PROGRAMS / "kept.py", tmp_path / "disk", "find")
     assert again.returncode == 0 and "kept SUCCESS" in again.stdout, again.stdout
 
 
-def test_a_flipped_bit_in_the_table_of_a_kept_disk_is_a_sigbus_for_the_next_job(mpirun, tmp_path):
-    mpirun(PROGRAMS / "kept.py", tmp_path / "disk", "exit")
+def test_what_one_way_has_written_the_other_finds(mpirun, alone, tmp_path):
+    """A kept disk is the same, on one machine and over MPI."""
+    for disk, write, find in (
+        (tmp_path / "1", alone.run, mpirun),
+        (tmp_path / "2", mpirun, alone.run),
+    ):
+        write(PROGRAMS / "kept.py", disk, "exit")
+        ended = find(PROGRAMS / "kept.py", disk, "find")
+        assert ended.returncode == 0 and "kept SUCCESS" in ended.stdout, ended.stdout
+
+
+def test_a_flipped_bit_in_the_table_of_a_kept_disk_is_a_sigbus_for_the_next_job(way, tmp_path):
+    way.run(PROGRAMS / "kept.py", tmp_path / "disk", "exit")
     with (tmp_path / "disk").open("r+b") as disk:
-        disk.seek(TABLE)
-        first = bytearray(disk.read(PAIR))
-        first[next(at for at in range(PAIR) if first[at])] ^= 4  # of the epoch
-        disk.seek(TABLE)
-        disk.write(first)
-    again = mpirun(PROGRAMS / "kept.py", tmp_path / "disk", "find")
-    assert "page 0: " in again.stdout and "table is damaged" in again.stdout, again.stdout
-    assert again.returncode == 128 + signal.SIGBUS, again.stdout
+        *_, page_size, start, end, epoch = HEADER.unpack(disk.read(HEADER.size))
+        blocks = -(-(end - start) // page_size // BLOCK_PAGES)
+        at = TABLE + epoch % 2 * blocks * BLOCK_SIZE  # the block of page 0, as it counts
+        disk.seek(at)
+        byte = disk.read(1)[0]
+        disk.seek(at)
+        disk.write(bytes((byte ^ 4,)))
+    again = way.run(PROGRAMS / "kept.py", tmp_path / "disk", "find")
+    assert "page in address 0x1000000000 can't be brought back: " in again.stdout, again.stdout
+    assert "table is damaged" in again.stdout
+    assert again.returncode == way.killed_by(signal.SIGBUS), again.stdout
 
 
 # ---------------------------------------------------------------- everything at once
@@ -310,27 +361,25 @@ OPERATIONS = st.one_of(
 )
 
 
+@pytest.mark.parametrize("tracking", TRACKINGS)
 def test_any_sequence_of_operations_gives_what_a_plain_bytearray_gives(
-    start, mpirun_command, tmp_path_factory, long
+    way, tmp_path_factory, tracking, long
 ):
     """Map, unmap, write, read, sync, crash and resume, on the real kernel, evicting all the time."""
 
     @settings(
-        max_examples=100 if long else 6,
+        max_examples=100 if long else 3 if way.alone else 1,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.lists(OPERATIONS, min_size=30, max_size=120))
+    @given(st.lists(OPERATIONS, min_size=30, max_size=80))
     def holds(operations):
         folder = tmp_path_factory.mktemp("operations")
         (folder / "list").write_text(json.dumps([["map", 0, 10], *operations]))
         for _ in range(1 + sum(name == "crash" for name, *_ in operations)):
-            job = start(
-                *mpirun_command(
-                    PROGRAMS / "operations.py", folder / "list", folder / "disk", folder / "saved"
-                )
-            )
+            options = ("--disk", folder / "disk", "--clean-tracking", tracking)
+            job = way.start(PROGRAMS / "operations.py", folder / "list", folder / "saved", *options)
             try:
                 output, _ = job.communicate(timeout=60)
             except subprocess.TimeoutExpired:
@@ -344,16 +393,29 @@ def test_any_sequence_of_operations_gives_what_a_plain_bytearray_gives(
     holds()
 
 
-@pytest.mark.parametrize(("high", "keep"), [(130, False), (8, True)], ids=["scratch", "kept"])
-@pytest.mark.parametrize("tracker", TRACKERS)
-def test_four_threads_lose_no_update_and_pager_and_dms_do_not_grow(
-    mpirun, tmp_path, tracker, high, keep, long
-):
-    seconds = 300 if long else 6
-    arguments = [tmp_path / "pids", seconds, tracker, high, *([tmp_path / "disk"] if keep else [])]
-    ended = mpirun(PROGRAMS / "soak.py", *arguments, timeout=seconds + 60)
+def soak(way, tmp_path, seconds, *options):
+    ended = way.run(
+        PROGRAMS / "soak.py", tmp_path / "pids", seconds, *options, timeout=seconds + 60
+    )
     assert ended.returncode == 0 and "soak SUCCESS" in ended.stdout, ended.stdout
     assert "Traceback" not in ended.stdout and "refused:" not in ended.stdout, ended.stdout
+
+
+@pytest.mark.parametrize("tracking", TRACKINGS)
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_four_threads_lose_no_update_and_nothing_of_edms_grows(
+    way, tmp_path, tracker, tracking, long
+):
+    options = ["--idle-tracker", tracker, "--clean-tracking", tracking]
+    soak(way, tmp_path, 300 if long else 3, *options)
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_four_threads_lose_no_update_and_nothing_grows_with_a_kept_disk(
+    way, tmp_path, tracker, long
+):
+    options = ["--idle-tracker", tracker, "--high-threshold", "8", "--low-threshold", "6"]
+    soak(way, tmp_path, 300 if long else 3, *options, "--keep", "--disk", tmp_path / "disk")
 
 
 def test_malformed_messages_are_refused_and_the_dms_goes_on_serving(mpirun):
@@ -364,14 +426,12 @@ def test_malformed_messages_are_refused_and_the_dms_goes_on_serving(mpirun):
 # ---------------------------------------------------------------- who else may look
 
 
-def test_another_user_can_open_neither_the_disk_nor_the_memory_of_a_job(
-    start, mpirun_command, public_path
-):
+def test_another_user_can_open_neither_the_disk_nor_the_memory_of_a_job(way, public_path):
     if os.getuid():
         pytest.skip("becoming another user needs root")
     nobody = pwd.getpwnam("nobody")
     shared = set(Path("/dev/shm").iterdir())
-    job = start(*resume(mpirun_command, public_path / "disk"))
+    job = way.start(*resume(public_path / "disk"))
     read_until(job, "page 4096")
     files = [public_path / "disk", *(set(Path("/dev/shm").iterdir()) - shared)]
     for pid in job.parts().values():
@@ -391,18 +451,16 @@ def test_another_user_can_open_neither_the_disk_nor_the_memory_of_a_job(
     assert opened(public, **who) == f"{public}\n"
 
 
-def test_the_disk_is_for_its_owner_and_edm_makes_no_socket_with_a_name_or_a_port(
-    start, mpirun_command, tmp_path
-):
+def test_the_disk_is_for_its_owner_and_edm_makes_no_socket_with_a_name_or_a_port(way, tmp_path):
     disk = tmp_path / "disk"
     old = os.umask(0)
     try:
-        job = start(*resume(mpirun_command, disk))
+        job = way.start(*resume(disk))
     finally:
         os.umask(old)
     read_until(job, "page 4096")
     assert disk.stat().st_mode & 0o777 == 0o600
-    application = job.parts()["application"]
+    parts = job.parts()
 
     def sockets(pid):
         found = set()
@@ -413,11 +471,12 @@ def test_the_disk_is_for_its_owner_and_edm_makes_no_socket_with_a_name_or_a_port
                     found.add(re.search(r"\d+", name)[0])
         return found
 
-    # The launcher's own are inherited.
-    inodes = sockets(application)
-    for pid in job.processes().keys() - set(job.parts().values()):
-        inodes -= sockets(pid)
-    assert inodes
+    if way.alone:
+        inodes = set().union(*map(sockets, parts.values()))
+    else:  # the ranks have MPI's own, and the launcher's are inherited
+        inodes = sockets(parts["application"])
+        for pid in job.processes().keys() - set(parts.values()):
+            inodes -= sockets(pid)
     for protocol in ("tcp", "tcp6", "udp", "udp6"):
         with open(f"/proc/net/{protocol}") as table:
             for line in list(table)[1:]:

@@ -1,27 +1,37 @@
 """report.py: what it keeps of a long job, and the page that it writes."""
 
+import html
 import itertools
+import json
 import random
 import re
-from xml.etree import ElementTree
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from conftest import needs_userfaultfd
 
 from edm import report
-from edm.lspt import AWAY, CLEAN, DIRTY, LOST, NEW
+from edm.lspt import AWAY, GENERATIONS, HERE, LEAVING, LOST, NEW
 from edm.report import AREAS, CELLS, COLUMNS, EVICTIONS, FAULTS, Report
+from edm.uffd_ctypes import PAGE_SIZE
 
 FIGURES = dict.fromkeys((*FAULTS, *EVICTIONS), 0) | {
     "resident": 10, "peak_resident": 20, "bytes_sent": 5000, "bytes_received": 1 << 30,
     "waited": 1.5, "latency_median": 30.0, "latency_99th": 400.0, "fetched": 7,
 }  # fmt: skip
 START = 0x10_0000_0000
+BEGAN = 100.0  # seconds
+HOSTILE = "</script><script>document.title='theirs'</script> \"quoted\" & <!--<script>"
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Time as the test sets it: a list of one number."""
-    now = [100.0]
+    now = [BEGAN]
     monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
     return now
 
@@ -36,70 +46,226 @@ def sampled(clock, samples, places=1, faults=3):
     return made
 
 
-def written(made, path, state=bytes(1000), latencies=((20.0, 3), (3000.0, 1))):
-    made.write(str(path), "a <title> & more", FIGURES, latencies, state)
-    return path.read_text()
+class Scripts(HTMLParser):
+    """The scripts of a page, as a browser finds them: [(attributes, content)]."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "script":
+            self.found.append((dict(attrs), ""))
+
+    def handle_data(self, data):
+        if self.lasttag == "script" and self.cdata_elem:
+            attributes, content = self.found[-1]
+            self.found[-1] = attributes, content + data
+
+
+def written(made, path, title="a title", state=bytes(1000), latencies=((20.0, 3), (3000.0, 1))):
+    """Write the page: its text, and the object in it."""
+    made.write(str(path), title, FIGURES, latencies, state)
+    text = path.read_text(encoding="utf-8")
+    (attributes, content), (_, drawing) = Scripts(text).found
+    assert attributes == {"type": "application/json", "id": "report"}
+    assert drawing.rstrip().endswith('addEventListener("resize", drawings);')
+    return text, json.loads(content)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 191, 193, 5000])
-def test_however_long_a_job_is_its_samples_are_few_and_nothing_of_them_is_lost(clock, samples):
+def test_however_long_a_job_is_its_samples_are_few_and_nothing_of_them_is_lost(
+    clock, tmp_path, samples
+):
     made = sampled(clock, samples)
-    kept = made._samples
-    assert len(kept) <= COLUMNS
-    assert sum(sample.counts["faults_refetch"] for sample in kept) == 3 * samples
-    assert sum(sample.came.total() for sample in kept) == 5 * samples
-    assert kept[0].began == 0 and kept[-1].until == samples
-    assert all(a.until == b.began for a, b in itertools.pairwise(kept))
-    lengths = [sample.until - sample.began for sample in kept[:-1]]
-    assert max(lengths, default=0) <= 4 * min(lengths, default=0), "early ones are too coarse"
+    _, page = written(made, tmp_path / "page.html")
+    kept = page["samples"]
+    assert len(kept) == samples if samples <= COLUMNS // 2 else len(kept) <= COLUMNS
+    assert sum(sum(sample["came"].values()) for sample in kept) == 5 * samples
+    for sample in kept:  # each counts from the start, so the last has everything
+        seconds = sample["until"] - page["start_time"]
+        assert sample["faults_refetch"] == 3 * seconds and sample["away"] == seconds
+    assert kept[-1]["until"] - page["start_time"] == samples
+    moments = [page["start_time"], *(sample["until"] for sample in kept)]
+    longest = max(after - before for before, after in itertools.pairwise(moments))
+    assert 0 < longest <= max(1, 4 * samples / COLUMNS), "a part of the job is too coarse"
 
 
-def test_however_much_memory_a_job_has_its_places_are_few_and_no_page_is_lost(clock):
-    made = sampled(clock, 6000, places=6000)
-    places = set().union(*(sample.came for sample in made._samples))
-    assert len(places) <= CELLS
-    assert sum(sample.came.total() for sample in made._samples) == 30000
+def test_what_came_is_told_for_the_interval_in_which_it_came(clock):
+    """Of places that are accessed in turn, each has its interval, also after much merging."""
+    made = Report(START)
+    for second in range(2000):
+        clock[0] += 1
+        made.came.append((second << report.PLACE, 1))
+        made.sample(FIGURES, away=0)
+    assert made._shift == report.PLACE
+    began = BEGAN
+    for sample in made._samples:
+        seconds = range(int(began - BEGAN), int(sample["until"] - BEGAN))
+        assert sample["came"] == dict.fromkeys(seconds, 1)
+        began = sample["until"]
 
 
-def test_of_very_many_areas_the_largest_are_remembered(clock):
+@pytest.mark.parametrize("places", [6000, 4 * CELLS])
+def test_however_much_memory_a_job_has_its_places_are_few_and_no_page_is_lost(clock, places):
+    made = Report(START)
+    randomly = random.Random(1)
+    for _ in range(250):
+        clock[0] += 1
+        pages = [place << report.PLACE for place in randomly.choices(range(places), k=1000)]
+        made.came.extend((page, 2) for page in pages)
+        made.sample(FIGURES, away=0)
+        assert sum(len(sample["came"]) for sample in made._samples) <= CELLS
+    assert sum(sample["came"].total() for sample in made._samples) == 250 * 2000
+    places_now = set().union(*(sample["came"] for sample in made._samples))
+    assert max(places_now) == (places - 1) >> (made._shift - report.PLACE)
+    assert len(places_now) >= 128, "coarser than the rows of the heat map"
+
+
+def test_of_very_many_areas_the_largest_are_remembered(clock, tmp_path):
     made = Report(START)
     sizes = random.Random(1).sample(range(1, 10**6), 10 * AREAS)
     for count in sizes:
         made.mapped(0, count, "x")
         made.unmapped(0, bytes(10))
-    kept = [area.count for area in made._gone]
-    assert len(kept) <= 2 * AREAS and set(sorted(sizes)[-AREAS:]) <= set(kept)
-    assert made._forgotten + len(kept) == len(sizes)
+        assert len(made._gone) <= AREAS
+    made.unmapped(0, bytes(10))  # told a second time
+    made.mapped(0, 10**6, "the last")
+    _, page = written(made, tmp_path / "page.html")
+    expected = [10**6, *sorted(sizes, reverse=True)[: AREAS - 1]]
+    assert [area["count"] for area in page["areas"]] == expected
+    assert page["areas_in_all"] == 10 * AREAS + 1
 
 
-def test_the_page_is_whole_by_itself_and_says_what_was_seen(clock, tmp_path):
+def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
     made = sampled(clock, 20, places=3)
-    made.mapped(0, 512, "program.py:<12>")
+    made.mapped(0, 512, "program.py:12")
     made.mapped(600, 4, "ended")
     clock[0] += 1
-    state = bytes((NEW, AWAY, LOST, CLEAN, DIRTY)) * 200
+    states = (NEW, AWAY, AWAY + GENERATIONS - 1, LOST, HERE, HERE + GENERATIONS - 1, LEAVING, 255)
+    state = bytes(states) * 200
     made.unmapped(600, state)
-    text = written(made, tmp_path / "page.html", state)
-    assert "script" not in text.lower() and not re.search(r"(?:src|href)=|url\(|@import", text)
-    for part in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
-        ElementTree.fromstring(part)
-    assert "<title>a &lt;title&gt; &amp; more</title>" in text
-    assert text.count("program.py:&lt;12&gt;") >= 2  # in heat map and table
-    rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
-    row = next(row for row in rows if "program.py" in row)
-    assert "0x1000000000" in row and "20.00 s to the end" in row and "2.0 MiB" in row
-    assert re.search(r"never accessed 412 KiB.*on the DMS 412 KiB.*lost .*here 816 KiB", row)
-    assert "20.00 s to 21.00 s" in next(row for row in rows if "ended" in row)
-    for words in ("30 µs median", "1.0 GiB; 7 pages came", "22.6 µs", "2.9 ms", "3 faults"):
-        assert words in text, words
+    _, page = written(made, tmp_path / "page.html", state=state)
+    assert page["title"] == "a title" and page["start_addr"] == START
+    assert page["page_size"] == PAGE_SIZE and page["start_time"] == BEGAN
+    assert page["latencies"] == [[20.0, 3], [3000.0, 1]]
+    assert page["place"] == 256
+    assert page["samples"][1] == {
+        **dict.fromkeys((*FAULTS, *EVICTIONS), 0),
+        "until": BEGAN + 2, "faults_refetch": 6, "resident": 10, "away": 2, "came": {"2": 5},
+    }  # fmt: skip
+    assert page["areas"] == [
+        {
+            "page": 0, "count": 512, "name": "program.py:12", "mapped": BEGAN + 20,
+            "unmapped": None, "ended_up": {"new": 64, "away": 128, "lost": 64, "here": 256},
+        },
+        {
+            "page": 600, "count": 4, "name": "ended", "mapped": BEGAN + 20,
+            "unmapped": BEGAN + 21, "ended_up": {"new": 1, "away": 2, "lost": 1},
+        },
+    ]  # fmt: skip
+    assert page["summary"] == report.summary(FIGURES)
+    assert page["summary"]["from it"].startswith("1.0 GiB; 7 pages came")
 
 
-def test_a_job_that_did_nothing_has_a_page_too(clock, tmp_path):
-    made = Report(START)
+def test_the_page_is_whole_by_itself_and_knows_the_names_of_the_object(clock, tmp_path):
+    text, page = written(sampled(clock, 3), tmp_path / "page.html")
+    assert not re.search(r"(?:src|href)=|url\(|@import|fetch\(|innerHTML|document\.write", text)
+    assert set(re.findall(r"\breport\.(\w+)", text)) - {"py"} == page.keys()
+    drawn = set(re.findall(r'^  \["(\w+)"', text, re.MULTILINE))
+    states = {*report.WHERE.values(), "here"}
+    assert drawn == {*FAULTS, *EVICTIONS, "resident", "away"} | states
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "\u2028 \udc80 \0", "REPORT_AS_JSON"])
+def test_no_name_can_end_the_script_or_change_the_object(clock, tmp_path, name):
+    made = sampled(clock, 1)
+    made.mapped(0, 4, name)
+    text, page = written(made, tmp_path / "page.html", title=name)
+    assert page["areas"][0]["name"] == page["title"] == name
+    assert text.lower().count("<script") == text.lower().count("</script") == 2
+
+
+@pytest.mark.skipif(not BROWSER, reason="neither chromium nor google-chrome is on PATH")
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_browser_draws_it(clock, tmp_path, run, idle):
+    made = sampled(clock, 1 if idle else 20, places=3)
+    if idle:
+        made._samples[0]["came"].clear()
+    made.mapped(0, 512, HOSTILE)
+    made.mapped(600, 4, "ended")
     clock[0] += 1
-    made.sample(FIGURES, 0)
-    text = written(made, tmp_path / "page.html", latencies=())
-    assert "There was no fault." in text and "No page came." in text
+    state = bytes((NEW, AWAY, LOST, HERE)) * 200
+    made.unmapped(600, state)
+    page = tmp_path / "page.html"
+    latencies = () if idle else ((20.0, 3), (3000.0, 1))
+    written(made, page, title=HOSTILE, state=state, latencies=latencies)
+    ended = run(
+        "env", f"HOME={tmp_path}", f"TMPDIR={tmp_path}", BROWSER,
+        "--headless", "--enable-logging=stderr", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--window-size=1000,2000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+        page.as_uri(),
+    )  # fmt: skip
+    dom = re.sub(r"<script.*?</script>", "", ended.stdout, flags=re.DOTALL)
+    assert "Uncaught" not in ended.stdout
+    assert html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]) == HOSTILE
+    rows = [html.unescape(re.sub("<[^>]*>", "|", r)) for r in re.findall(r"<tr>.*?</tr>", dom)]
+    row = next(row for row in rows if "0x1000000000" in row)
+    assert HOSTILE in row and f"{len(made._samples)}.00 s to the end" in row
+    assert "here 512 KiB, on the DMS 512 KiB, never accessed 512 KiB, lost 512 KiB" in row
+    assert any("|ended|" in row and "0x1000258000" in row and "16 KiB" in row for row in rows)
+    assert any("30 µs median" in row for row in rows)
+    sentences = "There was no fault." in dom, "No page came." in dom
+    assert sentences == (idle, idle)
+    if not idle:
+        for words in ("3 faults", "23 µs", "2.9 ms", "20 s", "120 KiB"):
+            assert f">{words}</text>" in dom or f">{words}</title>" in dom, words
+        assert dom.count("<svg") == 5 and "NaN" not in dom and "undefined" not in dom
+
+
+@needs_userfaultfd
+def test_a_job_writes_it(run, tmp_path):
+    page = tmp_path / "page.html"
+    code = "import edm; a = edm.space().mmap(8 << 20, name='my data'); a[:] = bytes(len(a))"
+    ended = run(
+        sys.executable, "-m", "edm", "run", "--no-numpy", "--resident", "1M", "--report", page,
+        "-c", code,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "")
+    content = json.loads(Scripts(page.read_text(encoding="utf-8")).found[0][1])
+    area = next(area for area in content["areas"] if area["name"] == "my data")
+    assert area["count"] * PAGE_SIZE == sum(area["ended_up"].values()) * PAGE_SIZE == 8 << 20
+    assert area["ended_up"]["away"] > area["ended_up"]["here"] > 0
+    assert sum(sum(sample["came"].values()) for sample in content["samples"]) >= area["count"]
+    last = content["samples"][-1]
+    assert last["resident"] <= 256 and last["evicted_dirty"] > 1000
+    assert content["summary"]["faults"].startswith(f"{sum(last[name] for name in FAULTS)}: ")
+
+
+def test_a_page_that_cannot_be_written_is_an_oserror(clock, tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        sampled(clock, 1).write(str(tmp_path / "nowhere" / "x.html"), "", FIGURES, (), b"")
+
+
+def test_the_template_is_package_data():
+    settings = (Path(report.__file__).parent / "setup.cfg").read_text()
+    data = settings.partition("[options.package_data]")[2].partition("\n[")[0]
+    assert "report.html" in data.split()
+
+
+def test_progress_is_a_line_with_what_happened_since_the_line_before(clock, capsys):
+    line = report.Progress()
+    for faults in (10, 40):
+        clock[0] += 2
+        line.show(FIGURES | {"faults_refetch": faults, "evicted_clean": 2 * faults}, away=256)
+    line.end()
+    assert capsys.readouterr().err.split("\r\x1b[K") == [
+        "",
+        "resident 40 KiB, on the DMS 1.0 MiB, 5 faults/s, 10 evictions/s",
+        "resident 40 KiB, on the DMS 1.0 MiB, 15 faults/s, 30 evictions/s",
+        "",
+    ]
 
 
 @pytest.mark.parametrize(

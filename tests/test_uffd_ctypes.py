@@ -15,6 +15,7 @@ import pytest
 from conftest import needs_userfaultfd
 
 from edm import uffd_ctypes as u
+from edm.page_idle import Pagemap
 from edm.uffd_ctypes import PAGE_SIZE
 
 HEADER = "/usr/include/linux/userfaultfd.h"
@@ -46,46 +47,106 @@ def test_every_number_is_the_one_in_the_kernels_header(tmp_path):
 
 
 def test_a_failed_call_raises_oserror_with_errno_and_the_calls_name():
-    closed = u.Userfaultfd(-1)
+    closed = u.Userfaultfd(1 << 30)  # no process has so many descriptors
     calls = {
         "UFFDIO_API": lambda: closed.api(0),
         "UFFDIO_REGISTER": lambda: closed.register(0, PAGE_SIZE),
-        "UFFDIO_UNREGISTER": lambda: closed.unregister(0, PAGE_SIZE),
         "UFFDIO_COPY": lambda: closed.copy(0, 0, PAGE_SIZE),
         "UFFDIO_ZEROPAGE": lambda: closed.zeropage(0, PAGE_SIZE),
         "UFFDIO_WRITEPROTECT": lambda: closed.writeprotect(0, PAGE_SIZE, True),
         "UFFDIO_WAKE": lambda: closed.wake(0, PAGE_SIZE),
         "UFFDIO_POISON": lambda: closed.poison(0, PAGE_SIZE),
         "fallocate": lambda: u.punch_hole(-1, 0, PAGE_SIZE),
+        "tee": lambda: u.tee(-1, -1, PAGE_SIZE),
+        "mmap": lambda: u.mmap_fixed(PAGE_SIZE, PAGE_SIZE, 0, u.MAP_SHARED, -1),
     }
     for name, call in calls.items():
         with pytest.raises(OSError, match=name) as caught:
             call()
         assert caught.value.errno == errno.EBADF
+    others = {
+        "munmap": lambda: u.munmap(1, 0),
+        "madvise": lambda: u.madvise(1, PAGE_SIZE, 0),
+        "prctl": lambda: u.prctl(-1, 0),
+    }
+    for name, call in others.items():
+        with pytest.raises(OSError, match=name) as caught:
+            call()
+        assert caught.value.errno == errno.EINVAL
 
 
-def test_mmap_fixed_never_replaces_what_is_there():
+FIXED = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
+
+
+@pytest.fixture
+def memfd():
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, 4 * PAGE_SIZE)
+    yield fd
+    os.close(fd)
+
+
+def test_mmap_fixed_never_replaces_what_is_there(memfd):
     here = mmap.mmap(-1, PAGE_SIZE)
+    here[0] = 7
     address = ctypes.addressof(ctypes.c_char.from_buffer(here))
     with pytest.raises(FileExistsError, match="mmap"):
-        u.mmap_fixed(
-            address, PAGE_SIZE, u.PROT_READ,
-            u.MAP_PRIVATE | u.MAP_ANONYMOUS | u.MAP_FIXED_NOREPLACE,
-        )  # fmt: skip
+        u.mmap_fixed(address, PAGE_SIZE, u.PROT_READ, FIXED, memfd)
+    assert here[0] == 7
+
+
+def test_mmap_fixed_maps_at_the_address_and_munmap_ends_that(memfd):
+    os.pwrite(memfd, b"EDM", PAGE_SIZE)
+    address = 0x5000_0000_0000
+    for _ in range(2):
+        u.mmap_fixed(address, PAGE_SIZE, u.PROT_READ | u.PROT_WRITE, FIXED, memfd, PAGE_SIZE)
+        assert ctypes.string_at(address, 4) == b"EDM\0"
+        u.munmap(address, PAGE_SIZE)
+
+
+def test_memory_that_is_not_for_forks_is_not_in_a_forked_process(memfd):
+    area = mmap.mmap(memfd, PAGE_SIZE)
+    area[0] = 7
+    u.madvise(ctypes.addressof(ctypes.c_char.from_buffer(area)), PAGE_SIZE, u.MADV_DONTFORK)
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os._exit(area[0])
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
+    assert area[0] == 7
+
+
+def test_a_punched_hole_gives_memory_back_and_reads_as_zeros(memfd):
+    os.pwrite(memfd, b"E" * 4 * PAGE_SIZE, 0)
+    u.punch_hole(memfd, PAGE_SIZE, 2 * PAGE_SIZE)
+    assert os.fstat(memfd).st_size == 4 * PAGE_SIZE
+    assert os.fstat(memfd).st_blocks * 512 == 2 * PAGE_SIZE
+    left = b"E" * PAGE_SIZE
+    assert os.pread(memfd, 4 * PAGE_SIZE, 0) == left + bytes(2 * PAGE_SIZE) + left
+
+
+def test_tee_lets_a_second_pipe_hold_the_same_bytes():
+    pipes = [os.pipe(), os.pipe()]
+    (out, into), (other_out, other_into) = pipes
+    os.write(into, b"EDM")
+    assert u.tee(out, other_into, 100) == 3
+    assert os.read(out, 100) == os.read(other_out, 100) == b"EDM"
+    for fd in sum(pipes, ()):
+        os.close(fd)
 
 
 class Memory:
     """Pages of a memfd of this process, registered; touched only by libc calls without the GIL."""
 
-    def __init__(self, pages):
+    def __init__(self, pages, features=0):
         self.fd, _ = u.open_userfaultfd()
         self.uffd = u.Userfaultfd(self.fd)
-        self.uffd.api(u.NEEDED_FEATURES)
+        self.uffd.api(u.NEEDED_FEATURES | features)
         self.memfd = os.memfd_create("test")
         os.ftruncate(self.memfd, pages * PAGE_SIZE)
         self.map = mmap.mmap(self.memfd, pages * PAGE_SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        self.uffd.register(self.address, pages * PAGE_SIZE)
+        self.uffd.register(self.address, pages * PAGE_SIZE, write_protect=bool(features))
         self.threads = []
 
     def touch(self, call):
@@ -107,10 +168,24 @@ class Memory:
 
 
 @pytest.fixture
-def memory():
-    made = Memory(4)
-    yield made
-    made.close()
+def make():
+    made = []
+
+    def make(features=0):
+        missing = features & ~u.supported_features()
+        if missing:
+            pytest.skip(f"this kernel's userfaultfd lacks features {missing:#x}")
+        made.append(Memory(4, features))
+        return made[-1]
+
+    yield make
+    for memory in made:
+        memory.close()
+
+
+@pytest.fixture
+def memory(make):
+    return make()
 
 
 libc = ctypes.CDLL(None)
@@ -118,27 +193,73 @@ libc.memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
+UFFD_EVENT_PAGEFAULT = 0x12  # <linux/userfaultfd.h>
+PAGE = ctypes.create_string_buffer(b"EDM", PAGE_SIZE)
+
+
+def read(memory):
+    """Read the first page, in a thread; (the thread, the buffer that it reads into)."""
+    got = ctypes.create_string_buffer(PAGE_SIZE)
+    return memory.touch(lambda: libc.memcpy(got, memory.address, PAGE_SIZE)), got
+
+
+def write(memory, value):
+    return memory.touch(lambda: libc.memset(memory.address, value, 1))
+
+
 @needs_userfaultfd
-def test_a_read_fault_is_resolved_by_copy_and_its_first_write_raises_a_wp_fault(memory):
-    got, page = ctypes.create_string_buffer(PAGE_SIZE), ctypes.create_string_buffer(b"EDM", 4096)
-    reader = memory.touch(lambda: libc.memcpy(got, memory.address, PAGE_SIZE))
-    [(flags, address)] = memory.fault()
-    assert (flags, address) == (0, memory.address)
-    memory.uffd.copy(memory.address, ctypes.addressof(page), PAGE_SIZE, write_protect=True)
+def test_a_read_fault_is_resolved_by_copy_and_its_first_write_raises_a_wp_fault(make):
+    memory = make(u.WP_FEATURES)
+    reader, got = read(memory)
+    assert memory.fault() == [(UFFD_EVENT_PAGEFAULT, 0, memory.address)]
+    memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE, write_protect=True)
     reader.join(10)
-    assert got.raw == page.raw
-    writer = memory.touch(lambda: libc.memset(memory.address, 1, 1))
-    [(flags, address)] = memory.fault()
+    assert got.raw == PAGE.raw
+    writer = write(memory, 1)
+    [(_, flags, address)] = memory.fault()
     assert flags == u.UFFD_PAGEFAULT_FLAG_WP | u.UFFD_PAGEFAULT_FLAG_WRITE
+    assert address == memory.address
     memory.uffd.writeprotect(memory.address, PAGE_SIZE, False)
     writer.join(10)
     assert memory.map[:3] == b"\x01DM"
 
 
+@pytest.fixture
+def marked(make):
+    """Memory of which the first page is there, with the mark that its first write clears."""
+    memory = make(u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC)
+    memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE, write_protect=True)
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        pagemap = Pagemap(file.fileno(), memory.address)
+        memory.written = lambda: pagemap.written([(0, 1)]) == [(0, 1, True)]
+        yield memory
+
+
+@needs_userfaultfd
+def test_with_async_the_kernel_clears_the_mark_of_a_first_write_without_a_message(marked):
+    assert marked.map[:3] == b"EDM" and not marked.written()
+    marked.map[0] = 1
+    assert marked.written() and marked.uffd.read_faults() == []
+    marked.uffd.writeprotect(marked.address, PAGE_SIZE, True)
+    assert not marked.written()
+    marked.uffd.writeprotect(marked.address, PAGE_SIZE, False)
+    assert marked.written()
+
+
+@needs_userfaultfd
+def test_the_mark_stays_when_the_page_has_gone_and_a_page_that_was_written_has_none(marked):
+    marked.map.madvise(mmap.MADV_REMOVE, 0, PAGE_SIZE)
+    assert not marked.written()
+    marked.uffd.copy(marked.address, ctypes.addressof(PAGE), PAGE_SIZE)
+    assert marked.written()
+    marked.map.madvise(mmap.MADV_REMOVE, 0, PAGE_SIZE)
+    assert marked.written()
+
+
 @needs_userfaultfd
 def test_a_write_fault_is_resolved_by_zeropage(memory):
-    writer = memory.touch(lambda: libc.memset(memory.address, 7, 1))
-    [(flags, _)] = memory.fault()
+    writer = write(memory, 7)
+    [(_, flags, _)] = memory.fault()
     assert flags & u.UFFD_PAGEFAULT_FLAG_WRITE
     memory.uffd.zeropage(memory.address, PAGE_SIZE)
     writer.join(10)
@@ -147,13 +268,27 @@ def test_a_write_fault_is_resolved_by_zeropage(memory):
 
 @needs_userfaultfd
 def test_wake_lets_the_fault_be_tried_again(memory):
-    writer = memory.touch(lambda: libc.memset(memory.address, 7, 1))
+    writer = write(memory, 7)
     memory.fault()
     memory.uffd.wake(memory.address, PAGE_SIZE)
-    [(_, again)] = memory.fault()
+    [(_, _, again)] = memory.fault()
     assert again == memory.address
     memory.uffd.zeropage(memory.address, PAGE_SIZE)
     writer.join(10)
+
+
+@needs_userfaultfd
+def test_pages_that_were_written_into_the_memory_file_are_there_without_a_message(memory):
+    os.pwrite(memory.memfd, b"EDM", 0)
+    assert memory.map[:3] == b"EDM" and memory.uffd.read_faults() == []
+
+
+@needs_userfaultfd
+def test_many_pages_are_copied_at_once(memory):
+    pages = ctypes.create_string_buffer(os.urandom(3 * PAGE_SIZE), 3 * PAGE_SIZE)
+    memory.uffd.copy(memory.address, ctypes.addressof(pages), 3 * PAGE_SIZE)
+    assert memory.map[: 3 * PAGE_SIZE] == pages.raw
+    assert os.fstat(memory.memfd).st_blocks * 512 == 3 * PAGE_SIZE
 
 
 @needs_userfaultfd
@@ -165,9 +300,42 @@ def test_copying_over_a_page_that_is_there_raises_eexist(memory):
 
 
 @needs_userfaultfd
-def test_unregistered_pages_are_zero_filled_by_the_kernel(memory):
-    memory.uffd.unregister(memory.address, 4 * PAGE_SIZE)
-    assert memory.map[0] == 0
+@pytest.mark.parametrize("call", ["copy", "zeropage"])
+def test_a_page_in_the_midst_that_is_there_already_does_not_keep_those_before_it_out(memory, call):
+    page = ctypes.create_string_buffer(b"EDM", 2 * PAGE_SIZE)
+    memory.uffd.copy(memory.address + PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
+    with pytest.raises(FileExistsError, match="UFFDIO_"):
+        if call == "copy":
+            memory.uffd.copy(memory.address, ctypes.addressof(page), 2 * PAGE_SIZE)
+        else:
+            memory.uffd.zeropage(memory.address, 2 * PAGE_SIZE)
+    assert os.fstat(memory.memfd).st_blocks * 512 == 2 * PAGE_SIZE
+    assert memory.map[:3] == (b"EDM" if call == "copy" else b"\0\0\0")
+
+
+@needs_userfaultfd
+def test_where_nothing_is_registered_copy_raises_enoent(memory):
+    other = mmap.mmap(-1, PAGE_SIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(other))
+    with pytest.raises(FileNotFoundError, match="UFFDIO_COPY"):
+        memory.uffd.copy(address, ctypes.addressof(PAGE), PAGE_SIZE)
+
+
+@needs_userfaultfd
+def test_a_feature_that_there_is_not_is_refused():
+    fd, _ = u.open_userfaultfd()
+    with pytest.raises(OSError, match="UFFDIO_API") as caught:
+        u.Userfaultfd(fd).api(1 << 63)
+    assert caught.value.errno == errno.EINVAL
+    os.close(fd)
+
+
+@needs_userfaultfd
+def test_the_descriptor_does_not_block_and_is_closed_on_exec():
+    fd, how = u.open_userfaultfd()
+    assert not os.get_blocking(fd) and not os.get_inheritable(fd)
+    assert how in ("system call", "/dev/userfaultfd", u.USER_MODE)
+    os.close(fd)
 
 
 @needs_userfaultfd

@@ -1,5 +1,6 @@
 """The disk is full. argv: the disk, on a small file system; then "frees", "goes on", "reads" or "EIO";
-and "keep", if it is to be kept, and "close", if the thresholds are to be.
+"keep", if it is to be kept, "close", if the thresholds are to be, and "impatient", if a fault is to wait
+for room for two seconds only.
 
 In any way what was written before is whole. With "EIO" it is not full, but writing to it fails for a
 while, now for a whole batch and now after half of it. With "frees", an area is unmapped when it is
@@ -8,13 +9,12 @@ written amid many that are read; else the writer goes on until the job is ended.
 """
 
 import ctypes
-import errno
-import itertools
-import os
 import sys
 import threading
 import time
 from pathlib import Path
+
+import failing
 
 import edm
 
@@ -30,19 +30,6 @@ def content(page):
     return (page + 1).to_bytes(8, "little") * (PAGE // 8)
 
 
-fails = Path(disk).with_name("fails")
-calls = itertools.count()
-real_pwrite = os.pwrite
-
-
-def pwrite(fd, content, offset):
-    if os.readlink(f"/proc/self/fd/{fd}") == disk and fails.exists():
-        if len(content) > PAGE and next(calls) % 2:
-            return real_pwrite(fd, content[: len(content) // 2], offset)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-    return real_pwrite(fd, content, offset)
-
-
 def fill(path):
     with path.open("wb", buffering=0) as file:
         try:
@@ -53,6 +40,7 @@ def fill(path):
 
 
 def app(space):
+    fails = Path(disk).with_name("fails")
     first = space.mmap(500 * PAGE)
     second = space.mmap(3000 * PAGE, addr=space.start_addr + 10000 * PAGE)
     addresses = [address for address, _ in space.areas()]
@@ -106,6 +94,8 @@ def app(space):
 
 
 if sys.argv[2] == "EIO":
-    os.pwrite = pwrite
+    failing.everywhere("writes", disk)
+if "impatient" in sys.argv:
+    failing.everywhere("grace", 2.0)
 low = 63 if "close" in sys.argv else 48
 edm.main(app, edm.Config(high_threshold=64, low_threshold=low, disk=disk, keep="keep" in sys.argv))

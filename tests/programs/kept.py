@@ -29,6 +29,10 @@ def app(space):
         signal.pause()
     if how == "raise":
         raise RuntimeError("boom")
+    if how == "_exit":
+        os._exit(3)
+    if how == "exec":
+        os.execv("/bin/sh", ["sh", "-c", "exit 4"])
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(7)

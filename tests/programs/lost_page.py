@@ -1,27 +1,18 @@
 """A page can't be read back: it is a SIGBUS, the others are whole. argv: the disk, and why.
 
-"flip": a byte of the disk file is flipped. "EIO": reading it fails. "no poison": as flip, on a
-kernel without UFFDIO_POISON.
+"flip": a byte of the disk file, a kept one, is flipped. "EIO": reading it fails. "no poison": the same,
+on a kernel without UFFDIO_POISON. And "keep", if the disk is to be kept.
 """
 
-import errno
-import os
 import sys
 
+import failing
+
 import edm
-from edm import uffd_ctypes
 
 PAGE = edm.PAGE_SIZE
-PAGES, LOST = 40, 20
-disk, why = sys.argv[1:]
-real_preadv = os.preadv
-
-
-def preadv(fd, buffers, offset):
-    got = real_preadv(fd, buffers, offset)
-    if os.readlink(f"/proc/self/fd/{fd}") == disk and content(LOST) in bytes(buffers[0]):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-    return got
+PAGES, LOST = 2000, 20
+disk, why, *keep = sys.argv[1:]
 
 
 def content(page):
@@ -32,11 +23,12 @@ def app(space):
     area = space.mmap(PAGES * PAGE)
     for page in range(PAGES):
         area[page * PAGE : (page + 1) * PAGE] = content(page)
-    if why != "EIO":
+    if why == "flip":
         with open(disk, "r+b") as file:
             at = file.read().index(content(LOST)) + 100
             file.seek(at)
             file.write(b"\xff")
+    # In windows that are read ahead, which that page is in the midst of.
     for page in (*range(LOST), *range(LOST + 1, PAGES)):
         if area[page * PAGE : (page + 1) * PAGE] != content(page):
             sys.exit(f"page {page} is wrong")
@@ -44,9 +36,19 @@ def app(space):
     print("never seen:", bytes(area[LOST * PAGE : (LOST + 1) * PAGE])[:16], flush=True)
 
 
-if why == "EIO":
-    os.preadv = preadv
+if why != "flip":
+    failing.everywhere("reads", disk, content(LOST))
 if why == "no poison":
-    uffd_ctypes.UFFDIO_POISON = uffd_ctypes._IO(0xAA, 0x77)
+    failing.everywhere("no_poison")
 START = 0x10_0000_0000
-edm.main(app, edm.Config(START, START + 100 * PAGE, high_threshold=10, low_threshold=5, disk=disk))
+edm.main(
+    app,
+    edm.Config(
+        START,
+        START + PAGES * PAGE,
+        high_threshold=640,
+        low_threshold=400,
+        disk=disk,
+        keep=bool(keep),
+    ),
+)

@@ -1,5 +1,6 @@
 """Rank 1 sends the real DMS on rank 0 messages that are wrong, by MPI."""
 
+import errno
 import random
 import re
 import sys
@@ -8,6 +9,7 @@ from mpi4py import MPI
 
 from edm import messages as m
 from edm.dms import DMS
+from edm.page_store import CONTENT, NEW_PAGES
 from edm.uffd_ctypes import PAGE_SIZE
 
 START, PAGES, TAG = 0x1B58000, 1000, 5
@@ -39,12 +41,14 @@ RIGHT = {
     m.LOCATIONS: {"page": 1, "count": 1},
     m.FREE: {"page": 1, "count": 1},
     m.SYNC: {},
-    m.RINGS: {},
     m.BYE: {},
 }
 # What is wrong in each field, and words of the reason.
 WRONG = {
-    "kind": ((0, 10, 16, 17, 18, 19, 20, 0x7FFF, 0xFFFF), "no request of kind"),
+    "kind": (
+        (0, 9, 10, m.OK, NEW_PAGES, CONTENT, m.ERROR, m.UNREADABLE, 0x7FFF, 0xFFFF),
+        "no request of kind",
+    ),
     "stride": ((65, 1000, 0x7FFF, 0xFFFF), "stride of|and stride"),
     "count": ((0, PAGES, PAGES + 1, 0x7FFFFFFF, 0xFFFFFFFF), "a count of|runs, where|in a space"),
     "page": ((PAGES, 1 << 31, 1 << 32, (1 << 63) - 1, (1 << 64) - 1), "in a space of"),
@@ -54,7 +58,8 @@ WRONG = {
 
 def refused(what, message, reason):
     got, _, said = ask(message)
-    if got != m.ERROR or not re.search(reason, said.decode()):
+    error = m.error_of(said) if got == m.ERROR else OSError()
+    if error.errno != errno.EINVAL or not re.search(reason, error.strerror):
         sys.exit(f"{what} got {got} {said!r}")
 
 
@@ -77,7 +82,7 @@ def malform():
                 (1, 0, 0),
                 (1, 257, 0),
                 (1, 1, 2),
-                (500, 1, 0),
+                (PAGES - 1, 2, 0),
                 (1 << 63, 1, 1),
             ):
                 refused(f"a run {run}", request(m.EVICT, 0, 1, m.RUN.pack(*run)), "page|a count")
@@ -92,7 +97,7 @@ def malform():
     for _ in range(3000):
         noise = bytearray(dice.randbytes(dice.choice((3, 16, 17, 32, 5000))))
         if dice.random() < 0.8:  # a kind that there is, but for BYE
-            noise[:2] = dice.randint(m.HELLO, m.LOCATIONS).to_bytes(2, "little")
+            noise[:2] = dice.randint(m.HELLO, m.SYNC).to_bytes(2, "little")
         if noise[:1] == bytes((m.BYE,)):
             noise[1] = 1
         ask(noise)

@@ -1,17 +1,15 @@
-"""What pager and DMS take for a page of address space in use, and when the application begins."""
+"""What pager, LPET and DMS take for a page of address space in use, and when the application begins."""
 
-import os
 import sys
 import time
 
 started = time.time()
+import parts
+
 import edm
 
-# The DMS tells its process id here. argv: that file, and how many GiB to touch of
-# how many.
-pids = sys.argv[1]
-with open(pids, "a") as file:
-    print(os.getpid(), file=file)
+# argv: a file where the DMS tells its process id, and how many GiB to touch of how many.
+parts.tell(sys.argv[1])
 
 PAGE, GIB = edm.PAGE_SIZE, 1 << 30
 SIZE = int(float(sys.argv[2]) * GIB)  # bytes touched
@@ -27,8 +25,7 @@ def taken(pid):
 
 def app(space):
     print("began after", time.time() - started)
-    with open(pids) as file:
-        ranks = set(map(int, file.read().split()))
+    pids = parts.pids(space, sys.argv[1])
     area = space.mmap(SIZE + WARM)
 
     def touch(begin, end):
@@ -39,9 +36,9 @@ def app(space):
                 sys.exit("a page that nobody wrote is not zero")
 
     touch(0, WARM)
-    before = sum(map(taken, ranks))
+    before = sum(map(taken, pids))
     touch(WARM, WARM + SIZE)
-    grown = sum(map(taken, ranks)) - before
+    grown = sum(map(taken, pids)) - before
     print("bytes a page", grown / (SIZE / PAGE))
 
 

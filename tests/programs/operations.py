@@ -1,9 +1,10 @@
 """Carry out a list of operations on a kept disk, and compare with a plain bytearray: the oracle.
 
-argv: a JSON file of operations, the disk, and a file in which the oracle as of the last sync and the
+The arguments are a JSON file of operations, and a file in which the oracle as of the last sync and the
 number of the next operation are kept over a crash. An operation is [name, numbers...], see below.
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -11,9 +12,13 @@ import random
 import signal
 import sys
 
+import parts
+
 import edm
 
-operations_path, disk, saved_path = sys.argv[1:]
+parser = argparse.ArgumentParser()
+for name in ("operations", "saved"):
+    parser.add_argument(name)
 PAGE, PAGES, START = edm.PAGE_SIZE, 64, 0x10_0000_0000
 
 
@@ -28,20 +33,20 @@ class State:
         return {first: (pages, bytearray(bytes_)) for first, (pages, bytes_) in self.areas.items()}
 
     def save(self, synced, then):
-        with open(saved_path + ".new", "wb") as file:
+        with open(args.saved + ".new", "wb") as file:
             pickle.dump((synced, then), file)
-        os.rename(saved_path + ".new", saved_path)
+        os.rename(args.saved + ".new", args.saved)
 
 
 def app(space):
     state, synced, views = State(), {}, {}
-    if os.path.exists(saved_path):
-        with open(saved_path, "rb") as file:
+    if os.path.exists(args.saved):
+        with open(args.saved, "rb") as file:
             synced, state.next = pickle.load(file)
         state.areas = {first: (pages, bytearray(old)) for first, (pages, old) in synced.items()}
         for first, (pages, _) in state.areas.items():
             views[first] = space.mmap(pages * PAGE, addr=START + first * PAGE)
-    with open(operations_path) as file:
+    with open(args.operations) as file:
         operations = json.load(file)
 
     def check(first):
@@ -69,11 +74,9 @@ def app(space):
             synced = state.copy_areas()
         elif name == "crash":
             state.save(synced, number + 1)
-            with open(saved_path + ".dms") as file:
-                dms = int(file.read())
-            for pid in (dms, os.getppid()):
+            for pid in parts.pids(space, args.saved + ".dms"):
                 os.kill(pid, signal.SIGKILL)
-            signal.pause()
+            signal.pause()  # the pager's end is the application's
         elif not state.areas:
             continue
         elif name == "unmap":
@@ -99,15 +102,12 @@ def app(space):
             check(pick(numbers[0]))
     for first in state.areas:
         check(first)
+    parts.check_resident(space)
     print("operations SUCCESS", space.figures())
 
 
-if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "0":
-    with open(saved_path + ".dms", "w") as file:
-        print(os.getpid(), file=file)
-edm.main(
-    app,
-    edm.Config(
-        START, START + PAGES * PAGE, high_threshold=6, low_threshold=3, disk=disk, keep=True
-    ),
-)
+args, config = edm.parse_arguments(
+    parser, start_addr=START, end_addr=START + PAGES * PAGE, high_threshold=6, low_threshold=3, keep=True
+)  # fmt: skip
+parts.tell(args.saved + ".dms")
+edm.main(app, config)

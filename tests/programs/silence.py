@@ -8,7 +8,7 @@ import time
 import edm
 
 SILENCE = float(sys.argv[1])  # seconds, in all
-FAULTS = 10  # measured after a second of silence each
+FAULTS = 3  # measured after a second of silence each
 
 
 def app(space):

@@ -1,0 +1,146 @@
+"""python -m edm run: more memory for a program that knows nothing of it, and what is told of that.
+
+These need a space; what a program finds besides is in test_launch.py.
+"""
+
+import re
+import sys
+import time
+
+import pytest
+from conftest import PROGRAMS, needs_userfaultfd
+from test_launch import on_a_terminal
+
+pytestmark = needs_userfaultfd
+
+EDM_RUN = (sys.executable, "-m", "edm", "run", "--resident", "16M")
+WORK = "import edm; a = edm.space().mmap(32 << 20, name='my data'); a[:] = bytes(len(a)); a[::4096]"
+
+# ---------------------------------------------------------------- the space
+
+
+def test_the_script_finds_its_space_and_nothing_is_printed_unless_asked(run):
+    code = "import edm; a = edm.space().mmap(64 << 20); a[::4096] = bytes(len(a) // 4096); a[-1]"
+    ended = run(*EDM_RUN, "-c", code)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+WHERE = """
+import numpy, sys, edm
+space = edm.space()
+print(*(space.start_addr <= numpy.ones(n).ctypes.data < space.end_addr for n in (100, 10000, 1000000)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ([], "False False True"),
+        (["--numpy-threshold", "64K"], "False True True"),
+        (["--no-numpy"], "False False False"),
+    ],
+)
+def test_large_arrays_of_numpy_live_in_the_space_unless_told_otherwise(run, options, where):
+    pytest.importorskip("numpy")
+    ended = run(*EDM_RUN, *options, "-c", WHERE)
+    assert (ended.returncode, ended.stdout) == (0, where + "\n")
+
+
+def test_numpy_has_its_arrays_in_the_space_though_the_script_has_an_edm_of_its_own(run, tmp_path):
+    pytest.importorskip("numpy")
+    (tmp_path / "edm.py").write_text("NAME = 'its own'")
+    code = (
+        "import edm, numpy; a = numpy.ones(1_000_000)\n"
+        "maps = [line.split()[0].split('-') for line in open('/proc/self/maps') if 'memfd' in line]\n"
+        "print(edm.NAME, any(int(b, 16) <= a.ctypes.data < int(e, 16) for b, e in maps))"
+    )
+    (tmp_path / "script.py").write_text(code)
+    ended = run(*EDM_RUN, tmp_path / "script.py")
+    assert (ended.returncode, ended.stdout) == (0, "its own True\n")
+
+
+def test_what_keeps_edm_from_starting_is_told_in_one_line_with_status_2(run):
+    ended = run(*EDM_RUN, "--disk", "/nowhere/disk", "-c", "print('started')")
+    assert ended.returncode == 2 and ended.stdout.count("\n") == 1, ended.stdout
+    assert ended.stdout.startswith("python -m edm run: error: ") and "/nowhere/disk" in ended.stdout
+
+
+def test_starting_and_ending_takes_at_most_three_tenths_of_a_second_more_than_plain_python(run):
+    def seconds(*command):
+        began = time.monotonic()
+        assert run(*command).returncode == 0
+        return time.monotonic() - began
+
+    plain = min(seconds(sys.executable, "-c", "pass") for _ in range(5))
+    assert min(seconds(*EDM_RUN, "-c", "pass") for _ in range(5)) < plain + 0.3
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def test_with_dms_1_rank_0_serves_and_the_others_run_the_program(mpirun):
+    code = "import edm; print(f'instance {edm.space().instance}\\n', end='')"  # in one write
+    ended = mpirun(*EDM_RUN[1:], "--dms", "1", "-c", code, ranks=3)
+    assert ended.returncode == 0, ended.stdout
+    assert sorted(re.findall(r"instance (\d)", ended.stdout)) == ["0", "1"]
+
+
+def test_without_dms_each_rank_runs_the_program_which_may_use_mpi(mpirun):
+    code = (
+        "from mpi4py import MPI; import edm; a = edm.space().mmap(64 << 20); a[::4096] = b'x' * 16384\n"
+        "w = MPI.COMM_WORLD; print(f'{w.rank} of {w.size}, {w.allreduce(a[4096])}\\n', end='')"
+    )
+    ended = mpirun(*EDM_RUN[1:], "-c", code, ranks=2)
+    assert sorted(ended.stdout.split("\n")) == ["", "0 of 2, 240", "1 of 2, 240"], ended.stdout
+
+
+# ---------------------------------------------------------------- what it tells of itself
+
+
+def test_stats_prints_one_table_at_the_end(run):
+    ended = run(*EDM_RUN, "--stats", "-c", WORK + "; print('last words')")
+    words, title, *rows = ended.stdout.splitlines()
+    assert words == "last words" and title.startswith("EDM, INSTANCE_0: ")
+    figures = {row[:12].strip(): row[12:] for row in rows}
+    assert re.fullmatch(
+        r" \d+: \d+ first accesses, \d+ refetches, \d+ first writes", figures["faults"]
+    )
+    for name, pattern in {
+        "latency": r"\d+ µs median, \d+ µs 99th",
+        "waiting": r"\d+\.\d\d s",
+        "evictions": r"\d+ pages with their bytes, \d+ clean",
+        "to the DMS": r"\d+ \wiB",
+        "from it": r"\d+.* \wiB",
+        "resident": r"(\d+) MiB at most",
+    }.items():
+        assert re.search(pattern, figures[name]), (name, figures)
+    assert int(re.search(r"(\d+) MiB at most", figures["resident"])[1]) <= 16
+
+
+PROGRESS = r"resident [\d.]+ \w+, on the DMS [\d.]+ \w+, \d+ faults/s, \d+ evictions/s"
+
+
+def test_progress_is_a_live_line_on_a_terminal_and_nothing_elsewhere(run):
+    code = (
+        WORK + "; import time; t = time.time()\nwhile time.time() < t + 0.7: a[:] = bytes(len(a))"
+    )
+    output = on_a_terminal(*EDM_RUN, "--progress", "-c", code)
+    lines = output.split("\r\x1b[K")
+    assert len(lines) > 2 and all(re.fullmatch(PROGRESS, line) for line in lines[1:-1]), output
+    assert lines[-1] == ""
+    assert run(*EDM_RUN, "--progress", "-c", code).stdout == ""
+
+
+# ---------------------------------------------------------------- other processes, other rights
+
+
+def test_a_forked_child_fails_cleanly_and_spawned_ones_work(run):
+    ended = run(*EDM_RUN, PROGRAMS / "processes.py")
+    assert ended.returncode == 0 and "processes SUCCESS" in ended.stdout, ended.stdout
+
+
+def test_where_system_calls_may_not_fault_the_error_says_so_once(run, tmp_path):
+    ended = run(sys.executable, PROGRAMS / "user_mode.py", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stdout.count("OSError: [Errno 14] Bad address") == 2, ended.stdout
+    assert ended.stdout.count("vm.unprivileged_userfaultfd=1") == 1, ended.stdout
