@@ -1,4 +1,4 @@
-"""python -m bench: every system in turn, several times; a table of medians, and a chart.
+"""python -m bench: every system in turn, several times; tables of medians, and a chart.
 
 Needs a C compiler; for the kernel's swap and the mapped file, root and memory cgroups.
 """
@@ -7,36 +7,54 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
-import platform
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 from bench.chart import bar_chart
-from bench.stages import stage_table
-from bench.system import FLOORS, PATTERNS
+from bench.system import (
+    EDM,
+    MAPPED,
+    OVER_MPI,
+    POLL,
+    SPIN,
+    SWAP,
+    SWAP_4,
+    SYSTEMS,
+    Load,
+    core_seconds,
+)
+from bench.table import machine, medians, section
 
 HERE = Path(__file__).parent
-EDM = "EDM"
-ORIGINALS_WAY = "EDM, original's way"
-SLOW_PART = 4  # it takes so long that it gets a quarter of the memory, and of the resident memory
-SYSTEMS = (EDM, "EDM, disk in /dev/shm", "swap", "mapped file", *FLOORS, ORIGINALS_WAY)
+SIZES = ((512, 128), (6144, 1536))  # MiB of memory, and of it resident
+WARM = 16384  # MiB touched before a run, at most
+KILLED = 5  # tries: in a small cgroup the kernel may find no page that can leave at once, and kills
+STARTS = 7  # of the program of ten lines, with EDM and without
+PROGRAM = """
+import math
+def is_prime(n):
+    for divisor in range(2, math.isqrt(n) + 1):
+        if n % divisor == 0:
+            return False
+    return n > 1
+primes = [n for n in range(1000) if is_prime(n)]
+assert len(primes) == 168
+assert primes[-1] == 997
+"""
 
 
-def build(folder: Path) -> Path:
-    library = folder / "workload.so"
-    source = HERE / "workload.c"
-    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-lm", "-lpthread"],
-                   check=True)  # fmt: skip
-    return library
+# ---------------------------------------------------------------- running a system
 
 
 @contextlib.contextmanager
@@ -62,184 +80,154 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def swap_file(folder: Path, size: int) -> Iterator[None]:
-    path = folder / "swap"
-    with open(path, "wb") as file:
-        os.chmod(path, 0o600)
-        file.writelines(bytes(1 << 20) for _ in range(size >> 20))
-    try:
+def swap_file(path: Path, size: int) -> Iterator[None]:
+    """The kernel swaps to this file, of size MiB, which stays for the next run."""
+    if not path.exists():
+        with open(path, "wb") as file:
+            os.chmod(path, 0o600)
+            file.writelines(bytes(1 << 20) for _ in range(size))
         subprocess.run(["mkswap", path], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(["swapon", path], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run(["swapoff", path], check=True)
+    subprocess.run(["swapon", path], check=True)
+    try:
+        yield
     finally:
-        path.unlink()
+        subprocess.run(["swapoff", path], check=True)
 
 
-def command(system: str, args: argparse.Namespace, library: Path, folder: Path) -> list[object]:
-    """What runs one system once, but for its cgroup."""
-    part = SLOW_PART if system == ORIGINALS_WAY else 1
-    python = [
-        sys.executable, "-m", "bench.system", system, "--library", library,
-        "--size", args.size // part, "--resident", args.resident // part,
-        "--random", args.random, "--limit", args.limit,
-    ]  # fmt: skip
-    if not system.startswith(EDM):
-        return [*python, "--disk", folder / "mapped"]
-    own = Path(sys.prefix) / "bin" / "mpirun"
-    mpirun = own if own.exists() else "mpirun"
-    disk = Path("/dev/shm") if "shm" in system else folder
-    return [mpirun, "-n", 2, *python, "--disk", disk / f"edm-bench-{os.getpid()}"]
+def mpirun() -> str | None:
+    """The path of mpirun: the one of this Python's environment, else the one on PATH."""
+    return shutil.which("mpirun", path=f"{sys.prefix}/bin:{os.environ['PATH']}")
 
 
-def run_once(
-    system: str, args: argparse.Namespace, library: Path, folder: Path, *more: str
-) -> dict:
-    """One run of one system: its results, those of its processes together."""
-    words = [*command(system, args, library, folder), *more]
+def run_once(system: str, load: Load, folder: Path) -> dict:
+    """One run of one system: what bench/system.py prints."""
+    described = json.dumps(dataclasses.asdict(load))
+    words = [sys.executable, "-m", "bench.system", system, described, folder / "workload.so"]
+    environment = {
+        **os.environ, "TMPDIR": str(folder),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }  # fmt: skip
     with contextlib.ExitStack() as stack:
-        if system in ("swap", "mapped file"):
-            group = stack.enter_context(memory_cgroup((args.resident << 20) + (1 << 20)))
-            words += ["--cgroup", group]
-            if system == "swap":
-                stack.enter_context(swap_file(folder, (args.size + 64) << 20))
-        environment = {
-            **os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        }  # fmt: skip
-        ended = subprocess.run(
-            [str(word) for word in words], env=environment, cwd=HERE.parent, text=True,
-            stdout=subprocess.PIPE, timeout=300, check=True,
-        )  # fmt: skip
-    for path in (folder / "mapped", *folder.glob("edm-bench-*"),
-                 *Path("/dev/shm").glob(f"edm-bench-{os.getpid()}*")):  # fmt: skip
-        path.unlink(missing_ok=True)
-    result: dict = {"cpu": {}}
-    for text in ended.stdout.split("RESULT ")[1:]:  # two ranks' lines may come as one
-        part, _ = json.JSONDecoder().raw_decode(text)
-        result["cpu"] |= part.pop("cpu")
-        result |= part
-    return result
+        if system == OVER_MPI:
+            words = [mpirun(), "-n", "2", *words]
+        elif system in (SWAP, SWAP_4, MAPPED):
+            own = (1 << 20) + 4 * load.pages  # the process's own memory, with the versions
+            words.append(stack.enter_context(memory_cgroup((load.resident << 20) + own)))
+        if system in (SWAP, SWAP_4):
+            stack.enter_context(swap_file(folder / f"swap-{load.size}", load.size + 64))
+        for _ in range(KILLED):
+            ended = subprocess.run(
+                words, env=environment, cwd=HERE.parent, stdout=subprocess.PIPE, timeout=300,
+                check=False,
+            )  # fmt: skip
+            if ended.returncode != -signal.SIGKILL or system not in (SWAP, SWAP_4):
+                break
+            print(f"{system}: killed by the kernel; once more", file=sys.stderr)
+    ended.check_returncode()
+    return json.loads(ended.stdout)
+
+
+def available() -> int:
+    """MiB of memory that programs can still have: proc(5), "MemAvailable"."""
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":") for line in file)
+    return int(lines["MemAvailable"].split()[0]) >> 10
 
 
 def warm(size: int) -> None:
-    """Touch and free size MiB: a hypervisor may have taken free memory back, and giving it again
+    """Touch and free so many MiB: a hypervisor may have taken free memory back, and giving it again
     costs a page many times as much as the kernel's own work (14 µs for 3 were seen)."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    memory = mmap.mmap(-1, size << 20, flags=flags)
-    memory.close()
+    mmap.mmap(-1, min(size, WARM, available() * 3 // 4) << 20, flags=flags).close()
 
 
-def why_not(system: str) -> str:
-    """Why a system can't be run here; "" if it can."""
-    if system not in ("swap", "mapped file"):
-        return ""
-    if os.geteuid():
+def why_not(system: str, size: int, folder: Path) -> str:
+    """Why a system can't be run here with size MiB; "" if it can."""
+    if system in (SWAP, SWAP_4, MAPPED) and os.geteuid():
         return "needs root, for a memory cgroup"
-    if system == "swap" and not shutil.which("swapon"):
+    if system in (SWAP, SWAP_4) and not shutil.which("swapon"):
         return "there is no swapon"
-    return ""
+    if system == OVER_MPI and not mpirun():
+        return "there is no mpirun"
+    needed = 2 * size + 1024  # the swap file stays; the floor has each page twice
+    what, free = "disk in /var/tmp", shutil.disk_usage(folder).free >> 20
+    if system in (POLL, SPIN):
+        what, free = "memory", available()
+    return f"needs {needed} MiB of {what}, {free} are free" if free < needed else ""
 
 
-def medians(runs: list[dict]) -> dict:
-    return {
-        pattern: {
-            key: statistics.median(run["patterns"][pattern][key] for run in runs)
-            for key in ("us", "longest_ms", "stolen_ms")
-        }
-        for pattern in PATTERNS
-    }
+def start_up(folder: Path) -> float:
+    """Seconds that a program of ten lines takes longer with EDM: medians, in turn."""
+    plain = [sys.executable, "-c", PROGRAM]
+    edm = [sys.executable, "-m", "edm", "run", "--resident", "64M", "-c", PROGRAM]
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(2 * STARTS):
+        with_edm = number % 2 == 1
+        began = time.perf_counter()
+        subprocess.run(edm if with_edm else plain, cwd=folder, check=True)
+        taken[with_edm].append(time.perf_counter() - began)
+    return median(taken[True]) - median(taken[False])
 
 
-def machine() -> str:
-    with open("/proc/cpuinfo") as file:
-        models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return (
-        f"{os.cpu_count()} cores ({models[0] if models else platform.machine()}), "
-        f"Linux {platform.release()}, Python {platform.python_version()}"
-    )
+# ---------------------------------------------------------------- the command
 
 
-def table(
-    args: argparse.Namespace,
-    found: dict[str, list[dict]],
-    skipped: dict[str, str],
-    stages: dict[str, dict],
-) -> str:
-    middle = {system: medians(runs) for system, runs in found.items()}
-    lines = [
-        f"{args.size} MiB of memory, {args.resident} MiB of it resident; medians, in turn, of",
-        f"{args.rounds} runs of each; {machine()}; {time.strftime('%Y-%m-%d')}.",
-        "",
-        "µs an access (a whole page in the sequential patterns, one word of a page in the others);",
-        f"in brackets, how many times as fast EDM is. The original's way: a 1/{SLOW_PART} of all sizes.",
-        "",
-        "| | " + " | ".join(PATTERNS) + " |",
-        "|---" * (len(PATTERNS) + 1) + "|",
-    ]
-    for system, patterns in middle.items():
-        cells = []
-        for pattern in PATTERNS:
-            us, own = patterns[pattern]["us"], middle[EDM][pattern]["us"]
-            cells.append(f"{us:.2f}" + ("" if system == EDM else f" ({us / own:.2f}×)"))
-        lines.append(f"| {system} | " + " | ".join(cells) + " |")
-    lines += [
-        f"| {system} | {why} |" + " |" * (len(PATTERNS) - 1) for system, why in skipped.items()
-    ]
-    lines += ["", "Longest single access, ms; in brackets, what the hypervisor took of the cores"]
-    lines += ["(steal) while the pattern ran:", "", "| | " + " | ".join(PATTERNS) + " |"]
-    lines.append("|---" * (len(PATTERNS) + 1) + "|")
-    for system, patterns in middle.items():
-        found_of = (patterns[p] for p in PATTERNS)
-        cells = [f"{f['longest_ms']:.1f} ({f['stolen_ms']:.0f})" for f in found_of]
-        lines.append(f"| {system} | " + " | ".join(cells) + " |")
-    lines += ["", "CPU seconds of each process, all patterns together:", ""]
-    for system, runs in found.items():
-        cpu = {k: statistics.median(run["cpu"][k] for run in runs) for k in runs[0]["cpu"]}
-        lines.append(f"- {system}: " + ", ".join(f"{k} {v:.1f}" for k, v in sorted(cpu.items())))
-    lines += [
-        "",
-        "Where the pager's time goes, in a run with timers (each costs a microsecond or two): for",
-        "the DM-Handler µs a fault, for LPET µs an evicted page.",
-        "",
-        stage_table(stages),
-    ]
-    return "\n".join(lines) + "\n"
+def measure(
+    load: Load, systems: list[str], rounds: int, folder: Path
+) -> tuple[dict[str, list[dict]], str]:
+    """Every system in turn, rounds times: {system: its runs}, and what the neighbours took."""
+    found: dict[str, list[dict]] = {system: [] for system in systems}
+    at_start, began, (_, stolen) = os.getloadavg()[0], time.monotonic(), core_seconds()
+    for number in range(rounds):
+        for system, runs in found.items():
+            run_began = time.monotonic()
+            warm(4 * load.size)
+            runs.append(run_once(system, load, folder))
+            taken = time.monotonic() - run_began
+            print(f"{load.size} MiB, round {number + 1}: {system}: {taken:.1f} s", file=sys.stderr)
+    of_all = (time.monotonic() - began) * (os.cpu_count() or 1)
+    share = 100 * (core_seconds()[1] - stolen) / of_all
+    return found, f"load average {at_start:.2f} at the start, steal {share:.1f} %"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=1024, help="MiB of memory (1024)")
-    parser.add_argument("--resident", type=int, default=128, help="MiB of it resident (128)")
+    sizes = ", then ".join(f"{size} and {resident}" for size, resident in SIZES)
+    parser.add_argument("--size", type=int, help=f"MiB of memory ({sizes} resident)")
+    parser.add_argument("--resident", type=int, help="MiB of it resident (a quarter of --size)")
     parser.add_argument("--random", type=int, default=30000, help="random accesses (30000)")
-    parser.add_argument("--limit", type=int, default=2, help="seconds a pattern at most (2)")
+    parser.add_argument("--limit", type=float, default=3, help="seconds a pattern at most (3)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system (3)")
     parser.add_argument("--only", action="append", choices=SYSTEMS, help="this system (repeat)")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="a folder")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleaning up
+    chosen = ((args.size, args.resident or args.size // 4),) if args.size else SIZES
     wanted = args.only or SYSTEMS
-    skipped = {system: why for system in wanted if (why := why_not(system))}
-    found: dict[str, list[dict]] = {system: [] for system in wanted if system not in skipped}
+    sections, raw, charted = [], {}, None
     with tempfile.TemporaryDirectory(prefix="edm-bench-", dir="/var/tmp") as name:
         folder = Path(name)
-        library = build(folder)
-        for number in range(args.rounds):
-            for system, runs in found.items():
-                warm(4 * args.size)
-                began = time.monotonic()
-                runs.append(run_once(system, args, library, folder))
-                taken = time.monotonic() - began
-                print(f"round {number + 1}: {system}: {taken:.1f} s", file=sys.stderr)
-        stages = run_once(EDM, args, library, folder, "--stages")["pager"]
-    (args.output).mkdir(exist_ok=True)
-    (args.output / "raw.json").write_text(json.dumps(found, indent=1))
-    if EDM in found:
-        text = table(args, found, skipped, stages)
-        (args.output / "table.md").write_text(text)
-        print(text)
-        middle = {system: medians(runs) for system, runs in found.items()}
-        (args.output / "chart.svg").write_text(bar_chart(middle, machine()))
+        subprocess.run(
+            ["cc", "-O2", "-shared", "-fPIC", "-o", folder / "workload.so", HERE / "workload.c",
+             "-lm", "-lpthread"], check=True,
+        )  # fmt: skip
+        started = start_up(folder) if EDM in wanted else 0.0
+        for size, resident in chosen:
+            load = Load(size, resident, args.random, args.limit)
+            skipped = {s: why for s in wanted if (why := why_not(s, size, folder))}
+            systems = [system for system in wanted if system not in skipped]
+            found, neighbours = measure(load, systems, args.rounds, folder)
+            (folder / f"swap-{size}").unlink(missing_ok=True)
+            middle = {system: medians(runs) for system, runs in found.items()}
+            sections.append(section(load, args.rounds, middle, skipped, neighbours, started))
+            raw[size] = found
+            charted = charted or {system: m["us"] for system, m in middle.items()}
+    args.output.mkdir(exist_ok=True)
+    (args.output / "raw.json").write_text(json.dumps(raw, indent=1))
+    (args.output / "table.md").write_text("\n".join(sections))
+    print("\n".join(sections))
+    if charted:
+        (args.output / "chart.svg").write_text(bar_chart(charted, machine()))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from html import escape
 
-COLOURS = ("#2f6f4f", "#6aa884", "#c8813c", "#e0b070", "#55627a", "#8290a8", "#a9b4c6", "#c9d0dc",
-           "#b04a4a")  # fmt: skip
+COLOURS = ("#2f6f4f", "#6aa884", "#a5d0b6", "#c8813c", "#e0b070", "#b04a4a", "#55627a", "#a9b4c6")
 
 
-def bar_chart(medians: dict[str, dict[str, dict[str, float]]], machine: str) -> str:
-    """A group of bars for each pattern, a bar for each system: µs an access, logarithmic."""
-    systems = list(medians)
-    patterns = list(next(iter(medians.values())))
+def bar_chart(us: dict[str, dict[str, float]], machine: str) -> str:
+    """A group of bars for each pattern, a bar for each system: us[system][pattern], logarithmic."""
+    systems = list(us)
+    patterns = list(next(iter(us.values())))
     bar, gap, left, top, height = 16, 26, 60, 70, 300
     group = bar * len(systems) + gap
     width = left + group * len(patterns) + 20
-    values = [medians[s][p]["us"] for s in systems for p in patterns]
+    values = [us[s][p] for s in systems for p in patterns]
     low = 10 ** math.floor(math.log10(min(values)))
     high = 10 ** math.ceil(math.log10(max(values)))
 
@@ -39,7 +38,7 @@ def bar_chart(medians: dict[str, dict[str, dict[str, float]]], machine: str) -> 
     for g, pattern in enumerate(patterns):
         x = left + g * group + gap / 2
         for index, system in enumerate(systems):
-            value = medians[system][pattern]["us"]
+            value = us[system][pattern]
             parts.append(
                 f'<rect x="{x + index * bar:.1f}" y="{y(value):.1f}" width="{bar - 2}" '
                 f'height="{top + height - y(value):.1f}" fill="{COLOURS[index % len(COLOURS)]}">'

@@ -1,184 +1,187 @@
-"""One system of the benchmark, in a process of its own: python -m bench.system NAME OPTIONS.
+"""One system of the benchmark, in a process of its own.
 
-Prints one line of JSON: a result for every pattern, and what else the system knows of itself.
+    python -m bench.system SYSTEM LOAD LIBRARY [CGROUP]
+
+In the picture: __main__.py starts one for each row and round. The files that a system makes are in
+$TMPDIR, without a name.
+
+Interface: LOAD is a Load as JSON, LIBRARY is workload.c's, CGROUP a folder to enter first. Prints
+one line of JSON: "patterns" has the figures of each pattern, "pager" those of EDM's processes.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import json
 import mmap
 import os
-import resource
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from bench.stages import Stages
-
-PAGE = 4096
 PATTERNS = ("seq write", "seq read", "random read", "random write", "zipf", "strided")
-FLOORS = {  # pages a fault, and whether the handler spins
-    "C floor, poll": (1, 0),
-    "C floor, spin": (1, 1),
-    "C floor, poll, 16": (16, 0),
-    "C floor, spin, 16": (16, 1),
-}
-# What the original does: a page at a time, every evicted page sent, its whole LSPT looked through.
-ORIGINAL = {"readahead": 1, "evict_batch": 1, "clean_tracking": False}
+EDM, EDM_4, OVER_MPI = "EDM", "EDM, 4 threads", "EDM over MPI"
+SWAP, SWAP_4, MAPPED = "swap", "swap, 4 threads", "mapped file"
+POLL, SPIN = "C floor, poll", "C floor, spin"
+SYSTEMS = (EDM, OVER_MPI, EDM_4, SWAP, SWAP_4, MAPPED, POLL, SPIN)
+LARGEST_SCAN = 131072  # pages that are read in order, at most
+IDLE = 5  # seconds without a page fault, in which the pager's CPU time is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What every system has to do."""
+
+    size: int  # MiB of memory
+    resident: int  # MiB of it that may be resident
+    random: int  # accesses of a random pattern, at most
+    limit: float  # seconds of a pattern, at most
+
+    @property
+    def pages(self) -> int:
+        return self.size * 256
 
 
 class Result(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("accesses", "nanoseconds", "longest", "wrong")]
 
 
-def library(path: str) -> ctypes.CDLL:
-    lib = ctypes.CDLL(path)
-    u64 = ctypes.c_uint64
-    lib.pattern.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, u64, u64, u64,
-                            ctypes.c_void_p)  # fmt: skip
-    lib.floor_open.argtypes, lib.floor_open.restype = (u64, u64, ctypes.c_int), ctypes.c_void_p
-    lib.floor_forget.argtypes = (u64,)
-    return lib
+class Workload:
+    """workload.c, built as a library at path."""
+
+    def __init__(self, system: str, load: Load, path: str) -> None:
+        self._system, self._load, self._lib = system, load, ctypes.CDLL(path)
+        u64, pointer, integer = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int
+        arguments = (integer, integer, pointer, pointer, u64, u64, u64, pointer)
+        self._lib.pattern.argtypes = arguments
+        self._lib.floor_open.argtypes, self._lib.floor_open.restype = (u64, integer), pointer
+        self._lib.floor_forget.argtypes = (u64,)
+
+    def open_floor(self) -> int:
+        """The address of memory whose faults a thread in C answers."""
+        base = self._lib.floor_open(self._load.pages, self._system == SPIN)
+        if not base:
+            sys.exit("the floor could not be opened")
+        return base
+
+    def forget(self, pattern: str) -> None:
+        """Let the floor's pages leave before a pattern, as many as the limit on the others asks."""
+        sequential = pattern in ("seq write", "seq read")
+        self._lib.floor_forget(0 if sequential else self._load.size // self._load.resident)
+
+    def measure(self, base: int, before: Callable[[str], object] = lambda pattern: None) -> dict:
+        """Run every pattern on the memory at base, and before(pattern) before each."""
+        load, threads = self._load, 4 if "4 threads" in self._system else 1
+        versions = (ctypes.c_uint32 * load.pages)()
+        most = {
+            "seq write": load.pages, "seq read": min(load.pages, LARGEST_SCAN),
+            "random read": load.random, "random write": load.random, "zipf": 3 * load.random,
+            "strided": min(load.pages // 7, load.random),
+        }  # fmt: skip
+        found = {}
+        for number, pattern in enumerate(PATTERNS):
+            # Everything must be written once, as the other patterns read it; those may be cut off.
+            whole = pattern == "seq write" and "floor" not in self._system
+            limit = 10**12 if whole else int(load.limit * 1e9)
+            before(pattern)
+            r = Result()
+            busy, stolen = core_seconds()
+            self._lib.pattern(number, threads, base, versions, load.pages, most[pattern], limit,
+                              ctypes.byref(r))  # fmt: skip
+            busy_then, stolen_then = core_seconds()
+            if r.wrong:
+                sys.exit(f"{self._system}: {pattern}: {r.wrong} words are wrong")
+            found[pattern] = {
+                "us": r.nanoseconds / r.accesses / 1e3,
+                "seconds": r.nanoseconds / 1e9,
+                "longest_ms": r.longest / 1e6,
+                "stolen_ms": (stolen_then - stolen) * 1e3,
+                "busy": busy_then - busy,
+            }
+        return found
 
 
-def measure(args: argparse.Namespace, base: int, between=lambda pattern: None) -> dict:
-    """Run every pattern on the memory at base."""
-    lib, pages = library(args.library), args.size * 256
-    versions = (ctypes.c_uint32 * pages)()
-    accesses = {
-        "seq write": pages, "seq read": pages, "random read": args.random,
-        "random write": args.random, "zipf": 3 * args.random, "strided": pages // 7,
-    }  # fmt: skip
-    found = {}
-    for number, pattern in enumerate(PATTERNS):
-        # Everything must be written once, as the other patterns read it; the rest may be cut off.
-        limit = 10**12 if pattern == "seq write" and not args.floor else args.limit * 10**9
-        between(pattern)
-        r = Result()
-        stolen = stolen_ms()
-        lib.pattern(number, base, versions, pages, accesses[pattern], limit, ctypes.byref(r))
-        if r.wrong:
-            sys.exit(f"{args.system}: {pattern}: {r.wrong} words are wrong")
-        found[pattern] = {
-            "us": r.nanoseconds / r.accesses / 1e3,
-            "longest_ms": r.longest / 1e6,
-            "stolen_ms": stolen_ms() - stolen,
-            "accesses": r.accesses,
-        }
-    return found
-
-
-def report(args: argparse.Namespace, **found: object) -> None:
-    print("RESULT " + json.dumps({"system": args.system, **found}), flush=True)
-
-
-def stolen_ms() -> float:
-    """Milliseconds that the hypervisor has given to others, of all cores: proc(5), "steal"."""
+def core_seconds() -> tuple[float, float]:
+    """(busy, stolen) seconds of all cores so far: proc(5), /proc/stat. Stolen: the hypervisor has
+    given the core to others."""
     with open("/proc/stat") as file:
-        return int(file.readline().split()[8]) * 1000 / os.sysconf("SC_CLK_TCK")
+        user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    ticks = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + softirq) / ticks, steal / ticks
 
 
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def cpu_seconds(pids: Collection[int]) -> float:
+    """Seconds of a core that these processes have taken: the clocks of clock_getcpuclockid(3)."""
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
 
-def run_floor(args: argparse.Namespace) -> None:
-    lib = library(args.library)
-    batch, spin = FLOORS[args.system]
-    base = lib.floor_open(args.size * 256, batch, spin)
-    if not base:
-        sys.exit("the floor could not be opened")
-    keep = args.size // args.resident
-    random = ("random read", "random write", "zipf", "strided")
-    patterns = measure(args, base, lambda p: lib.floor_forget(keep if p in random else 0))
-    report(args, patterns=patterns, cpu={"all": cpu_seconds()})
+def memory_bytes(pids: Collection[int]) -> int:
+    """Bytes of anonymous and shared memory of these processes. What two share counts twice."""
+    total = 0
+    for pid in pids:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = dict(line.split(":", 1) for line in lines)
+        total += sum(int(status[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+    return total
 
 
-def run_kernel(args: argparse.Namespace) -> None:
+def run_kernel(load: Load, workload: Workload, in_file: bool, cgroup: str) -> dict:
     """Anonymous memory or a mapped file, in a cgroup that allows so much of it."""
-    if args.system == "swap":
-        memory = mmap.mmap(-1, args.size << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if in_file:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(load.size << 20)
+            memory = mmap.mmap(file.fileno(), load.size << 20)
     else:
-        with open(args.disk, "w+b") as file:
-            file.truncate(args.size << 20)
-            memory = mmap.mmap(file.fileno(), args.size << 20)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    library(args.library)  # loaded before the limit counts
-    Path(args.cgroup, "cgroup.procs").write_text(str(os.getpid()))
-    report(args, patterns=measure(args, base), cpu={"all": cpu_seconds()})
+        memory = mmap.mmap(-1, load.size << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    Path(cgroup, "cgroup.procs").write_text(str(os.getpid()))
+    return {"patterns": workload.measure(ctypes.addressof(ctypes.c_char.from_buffer(memory)))}
 
 
-def run_edm(args: argparse.Namespace) -> None:
+def run_edm(load: Load, workload: Workload, with_pager: bool) -> None:
     import edm
 
-    settings = dict(ORIGINAL) if args.system == "EDM, original's way" else {}
-    known = {setting.name for setting in dataclasses.fields(edm.Config)}
-    config = edm.Config(
-        high_threshold=args.resident * 256,
-        disk=args.disk,
-        **{name: value for name, value in settings.items() if name in known},
-    )
-
-    stages = Stages()
-    if args.stages:
-        library_of_run = sys.modules[edm.run.__module__]
-        make_pager = library_of_run._make_pager
-
-        def make_pager_with_stages(*arguments: object) -> object:
-            stages.install()
-            return make_pager(*arguments)
-
-        library_of_run._make_pager = make_pager_with_stages
-
     def app(space: edm.Space) -> None:
-        area = space.mmap(args.size << 20)
+        area = space.mmap(load.size << 20)
         base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-        looks: list[tuple[dict, list[float]]] = []
+        if with_pager:
+            figures = space.figures()
+            pids = {figures[key] for key in ("pager_pid", "lpet_pid")}
+            found = measure_pager(pids, lambda: workload.measure(base))
+        else:
+            found = {"patterns": workload.measure(base)}
+        print(json.dumps(found), flush=True)
 
-        def between(_: str = "") -> None:
-            looks.append((space.figures(), stages.seconds()))
-
-        patterns = measure(args, base, between)
-        between()
-        each = {
-            name: {
-                "figures": {k: v - was[k] for k, v in now.items() if isinstance(v, int)},
-                "seconds": [t - u for t, u in zip(then, before, strict=True)],
-            }
-            for name, (was, before), (now, then) in zip(
-                PATTERNS, looks[:-1], looks[1:], strict=True
-            )
-        }
-        report(args, patterns=patterns, pager=each, cpu={"application": cpu_seconds()})
-
-    edm.run(app, config)
-    role = "DMS" if "edm.dms" in sys.modules else "pager"
-    report(args, cpu={role: cpu_seconds()})
+    edm.run(app, edm.Config(high_threshold=load.resident * 256))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("system")
-    parser.add_argument("--library", required=True)
-    parser.add_argument("--size", type=int, required=True)
-    parser.add_argument("--resident", type=int, required=True)
-    parser.add_argument("--random", type=int, required=True)
-    parser.add_argument("--limit", type=int, required=True)
-    parser.add_argument("--disk")
-    parser.add_argument("--stages", action="store_true", help="time the pager's stages")
-    parser.add_argument("--cgroup")
-    args = parser.parse_args()
-    args.floor = args.system in FLOORS
-    if args.floor:
-        run_floor(args)
-    elif args.system in ("swap", "mapped file"):
-        run_kernel(args)
+def measure_pager(pids: Collection[int], measure: Callable[[], dict]) -> dict:
+    """What measure finds, and what EDM's processes take: memory, and CPU time when idle."""
+    at_start = memory_bytes(pids)
+    patterns = measure()
+    at_end = memory_bytes(pids)
+    time.sleep(1)  # LPET may be at work still
+    before = cpu_seconds(pids)
+    time.sleep(IDLE)
+    idle = (cpu_seconds(pids) - before) / IDLE
+    return {
+        "patterns": patterns,
+        "pager": {"at_start": at_start, "at_end": at_end, "idle_percent": 100 * idle},
+    }
+
+
+def main(system: str, load: str, library: str, cgroup: str = "") -> None:
+    todo = Load(**json.loads(load))
+    workload = Workload(system, todo, library)
+    if system.startswith("EDM"):
+        run_edm(todo, workload, system == EDM)
+    elif cgroup:
+        print(json.dumps(run_kernel(todo, workload, system == MAPPED, cgroup)))
     else:
-        run_edm(args)
+        print(json.dumps({"patterns": workload.measure(workload.open_floor(), workload.forget)}))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 /* What every system of the benchmark does, so that only the memory under it differs; and the floor.
  *
- * Built as a shared library; run.py calls it with the address of the memory. One call is one
+ * Built as a shared library; system.py calls it with the address of the memory. One call is one
  * pattern: it takes its accesses, checks what it reads, and fills in a result.
  *
  * A page's content: its word w (of 512) is (page * 512 + w) ^ version(page) << 40; the versions live
@@ -42,7 +42,7 @@ static uint64_t mix(uint64_t x)
 	return x ^ x >> 29;
 }
 
-static uint64_t seed = 88172645463325252UL;
+static __thread uint64_t seed;
 static uint64_t dice(void)
 {
 	seed ^= seed << 13;
@@ -98,15 +98,26 @@ static uint64_t zipf(uint64_t pages)
 
 enum { SEQ_WRITE, SEQ_READ, RANDOM_READ, RANDOM_WRITE, ZIPF, STRIDED };
 
-/* Take up to `most` accesses, or for at most `limit` nanoseconds. */
-void pattern(int which, char *base, uint32_t *version, uint64_t pages, uint64_t most, uint64_t limit,
-	     struct result *result)
+struct part {
+	int which;
+	char *base;
+	uint32_t *version;
+	uint64_t pages, most, limit, seed;
+	struct result r;
+};
+
+/* One thread's part of a pattern: up to `most` accesses, or for at most `limit` nanoseconds. */
+static void *run(void *argument)
 {
+	struct part *part = argument;
+	char *base = part->base;
+	uint32_t *version = part->version;
+	uint64_t pages = part->pages, began = now(), before = began;
 	struct result r = { 0 };
-	uint64_t began = now(), before = began;
-	while (r.accesses < most && before - began < limit) {
+	seed = part->seed;
+	while (r.accesses < part->most && before - began < part->limit) {
 		uint64_t n = r.accesses++, page;
-		switch (which) {
+		switch (part->which) {
 		case SEQ_WRITE:
 			version[n] = (version[n] + 0x10000U) & 0xFFFF0000U;
 			write_page(base, version, n);
@@ -137,15 +148,44 @@ void pattern(int which, char *base, uint32_t *version, uint64_t pages, uint64_t 
 			r.longest = after - before;
 		before = after;
 	}
-	r.nanoseconds = before - began;
-	*result = r;
+	part->r = r;
+	return 0;
+}
+
+/* Run a pattern in so many threads, at most 4, each on its own part of the memory. The caller is one
+ * of them. The result: all accesses, the time until the last thread ended, the longest access. */
+void pattern(int which, int threads, char *base, uint32_t *version, uint64_t pages, uint64_t most,
+	     uint64_t limit, struct result *result)
+{
+	struct part part[4];
+	pthread_t thread[4];
+	struct result all = { 0 };
+	uint64_t began = now(), share = pages / threads;
+	for (int i = threads - 1; i >= 0; i--) {
+		part[i] = (struct part){ which, base + i * share * PAGE, version + i * share, share,
+					 most / threads, limit, mix(1 + which * 4 + i), { 0 } };
+		if (i == 0)
+			run(&part[i]);
+		else if (pthread_create(&thread[i], 0, run, &part[i]))
+			abort();
+	}
+	for (int i = 0; i < threads; i++) {
+		if (i > 0)
+			pthread_join(thread[i], 0);
+		all.accesses += part[i].r.accesses;
+		all.wrong += part[i].r.wrong;
+		if (part[i].r.longest > all.longest)
+			all.longest = part[i].r.longest;
+	}
+	all.nanoseconds = now() - began;
+	*result = all;
 }
 
 /* ---------------------------------------------------------------- the floor: a pager in C */
 
 static struct {
 	char *base, *local;
-	uint64_t pages, batch;
+	uint64_t pages;
 	int fd, spin;
 } floor_;
 
@@ -159,11 +199,10 @@ static void *handler(void *unused)
 		if (read(floor_.fd, &m, sizeof m) != sizeof m)
 			continue;
 		uint64_t page = (m.arg.pagefault.address - (uintptr_t)floor_.base) / PAGE;
-		uint64_t count = floor_.pages - page < floor_.batch ? floor_.pages - page : floor_.batch;
 		struct uffdio_copy c = {
 			.dst = (uintptr_t)floor_.base + page * PAGE,
 			.src = (uintptr_t)floor_.local + page * PAGE,
-			.len = count * PAGE,
+			.len = PAGE,
 		};
 		if (ioctl(floor_.fd, UFFDIO_COPY, &c)) {
 			struct uffdio_range w = { c.dst, PAGE };
@@ -174,7 +213,7 @@ static void *handler(void *unused)
 }
 
 /* Memory whose faults one thread answers from `local`. Returns its address, or 0. */
-char *floor_open(uint64_t pages, uint64_t batch, int spin)
+char *floor_open(uint64_t pages, int spin)
 {
 	struct uffdio_api api = { .api = UFFD_API };
 	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
@@ -182,7 +221,7 @@ char *floor_open(uint64_t pages, uint64_t batch, int spin)
 	floor_.fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 	if (floor_.fd < 0 || ioctl(floor_.fd, UFFDIO_API, &api))
 		return 0;
-	floor_.pages = pages, floor_.batch = batch, floor_.spin = spin;
+	floor_.pages = pages, floor_.spin = spin;
 	int memfd = memfd_create("floor", 0);
 	if (ftruncate(memfd, pages * PAGE))
 		return 0;
