@@ -61,7 +61,7 @@ TYPE_CHECKING = False  # for type checkers it is true; typing takes long to impo
 if TYPE_CHECKING:
     from typing import Any
 
-AGE = 2  # generations: see the top; 1 and 3 fetch more pages with a zipf workload
+AGE = 2  # generations: the design's figure, half of a turnover; others were not tried
 GRACE = 5.0  # seconds
 SHORTEST_REST, LONGEST_REST = 0.02, 1.0  # seconds between two tries of what was refused
 SETTLE = 100e-6  # seconds between two looks at pages that somebody else has in its hands

@@ -62,7 +62,7 @@ PART = 4096  # pages
 QUARTERS = 4  # generations in one turnover of high_threshold pages
 SMALL = 1024  # with no higher high_threshold, LPET follows the wiki's algorithm to the letter
 # A page that comes back within so many generations after it left counts as if it had come so much
-# later. Measured with a zipf workload: see lpet.py.
+# later. The figures are the design's proposal; others were not tried.
 SOON, LONGER = 2 * QUARTERS, QUARTERS
 
 # Tables for `leaving`: 2 for a state that is to leave, 1 for a hole, 0 for what stays as it is.

@@ -266,7 +266,7 @@ class Userfaultfd:
 
 # ---------------------------------------------------------------- other system calls
 
-PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
+PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_FIXED_NOREPLACE = 0x01, 0x100000
 MADV_DONTFORK = 10
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
