@@ -3,16 +3,9 @@
 import importlib
 
 __all__ = [
-    "PAGE_SIZE",
-    "Config",
-    "Space",
-    "main",
-    "numpy_allocator",
-    "parse_arguments",
-    "run",
-    "space",
+    "PAGE_SIZE", "Config", "Space", "main", "numpy_allocator", "parse_arguments", "run", "space",
     "start",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -16,9 +16,8 @@ def main() -> None:
     from edm import doctor
 
     parser = argparse.ArgumentParser(prog="python -m edm")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("run", help="run a program with more memory; see: run --help")
-    commands.add_parser("doctor", help="tell whether EDM can run on this machine")
+    what = "run a program with more memory (see: run --help), or tell whether EDM can run here"
+    parser.add_argument("command", choices=("run", "doctor"), help=what)
     parser.parse_args()
     sys.exit(doctor.main())
 

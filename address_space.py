@@ -7,21 +7,23 @@ memory.
 
 Interface: for the application, Space: mmap, munmap, sync, and to look at itself: areas, locations,
 figures. For numpy_mem_handler.py: allocate, allocated and release. For edm.py: Space makes everything
-ready, close ends it; spawn_pager starts a pager on this machine. For pager.py: the messages.
+ready, close ends it; spawn_pager starts a pager on this machine. For the pager, here or in a rank:
+receive_hello, and send_ready or send_refusal.
 
 The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
-with userfaultfd. Areas are bookkeeping of this process: mapping one calls nobody but tells the pager,
-which reads ahead within areas only. Freeing one makes its pages NEW, here and in the store. So
+with userfaultfd. Areas are bookkeeping of this process (Gaps): mapping one calls nobody but tells the
+pager, which reads ahead within areas only. Freeing one makes its pages NEW, here and in the store. So
 touching an area after munmap gives zeros, or the next area's bytes; it is not caught.
 
 Behind the space, the memfd has the mailbox by which this process calls the pager. The addresses of an
-area that was freed are used again when the pager has said there that its pages are.
+area that was freed are a gap again when the pager has said there that its pages are free.
 
 Rules: any thread of the application may call Space; one call that is answered at a time (`_lock`). A
 signal handler that calls it in the midst of another call gets a RuntimeError. An allocator is called
 in the midst of anything, even of one of these methods, by a garbage collection: so allocate gives up
-rather than wait for its own thread, and release leaves it to that. A process that the application
-forks has no space (MADV_DONTFORK: touching it is a SIGSEGV) and can't reach the pager.
+rather than wait for its own thread, and release leaves it to that. A signal handler may raise at any
+point: that may cost addresses, which are then not used again, and never anything else. A process that
+the application forks has no space (MADV_DONTFORK: touching it is a SIGSEGV) and can't reach the pager.
 
 This module, and what it imports, is all that a program under `edm run` gets to carry: it imports
 little.
@@ -38,6 +40,7 @@ import _thread
 import array
 import atexit
 import bisect
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -48,7 +51,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 from edm import mailbox as m
 from edm import uffd_ctypes as u
@@ -58,21 +61,16 @@ TYPE_CHECKING = False  # for type checkers it is true; typing takes long to impo
 if TYPE_CHECKING:
     from typing import Any
 
-MAX_LOCATIONS = 1 << 15  # pages in one LOCATIONS, as an answer must fit the mailbox
 MAX_HELLO = 1 << 17  # bytes
+MAX_COMMAND = 200  # characters of a word, and words, of the command line that a report begins with
 HIGH = 512  # a descriptor's number
 FREES = 1e-4  # seconds between two looks whether the pager has freed what is to be used again
-
-TRACKING = ("auto", "async", "events", "none")  # how first writes are noticed, see uffd_ctypes
 SIGKILL = 9  # signal.SIGKILL, without importing signal
 
-_FORKED = "this process was forked by the application, and has no EDM memory"
 _USER_MODE_ONLY = (
     "edm: this user may have userfaultfd for user mode only, so system calls fail with EFAULT (Bad "
     "address) on a page that is not here; sudo sysctl vm.unprivileged_userfaultfd=1 changes that\n"
 )
-
-_INT = array.array("i").itemsize
 
 
 def whole_pages(length: int) -> int:
@@ -90,6 +88,8 @@ def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError("space: called by a signal handler, in the midst of another call")
         try:
             with self._lock:
+                if self.is_forked:
+                    raise RuntimeError("space: it has ended, or this is a forked process")
                 return method(self, *args, **options)
         finally:
             self._free_released()
@@ -109,26 +109,41 @@ class Space:
         self.start_addr, self.end_addr = config.start_addr, config.end_addr
         self.resident_limit = config.high_threshold * PAGE_SIZE  # bytes
         self.instance = instance  # this instance's number, from 0
-        self.user_mode_only = False  # do system calls fail with EFAULT on a page that is not here?
-        self.is_forked = False  # was this process forked by the application?
+        self.is_forked = False  # was this process forked by the application, or did the space end?
         self._lock = _thread.RLock()  # never taken twice: to be asked whether this thread has it
-        self._released: deque[int] = deque()  # areas to be freed when nobody has the lock
+        self._gaps = Gaps(self.start_addr, self.end_addr)
         self._lengths: dict[int, int] = {}  # address → length in bytes, of each area
-        self._gaps = [(self.start_addr, self.end_addr - self.start_addr)]  # between them, sorted
-        self._freeing: deque[tuple[int, int, int]] = deque()  # (call, address, length): not yet
-        self._views: dict[int, tuple[memoryview, int, int]] = {}  # id(view) → view, users, address
-        self._waits_for = 0  # the call whose answer is to be waited for before the next one
-        try:
-            memfd = self._map()
-            try:
-                self._say_hello(config, control, memfd)
-            except BaseException:
-                self._unmap()
-                raise
-            finally:
-                os.close(memfd)
-        finally:
-            control.close()
+        self._views: dict[int, tuple[memoryview, int]] = {}  # id(view) → view, address
+        # (address, length): to be freed when nobody has the lock.
+        self._released: deque[tuple[int, int]] = deque()
+        # (number of the RELEASE, address, length): not yet a gap.
+        self._freeing: deque[tuple[int, int, int]] = deque()
+        with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
+
+            def closed(fd: int) -> int:
+                at_the_end.callback(os.close, fd)
+                return fd
+
+            at_the_end.callback(control.close)
+            memfd = closed(os.memfd_create("edm"))
+            self._map(memfd)
+            if_it_fails.callback(self._unmap)
+            uffd, how = u.open_userfaultfd()
+            tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking)
+            pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+            self._lifeline, pagers_end = _lifeline()
+            if_it_fails.callback(os.close, self._lifeline)
+            self._lifeline_is = os.fstat(self._lifeline).st_ino
+            hello = {
+                "config": vars(config), "pid": os.getpid(), "how": how, "track_clean": tracks,
+                "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
+            }  # fmt: skip
+            self._kept = _say_hello(control, hello, [uffd, memfd, pagemap, closed(pagers_end)])
+            if_it_fails.pop_all()  # it has not
+        # Do system calls fail with EFAULT on a page that is not here?
+        self.user_mode_only = how == u.USER_MODE
+        if self.user_mode_only:
+            sys.excepthook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY])
         os.register_at_fork(after_in_child=self._forked)
         atexit.register(self._end)
 
@@ -136,7 +151,7 @@ class Space:
 
     @_locked
     def mmap(self, length: int, addr: int | None = None, name: str = "") -> memoryview:
-        """Map an area of length bytes: at addr, or where there is room. Its pages read as zeros.
+        """Map an area of length bytes: at addr, or where it fits best. Its pages read as zeros.
 
         Returns a writable memoryview of the bytes. The area takes whole pages, and stays until
         munmap. With a kept disk its pages are as an earlier job has left them. name: what a report
@@ -144,15 +159,17 @@ class Space:
         of PAGE_SIZE, and an area that leaves the space or overlaps another; MemoryError when no
         addr is given and the space has no gap that is large enough. Source: mmap(2).
         """
-        if self.is_forked:
-            raise RuntimeError(_FORKED)
         if length <= 0:
             raise ValueError(f"length: {length} bytes; an area has at least one")
         whole = whole_pages(length)
-        addr = self._gap(whole) if addr is None else self._check(addr, whole)
-        self._take(addr, whole, name)
+        if addr is None:
+            gap = self._gap(whole)
+            addr = gap[1]
+        else:
+            gap = self._gap_around(addr, whole)
+        self._take(gap, addr, whole, name)
         view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
-        self._views[id(view)] = (view, _users(view), addr)
+        self._views[id(view)] = view, addr
         return view
 
     @_locked
@@ -164,16 +181,17 @@ class Space:
         if it can't forget them, which only a kept disk may not: the area can't be used any more,
         but its bytes stay, and this can be called again. Source: munmap(2).
         """
-        view, users, addr = self._views.get(id(area), (None, 0, 0))
+        view, addr = self._views.get(id(area), (None, 0))
         if view is None:
             raise ValueError("area: not one that mmap returned, or unmapped already")
-        if _users(area) != users:
+        if _users(area) != ALONE:
             raise BufferError("area: still in use, by a slice or an array made of it")
         area.release()  # BufferError, if a buffer of it is in use this moment
         # If the store refuses, the bytes are still there: nothing else may be mapped over them.
-        self._call(m.FREE, addr, self._lengths[addr])
-        del self._views[id(area)]
-        self._give_back(addr, self._lengths.pop(addr))
+        whole = self._lengths[addr]
+        self._mailbox.call(m.FREE, *self._pages(addr, whole))
+        del self._views[id(area)], self._lengths[addr]
+        self._gaps.give_back(addr, whole)
 
     def sync(self) -> int:
         """Make everything written so far durable, without evicting it; how many pages were sent.
@@ -183,12 +201,12 @@ class Space:
         later sync has left them. Raises OSError with the store's reason when it can't write.
         Source: fsync(2).
         """
-        return int(self._call_locked(m.SYNC))
+        return int(self._call(m.SYNC))
 
     @_locked
     def areas(self) -> list[tuple[int, int]]:
         """The (address, length in bytes) of every area, by address."""
-        return sorted(self._lengths.items())
+        return sorted(self._lengths.copy().items())  # a copy: release may come in between
 
     @_locked
     def locations(self, addr: int, length: int) -> list[str]:
@@ -196,20 +214,22 @@ class Space:
 
         This is what the store's SPT says.
         """
+        page, count = self._pages(addr, length)
         spt = b""
-        for at in range(addr, addr + length, MAX_LOCATIONS * PAGE_SIZE):
-            spt += self._call(m.LOCATIONS, at, min(MAX_LOCATIONS * PAGE_SIZE, addr + length - at))
+        while len(spt) < count:
+            part = min(count - len(spt), m.MAX_ANSWER)
+            spt += self._mailbox.call(m.LOCATIONS, page + len(spt), part)
         here = f"INSTANCE_{self.instance}"
         return [here if byte & 1 else "DISK" if byte else "NEW" for byte in spt]
 
     def figures(self) -> dict[str, Any]:
         """What the pager has counted: faults, evictions, bytes, latencies (see pager.py)."""
-        return marshal.loads(self._call_locked(m.FIGURES))
+        return marshal.loads(self._call(m.FIGURES))
 
     # ------------------------------------------------------------ for an allocator
 
     def allocate(self, length: int, name: str) -> int:
-        """Map an area of length bytes, zeros, near the end of the space; its address.
+        """Map an area of length bytes, zeros, at the end of the gap where it fits best; its address.
 
         0 if this thread is in the midst of another call, or this process was forked. Raises
         MemoryError when the space has no gap that is large enough.
@@ -220,10 +240,12 @@ class Space:
 
     @_locked
     def _allocate(self, whole: int, name: str) -> int:
-        addr = self._gap(whole, from_end=True)
+        # On a kept disk a small gap may be an area that an earlier job has left, to be mapped again.
+        gap = self._gap(whole, largest=self._kept)
+        addr = sum(gap) - whole
         if self._kept:
-            self._call(m.FREE, addr, whole)  # whatever an earlier job has left there
-        self._take(addr, whole, name)
+            self._mailbox.call(m.FREE, *self._pages(addr, whole))
+        self._take(gap, addr, whole, name)
         return addr
 
     def allocated(self, addr: int) -> int:
@@ -233,132 +255,56 @@ class Space:
     def release(self, addr: int) -> None:
         """Free what allocate has mapped there: now, or when the call that is under way has ended.
 
-        This waits for nobody.
+        This waits for no answer.
         """
-        if not self.is_forked:
-            self._released.append(addr)
-            self._free_released()
+        self._released.append((addr, self._lengths.pop(addr)))
+        self._free_released()
+
+    def _free_released(self) -> None:
+        # Whoever holds the lock comes by here after it.
+        if self._released and not self._lock._is_owned():
+            with self._lock:
+                while self._released and not self.is_forked:
+                    addr, whole = self._released.popleft()
+                    number = self._mailbox.ask(m.RELEASE, *self._pages(addr, whole))
+                    self._freeing.append((number, addr, whole))
 
     # ------------------------------------------------------------ beginning and end
 
-    def _map(self) -> int:
-        """Map the space, and behind it the mailbox; the memfd."""
-        length = self.end_addr - self.start_addr
-        memfd = os.memfd_create("edm")
-        os.ftruncate(memfd, length + m.SIZE)
-        at = f"start_addr, end_addr: the range {self.start_addr:#x}-{self.end_addr + m.SIZE:#x}"
+    def _map(self, memfd: int) -> None:
+        """Map the space, and behind it the mailbox."""
+        length = self.end_addr - self.start_addr + m.SIZE
+        os.ftruncate(memfd, length)
         try:
             flags = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
-            u.mmap_fixed(self.start_addr, length + m.SIZE, u.PROT_READ | u.PROT_WRITE, flags, memfd)
-            u.madvise(self.start_addr, length + m.SIZE, u.MADV_DONTFORK)
+            u.mmap_fixed(self.start_addr, length, u.PROT_READ | u.PROT_WRITE, flags, memfd)
         except OSError as error:
-            os.close(memfd)
-            if error.errno == errno.EEXIST:
-                found = _mappings(self.start_addr, self.end_addr + m.SIZE)
-                there = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-                raise ValueError(
-                    f"{at} overlaps what this process has there: {there}; choose another range"
-                ) from None
-            raise ValueError(f"{at} can't be mapped ({error.strerror}); choose another") from None
+            where = f"start_addr, end_addr: {self.start_addr:#x}-{self.start_addr + length:#x}"
+            why = f"overlaps what is mapped, or can't be mapped at all ({error.strerror})"
+            raise ValueError(f"{where} {why}; choose other addresses") from None
+        u.madvise(self.start_addr, length, u.MADV_DONTFORK)
         memory = memoryview((ctypes.c_ubyte * m.SIZE).from_address(self.end_addr)).cast("B")
         self._mailbox = m.Mailbox(memory, self.end_addr)
-        return memfd
 
     def _unmap(self) -> None:
         u.munmap(self.start_addr, self.end_addr - self.start_addr + m.SIZE)
 
-    def _say_hello(self, config: Any, control: Any, memfd: int) -> None:
-        uffd, how = u.open_userfaultfd()
-        self.user_mode_only = how == u.USER_MODE
-        # Whose write end is the pager's alone: when that ends, the kernel kills this process.
-        self._lifeline, pagers_end = os.pipe2(os.O_CLOEXEC)
-        fds = [uffd, memfd, os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC), pagers_end]
-        try:
-            tracking = self._make_registered(u.Userfaultfd(uffd), config.clean_tracking)
-            hello = {
-                "config": vars(config), "pid": os.getpid(), "how": how,
-                "track_clean": tracking != "none", "command": sys.orig_argv[1:],
-            }  # fmt: skip
-            ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
-            control.sendmsg([marshal.dumps(hello)], ancillary)
-            answer = control.recv(MAX_HELLO)
-            if not answer:
-                raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
-            kind, *arguments = marshal.loads(answer)
-            if kind != "ready":
-                raise {"ValueError": ValueError, "OSError": OSError}[kind](*arguments)
-        except BaseException:
-            os.close(self._lifeline)
-            raise
-        finally:
-            for fd in fds:
-                if fd != memfd:
-                    os.close(fd)
-        (self._kept,) = arguments
-        self._lifeline = _moved_up(self._lifeline)
-        self._lifeline_is = os.fstat(self._lifeline).st_ino
-        fcntl.fcntl(self._lifeline, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(self._lifeline, fcntl.F_SETSIG, SIGKILL)
-        fcntl.fcntl(self._lifeline, fcntl.F_SETFL, os.O_ASYNC)
-        if self.user_mode_only:
-            sys.excepthook = _explained(sys.excepthook)
-
-    def _make_registered(self, uffd: u.Userfaultfd, wanted: str) -> str:
-        """Ask the kernel for its features, and register the space; how first writes are noticed."""
+    def _register(self, uffd: u.Userfaultfd, wanted: str) -> bool:
+        """Ask the kernel for its features, and register the space; are first writes noticed?"""
         supported = u.supported_features()
-        missing = u.NEEDED_FEATURES & ~supported
-        if missing:
-            raise OSError(
-                errno.ENOSYS,
-                f"userfaultfd: this kernel ({os.uname().release}) lacks features {missing:#x}; "
-                "EDM needs Linux 5.19 or later, with CONFIG_USERFAULTFD",
-            )
-        asks = {
+        ways = {
             "async": u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC,
             "events": u.WP_FEATURES,
             "none": 0,
         }
-        for how, asked in asks.items():
-            if wanted in ("auto", how) and not asked & ~supported:
-                uffd.api(u.NEEDED_FEATURES | asked | u.OTHER_FEATURES & supported)
-                length = self.end_addr - self.start_addr
-                uffd.register(self.start_addr, length, write_protect=bool(asked))
-                return how
-        raise ValueError(f"clean_tracking: this kernel does not have {wanted!r}; take auto")
-
-    def _end(self) -> None:
-        """At the interpreter's end: what the pager prints comes before the shell's prompt."""
-        if not self.is_forked:
-            try:
-                self._call_locked(m.END)
-            except (OSError, RuntimeError):
-                pass  # it was closed, or a signal handler ends the process in the midst of a call
-
-    @_locked
-    def close(self) -> None:
-        """End the space, and the pager: what is to be kept is kept. No array of it may be used."""
-        if self.is_forked:
-            return
-        atexit.unregister(self._end)
-        if self._has_lifeline():
-            fcntl.fcntl(self._lifeline, fcntl.F_SETFL, 0)  # its end is no accident
-            self._ask(m.CLOSE)
-            os.read(self._lifeline, 1)  # until it has ended
-            os.close(self._lifeline)
-        else:
-            self._call(m.END)
-            self._ask(m.CLOSE)
-        self.is_forked = True
-        self._unmap()
-
-    def _forked(self) -> None:
-        """In a process that the application forked: it has no space."""
-        if not self.is_forked:
-            self.is_forked = True
-            self._lock = _thread.RLock()
-            self._released.clear()
-            if self._has_lifeline():
-                os.close(self._lifeline)
+        for way, features in ways.items():
+            needed = u.NEEDED_FEATURES | features
+            if wanted in ("auto", way) and not needed & ~supported:
+                uffd.api(needed | u.OTHER_FEATURES & supported)
+                uffd.register(self.start_addr, self.end_addr - self.start_addr, bool(features))
+                return bool(features)
+        lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
+        raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
 
     def _has_lifeline(self) -> bool:
         """Or has the program closed it, and the number may be something else's now?"""
@@ -367,134 +313,142 @@ class Space:
         except OSError:  # EBADF
             return False
 
+    def _end(self) -> None:
+        """At the interpreter's end: what the pager prints comes before the shell's prompt."""
+        # RuntimeError: there is no space, or a signal handler ends the process in the midst of a call
+        with contextlib.suppress(OSError, RuntimeError):
+            self._call(m.END)
+
+    @_locked
+    def close(self) -> None:
+        """End the space, and the pager: what is to be kept is kept. No array of it may be used."""
+        if connected := self._has_lifeline():
+            fcntl.fcntl(self._lifeline, fcntl.F_SETFL, 0)  # its end is no accident
+        else:
+            self._mailbox.call(m.END)
+        self._mailbox.ask(m.CLOSE)
+        if connected:
+            os.read(self._lifeline, 1)  # until it has ended
+            os.close(self._lifeline)
+        self.is_forked = True
+        self._unmap()
+
+    def _forked(self) -> None:
+        """In a process that the application forked: it has no space."""
+        self.is_forked = True
+        self._lock = _thread.RLock()  # whoever had it is not here
+        if self._has_lifeline():
+            os.close(self._lifeline)
+
     # ------------------------------------------------------------ the areas
 
-    def _check(self, addr: int, whole: int) -> int:
+    def _gap_around(self, addr: int, whole: int) -> tuple[int, int]:
+        """The gap in which there can be this area. Raises ValueError if there is none."""
         if addr % PAGE_SIZE:
             raise ValueError(f"addr: {addr:#x} is not a multiple of PAGE_SIZE, {PAGE_SIZE:#x}")
+        where = f"addr: the area {addr:#x}-{addr + whole:#x}"
         if not self.start_addr <= addr <= addr + whole <= self.end_addr:
-            raise ValueError(
-                f"addr: the area {addr:#x}-{addr + whole:#x} leaves the space "
-                f"{self.start_addr:#x}-{self.end_addr:#x}"
-            )
-        while not self._is_free(addr, whole):
-            if not self._freeing:
-                other, length = next(
-                    (at, n)
-                    for at, n in self._lengths.items()
-                    if at < addr + whole and addr < at + n
-                )
-                raise ValueError(
-                    f"addr: the area {addr:#x}-{addr + whole:#x} overlaps "
-                    f"the area {other:#x}-{other + length:#x}"
-                )
-            self._wait_for_a_free()
-        return addr
+            raise ValueError(f"{where} leaves the space {self.start_addr:#x}-{self.end_addr:#x}")
+        if gap := self._wait_for(lambda: self._gaps.around(addr, whole)):
+            return gap
+        raise ValueError(f"{where} overlaps another")
 
-    def _is_free(self, addr: int, whole: int) -> bool:
-        index = bisect.bisect_right(self._gaps, (addr, self.end_addr)) - 1
-        return index >= 0 and addr + whole <= sum(self._gaps[index])
+    def _gap(self, whole: int, largest: bool = False) -> tuple[int, int]:
+        """The smallest gap that has so many bytes, or the largest. Raises MemoryError."""
+        if gap := self._wait_for(lambda: self._gaps.find(whole, largest)):
+            return gap
+        where = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
+        raise MemoryError(f"no gap of {whole} bytes in {where}; a larger end_addr makes room")
 
-    def _gap(self, whole: int, from_end: bool = False) -> int:
-        """The lowest address with room for whole bytes; or the highest."""
-        self._reuse()
+    def _wait_for(self, room: Callable[[], Any]) -> Any:
+        """What room() gives, once it is true, or nothing is being freed any more."""
         while True:
-            for at, length in reversed(self._gaps) if from_end else self._gaps:
-                if length >= whole:
-                    return at + length - whole if from_end else at
-            if not self._freeing:
-                raise MemoryError(
-                    f"no gap of {whole} bytes in the space "
-                    f"{self.start_addr:#x}-{self.end_addr:#x}; a larger end_addr makes room"
-                )
-            self._wait_for_a_free()
-
-    def _take(self, addr: int, whole: int, name: str) -> None:
-        """Locked. A part of a gap becomes an area."""
-        index = bisect.bisect_right(self._gaps, (addr, self.end_addr)) - 1
-        start, length = self._gaps[index]
-        rest = [(start, addr - start), (addr + whole, start + length - addr - whole)]
-        self._gaps[index : index + 1] = [gap for gap in rest if gap[1]]
-        self._lengths[addr] = whole
-        self._ask(m.MAPPED, addr, whole, name.encode(errors="replace"))
-
-    def _give_back(self, addr: int, whole: int) -> None:
-        """Locked. An area becomes a gap, or a part of one."""
-        index = bisect.bisect_right(self._gaps, (addr, 0))
-        end = addr + whole
-        if index < len(self._gaps) and self._gaps[index][0] == end:
-            end += self._gaps.pop(index)[1]
-        if index and sum(self._gaps[index - 1]) == addr:
-            index -= 1
-            addr = self._gaps.pop(index)[0]
-        self._gaps.insert(index, (addr, end - addr))
-
-    def _reuse(self) -> None:
-        """Locked. Let the addresses whose free is done be gaps."""
-        while self._freeing and self._mailbox.is_freed(self._freeing[0][0]):
-            _, addr, whole = self._freeing.popleft()
-            self._give_back(addr, whole)
-
-    def _wait_for_a_free(self) -> None:
-        while not self._mailbox.is_freed(self._freeing[0][0]):
+            while self._freeing and self._mailbox.is_freed(self._freeing[0][0]):
+                _, addr, whole = self._freeing.popleft()
+                self._gaps.give_back(addr, whole)
+            if (found := room()) or not self._freeing:
+                return found
             time.sleep(FREES)
-        self._reuse()
 
-    def _free_released(self) -> None:
-        # Whoever holds the lock comes by here after it.
-        if not self._released or self.is_forked or self._lock._is_owned():
-            return
-        with self._lock:
-            while self._released:
-                addr = self._released[0]
-                # A signal handler may raise at any point: then the addresses are not used again.
-                whole = self._lengths.pop(addr, 0)
-                self._released.popleft()
-                if whole:
-                    self._freeing.append((self._ask(m.RELEASE, addr, whole), addr, whole))
+    def _take(self, gap: tuple[int, int], addr: int, whole: int, name: str) -> None:
+        self._gaps.take(gap, addr, whole)
+        self._lengths[addr] = whole
+        self._mailbox.ask(m.MAPPED, *self._pages(addr, whole), name.encode(errors="replace"))
 
-    # ------------------------------------------------------------ calling the pager
+    def _pages(self, addr: int, length: int) -> tuple[int, int]:
+        """A range in bytes as (first page, count of pages)."""
+        return (addr - self.start_addr) // PAGE_SIZE, length // PAGE_SIZE
 
-    def _call(self, what: int, addr: int = 0, length: int = 0) -> bytes:
-        """Locked. Ask the pager, for a range in bytes, and wait for the answer."""
-        while self._waits_for and not self._mailbox.is_answered(self._waits_for):
-            time.sleep(FREES)  # a signal handler has left a call, which goes on
-        self._waits_for = number = self._ask(what, addr, length)
-        answer = self._mailbox.answer(number)
-        self._waits_for = 0
-        return answer
-
-    _call_locked = _locked(_call)
-
-    def _ask(self, what: int, addr: int = 0, length: int = 0, name: bytes = b"") -> int:
-        if self.is_forked:
-            raise RuntimeError(_FORKED)
-        page = (addr - self.start_addr) // PAGE_SIZE if addr else 0
-        return self._mailbox.ask(what, page, length // PAGE_SIZE, name)
+    @_locked
+    def _call(self, what: int) -> bytes:
+        return self._mailbox.call(what)
 
 
-def _explained(hook: Callable[..., None]) -> Callable[..., None]:
-    """sys.excepthook, with a word behind the first EFAULT, or what may be one (NumPy's OSErrors have
-    no errno)."""
+class Gaps:
+    """The parts of the space that no area has. A gap is (length, address).
 
-    def explained(kind: type, error: BaseException, trace: object) -> None:
-        global _USER_MODE_ONLY
-        hook(kind, error, trace)
-        if isinstance(error, OSError) and error.errno in (errno.EFAULT, None) and _USER_MODE_ONLY:
-            sys.stderr.write(_USER_MODE_ONLY)
-            _USER_MODE_ONLY = ""
+    To take one and to give it back costs some dictionary look-ups and a step in a sorted list, however
+    many there are. A signal handler may raise between any two statements: that may cost a gap, but
+    what is taken never counts as one.
+    """
 
-    return explained
+    def __init__(self, start: int, end: int) -> None:
+        self._sorted = [(end - start, start)]
+        self._ends = {start: end}
+        self._starts = {end: start}
+
+    def find(self, length: int, largest: bool = False) -> tuple[int, int] | None:
+        """The smallest gap that has so many bytes, or the largest one."""
+        index = bisect.bisect(self._sorted, (length,))
+        return self._sorted[-1 if largest else index] if index < len(self._sorted) else None
+
+    def around(self, addr: int, length: int) -> tuple[int, int] | None:
+        """The gap that has these bytes. This looks at each."""
+        gaps = (gap for gap in self._sorted if gap[1] <= addr and addr + length <= sum(gap))
+        return next(gaps, None)
+
+    def take(self, gap: tuple[int, int], addr: int, length: int) -> None:
+        """A part of this gap is taken."""
+        start, end = gap[1], sum(gap)
+        self._drop(start, end)
+        self._add(start, addr)
+        self._add(addr + length, end)
+
+    def give_back(self, addr: int, length: int) -> None:
+        """What was taken is a gap, or a part of one."""
+        end = addr + length
+        before, behind = self._starts.get(addr, addr), self._ends.get(end, end)
+        self._drop(before, addr)
+        self._drop(end, behind)
+        self._add(before, behind)
+
+    def _add(self, start: int, end: int) -> None:
+        if start < end:
+            bisect.insort(self._sorted, (end - start, start))
+            self._ends[start], self._starts[end] = end, start
+
+    def _drop(self, start: int, end: int) -> None:
+        gap = end - start, start
+        index = bisect.bisect_left(self._sorted, gap)
+        if self._sorted[index : index + 1] == [gap]:
+            del self._sorted[index]
+        self._ends.pop(start, None)
+        self._starts.pop(end, None)
 
 
-def _moved_up(fd: int) -> int:
-    """The same file under a number that a program which closes everything does not reach."""
-    try:
-        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
-    except OSError:
-        return fd  # the limit on descriptors (RLIMIT_NOFILE) is lower
-    os.close(fd)
-    return high
+def _lifeline() -> tuple[int, int]:
+    """A pipe whose write end is to be the pager's alone: when that ends, the kernel kills this
+    process."""
+    ours, pagers = os.pipe2(os.O_CLOEXEC)
+    # With a number that a program which closes everything does not reach, if RLIMIT_NOFILE is higher.
+    with contextlib.suppress(OSError):
+        high = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, HIGH)
+        os.close(ours)
+        ours = high
+    fcntl.fcntl(ours, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(ours, fcntl.F_SETSIG, SIGKILL)
+    fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC)
+    return ours, pagers
 
 
 def _users(view: memoryview) -> int:
@@ -505,16 +459,16 @@ def _users(view: memoryview) -> int:
     return sys.getrefcount(gc.get_referents(view)[0])
 
 
-def _mappings(start: int, end: int) -> list[str]:
-    """The mappings of this process that overlap a range, as /proc/self/maps names them."""
-    found = []
-    with open("/proc/self/maps") as maps:
-        for line in maps:
-            span, _, _, _, _, *name = line.split()
-            low, high = (int(x, 16) for x in span.split("-"))
-            if low < end and high > start:
-                found.append(" ".join([span, *name]))
-    return found
+ALONE = _users(memoryview(b""))
+
+
+def _explain(hook: Any, words: list[str], *raised: Any) -> None:
+    """sys.excepthook, with a word behind the first EFAULT, or what may be one (NumPy's OSErrors have
+    no errno)."""
+    hook(*raised)
+    error = raised[1]
+    if isinstance(error, OSError) and error.errno in (errno.EFAULT, None) and words:
+        sys.stderr.write(words.pop())
 
 
 # ---------------------------------------------------------------- a pager on this machine
@@ -522,46 +476,59 @@ def _mappings(start: int, end: int) -> list[str]:
 # What the spawned interpreter runs: the package is where it was found here, and nothing that the
 # environment or the current folder says can be in its way (-I -S).
 _BOOT = """\
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-folder, descriptor = sys.argv[1:]
-spec = spec_from_file_location("edm", folder + "/__init__.py", submodule_search_locations=[folder])
-sys.modules["edm"] = package = module_from_spec(spec)
-spec.loader.exec_module(package)
+import sys, types
+edm = sys.modules["edm"] = types.ModuleType("edm")
+edm.__path__ = [sys.argv[1]]
 from edm.pager import spawned
-spawned(int(descriptor))
+spawned(int(sys.argv[2]))
 """
 
 
 def spawn_pager() -> Any:
-    """Start a pager that is no child of this process; the socket that reaches it, for Space."""
+    """Start a pager that is no child of this process; the socket that reaches it, for Space.
+
+    Descriptor 2 is open: the pager has it too.
+    """
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     folder = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, "-I", "-S", "-c", _BOOT, folder, str(theirs.fileno())]
-    streams = [
+    actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
         # dup2(fd, fd) lets the descriptor stay open there: posix_spawn_file_actions_adddup2(3)
-        (os.POSIX_SPAWN_DUP2, theirs.fileno(), theirs.fileno()),
+        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in (2, theirs.fileno())),
     ]
-    try:
-        os.fstat(2)
-    except OSError:  # it is closed
-        streams.append((os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
-    spawned = os.posix_spawn(sys.executable, command, environment, file_actions=streams, setsigmask=[])  # fmt: skip
+    pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsigmask=[])
     theirs.close()
-    try:
-        os.waitpid(spawned, 0)
-    except ChildProcessError:
-        pass  # the program ignores SIGCHLD, or another thread of it waits for any child
+    # ECHILD: the program ignores SIGCHLD, or another thread of it waits for any child.
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
     return ours
+
+
+# ---------------------------------------------------------------- the first message, and its answer
+
+
+def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> bool:
+    """Space's: send these, and wait for the answer: is the disk a kept one?
+
+    Raises what the pager raised: ValueError or OSError.
+    """
+    ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
+    control.sendmsg([marshal.dumps(hello)], ancillary)
+    answer = control.recv(MAX_HELLO)
+    if not answer:
+        raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
+    kept, number, words = marshal.loads(answer)
+    if words:
+        raise OSError(number, words) if number else ValueError(words)
+    return kept
 
 
 def receive_hello(control: Any) -> tuple[dict[str, Any], list[int]]:
     """The pager's: what Space has sent: its dictionary, and uffd, memfd, pagemap, lifeline. Nothing,
     if the application has ended."""
-    space, flags = _socket.CMSG_LEN(4 * _INT), _socket.MSG_CMSG_CLOEXEC
+    space, flags = _socket.CMSG_LEN(4 * array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
     packet, ancillary, _, _ = control.recvmsg(MAX_HELLO, space, flags)
     if not packet:
         return {}, []
@@ -570,23 +537,20 @@ def receive_hello(control: Any) -> tuple[dict[str, Any], list[int]]:
 
 def send_ready(control: Any, kept: bool) -> None:
     """The pager's answer to Space."""
-    _send(control, "ready", kept)
+    _answer(control, kept, 0, "")
 
 
 def send_refusal(control: Any, error: ValueError | OSError) -> None:
     """The pager's answer to Space if it can't serve."""
-    if isinstance(error, ValueError):
-        _send(control, "ValueError", str(error))
-    else:
-        words = str(error.strerror or error)
+    number, words = 0, str(error)
+    if isinstance(error, OSError):
+        number, words = error.errno or errno.EIO, str(error.strerror or error)
         if error.filename:
             words += f": {error.filename!r}"
-        _send(control, "OSError", error.errno or errno.EIO, words)
+    _answer(control, False, number, words)
 
 
-def _send(control: Any, *answer: Any) -> None:
-    try:
+def _answer(control: Any, *answer: Any) -> None:
+    with contextlib.suppress(ConnectionError):  # it has ended meanwhile
         control.send(marshal.dumps(answer))
-    except ConnectionError:
-        pass  # it has ended meanwhile
     control.close()

@@ -10,9 +10,11 @@ One fault, from the message to the woken application:
     _resolve    claims the page, with LSPT.expect: it was NEW or AWAY, and is COMING now. If
                 high_threshold pages are here, it waits for LPET to make room ("avoid memory flood").
                 A page that is LEAVING is waited for by the application alone: LPET wakes it.
-    _fetch      asks the store for the page, or for a window of pages if readahead.py sees a stream.
-    _install    makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application. A
-                window comes in pieces, the first one small: the application works on it meanwhile.
+    _window     if readahead.py sees a stream: claims the pages that follow, and asks the store for
+                all of them, in pieces. The first piece is small: the application works on it while
+                the others come. Then it asks ahead for the next window.
+    _bring      takes a piece from the store, and again what the store could not give together.
+    _install    makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application.
 
 A page that is installed because it was read gets the page table's mark; its first write clears that,
 so that LPET knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it itself, else
@@ -37,12 +39,25 @@ import select
 import time
 from array import array
 from collections import deque
+from collections.abc import Iterator
 from logging import INFO
 
 from edm import log
-from edm.lspt import AWAITED, AWAY, HERE, LEAVING, LOST, LSPT, NEW
+from edm.lspt import (
+    AWAY,
+    FETCHED,
+    FIRST_ACCESS,
+    HERE,
+    LOST,
+    LSPT,
+    NEW,
+    OTHER,
+    RECEIVED,
+    REFETCH,
+    WRITE_PROTECT,
+)
 from edm.page_store import CONTENT
-from edm.readahead import Ahead, Readahead, Stream
+from edm.readahead import Readahead, Stream
 from edm.uffd_ctypes import (
     PAGE_SIZE,
     UFFD_PAGEFAULT_FLAG_WP,
@@ -70,42 +85,39 @@ class DmHandler:
         store: Any,
         lspt: LSPT,
         start_addr: int,
-        readahead: Readahead,
+        max_window: int,
         track_clean: bool,
         came: deque[tuple[int, int]] | None,
     ) -> None:
-        """track_clean: pages that are read first get the mark.
+        """max_window: pages at most that come at once. track_clean: pages that are read first get the
+        mark.
 
         came: who wants to know gets (page, count) of what is installed.
         """
         self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
-        self._start, self._readahead, self._track_clean = start_addr, readahead, track_clean
-        self._came = came
+        self._start, self._track_clean, self._came = start_addr, track_clean, came
+        self._readahead = Readahead(max_window, store.drop_get)
+        self._poll = select.poll()
+        self._poll.register(uffd, select.POLLIN)
+        self._poll.register(lspt.for_handler, select.POLLIN)
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # The source of a zero page that is to have the mark, which UFFDIO_ZEROPAGE can't set.
         self._zero_memory = mmap.mmap(-1, PIECE * PAGE_SIZE)
         self._zeros = ctypes.addressof(ctypes.c_char.from_buffer(self._zero_memory))
-        self._first_access = self._refetch = self._write_protect = self._other = 0
-        self._fetched = self._waited = self._received = 0  # pages; nanoseconds; pages
+        self._figures = lspt.figures
+        self._waited = 0  # nanoseconds
         self._latencies = array("Q", bytes(8 * LATENCY_BUCKETS))
 
     def figures(self) -> dict[str, object]:
-        """Counts of faults by kind; the median and the 99th percentile of their latency, in µs; the
-        sum of all, in seconds.
+        """The median and the 99th percentile of the faults' latency, in µs; the sum of all, in seconds.
 
         Latency: from the message's arrival to the woken application, as this thread sees it.
         """
         return {
-            "faults_first_access": self._first_access,
-            "faults_refetch": self._refetch,
-            "faults_write_protect": self._write_protect,
-            "faults_other": self._other,
-            "fetched": self._fetched,
             "latency_median": self._latency(0.5),
             "latency_99th": self._latency(0.99),
             "waited": round(self._waited / 1e9, 3),
-            "bytes_received": self._received * PAGE_SIZE,
         }
 
     def _latency(self, share: float) -> float:
@@ -126,37 +138,34 @@ class DmHandler:
         except (ProcessLookupError, Stopped):
             pass  # ESRCH: the application has ended
         finally:
-            for ahead in self._readahead.drop_all():
-                self._drop(ahead)
+            self._readahead.end()
 
     def _serve(self) -> None:
-        poll = select.poll()
-        poll.register(self._uffd.fd, select.POLLIN)
-        poll.register(self._lspt.for_handler, select.POLLIN)
-        bell = self._lspt.for_handler
         while True:
-            ready = self._look(poll) or poll.poll()
+            faults = self._next_faults()
             began = time.monotonic_ns()
-            for fd, _ in ready:
-                if fd == bell:
-                    self._hear()
-            for _, flags, address in self._uffd.read_faults():
+            for _, flags, address in faults:
                 if self._resolve(flags, address & -PAGE_SIZE):
                     took = time.monotonic_ns() - began
                     self._waited += took
                     bits = max(5, took.bit_length())
                     self._latencies[16 * bits + (took >> bits - 5 & 15)] += 1
 
-    def _look(self, poll: select.poll) -> list[tuple[int, int]]:
-        """For LOOK seconds, offering the core at every look: the next fault is often near."""
+    def _next_faults(self) -> list[tuple[int, int, int]]:
+        """Look for LOOK seconds, offering the core at every look: the next fault is often near. Then
+        sleep."""
         until = time.monotonic() + LOOK
         while time.monotonic() < until:
-            if ready := poll.poll(0):
-                return ready
+            if faults := self._uffd.read_faults():
+                return faults
             os.sched_yield()
-        return []
+        for fd, _ in self._poll.poll():
+            if fd == self._lspt.for_handler:
+                self._hear()
+        return self._uffd.read_faults()
 
     def _hear(self) -> None:
+        """Sleep until there is room. Raises Stopped."""
         os.eventfd_read(self._lspt.for_handler)
         if self._lspt.stopped():
             raise Stopped
@@ -170,7 +179,7 @@ class DmHandler:
         if flags & UFFD_PAGEFAULT_FLAG_WP:
             # In whatever state the page is: without the mark, it counts as written.
             self._uffd.writeprotect(address, PAGE_SIZE, False)
-            self._write_protect += 1
+            self._figures[WRITE_PROTECT] += 1
             resolved = True
         else:
             resolved = self._claim(page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE))
@@ -180,188 +189,120 @@ class DmHandler:
 
     def _claim(self, page: int, write: bool) -> bool:
         """A page is missing: see to it that it comes. False if it is here, or is waited for."""
-        stream = self._readahead.fault(page)
-        wanted = self._wanted(stream, page) if stream else range(page, page + 1)
-        while True:
-            state, pages = self._lspt.expect(wanted)
-            if pages:
-                self._fetch(pages, state, write, page, stream)
-                return True
-            if state >= HERE or state == LOST:
-                self._uffd.wake(self._start + page * PAGE_SIZE, PAGE_SIZE)
-            elif state in (LEAVING, AWAITED):
-                if self._info:
-                    self._log.info(
-                        "page in address : %#x is being evicted, wait for it",
-                        self._start + page * PAGE_SIZE,
-                    )
+        while (state := self._lspt.expect(page)) is None:
+            self._wait_for_room()
+        if state <= AWAY:
+            self._figures[FIRST_ACCESS if state == NEW else REFETCH] += 1
+            if stream := self._readahead.stream(page):
+                self._window(stream, page, state, write)
             else:
-                self._wait_for_room()
-                continue
-            self._other += 1
-            return False
+                pages = range(page, page + 1)
+                self._readahead.come(pages)
+                self._bring(pages, self._ask(pages), page, write)
+                self._readahead.single(page)
+            return True
+        self._figures[OTHER] += 1
+        if state >= HERE or state == LOST:
+            self._uffd.wake(self._start + page * PAGE_SIZE, PAGE_SIZE)
+        elif self._info:
+            address = self._start + page * PAGE_SIZE
+            self._log.info("page in address : %#x is being evicted, wait for it", address)
+        return False
 
     def _wait_for_room(self) -> None:
         if self._info:
             self._log.info("reached high threshold, waking up lpet")
         self._lspt.wake_lpet()
-        poll = select.poll()
-        poll.register(self._lspt.for_handler, select.POLLIN)
-        poll.poll()
         self._hear()
-
-    def _wanted(self, stream: Stream, page: int) -> range:
-        """What the stream wants, as far as it is of one area, and of one window asked for ahead."""
-        wanted = stream.wanted(page)
-        within = self._lspt.area(page)
-        if stream.ahead and page in stream.ahead.pages:
-            within = stream.ahead.pages
-        if page not in within:
-            return range(page, page + 1)
-        low, high = within.start, within[-1]
-        most = (high - page) // stream.stride if stream.stride > 0 else page - low
-        return wanted[: most + 1]
 
     # ------------------------------------------------------------ fetching, and reading ahead
 
-    def _fetch(
-        self, pages: range, state: int, write: bool, page: int, stream: Stream | None
-    ) -> None:
-        """These pages are COMING: get them from the store, and install them. One has faulted."""
-        ahead = stream.ahead if stream else None
-        if ahead and state != NEW and page in ahead.pages:
-            stream.ahead = None
-            asked, at = ahead.asked, ahead.pages.index(pages.start)
-        else:
-            for old in self._readahead.overlapping(pages):
-                self._drop(old)
-            if self._info:
-                self._log.info(
-                    "send request for the page in address %#x from DMS",
-                    self._start + page * PAGE_SIZE,
-                )
-            asked, at = self._store.ask_get(pages), 0
-        kind, got = asked.take()
-        if at + len(pages) > got:  # the store has some pages as bytes, and knows others as zeros
-            coming = pages[: max(0, got - at)]
-            if page not in coming:
-                asked.give_back(0)
-                asked.done()
-                coming = range(page, page + 1)
-                asked, at = self._store.ask_get(coming), 0
-                kind, got = asked.take()
-            first = pages.index(coming.start)
-            for others in pages[:first], pages[first + len(coming) :]:
-                self._lspt.not_coming(others, state)
-            pages = coming
-        if at:  # what is not used may be in what is asked for next
-            asked.give_back(0, at)
-        if at + len(pages) < got:
-            asked.give_back(at + len(pages))
-        if kind == CONTENT:
-            self._refetch += 1
-        else:
-            self._first_access += 1
-        if self._info:
-            known = "previously accessed" if kind == CONTENT else "first access"
-            self._log.info(
-                "received ack for page in address : %#x (%s)", self._start + page * PAGE_SIZE, known
-            )
-        if stream:
-            self._readahead.used(stream, pages)
-            if kind == CONTENT:
+    def _window(self, stream: Stream, page: int, state: int, write: bool) -> None:
+        """This page is COMING: let those come with it that the stream wants."""
+        wanted = stream.wanted(page, self._lspt.area(page))
+        pages = wanted[: 1 + len(self._lspt.expect_more(wanted[1:], state))]
+        pieces, ahead, stream.ahead = list(_pieces(pages)), stream.ahead, {}
+        # What was asked for ahead of a page that is NEW now was asked before it was freed.
+        asked = [ahead.pop(piece, None) if state != NEW else None for piece in pieces]
+        for unused in ahead.values():
+            self._store.drop_get(unused)
+        self._readahead.come(pages if pages.step > 0 else pages[::-1])
+        # What has not come when the application ends is there for Readahead.end.
+        for piece, one in zip(pieces, asked, strict=True):
+            stream.ahead[piece] = one or self._ask(piece)
+        self._readahead.continued(stream, pages)
+        for piece in pieces:
+            self._bring(piece, stream.ahead.pop(piece), page, write)
+            if piece is pieces[0]:  # the application works on it meanwhile
                 self._ask_ahead(stream)
-            for surplus in self._readahead.surplus():
-                self._drop(surplus)
-        self._install(asked, at, pages, state, kind, write, page)
-        asked.done()
+
+    def _ask(self, pages: range) -> Any:
+        if self._info:
+            address = self._start + pages.start * PAGE_SIZE
+            self._log.info("send request for the page in address %#x from DMS", address)
+        return self._store.ask_get(pages)
 
     def _ask_ahead(self, stream: Stream) -> None:
         """Ask for the stream's next window before it is needed."""
-        area = self._lspt.area(stream.next)
-        if stream.next in area and AWAY <= self._lspt.state[stream.next] < HERE:
-            wanted = self._lspt.alike(self._wanted(stream, stream.next))
-            if len(wanted) > 1:
-                # Two streams never ask for the same pages: the bytes of one could be old by then.
-                for old in self._readahead.overlapping(wanted):
-                    self._drop(old)
-                stream.ahead = Ahead(wanted, self._store.ask_get(wanted))
+        wanted = stream.wanted(stream.next, self._lspt.area(stream.next))
+        wanted = self._lspt.alike(wanted, AWAY)
+        if len(wanted) > 1:
+            for piece in _pieces(wanted):
+                stream.ahead[piece] = self._store.ask_get(piece)
 
-    def _drop(self, ahead: Ahead) -> None:
-        """What was asked for ahead is not needed."""
-        ahead.asked.done()
-
-    # ------------------------------------------------------------ installing
-
-    def _install(
-        self, asked: Any, at: int, pages: range, state: int, kind: int, write: bool, page: int
-    ) -> None:
-        """Install what was asked for, of which these pages begin at `at`, piece by piece."""
-        if self._info:
-            what = "page content from DMS" if kind == CONTENT else "zero page"
-            self._log.info("copying %s to address : %#x", what, self._start + page * PAGE_SIZE)
-        # In the order in which the application needs them: downward, if the last one has faulted.
-        downward = page == pages[-1] and len(pages) > 1
-        came_from = state if len(pages) == 1 else NEW
-        step = FIRST_PIECE
-        while pages:
-            count = min(step, len(pages)) if pages.step == 1 else 1
-            first = len(pages) - count if downward else 0
-            piece = pages[first : first + count]
-            source = None
-            if kind == CONTENT:
-                try:
-                    source = asked.content(at + first, count)
-                except OSError as error:
-                    asked.give_back(at)
-                    self._unreadable(pages, state, write, page, error)
-                    return
-            if not self._install_piece(piece, source, write, came_from):
-                self._lspt.not_coming(pages, state)
-                asked.give_back(at)
-                return
-            pages = pages[:first] if downward else pages[count:]
-            at += 0 if downward else count
-            step = PIECE
-
-    def _install_piece(self, pages: range, source: int | None, write: bool, came_from: int) -> bool:
-        """Neighbours; source: where their bytes are, None for zeros. False if they can't be."""
-        address, length = self._start + pages.start * PAGE_SIZE, len(pages) * PAGE_SIZE
-        mark = self._track_clean and not write
-        try:
-            if source is not None:
-                self._uffd.copy(address, source, length, mark)
-                self._received += len(pages)
-            elif mark:
-                self._uffd.copy(address, self._zeros, length, True)
+    def _bring(self, pages: range, asked: Any, page: int, write: bool) -> None:
+        """These pages are COMING, and were asked for: install them. One that can't be read is not
+        COMING any more, or is lost if it is the page that has faulted."""
+        while True:
+            try:
+                kind, got, source = self._store.take_get(asked)
+            except OSError as error:
+                got = 1
+                if pages[0] == page:
+                    self._lose(page, error)
+                else:
+                    self._lspt.not_coming(pages[:1])
             else:
-                self._uffd.zeropage(address, length)
+                self._install(pages[:got], source if kind == CONTENT else 0, write)
+            pages = pages[got:]
+            if not pages:
+                return
+            asked = self._ask(pages)
+
+    def _install(self, pages: range, source: int, write: bool) -> None:
+        """source: where their bytes are, one page behind the other; 0: they are zeros."""
+        address = self._start + pages.start * PAGE_SIZE
+        if self._info:
+            known = "previously accessed" if source else "first access"
+            what = "page content from DMS" if source else "zero page"
+            self._log.info("received ack for page in address : %#x (%s)", address, known)
+            self._log.info("copying %s to address : %#x", what, address)
+        mark = self._track_clean and not write
+        length = (len(pages) if pages.step == 1 else 1) * PAGE_SIZE
+        # Counted first: the application may ask for the figures as soon as it is woken.
+        self._figures[FETCHED] += len(pages)
+        self._figures[RECEIVED] += len(pages) * PAGE_SIZE if source else 0
+        try:
+            for at in range(0, len(pages) * PAGE_SIZE, length):
+                if source or mark:
+                    self._uffd.copy(address, (source or self._zeros) + at, length, mark)
+                else:
+                    self._uffd.zeropage(address, length)
+                address += pages.step * PAGE_SIZE
         except FileNotFoundError:  # ENOENT: the application has unmapped the space under its feet
             self._uffd.wake(address, length)
-            return False
-        if self._lspt.arrived(pages, came_from):
-            self._lspt.wake_lpet()
-        self._fetched += len(pages)
-        if self._came is not None:
-            self._came.append((pages.start, len(pages)))
-        return True
-
-    def _unreadable(self, pages: range, state: int, write: bool, page: int, error: OSError) -> None:
-        """One of these can't be read. The one that has faulted is tried alone; if it was, it is lost."""
-        if pages == range(page, page + 1):
-            self._lose(page, error)
+            self._lspt.not_coming(pages)
             return
-        at = pages.index(page) if page in pages else len(pages)
-        for others in pages[:at], pages[at + 1 :]:
-            self._lspt.not_coming(others, state)
-        if page in pages:
-            self._fetch(range(page, page + 1), state, write, page, None)
+        if self._lspt.arrived(pages):
+            self._lspt.wake_lpet()
+        if self._came is not None:
+            self._came.extend((page, 1) for page in pages)
 
     def _lose(self, page: int, error: OSError) -> None:
         """The store can't give this page back: touching it is a SIGBUS from now on, never zeros."""
         address, reason = self._start + page * PAGE_SIZE, error.strerror or error
         self._log.error("page in address %#x can't be brought back: %s", address, reason)
-        self._lspt.lost(page)
+        self._lspt.not_coming(range(page, page + 1), LOST)
         try:
             # Poison wants an empty place in the page table, without the mark (EEXIST).
             if self._track_clean:
@@ -375,6 +316,14 @@ class DmHandler:
                 f"page in address {address:#x} can't be brought back: {reason}; and this kernel "
                 "can't tell the application so (UFFDIO_POISON: Linux 6.6)",
             ) from None
+
+
+def _pieces(pages: range) -> Iterator[range]:
+    """Parts of these pages, which are in the order of need; each part ascending."""
+    at, count = 0, FIRST_PIECE
+    while part := pages[at : at + count]:
+        yield part if part.step > 0 else part[::-1]
+        at, count = at + count, PIECE
 
 
 def _at_most(bucket: int) -> float:

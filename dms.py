@@ -19,22 +19,21 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import time
+from collections.abc import Callable
+from typing import Any
 
 from mpi4py import MPI
 
 from edm import log
 from edm import messages as m
-from edm.page_store import CONTENT, MAX_PAGES, PageStore
-from edm.uffd_ctypes import PAGE_SIZE, PR_SET_TIMERSLACK, prctl
+from edm.page_store import CONTENT, PageStore
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 
 EAGER = 500e-6  # seconds after a message in which the DMS does not sleep
 LOOK = 10e-6  # seconds that a look takes
 SHORTEST_NAP, LONGEST_NAP = 50e-6, 2e-3  # seconds between two looks
-
-
-class BadRequest(Exception):
-    """A request that is wrong; the text says in what."""
 
 
 class DMS:
@@ -56,20 +55,19 @@ class DMS:
         self._question, self._answer = m.MessageBuffer(), m.MessageBuffer()
         self._sending: list[tuple[MPI.Request, m.MessageBuffer]] = []  # answers under way
         self._log = log.logger("DMS")
-        # What does each request, how long its body is (None: any), how many pages it may name (0:
-        # it names none here).
-        self._requests = {
-            m.HELLO: (self._hello, m.GEOMETRY.size, 0),
-            m.GET: (self._get, 0, MAX_PAGES),
-            m.EVICT: (self._evict, None, 0),
-            m.STORE: (self._store, None, 0),
-            m.SYNC: (self._sync, 0, 0),
-            m.FREE: (self._free, 0, self._pages),
-            m.LOCATIONS: (self._locations, 0, m.MAX_LOCATIONS),
-            m.BYE: (self._bye, 0, 0),
+        # What does each request; at most, how many pages, which `more`, and how long a body (bytes).
+        self._requests: dict[int, tuple[Callable[..., int | None], int, int, int]] = {
+            m.HELLO: (self._hello, 0, 0, m.GEOMETRY.size),
+            m.GET: (self._get, PAGES_AT_ONCE, m.MAX_STRIDE, 0),
+            m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
+            m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
+            m.SYNC: (lambda store, *_: store.sync(), 0, 0, 0),
+            m.FREE: (lambda store, pages, *_: store.free(pages[0], len(pages)), self._pages, 0, 0),
+            m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
+            m.BYE: (lambda store, *_: self._left.append(store), 0, 0, 0),
         }
-        self._left: set[int] = set()  # instances that have said BYE
-        self._refused = ""  # the last reason
+        self._left: list[PageStore] = []  # of the instances that have said BYE
+        self._refused = b""  # the last reason
 
     # ------------------------------------------------------------ receiving and answering
 
@@ -87,8 +85,7 @@ class DMS:
             if length is not None:
                 message = [self._answer.message(self._handle(source, length)), MPI.BYTE]
                 self._send(self._comm.Isend(message, source, tag))
-        for sending, _ in self._sending:
-            sending.Wait()
+        MPI.Request.Waitall([sending for sending, _ in self._sending])
         for store in self._stores:
             store.close()
 
@@ -132,101 +129,64 @@ class DMS:
         """
         try:
             if not m.HEADER.size <= length <= m.MAX_MESSAGE:
-                raise BadRequest(f"a message of {length} bytes is none of the EDM's")
-            kind, stride, count, page = m.HEADER.unpack_from(self._question.whole)
-            if source - 1 in self._left:
-                raise BadRequest("it has said BYE")
-            if kind not in self._requests or stride and kind != m.GET:
-                raise BadRequest(f"there is no request of kind {kind} and stride {stride}")
-            action, right, most = self._requests[kind]
+                raise ValueError(f"a message of {length} bytes is none of the EDM's")
+            kind, more, count, page = m.HEADER.unpack_from(self._question.whole)
+            store = self._stores[source - 1]
+            if store in self._left:
+                raise ValueError("it has said BYE")
+            if kind not in self._requests:
+                raise ValueError(f"there is no request of kind {kind}")
+            action, *most = self._requests[kind]
             body = self._question.body[: length - m.HEADER.size]
-            if right is not None and len(body) != right:
-                raise BadRequest(f"a body of {len(body)} bytes, where {right} belong")
-            if most:
-                self._check(page, count, most)
+            if not min(1, most[0]) <= count <= most[0] or more > most[1] or len(body) > most[2]:
+                has = f"a count of {count}, `more` of {more} and a body of {len(body)} bytes"
+                raise ValueError(f"{has}, where at most {most} may be")
+            step = more if kind == m.GET else 1
+            pages = range(page, page + count * step, step)
+            if pages and pages[-1] >= self._pages:
+                raise ValueError(f"page {pages[-1]}, in a space of {self._pages} pages")
             self._answer.head(m.OK)
-            if kind == m.GET:
-                return self._get(source - 1, page, count, max(stride, 1))
-            return action(source - 1, page, count, body) or 0
-        except (BadRequest, OSError, MemoryError) as error:
-            return self._refuse(m.ERROR, source - 1, error)
-
-    def _refuse(self, kind: int, instance: int, error: Exception) -> int:
-        reason = m.reason(error)
-        text = str(m.error_of(reason).strerror)
-        if text != self._refused:  # a full disk refuses again and again
-            self._log.warning("request of INSTANCE_%d refused: %s", instance, text)
-        self._refused = text
-        return self._reply(kind, reason)
+            return action(store, pages, body, more, kind) or 0
+        except (ValueError, struct.error, OSError, MemoryError) as error:
+            reason = m.reason(error)
+            if reason != self._refused:  # a full disk refuses again and again
+                told = m.error_of(reason).strerror
+                self._log.warning("request of INSTANCE_%d refused: %s", source - 1, told)
+            self._refused = reason
+            return self._reply(m.ERROR, reason)
 
     def _reply(self, kind: int, body: bytes) -> int:
         self._answer.body[: len(body)] = body
         self._answer.head(kind, len(body))
         return len(body)
 
-    def _check(self, page: int, count: int, most: int) -> None:
-        if not 0 < count <= most:
-            raise BadRequest(f"a count of {count} pages, where 1 to {most} may be")
-        if page >= self._pages or count > self._pages - page:
-            raise BadRequest(f"{count} pages from page {page} in a space of {self._pages} pages")
-
     # ------------------------------------------------------------ the requests
 
-    def _hello(self, instance: int, page: int, count: int, body: memoryview) -> int:
-        theirs = m.GEOMETRY.unpack(body)
+    def _hello(self, store: PageStore, pages: range, body: memoryview, *_: int) -> int:
+        theirs, fields = m.GEOMETRY.unpack(body), "(version, page size, start_addr, end_addr)"
         if theirs != self._geometry:
-            raise BadRequest(
-                "instance and DMS differ in (version, page size, start_addr, end_addr): "
-                f"{theirs} and {self._geometry}"
-            )
-        kept = self._stores[instance].kept
-        return self._reply(m.OK, m.WELCOME.pack(kept, os.getpid(), *m.pids_are_of()))
+            raise ValueError(f"instance and DMS differ in {fields}: {theirs} and {self._geometry}")
+        return self._reply(m.OK, m.WELCOME.pack(store.kept, os.getpid(), *m.pids_are_of()))
 
-    def _get(self, instance: int, page: int, count: int, stride: int) -> int:
-        if stride > m.MAX_STRIDE:
-            raise BadRequest(f"a stride of {stride} pages, where up to {m.MAX_STRIDE} may be")
-        if page + (count - 1) * stride >= self._pages:
-            leave = f"{count} pages from page {page}, a stride of {stride} apart,"
-            raise BadRequest(f"{leave} in a space of {self._pages} pages")
-        pages = range(page, page + count * stride, stride)
+    def _get(self, store: PageStore, pages: range, *_: Any) -> int:
         try:
-            kind, got = self._stores[instance].get(pages, self._answer.body)
+            kind, got = store.get(pages, self._answer.body)
         except OSError as error:
-            lost = OSError(error.errno, f"page {page}: {error.strerror}")
-            return self._refuse(m.UNREADABLE, instance, lost)
-        self._answer.head(kind, got, page)
+            raise OSError(error.errno, f"page {pages[0]}: {error.strerror}") from None
+        self._answer.head(kind, got, pages[0])
         return got * PAGE_SIZE if kind == CONTENT else 0
 
-    def _evict(self, instance: int, page: int, runs: int, body: memoryview) -> None:
-        self._write(instance, runs, body, stay=False)
+    def _put(self, store: PageStore, pages: range, body: memoryview, runs: int, kind: int) -> None:
+        at, dirty = runs * m.RUN.size, []
+        for first, count in m.RUN.iter_unpack(body[:at]):
+            if not pages.start <= first < first + count <= pages.stop:
+                raise ValueError(f"{count} dirty pages from page {first}, where {pages} leave")
+            dirty.append((first, body[at : at + count * PAGE_SIZE]))
+            at += count * PAGE_SIZE
+        if len(body) != at:
+            raise ValueError(f"a body of {len(body)} bytes, where {at} belong")
+        gone = [(pages.start, len(pages))] if kind == m.EVICT else []
+        store.put(gone, dirty)
 
-    def _store(self, instance: int, page: int, runs: int, body: memoryview) -> None:
-        self._write(instance, runs, body, stay=True)
-
-    def _write(self, instance: int, runs: int, body: memoryview, stay: bool) -> None:
-        if not 0 < runs <= m.MAX_RUNS:
-            raise BadRequest(f"{runs} runs, where 1 to {m.MAX_RUNS} may be")
-        right = runs * m.RUN.size
-        if len(body) < right:
-            raise BadRequest(f"a body of {len(body)} bytes, with a table of {right}")
-        table, content = list(m.RUN.iter_unpack(body[:right])), body[right:]
-        for first, count, dirty in table:
-            self._check(first, count, MAX_PAGES)
-            if dirty > 1:
-                raise BadRequest(f"a run's dirty is {dirty} from page {first}, where 0 or 1 may be")
-            right += dirty * count * PAGE_SIZE
-        if len(body) != right:
-            raise BadRequest(f"a body of {len(body)} bytes, where {right} belong")
-        self._stores[instance].write(table, content, stay)
-
-    def _free(self, instance: int, page: int, count: int, body: memoryview) -> None:
-        self._stores[instance].free(page, count)
-
-    def _sync(self, instance: int, page: int, count: int, body: memoryview) -> None:
-        self._stores[instance].sync()
-
-    def _locations(self, instance: int, page: int, count: int, body: memoryview) -> int:
-        return self._reply(m.LOCATIONS, self._stores[instance].locations(page, count))
-
-    def _bye(self, instance: int, page: int, count: int, body: memoryview) -> None:
-        self._left.add(instance)
+    def _locations(self, store: PageStore, pages: range, *_: Any) -> int:
+        return self._reply(m.LOCATIONS, store.locations(pages.start, len(pages)))

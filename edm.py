@@ -5,7 +5,7 @@
      ┌──────────────────────┐ uffd+memfd ┌──────────────────────┐
      │ application          │ ─────────► │ pager                │  pread   ┌──────────────┐
      │   the process that   │ page fault │   DM-Handler         │ ───────► │ PageStore    │
-     │   the user started   │ ◄───────── │   LPET               │  write   │  SPT, disk   │
+     │   the user started   │ ◄───────── │   LPET               │  pwrite  │  SPT, disk   │
      └──────────────────────┘    page    │   LSPT, local pages  │ ───────► └──────────────┘
        address_space.py                  └──────────────────────┘            page_store.py
        numpy_mem_handler.py                pager.py, lspt.py
@@ -37,20 +37,18 @@ application's status. So such a program must not import mpi4py.MPI first.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 if __name__ == "edm":
     # Python was started in this folder, and found this file before the package of the same name.
     __path__ = [os.path.dirname(os.path.abspath(__file__))]
     sys.modules["edm.edm"] = sys.modules["edm"]
 
-from edm.address_space import TRACKING, Space, spawn_pager
+from edm.address_space import Space, spawn_pager
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
@@ -59,123 +57,98 @@ if TYPE_CHECKING:
     import contextlib
     from typing import Any
 
-__all__ = [
-    "PAGE_SIZE",
-    "Config",
-    "Space",
-    "main",
-    "numpy_allocator",
-    "parse_arguments",
-    "run",
-    "space",
-    "start",
-]
-
-
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
-TRACKERS = ("auto", "bitmap", "unmap")
-LEVELS = ("debug", "info", "warning", "error")
-
-# How a setting reads on a command line: what makes it of the text, and what the help calls it.
-_PARSE = {"ADDR": lambda text: int(text, 0), "PAGES": int, "RANKS": int}
-
-
-def _setting(default: Any, help: str, metavar: str = "", choices: Any = None) -> Any:
-    """metavar: a key of _PARSE; with choices, none."""
-    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
-
 
 # Seconds. When one rank ends with an error, Open MPI's mpirun kills the others: who has nothing to
 # tell leaves that much to the one that has.
 TELLING = 0.3
 
+CHOICES = {
+    "idle_tracker": ("auto", "bitmap", "unmap"),
+    "clean_tracking": ("auto", "async", "events", "none"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
 
-@dataclass(frozen=True)
-class Config:
-    """The settings. Raises ValueError, which names the setting, for what can't be."""
 
-    start_addr: int = _setting(
-        0x10_0000_0000, "where the address space begins (an address, whole pages)", "ADDR"
-    )
-    end_addr: int = _setting(
-        0x20_0000_0000, "where it ends (an address, whole pages; not part of it)", "ADDR"
-    )
-    high_threshold: int = _setting(
-        65536, "an instance never holds more; when it holds so many, LPET wakes", "PAGES"
-    )
-    low_threshold: int | None = _setting(
-        None, "LPET evicts until no more are left (default: 7/8 of high_threshold)", "PAGES"
-    )
-    disk: str | None = _setting(
-        None, "the disk file (default: one without a name, in $TMPDIR or /var/tmp)", "PATH"
-    )
-    keep: bool = _setting(
-        False, "whether the disk outlives the job, and the next one finds its memory there"
-    )
-    idle_tracker: str = _setting(
-        "auto",
-        "how LPET finds idle pages: the kernel's idle bitmap (needs root and a kernel that has "
-        "it), or unmapping; auto takes the bitmap where it can",
-        choices=TRACKERS,
-    )
-    readahead: int = _setting(
-        256, "at most so many are fetched at once for sequential access; 1: never", "PAGES"
-    )
-    evict_batch: int = _setting(256, "at most so many are evicted at once", "PAGES")
-    clean_tracking: str = _setting(
-        "auto",
-        "how first writes are noticed, so that a page that was not written is dropped without being "
-        "stored: by the kernel alone (Linux 6.7), by events (5.19), or not",
-        choices=TRACKING,
-    )
-    dms: int | None = _setting(
-        None, "how many MPI ranks are DMSs (default: 1 under mpirun -n 2 or more, else 0)", "RANKS"
-    )
-    stats: bool = _setting(False, "whether a table at the end tells what EDM did")
-    progress: bool = _setting(
-        False, "whether a live line tells what EDM does, where stderr is a terminal"
-    )
-    report: str | None = _setting(None, "write an HTML page of what EDM did there", "FILE.html")
-    log_level: str = _setting("warning", "the least level of log lines shown", choices=LEVELS)
+class Config(SimpleNamespace):
+    """The settings, given by name; start_addr and end_addr may do without. They can't be changed.
 
-    def __post_init__(self) -> None:
+    A program's --help (parse_arguments) has these lines:
+
+    start_addr: where the address space begins (an address, whole pages)
+    end_addr: where it ends (an address, whole pages; not part of it)
+    high_threshold: pages; an instance never holds more, and when it holds so many, LPET wakes
+    low_threshold: pages; LPET evicts until no more are left (default: 7/8 of high_threshold)
+    disk: path of the disk file (default: one without a name, in $TMPDIR or /var/tmp)
+    keep: whether the disk outlives the job, and the next one finds its memory there
+    idle_tracker: how LPET finds idle pages, by the kernel's idle bitmap (root only) or by unmapping
+    readahead: pages at most that are fetched at once for sequential access; 1: never
+    evict_batch: pages at most that are evicted at once
+    clean_tracking: how first writes are noticed, by the kernel alone, by events, or not
+    dms: how many MPI ranks are DMSs (default: 1 under mpirun -n 2 or more, else 0)
+    stats: whether a table at the end tells what EDM did
+    progress: whether a live line tells what EDM does, where stderr is a terminal
+    report: path of an HTML page to write, of what EDM did
+    log_level: the least level of log lines shown
+
+    Raises ValueError, which names the setting, for what can't be.
+    """
+
+    start_addr: int = 0x10_0000_0000
+    end_addr: int = 0x20_0000_0000
+    high_threshold: int = 65536
+    low_threshold: int | None = None
+    disk: str | None = None
+    keep: bool = False
+    idle_tracker: str = "auto"
+    readahead: int = 256
+    evict_batch: int = 256
+    clean_tracking: str = "auto"
+    dms: int | None = None
+    stats: bool = False
+    progress: bool = False
+    report: str | None = None
+    log_level: str = "warning"
+
+    def __init__(
+        self, start_addr: int = start_addr, end_addr: int = end_addr, **settings: Any
+    ) -> None:
+        super().__init__(**{name: getattr(Config, name) for name in Config.__annotations__})
+        if unknown := settings.keys() - vars(self).keys():
+            raise TypeError(f"Config: there is no setting {', '.join(unknown)}")
+        vars(self).update(settings, start_addr=start_addr, end_addr=end_addr)
         if self.low_threshold is None:
-            low = self.high_threshold - max(1, self.high_threshold // 8)
-            object.__setattr__(self, "low_threshold", low)
-        for name in ("start_addr", "end_addr"):
-            value = getattr(self, name)
-            if value % PAGE_SIZE or value <= 0:
-                raise ValueError(f"{name}: {value:#x} is no positive multiple of {PAGE_SIZE:#x}")
-        if self.start_addr >= self.end_addr:
-            raise ValueError(
-                f"end_addr: {self.end_addr:#x} leaves no space after start_addr, "
-                f"{self.start_addr:#x}; it must be greater"
-            )
-        if (self.end_addr - self.start_addr) // PAGE_SIZE > MAX_PAGES:
-            raise ValueError(f"end_addr: the space has more than {MAX_PAGES} pages; make it less")
-        if self.high_threshold < 2:
-            raise ValueError(
-                f"high_threshold: {self.high_threshold} pages; at least 2, "
-                "as one instruction may touch two"
-            )
-        if not 0 <= self.low_threshold < self.high_threshold:
-            raise ValueError(
-                f"low_threshold: {self.low_threshold} pages; it must be at least 0 and less than "
-                f"high_threshold, {self.high_threshold}"
-            )
-        if self.report and not os.path.isdir(os.path.dirname(self.report) or "."):
-            raise ValueError(f"report: there is no folder for {self.report}; make it first")
-        if self.keep and not self.disk:
-            raise ValueError("keep: needs a disk that has a name; give its path as disk")
+            vars(self)["low_threshold"] = self.high_threshold - max(1, self.high_threshold // 8)
+        for is_wrong, text in self._mistakes():
+            if is_wrong:
+                raise ValueError(text)
+
+    def __setattr__(self, name: str, *value: object) -> None:
+        raise AttributeError(f"{name}: the settings of a Config can't be changed")
+
+    __delattr__ = __setattr__
+
+    def _mistakes(self) -> Iterator[tuple[object, str]]:
+        """Whether there is one, and its text, of each that there may be."""
+        start, end, most = self.start_addr, self.end_addr, PAGES_AT_ONCE
+        pages, high, low = (end - start) // PAGE_SIZE, self.high_threshold, self.low_threshold
+        folder = os.path.dirname(self.report or "") or "."
+        yield start <= 0 or start % PAGE_SIZE, f"start_addr: {start:#x}; whole pages, more than 0"
+        yield end % PAGE_SIZE, f"end_addr: {end:#x}; whole pages"
+        yield end <= start, f"end_addr: {end:#x}; it must be greater than start_addr, {start:#x}"
+        yield pages > MAX_PAGES, f"end_addr: {pages} pages of address space; at most {MAX_PAGES}"
+        yield high < 2, f"high_threshold: {high} pages; at least 2, as an instruction may touch two"
+        yield not 0 <= low < high, f"low_threshold: {low} pages; less than high_threshold, {high}"
+        yield self.keep and not self.disk, "keep: needs a disk with a name; give its path as disk"
+        no_folder = self.report and not os.path.isdir(folder)
+        yield no_folder, f"report: there is no folder for {self.report}; make it first"
+        yield self.dms not in (None, 0, 1), f"dms: {self.dms} ranks; 0 or 1"
         for name in ("readahead", "evict_batch"):
-            if not 1 <= getattr(self, name) <= PAGES_AT_ONCE:
-                raise ValueError(f"{name}: {getattr(self, name)} pages; from 1 to {PAGES_AT_ONCE}")
-        if self.dms not in (None, 0, 1):
-            raise ValueError(f"dms: {self.dms} ranks; 0 or 1")
-        for setting in dataclasses.fields(self):
-            choices, value = setting.metadata["choices"], getattr(self, setting.name)
-            if choices and value not in choices:
-                raise ValueError(f"{setting.name}: {value!r}; one of {', '.join(choices)}")
+            value = getattr(self, name)
+            yield not 1 <= value <= most, f"{name}: {value} pages; from 1 to {most}"
+        for name, words in CHOICES.items():
+            value = getattr(self, name)
+            yield value not in words, f"{name}: {value!r}; one of {', '.join(words)}"
 
 
 # ---------------------------------------------------------------- an application
@@ -193,24 +166,35 @@ def run(app: Callable[[Space], object], config: Config | None = None) -> None:
     Under mpirun -n 2 or more every rank calls this. A rank that is a DMS returns when the
     applications have ended; of the others, the application process does.
     """
-    from edm import log
-
     config = config or Config()
-    log.start(config.log_level)
-    if _begin(config) is not None:
-        _run(app)
+    _run(app, config, _begin(config))
 
 
-def _run(app: Callable[[Space], object]) -> None:
+def main(app: Callable[[Space], object], config: Config) -> None:
+    """run(), for a command: what it raises before app is called is told in one line, and the status
+    is 2."""
+    try:
+        started = _begin(config)
+    except (ValueError, OSError) as error:
+        print(f"edm: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    _run(app, config, started)
+
+
+def _run(app: Callable[[Space], object], config: Config, started: Space | None) -> None:
     global _space
+    if started is None:  # this rank was the DMS
+        return
     from edm import log
 
+    log.start(config.log_level)
     try:
         log.logger("Usercode").debug("User code main function start running")
-        app(space())
+        app(started)
     finally:
-        ended, _space = space(), None
-        ended.close()
+        _space = None
+        if not started.is_forked:  # else app has forked, and this is the child
+            started.close()
 
 
 def start(config: Config | None = None) -> Space:
@@ -233,32 +217,21 @@ def _begin(config: Config) -> Space | None:
         raise RuntimeError("edm.start: this process is an application of EDM's already")
     _, ranks = launched()
     if config.dms and ranks < 2:
-        raise ValueError(
-            "dms: needs at least 2 MPI ranks (the DMS and an instance); "
-            "start it as: mpirun -n 2 python ..."
-        )
-    with _streams_taken():
+        raise ValueError("dms: needs at least 2 MPI ranks; start it as: mpirun -n 2 python ...")
+    # If standard streams are closed, no descriptor of EDM's may get their numbers, the lowest.
+    held = [os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) for _ in range(3)]
+    try:
         if config.dms or config.dms is None and ranks > 1:
-            from edm import rank
+            from edm import log, rank
 
+            log.start(config.log_level)
             connected = rank.fork_application(config)
             if connected is None:
                 return None
-            control, instance = connected
         else:
-            control, instance = spawn_pager(), 0
-        _space = Space(config, control, instance)
-    return _space
-
-
-@contextmanager
-def _streams_taken() -> Iterator[None]:
-    """If a standard stream is closed, no descriptor of EDM's may get its number."""
-    held = [os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)]
-    while held[-1] < 3:
-        held.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-    try:
-        yield
+            connected = spawn_pager(), 0
+        _space = Space(config, *connected)
+        return _space
     finally:
         for fd in held:
             os.close(fd)
@@ -309,8 +282,13 @@ def parse_arguments(
     """
     add_settings(parser, **defaults)
     args = parser.parse_args()
-    with told_in_one_line(parser.prog):
-        return args, Config(**{s.name: getattr(args, s.name) for s in dataclasses.fields(Config)})
+    try:
+        return args, Config(**{name: getattr(args, name) for name in Config.__annotations__})
+    except ValueError as error:
+        if launched()[0]:
+            time.sleep(TELLING)
+            parser.exit(2)
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def add_settings(
@@ -320,47 +298,22 @@ def add_settings(
     import argparse
 
     group = parser.add_argument_group("EDM")
-    for setting in dataclasses.fields(Config):
-        if setting.name not in leave_out:
-            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-            if not isinstance(setting.default, bool):
-                metavar = setting.metadata["metavar"]
-                kind = {"type": _PARSE.get(metavar, str), "metavar": metavar or None}
-                kind["choices"] = setting.metadata["choices"]
-            group.add_argument(
-                "--" + setting.name.replace("_", "-"),
-                default=defaults.get(setting.name, setting.default),
-                help=setting.metadata["help"],
-                **kind,
-            )
+    lines = (Config.__doc__ or "").splitlines()  # python -OO has none
+    words = dict(line.strip().split(": ", 1) for line in lines if ": " in line)
+    for name, kind in Config.__annotations__.items():
+        if name not in leave_out:
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if kind != "bool":
+                kind = number if kind.startswith("int") else str
+                how = {"type": kind, "choices": CHOICES.get(name)}
+            option = "--" + name.replace("_", "-")
+            default = defaults.get(name, getattr(Config, name))
+            group.add_argument(option, default=default, help=words.get(name), **how)
 
 
-@contextmanager
-def told_in_one_line(prog: str) -> Iterator[None]:
-    """A ValueError in here is a mistake of the user's: one rank tells it, and the status is 2."""
-    try:
-        yield
-    except ValueError as error:
-        if launched()[0]:
-            time.sleep(TELLING)
-        else:
-            print(f"{prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def main(app: Callable[[Space], object], config: Config) -> None:
-    """run(), for a command: what it raises before app is called is told in one line, and the status
-    is 2."""
-    from edm import log
-
-    log.start(config.log_level)
-    try:
-        started = _begin(config)
-    except (ValueError, OSError) as error:
-        print(f"edm: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if started is not None:
-        _run(app)
+def number(text: str) -> int:
+    """What makes an int of an option, and argparse calls it so. Raises ValueError."""
+    return int(text, 0)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,11 @@ import logging
 import sys
 from collections.abc import Iterable
 
-_PREFIXES = {"edm": "", "edm.Usercode": "[Usercode] : "}
-
 
 class _WikiFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        box = record.name.removeprefix("edm.")
-        record.prefix = _PREFIXES.get(record.name, f"[{box}] - ")
+        _, _, box = record.name.partition(".")
+        record.prefix = f"[{box}] {':' if box == 'Usercode' else '-'} " if box else ""
         record.level = record.levelname.capitalize()
         return super().format(record)
 

@@ -18,13 +18,13 @@ One eviction (Lpet._evict) is safe under writers, although nothing is protected 
     3. remove   MADV_REMOVE: the pages leave every page table, and all TLBs. No writer is left now:
                 what the pipe holds is final.
     4. marks    /proc/PID/pagemap: a page whose mark is still set was clean when it left.
-    5. put      the store takes the dirty pages from the pipe; clean pages are dropped without
-                writing, as the store has their bytes.
+    5. put      the pages are read out of the pipe, and the store writes the dirty ones. Clean pages
+                are dropped without writing: the store has their bytes.
     6. gone     LEAVING → AWAY; faults that came meanwhile are woken, and try again.
 
-If the store refuses in step 5, a second pipe has the same references: the pages go back into the
-memfd, and are HERE again. The order of 2 and 3, and of 3 and 4, matters: bytes or marks that are
-read while a writer is left may be old (tests/test_order.py has both wrong orders, which fail).
+If the store refuses in step 5, the pages are written back into the memfd, and are HERE again. The
+order of 2 and 3, and of 3 and 4, matters: bytes or marks that are read while a writer is left may
+be old (tests/test_order.py has both wrong orders, which fail).
 
 Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
 where it stopped. Pages that came AGE generations ago leave, neighbours together; if a turn of the
@@ -43,104 +43,45 @@ Rules: an Lpet belongs to one thread. It holds the LSPT's lock for no system cal
 from __future__ import annotations
 
 import bisect
+import errno
 import fcntl
 import math
 import mmap
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from logging import INFO
 
 from edm import log
 from edm import lspt as l
-from edm.lspt import LSPT, Left, Run, here_runs, runs_of
+from edm.lspt import LSPT, Left, Run, runs, runs_of
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
-from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd, tee
+from edm.page_store import Bytes
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
     from typing import Any
 
-AGE = 2  # generations: the design's figure, half of a turnover; others were not tried
+AGE = 1  # generations: with 2, zipf fetches 2 % fewer pages, but LPET takes 1.5 times as long for each
 GRACE = 5.0  # seconds
-SHORTEST_REST, LONGEST_REST = 0.02, 1.0  # seconds between two tries of what was refused
+REST = 0.1  # seconds between two tries of what was refused
 SETTLE = 100e-6  # seconds between two looks at pages that somebody else has in its hands
+# Pages that are to leave, and a few others between them: one more splice costs as much as copying
+# four pages.
+_SPAN = re.compile(rb"\xff+(?:\0{1,4}\xff+)*")
+_HERE_AS_255 = bytes(255 if state >= l.HERE else 0 for state in range(256))
+_RUN_OF_255 = re.compile(rb"\xff+")
 
 
-class PagePipe:
-    """A pipe that holds references to pages of the memfd, and a second one that holds them again
-    until the store has the bytes."""
-
-    def __init__(self, memfd: int) -> None:
-        self._memfd = memfd
-        self.out, self._in = os.pipe2(os.O_CLOEXEC)
-        self._spare_out, self._spare_in = os.pipe2(os.O_CLOEXEC)
-        self._null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-        self._pages = 0  # in the first pipe, when nobody has read of it
-        for pipe in (self.out, self._spare_out):
-            # 1 MiB is what any user may have: fs.pipe-max-size, pipe(7).
-            size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PAGES_AT_ONCE * PAGE_SIZE)
-        self.capacity = size // PAGE_SIZE
-
-    def take(self, runs: Iterable[Run]) -> None:
-        """memfd → pipe."""
-        for page, count in runs:
-            self._pages += count
-            _splice(self._memfd, self._in, count * PAGE_SIZE, offset_src=page * PAGE_SIZE)
-
-    def keep(self) -> None:
-        """Hold everything twice: what is read from `out` can be put back."""
-        if tee(self.out, self._spare_in, self._pages * PAGE_SIZE) != self._pages * PAGE_SIZE:
-            raise OSError("tee: the second pipe has no room")
-
-    def drop(self) -> None:
-        """The store has everything."""
-        _splice(self._spare_out, self._null, self._pages * PAGE_SIZE)
-        self._pages = 0
-
-    def put_back(self, runs: Iterable[Run]) -> None:
-        """second pipe → memfd: the runs that were taken. What is left in the first one is dropped."""
-        self._empty(self.out)
-        self._put(self._spare_out, runs)
-
-    def clear(self) -> None:
-        """Drop everything; the memfd still has it."""
-        self._empty(self.out)
-        self._empty(self._spare_out)
-        self._pages = 0
-
-    def _empty(self, pipe: int) -> None:
-        os.set_blocking(pipe, False)
-        try:
-            while os.splice(pipe, self._null, PAGES_AT_ONCE * PAGE_SIZE):
-                pass
-        except BlockingIOError:
-            pass  # it is empty now
-        finally:
-            os.set_blocking(pipe, True)
-
-    def return_at_once(self, runs: Iterable[Run]) -> None:
-        """pipe → memfd: the runs that were taken, which were not kept twice."""
-        self._put(self.out, runs)
-
-    def _put(self, pipe: int, runs: Iterable[Run]) -> None:
-        for page, count in runs:
-            _splice(pipe, self._memfd, count * PAGE_SIZE, offset_dst=page * PAGE_SIZE)
-        self._pages = 0
-
-    def close(self) -> None:
-        for fd in (self.out, self._in, self._spare_out, self._spare_in, self._null):
-            os.close(fd)
-
-
-def _splice(source: int, target: int, length: int, **offset: int) -> None:
-    """splice(2) until all is through; one of offset_src, offset_dst or neither."""
-    while length:
-        done = os.splice(source, target, length, **offset)
-        if not done:
-            raise OSError("splice: nothing came")
-        length -= done
-        offset = {name: at + done for name, at in offset.items()}
+def _in_hand(page: int, count: int, left: list[Left]) -> bytes:
+    """Of count pages from page: 255 for those that were HERE and are LEAVING in these ranges, else 0."""
+    here = bytearray(count)
+    for first, before in left:
+        here[first - page : first - page + len(before)] = before.translate(_HERE_AS_255)
+    return bytes(here)
 
 
 class Lpet:
@@ -163,8 +104,11 @@ class Lpet:
         self._lspt, self._store = lspt, store
         self._memory, self._uffd, self._pagemap = memory, Userfaultfd(uffd), pagemap
         self._start = start_addr
-        self._pipe = PagePipe(memfd)
-        self._batch = min(batch, self._pipe.capacity)
+        self._memfd = memfd
+        self._out, self._in = os.pipe2(os.O_CLOEXEC)
+        size = fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, PAGES_AT_ONCE * PAGE_SIZE)
+        self._batch = min(batch, size // PAGE_SIZE)
+        self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the pages in hand
         self._tracker: Any = (
             BitmapTracker(pagemap)
             if tracker == BitmapTracker.name
@@ -172,8 +116,8 @@ class Lpet:
         )
         self._hand = 0  # the page where the clock goes on
         self._refusal: OSError | None = None  # until _again_at, only clean pages are evicted
-        self._again_at, self._backoff = 0.0, SHORTEST_REST  # seconds of the clock; seconds
-        self._refused_since = self._wanted_since = math.inf  # seconds of the clock
+        self._again_at = 0.0  # seconds of the clock
+        self._refused_since = math.inf  # the first refusal since the store took pages
         self._most = self._batch  # pages to evict at once: fewer after a refusal, as some may fit
         self._log, self._banner = log.logger("Lpet"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
@@ -181,13 +125,12 @@ class Lpet:
     def run(self) -> None:
         """Evict whenever woken, until told to stop."""
         while self._lspt.lpet_waits():
-            if self._evict_until_low_threshold():
-                self._wanted_since = math.inf
-            elif rest := self._rest():
-                time.sleep(min(rest, 0.05))  # short, as it may be told to stop
+            if not self._evict_until_low_threshold():
+                time.sleep(min(self._rest(), 0.05))  # short, as it may be told to stop
 
     def close(self) -> None:
-        self._pipe.close()
+        os.close(self._out)
+        os.close(self._in)
 
     # ------------------------------------------------------------ one eviction
 
@@ -199,46 +142,76 @@ class Lpet:
         left = self._lspt.leaving(page, count, which)  # 1
         if not left:
             return 0
-        here = [run for each in left for run in here_runs(each)]
-        runs = self._take_out(left, here)  # 2, 3, 4
+        here = _in_hand(page, count, left)
+        written = self._take_out(page, left, here)  # 2, 3, 4
+        gone = [(first, len(before)) for first, before in left]
         try:
-            self._pipe.keep()
-            self._store.put(runs, self._pipe.out)  # 5
+            self._store.put(gone, self._taken(page, written))  # 5
         except OSError as error:
-            self._pipe.put_back(here)
-            self._wake(self._lspt.stays(left))
-            self._refused(error, sum(count for _, count in here))
+            self._put_back(page, left, here)
+            self._refused(error, here.count(255))
             return 0
-        self._pipe.drop()
-        self._wake(self._lspt.gone(left))  # 6
-        return self._count(runs)
+        self._lspt.gone(left)  # 6
+        self._wake(left)
+        return self._count(page, here, written)
 
-    def _take_out(self, left: list[Left], here: list[Run]) -> list[tuple[int, int, bool]]:
-        """Steps 2 to 4: (first page, count, is dirty) of what the pipe holds."""
-        self._pipe.take(here)
-        self._remove(left)
-        return self._pagemap.written(here)
-
-    def _remove(self, left: Iterable[Left]) -> None:
+    def _take_out(self, page: int, left: list[Left], here: bytes) -> bytes:
+        """Steps 2 to 4: the pages are in _bytes, and nowhere else. What Pagemap.written says of them."""
+        spans = [found.span() for found in _SPAN.finditer(here)]
+        self._fill_pipe(page, spans)
         for first, before in left:
-            self._memory.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, len(before) * PAGE_SIZE)
+            length = len(before) * PAGE_SIZE
+            self._memory.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, length)
+        written = self._pagemap.written(page, here)
+        self._empty_pipe(spans)
+        return written
 
-    def _wake(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            self._uffd.wake(self._start + page * PAGE_SIZE, PAGE_SIZE)
+    def _fill_pipe(self, first: int, spans: Iterable[tuple[int, int]]) -> None:
+        """spans: of pages, counted from the first one of the range."""
+        for begin, end in spans:
+            at, end_at = (first + begin) * PAGE_SIZE, (first + end) * PAGE_SIZE
+            while at < end_at:
+                at += os.splice(self._memfd, self._in, end_at - at, offset_src=at)
 
-    def _count(self, runs: Sequence[tuple[int, int, bool]]) -> int:
-        pages = sum(count for _, count, _ in runs)
-        dirty = sum(count for _, count, dirty in runs if dirty)
+    def _empty_pipe(self, spans: Iterable[tuple[int, int]]) -> None:
+        parts = [self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE] for begin, end in spans]
+        if os.readv(self._out, parts) < sum(map(len, parts)):
+            raise RuntimeError("readv: the pipe has less than was put into it")
+
+    def _taken(self, first: int, which: bytes) -> list[Bytes]:
+        """The bytes of those pages of the range whose byte in `which` is 255, in runs."""
+        return [
+            (first + at, self._bytes[at * PAGE_SIZE : end * PAGE_SIZE])
+            for at, end in (found.span() for found in _RUN_OF_255.finditer(which))
+        ]
+
+    def _put_back(self, page: int, left: list[Left], here: bytes) -> None:
+        """They are HERE again. The page table has kept their marks: who was clean is."""
+        for first, content in self._taken(page, here):
+            if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
+                raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
+        self._stays(left)
+
+    def _wake(self, left: list[Left]) -> None:
+        """The faults that came meanwhile are tried again; others between these pages, too."""
+        if left:
+            start, end = left[0][0], left[-1][0] + len(left[-1][1])
+            self._uffd.wake(self._start + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
+
+    def _stays(self, left: list[Left], generation: int | None = None) -> None:
+        self._lspt.stays(left, generation)
+        self._wake(left)
+
+    def _count(self, first: int, here: bytes, written: bytes) -> int:
+        pages, dirty = here.count(255), written.count(255)
         figures = self._lspt.figures
         figures[l.EVICTED_DIRTY] += dirty
         figures[l.EVICTED_CLEAN] += pages - dirty
-        figures[l.STORED_BYTES] += dirty * PAGE_SIZE
+        figures[l.SENT] += dirty * PAGE_SIZE
         if dirty:
-            self._backoff, self._refused_since = SHORTEST_REST, math.inf
-            self._most = min(2 * self._most, self._batch)
+            self._refused_since, self._most = math.inf, min(2 * self._most, self._batch)
         if self._info:
-            for page in pages_in((page, count) for page, count, _ in runs):
+            for page in pages_in(runs(first, here, _RUN_OF_255)):
                 self._log.info("evict page in address: %#x", self._start + page * PAGE_SIZE)
         return pages
 
@@ -249,8 +222,7 @@ class Lpet:
         self._refusal = error
         self._refused_since = min(self._refused_since, now)
         self._most = max(1, self._most // 2)
-        self._again_at = now + self._backoff
-        self._backoff = min(2 * self._backoff, LONGEST_REST)
+        self._again_at = now + REST
         self._lspt.figures[l.REFUSED] += pages
 
     def _rest(self) -> float:
@@ -258,11 +230,10 @@ class Lpet:
 
         Raises OSError, with the store's errno, when a fault has waited for too long.
         """
-        now, wanted = time.monotonic(), self._lspt.room_wanted()
-        self._wanted_since = min(self._wanted_since, now) if wanted else math.inf
         if not self._refusal:
-            return SETTLE if wanted else 0.0
-        if now - max(self._wanted_since, self._refused_since) > GRACE:
+            return SETTLE
+        now, wanted_since = time.monotonic(), self._lspt.room_wanted_since()
+        if wanted_since and now - max(wanted_since, self._refused_since) > GRACE:
             raise OSError(
                 self._refusal.errno,
                 "no page can be evicted, and the application needs another one: "
@@ -324,19 +295,14 @@ class Lpet:
         used = runs_of([page for page in old if page not in idle])
         generation = self._lspt.figures[l.GENERATION]
         for run in used:
-            self._wake(self._lspt.stays(self._lspt.leaving(*run, which), generation))
+            self._stays(self._lspt.leaving(*run, which), generation)
         self._mark(used)
 
     def _evict_as_the_wiki_does(self, needed: int) -> int:
-        runs: Iterable[Run] = self._lspt.here()
+        here: Iterable[Run] = self._lspt.here()
         if self._refusal:  # then a page that was written is not to be chosen
-            runs = [
-                (page, count)
-                for run in runs
-                for page, count, dirty in self._pagemap.written([run])
-                if not dirty
-            ]
-        pages = list(pages_in(runs))
+            here = [clean for run in here for clean in self._clean(*run)]
+        pages = list(pages_in(here))
         at = bisect.bisect_left(pages, self._hand)
         order = pages[at:] + pages[:at]
         idle = self._tracker.idle(runs_of(pages))
@@ -362,35 +328,37 @@ class Lpet:
         while page < end:
             part = (page, min(self._most, end - page))
             page += part[1]
-            if self._refusal:
-                for at, length, dirty in self._pagemap.written([part]):
-                    pages += 0 if dirty else self._evict(at, length, which)
-            else:
-                pages += self._evict(*part, which)
+            for clean in self._clean(*part) if self._refusal else [part]:
+                pages += self._evict(*clean, which)
         return pages
 
-    def _mark(self, runs: Sequence[Run]) -> None:
-        self._tracker.mark(runs)
-        self._lspt.figures[l.MARKED_IDLE] += sum(count for _, count in runs)
+    def _clean(self, page: int, count: int) -> Iterator[Run]:
+        """The runs of pages that are HERE and were not written; a moment ago."""
+        here = self._lspt.state[page : page + count].translate(_HERE_AS_255)
+        written = self._pagemap.written(page, here)
+        clean = int.from_bytes(here, "big") ^ int.from_bytes(written, "big")
+        return runs(page, clean.to_bytes(count, "big"), _RUN_OF_255)
 
-    def _unmap(self, runs: Iterable[Run]) -> None:
+    def _mark(self, pages: Sequence[Run]) -> None:
+        self._tracker.mark(pages)
+        self._lspt.figures[l.MARKED_IDLE] += sum(count for _, count in pages)
+
+    def _unmap(self, pages: Iterable[Run]) -> None:
         """Take pages out of the page table, but leave them in the memfd: UnmapTracker's mark."""
-        for first, count in runs:
+        for first, count in pages:
             for page in range(first, first + count, self._batch):
                 part = min(self._batch, first + count - page)
                 left = self._lspt.leaving(page, part, l.NO_HOLES)
-                here = [run for each in left for run in here_runs(each)]
-                self._pipe.take(here)
-                self._remove(left)
-                self._pipe.return_at_once(here)
-                self._wake(self._lspt.stays(left))
+                here = _in_hand(page, part, left)
+                self._take_out(page, left, here)
+                self._put_back(page, left, here)
 
     def _show_lspt(self) -> None:
-        runs = list(self._lspt.here())
-        pages = list(pages_in(runs))
+        here = list(self._lspt.here())
+        pages = list(pages_in(here))
         if pages:
             self._log.info("start address: %#x", self._start + pages[0] * PAGE_SIZE)
-        idle = self._tracker.idle(runs)
+        idle = self._tracker.idle(here)
         rows = [
             (self._start + page * PAGE_SIZE, self._pagemap.pfns(page, 1)[0], page in idle)
             for page in pages
@@ -403,7 +371,7 @@ class Lpet:
         """Send the store every page that it does not have as it is, and keep it; how many.
 
         What is written meanwhile is marked as written again. track_clean: the pages have marks.
-        Raises OSError if the store refuses one.
+        Raises OSError if the store refuses one, or if LPET has ended and has not let go of one.
         """
         pages = 0
         for first, count in self._lspt.used(0, self._lspt.pages):
@@ -412,40 +380,39 @@ class Lpet:
         return pages
 
     def _store_part(self, page: int, count: int, track_clean: bool) -> int:
-        states = self._lspt.state[page : page + count]
-        unsettled = runs_of([page + at for at, state in enumerate(states) if l.COMING <= state <= l.AWAITED])  # fmt: skip
-        pages = self._store_here(page, count, track_clean)
-        for run in unsettled:  # somebody else had them: they are HERE, or have been stored, soon
-            while self._lspt.unsettled(*run) and not self._lspt.stopped():
+        pages, parts = 0, [(page, count)]
+        while parts:
+            page, count = parts.pop()
+            taken, later = self._lspt.take(page, count, l.NO_HOLES)
+            pages += self._store_taken(page, count, taken, track_clean)
+            if later and not self._lspt.stopped():  # they are HERE, or have been stored, soon
                 time.sleep(SETTLE)
-            pages += self._store_here(*run, track_clean)
+                parts += later
+            elif later and l.LEAVING in self._lspt.state[page : page + count]:
+                raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
+        self._lspt.figures[l.SENT] += pages * PAGE_SIZE
         return pages
 
-    def _store_here(self, page: int, count: int, track_clean: bool) -> int:
-        left = self._lspt.leaving(page, count, l.NO_HOLES)
-        here = [run for each in left for run in here_runs(each)]
-        runs = [run for run in self._pagemap.written(here) if run[2]]
-        dirty = [run[:2] for run in runs]
+    def _store_taken(self, page: int, count: int, taken: list[Left], track_clean: bool) -> int:
+        written = self._pagemap.written(page, _in_hand(page, count, taken))
+        dirty = self._taken(page, written)
         try:
-            if dirty:
+            for at, content in dirty:
                 if track_clean:
-                    self._protect(dirty, True)
-                self._pipe.take(dirty)
-                self._store.put(runs, self._pipe.out, stay=True)
+                    self._protect(at, len(content), True)
+                os.preadv(self._memfd, [content], at * PAGE_SIZE)
+            if dirty:
+                self._store.put([], dirty)
         except OSError:
-            if track_clean:
-                self._protect(dirty, False)
+            for at, content in dirty if track_clean else ():
+                self._protect(at, len(content), False)
             raise
         finally:
-            self._pipe.clear()
-            self._wake(self._lspt.stays(left))
-        pages = sum(length for _, length in dirty)
-        self._lspt.figures[l.STORED_BYTES] += pages * PAGE_SIZE
-        return pages
+            self._stays(taken)
+        return written.count(255)
 
-    def _protect(self, runs: Iterable[Run], protect: bool) -> None:
-        for page, count in runs:
-            try:
-                self._uffd.writeprotect(self._start + page * PAGE_SIZE, count * PAGE_SIZE, protect)
-            except ProcessLookupError:  # ESRCH: it has ended, and writes no more
-                return
+    def _protect(self, page: int, length: int, protect: bool) -> None:
+        """length: bytes."""
+        # ESRCH: the application has ended, and writes no more.
+        with suppress(ProcessLookupError):
+            self._uffd.writeprotect(self._start + page * PAGE_SIZE, length, protect)

@@ -6,8 +6,8 @@ methods of LSPT are the only code that changes one:
 
              expect                     arrived
  NEW, AWAY ──────────────────► COMING ─────────────► HERE (with its generation)
-     ▲                           │ not_coming: as before         │
-     │ gone: the store has its   │ lost: LOST                    │ leaving
+     ▲                           │                               │
+     │ gone: the store has its   │ not_coming: AWAY or LOST      │ leaving
      │ bytes, or needs none      ▼                               ▼
      └───────────────────────────────────────────────── LEAVING ◄┘
                                                         └── stays ────► HERE
@@ -18,74 +18,71 @@ methods of LSPT are the only code that changes one:
     COMING    the DM-Handler is installing it
     HERE      in the application's memory
     LEAVING   LPET, a sync or a free has it in its hands
-    AWAITED   LEAVING, and a fault waits for that to end
     LOST      its bytes can't be had: touching it is a SIGBUS
 
 Whether a page is clean is not stored: the page table knows.
 
 Generations: one begins with each quarter of high_threshold that has come. HERE has the one in which
-the page came, AWAY the one in which it left. Both count modulo GENERATIONS.
+the page came, modulo GENERATIONS.
 
 Interface: the methods named on the arrows. For waiting, two eventfds: `for_handler` tells the
 DM-Handler that there is room, or that it is to stop; `for_lpet` tells LPET that there are pages to
 evict, or that it is to stop. `figures` are counters that any process may read.
 
 Rules:
-    * `lock` protects every change of a state or counter. The methods take it; those whose
-      docstring says "Locked" want the caller to hold it. No system call is made under it, but the writing of an eventfd.
+    * `lock` protects every change of a state or counter. The methods take it. No system call is made
+      under it, but the writing of an eventfd.
     * COMING belongs to the DM-Handler, LEAVING to whoever made it so: nobody else touches the
-      memory or the state of such a page, but for the DM-Handler, which makes LEAVING AWAITED. Who
-      ends LEAVING wakes the faults of the pages that were AWAITED (the methods return which).
+      memory or the state of such a page. A fault of a LEAVING page sleeps on: who ends LEAVING wakes
+      the range, and the fault is tried again.
     * A LEAVING range may have holes: pages that are not here, and that nobody may bring meanwhile.
     * `areas` belongs to the pager's process; LPET does not need it.
-
-Cost: one byte a page of the space, as zeros that the kernel has not given yet. `_used` has a byte a
-PART of pages that is 1 once one of them came, so that nobody reads, and so makes, the other parts.
 """
 
 from __future__ import annotations
 
 import bisect
+import errno
 import mmap
 import os
 import re
+import time
 from collections.abc import Iterator
 
 from edm.uffd_ctypes import semaphore
 
-NEW, LOST, COMING, LEAVING, AWAITED = range(5)
-GENERATIONS = 64
-AWAY = 64  # and its generation
-HERE = 128  # and its generation
+NEW, AWAY, LOST, COMING, LEAVING = range(5)
+HERE, GENERATIONS = 128, 128  # HERE and its generation
 
 PART = 4096  # pages
 QUARTERS = 4  # generations in one turnover of high_threshold pages
 SMALL = 1024  # with no higher high_threshold, LPET follows the wiki's algorithm to the letter
-# A page that comes back within so many generations after it left counts as if it had come so much
-# later. The figures are the design's proposal; others were not tried.
-SOON, LONGER = 2 * QUARTERS, QUARTERS
 
 # Tables for `leaving`: 2 for a state that is to leave, 1 for a hole, 0 for what stays as it is.
-ANY_HERE = bytes(
-    2 if byte >= HERE else 1 if byte == NEW or byte & AWAY else 0 for byte in range(256)
-)
+ANY_HERE = bytes(2 if byte >= HERE else byte <= AWAY for byte in range(256))
 NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
-_ONLY_AWAY = bytes(AWAY <= byte < HERE for byte in range(256))
+_SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
+_IS_AWAY = bytes(byte == AWAY for byte in range(256))
+_IS_HERE = bytes(byte >= HERE for byte in range(256))
 _RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # of what is to leave, with holes
-_FETCHABLE = re.compile(rb"\x00+|[\x40-\x7f]+")
-_HERE_RUN = re.compile(rb"[\x80-\xff]+")
-_FREE_RUN = re.compile(rb"[^\x02\x03\x04]+")
-_UNSETTLED = re.compile(rb"[\x02\x03\x04]")
-_LEAVING_BYTE, _AWAITED_BYTE = bytes((LEAVING,)), bytes((AWAITED,))
+_NEW_RUN, _AWAY_RUN = re.compile(rb"\x00*"), re.compile(rb"\x01*")
+HERE_RUN = re.compile(rb"[\x80-\xff]+")
+_UNSETTLED = re.compile(rb"[\x03\x04]+")
 
 Run = tuple[int, int]  # (first page, count of pages)
 Left = tuple[int, bytes]  # the first page of a LEAVING range, and the states before
 
-# Counters in shared memory: the LSPT's own, and LPET's figures.
+# Counters in shared memory: those that Space.figures() tells, see pager.py; and the LSPT's own.
+FIGURES = (
+    "resident", "peak_resident", "faults_first_access", "faults_refetch", "faults_write_protect",
+    "faults_other", "fetched", "bytes_received", "evicted_dirty", "evicted_clean", "marked_idle",
+    "lpet_runs", "refused", "bytes_sent",
+)  # fmt: skip
 (
-    RESIDENT, PEAK, CAME, GENERATION, ROOM_WANTED, LPET_AWAKE, STOPPED,
-    EVICTED_DIRTY, EVICTED_CLEAN, MARKED_IDLE, LPET_RUNS, REFUSED, STORED_BYTES,
-) = range(13)  # fmt: skip
+    RESIDENT, PEAK, FIRST_ACCESS, REFETCH, WRITE_PROTECT, OTHER, FETCHED, RECEIVED, EVICTED_DIRTY,
+    EVICTED_CLEAN, MARKED_IDLE, LPET_RUNS, REFUSED, SENT, CAME, GENERATION, ROOM_WANTED, LPET_AWAKE,
+    STOPPED,
+) = range(19)  # fmt: skip
 
 
 def runs_of(pages: list[int]) -> list[Run]:
@@ -99,26 +96,72 @@ def runs_of(pages: list[int]) -> list[Run]:
     return runs
 
 
-def here_runs(left: Left) -> Iterator[Run]:
-    """The runs of pages of a LEAVING range that were HERE."""
-    first, before = left
-    for run in _HERE_RUN.finditer(before):
-        yield first + run.start(), run.end() - run.start()
+def runs(page: int, states: bytes, which: re.Pattern[bytes]) -> Iterator[Run]:
+    """The runs of pages, from page on, whose states fit."""
+    for found in which.finditer(states):
+        yield page + found.start(), found.end() - found.start()
 
 
-class LSPT:
+def _here_becomes(state: int) -> bytes:
+    return bytes(range(HERE)) + bytes((state,)) * (256 - HERE)
+
+
+def data(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """(begin, length) of what is no hole in a file, between these two places (bytes)."""
+    try:
+        while (at := os.lseek(fd, at, os.SEEK_DATA)) < end:
+            hole = os.lseek(fd, at, os.SEEK_HOLE)
+            yield at, min(hole, end) - at
+            at = hole
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # that is: no data from there on
+            raise
+
+
+class ByteTable:
+    """A byte a page, in shared memory. It is a file: the parts that were never set are its holes,
+    and cost no memory. Reading a hole through the mapping would fill it."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self._fd = os.memfd_create("edm")
+        os.ftruncate(self._fd, pages)
+        self.state = mmap.mmap(self._fd, pages)
+
+    def used(self, page: int, count: int) -> Iterator[Run]:
+        """The parts of these pages that were ever set, with some unset neighbours; each has at most
+        PART pages."""
+        for first, many in data(self._fd, page, page + count):
+            for at in range(first, first + many, PART):
+                yield at, min(PART, first + many - at)
+
+    def read(self, page: int, count: int) -> bytes:
+        """The bytes of count pages from page."""
+        return os.pread(self._fd, count, page)
+
+    def set(self, pages: range, byte: int) -> None:
+        """pages: ascending."""
+        if len(pages) == 1:
+            self.state[pages.start] = byte
+        else:
+            self.state[pages.start : pages.stop : pages.step] = bytes((byte,)) * len(pages)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class LSPT(ByteTable):
     def __init__(self, pages: int, high_threshold: int, low_threshold: int) -> None:
         """A table for a space of so many pages, of which at most high_threshold may be here.
 
         With more than SMALL LPET is woken halfway between the thresholds, so that a fault hardly ever
         finds no room; else when a fault finds none.
         """
-        self.pages, self.high, self.low = pages, high_threshold, low_threshold
+        super().__init__(pages)
+        self.high, self.low = high_threshold, low_threshold
         self.lock = semaphore()
-        self.state = mmap.mmap(-1, pages)
-        self._used = mmap.mmap(-1, -(-pages // PART))
         self.figures = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
-        self.for_handler = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.for_handler = os.eventfd(0, os.EFD_CLOEXEC)
         self.for_lpet = os.eventfd(0, os.EFD_CLOEXEC)
         self.areas: list[Run] = []  # of the application, sorted
         self._wake_at = high_threshold + 1
@@ -127,59 +170,56 @@ class LSPT:
         self._quarter = max(1, high_threshold // QUARTERS)
 
     def close(self) -> None:
+        super().close()
         os.close(self.for_handler)
         os.close(self.for_lpet)
 
     # ------------------------------------------------------------ the DM-Handler's transitions
 
-    def expect(self, wanted: range) -> tuple[int, range]:
-        """NEW or AWAY → COMING, for the first page of `wanted` and those after it that are alike.
+    def expect(self, page: int) -> int | None:
+        """NEW or AWAY → COMING. Returns the state that the page had, and keeps if it is another one.
 
-        Returns the state that the first page had, and which pages are COMING now, ascending: none
-        if the state is another one (LEAVING has become AWAITED) or if there is no room for a page,
-        in which case LPET is to be woken and for_handler tells when to ask again.
+        None if there is no room for a page: LPET is to be woken, and for_handler tells when to ask
+        again.
         """
-        page = wanted.start
         with self.lock:
             state = self.state[page]
-            if state >= AWAY or state == NEW:
-                if state >= HERE:
-                    return state, range(0)
-                room = self.high - self.figures[RESIDENT]
-                if room <= 0:
-                    self.figures[ROOM_WANTED] = 1
-                    return state, range(0)
-                pages = range(page, page + 1) if len(wanted) == 1 else self.alike(wanted[:room])
-                self._set(pages, COMING)
-                self._used[pages.start // PART] = self._used[pages[-1] // PART] = 1
+            if state <= AWAY:
+                figures = self.figures
+                resident = figures[RESIDENT]
+                if resident >= self.high:
+                    figures[ROOM_WANTED] = time.monotonic_ns()
+                    return None
+                self.state[page] = COMING
+                figures[RESIDENT] = resident = resident + 1
+                figures[PEAK] = max(figures[PEAK], resident)
+            return state
+
+    def expect_more(self, wanted: range, state: int) -> range:
+        """NEW or AWAY → COMING, for as many of these pages, from the first on, as there is room for and
+        are like a page of this state, NEW or AWAY; which those are."""
+        with self.lock:
+            pages = self.alike(wanted[: max(0, self.high - self.figures[RESIDENT])], state)
+            if pages:
+                self.set(pages if pages.step > 0 else pages[::-1], COMING)
                 self.figures[RESIDENT] = resident = self.figures[RESIDENT] + len(pages)
                 self.figures[PEAK] = max(self.figures[PEAK], resident)
-                return state, pages
-            if state == LEAVING:
-                self.state[page] = AWAITED
-            return state, range(0)
+            return pages
 
-    def alike(self, wanted: range) -> range:
-        """Locked, or as a guess. As many of these pages, from the first on, as are all NEW or all AWAY; ascending."""
-        if wanted.step > 0:
-            states = self.state[wanted.start : wanted.stop : wanted.step]
-            return wanted[: _FETCHABLE.match(states).end()]
-        pages = wanted[::-1]
-        states = self.state[pages.start : pages.stop][::-1]
-        return pages[len(pages) - _FETCHABLE.match(states).end() :]
+    def alike(self, wanted: range, state: int) -> range:
+        """As many of these pages, from the first on, as are all NEW or all AWAY, as `state` is."""
+        if not wanted:
+            return wanted
+        low, high = sorted((wanted[0], wanted[-1]))
+        states = self.state[low : high + 1][:: wanted.step]
+        return wanted[: (_NEW_RUN if state == NEW else _AWAY_RUN).match(states).end()]
 
-    def arrived(self, pages: range, came_from: int) -> bool:
-        """COMING → HERE: they are installed. Is LPET to be woken?
-
-        came_from: the state that a single page had before, or NEW: see SOON.
-        """
+    def arrived(self, pages: range) -> bool:
+        """COMING → HERE: they are installed. Is LPET to be woken?"""
         with self.lock:
             figures = self.figures
             generation = figures[GENERATION]
-            if came_from and generation - came_from & GENERATIONS - 1 <= SOON:
-                self._set(pages, HERE | generation + LONGER & GENERATIONS - 1)
-            else:
-                self._set(pages, HERE | generation & GENERATIONS - 1)
+            self.set(pages, HERE + generation % GENERATIONS)
             figures[CAME] = came = figures[CAME] + len(pages)
             if came >= self._quarter:
                 figures[CAME] = came - self._quarter
@@ -189,40 +229,19 @@ class LSPT:
                 return True
             return False
 
-    def not_coming(self, pages: range, state: int) -> None:
-        """COMING → NEW or AWAY: they could not be had now."""
+    def not_coming(self, pages: range, state: int = AWAY) -> None:
+        """COMING → AWAY: they can't be had now, and the store knows what they are. Or → LOST."""
         with self.lock:
-            self._leave(pages, state, len(pages))
-
-    def lost(self, page: int) -> None:
-        """COMING → LOST."""
-        with self.lock:
-            self._leave(range(page, page + 1), LOST, 1)
-
-    def _set(self, pages: range, state: int) -> None:
-        if len(pages) == 1:
-            self.state[pages.start] = state
-        elif pages:
-            self.state[pages.start : pages.stop : pages.step] = bytes((state,)) * len(pages)
-
-    def _leave(self, pages: range, state: int, resident: int) -> None:
-        self._set(pages, state)
-        self._room(resident)
+            self.set(pages, state)
+            self._room(len(pages))
 
     # ------------------------------------------------------------ LEAVING
 
     def older_than(self, age: int) -> bytes:
-        """A table for `leaving`: pages that are HERE for at least so many generations may leave.
-
-        Those that count as if they came later have generations ahead of today's.
-        """
-        if age <= 0:
-            return ANY_HERE
-        table = bytearray(ANY_HERE)
-        for generation in range(GENERATIONS):
-            since = self.figures[GENERATION] - generation & GENERATIONS - 1
-            if not age <= since < GENERATIONS - 2 * SOON:
-                table[HERE + generation] = 0
+        """A table for `leaving`: pages that are HERE for at least so many generations may leave."""
+        table, now = bytearray(ANY_HERE), self.figures[GENERATION]
+        for since in range(age):
+            table[HERE + (now - since) % GENERATIONS] = 0
         return bytes(table)
 
     def leaving(self, page: int, count: int, which: bytes = ANY_HERE) -> list[Left]:
@@ -230,45 +249,47 @@ class LSPT:
 
         Neighbours, holes between them included, are one entry of what is returned.
         """
+        return self.take(page, count, which)[0]
+
+    def take(self, page: int, count: int, which: bytes) -> tuple[list[Left], list[Run]]:
+        """As leaving; the second list is of pages that are COMING or LEAVING, so somebody else's.
+
+        The caller comes back for those: nobody has them for longer than a batch.
+        """
         with self.lock:
             states = self.state[page : page + count]
-            found = []
+            taken = []
             for run in _RUN.finditer(states.translate(which)):
                 at, end = run.span()
-                self.state[page + at : page + end] = _LEAVING_BYTE * (end - at)
-                found.append((page + at, states[at:end]))
-            return found
+                self.state[page + at : page + end] = bytes((LEAVING,)) * (end - at)
+                taken.append((page + at, states[at:end]))
+        return taken, list(runs(page, states, _UNSETTLED))
 
-    def gone(self, left: list[Left]) -> list[int]:
-        """LEAVING → AWAY: the store has their bytes, or needs none. Returns the AWAITED pages."""
-        away = AWAY | self.figures[GENERATION] & GENERATIONS - 1
-        table = bytes(range(HERE)) + bytes((away,)) * (256 - HERE)
-        with self.lock:
-            awaited = self._end([(first, before.translate(table)) for first, before in left])
-            self._room(sum(count for each in left for _, count in here_runs(each)))
-            return awaited
+    def gone(self, left: list[Left]) -> None:
+        """LEAVING → AWAY: the store has their bytes, or needs none."""
+        self._end(left, _here_becomes(AWAY))
 
-    def stays(self, left: list[Left], generation: int | None = None) -> list[int]:
-        """LEAVING → HERE, as they were before; returns the AWAITED pages.
+    def stays(self, left: list[Left], generation: int | None = None) -> None:
+        """LEAVING → HERE, as they were before.
 
         generation: pages that were used of late count as if they had come in that one.
         """
+        same = bytes(range(256))
         if generation is not None:
-            here = bytes((HERE | generation & GENERATIONS - 1,))
-            table = bytes(range(HERE)) + here * (256 - HERE)
-            left = [(first, before.translate(table)) for first, before in left]
-        with self.lock:
-            return self._end(left)
+            same = _here_becomes(HERE + generation % GENERATIONS)
+        self._end(left, same)
 
-    def _end(self, left: list[Left]) -> list[int]:
-        """Set these states, where LEAVING was; which pages were AWAITED?"""
-        awaited = []
-        for first, after in left:
-            now = self.state[first : first + len(after)]
-            if _AWAITED_BYTE in now:
-                awaited += [first + at for at, state in enumerate(now) if state == AWAITED]
-            self.state[first : first + len(after)] = after
-        return awaited
+    def freed(self, left: list[Left]) -> None:
+        """LEAVING → NEW."""
+        self._end(left, bytes(256))
+
+    def _end(self, left: list[Left], becomes: bytes) -> None:
+        """LEAVING → what this table makes of the state before."""
+        with self.lock:
+            for first, before in left:
+                self.state[first : first + len(before)] = before.translate(becomes)
+                if becomes[HERE] < HERE:
+                    self._room(before.translate(_IS_HERE).count(1))
 
     def _room(self, pages: int) -> None:
         self.figures[RESIDENT] -= pages
@@ -279,65 +300,47 @@ class LSPT:
     # ------------------------------------------------------------ freeing
 
     def freeing(self, page: int, count: int) -> tuple[list[Left], list[Run]]:
-        """Any state → LEAVING, but COMING and LEAVING: these are returned as the second list.
-
-        The caller comes back for those: nobody has them for longer than a batch.
-        """
+        """Any state → LEAVING, but COMING and LEAVING: these are returned as the second list."""
         taken: list[Left] = []
         later: list[Run] = []
         for first, length in self.used(page, count):
-            with self.lock:
-                states = self.state[first : first + length]
-                for run in _FREE_RUN.finditer(states):
-                    at, end = run.span()
-                    self.state[first + at : first + end] = _LEAVING_BYTE * (end - at)
-                    taken.append((first + at, states[at:end]))
-            later += runs_of([first + at.start() for at in _UNSETTLED.finditer(states)])
+            some, others = self.take(first, length, _SETTLED)
+            taken += some
+            later += others
         return taken, later
-
-    def freed(self, left: list[Left]) -> list[int]:
-        """LEAVING → NEW. Returns the AWAITED pages."""
-        with self.lock:
-            awaited = self._end([(first, bytes(len(before))) for first, before in left])
-            self._room(sum(count for each in left for _, count in here_runs(each)))
-            return awaited
 
     def on_disk(self, page: int, count: int) -> None:
         """NEW → AWAY, at the start: the store has these pages of an earlier job."""
         with self.lock:
-            self._set(range(page, page + count), AWAY | 2 * SOON)  # not of late
-            first, last = page // PART, (page + count - 1) // PART
-            self._used[first : last + 1] = b"\1" * (last + 1 - first)
+            self.set(range(page, page + count), AWAY)
 
     # ------------------------------------------------------------ looking
-
-    def used(self, page: int, count: int) -> Iterator[Run]:
-        """The parts of a range that pages may be in, each within a PART; the others are all NEW."""
-        part, end = page // PART, page + count
-        while (part := self._used.find(b"\1", part, -(-end // PART))) >= 0:
-            first = max(page, part * PART)
-            yield first, min(end, (part + 1) * PART) - first
-            part += 1
 
     def here(self) -> Iterator[Run]:
         """Runs of pages that are HERE, by address; each part as it is when it is asked for."""
         for first, count in self.used(0, self.pages):
-            yield from here_runs((first, self.state[first : first + count]))
-
-    def unsettled(self, page: int, count: int) -> bool:
-        """Is any of these pages COMING or LEAVING?"""
-        return bool(_UNSETTLED.search(self.state[page : page + count]))
+            yield from runs(first, self.read(first, count), HERE_RUN)
 
     def area(self, page: int) -> range:
         """The area of the application that has this page; without one, an empty range."""
         index = bisect.bisect_right(self.areas, (page, self.pages)) - 1
-        first, count = self.areas[index] if index >= 0 else (0, 0)
-        return range(first, first + count) if page < first + count else range(0)
+        for first, count in self.areas[index : index + 1]:  # others change the list meanwhile
+            if first <= page < first + count:
+                return range(first, first + count)
+        return range(0)
+
+    def located(self, page: int, locations: bytes) -> bytes:
+        """PageStore.locations of the pages from `page` on, by what is HERE. The store alone knows only
+        what it has sent: it may have been asked for ahead, and not be here."""
+        return bytes(
+            byte if COMING <= state <= LEAVING else byte & ~1 | (state >= HERE)
+            for state, byte in zip(self.read(page, len(locations)), locations, strict=True)
+        )
 
     def away(self) -> int:
         """How many pages only the store has; a while ago, some of them."""
         return sum(
-            self.state[first : first + count].translate(_ONLY_AWAY).count(1)
+            self.read(first, count).translate(_IS_AWAY).count(1)
             for first, count in self.used(0, self.pages)
         )
 
@@ -346,16 +349,16 @@ class LSPT:
     def wake_lpet(self) -> None:
         os.eventfd_write(self.for_lpet, 1)
 
-    def room_wanted(self) -> bool:
-        """Does the DM-Handler wait for room?"""
-        return bool(self.figures[ROOM_WANTED])
+    def room_wanted_since(self) -> float:
+        """Since when the DM-Handler waits for room (seconds of the clock); 0.0: it does not."""
+        return self.figures[ROOM_WANTED] / 1e9
 
     def lpet_waits(self) -> bool:
         """LPET's: sleep until there is something to evict. False once stop was called."""
         while not self.stopped():
             with self.lock:
                 full = self.figures[RESIDENT] >= self._wake_at
-                self.figures[LPET_AWAKE] = awake = full or self.figures[ROOM_WANTED]
+                self.figures[LPET_AWAKE] = awake = full or self.figures[ROOM_WANTED] > 0
             if awake:
                 return True
             os.eventfd_read(self.for_lpet)  # or what is left of a call that was seen already

@@ -4,7 +4,7 @@ In the picture: the arrow from the application to the pager that is no page faul
 descriptor in a program that knows nothing of it, and may close it: this has none.
 
 Interface: Mailbox(memory), made by both ends of the same memory.
-    the application     ask(what, page, count, name), and for some calls answer(number)
+    the application     ask(what, page, count, name); call(what, page, count) waits for the answer
     the pager           wait() in a thread of its own; requests(); answer_with(number, ...)
 
 The memory: four u32, then a ring of ENTRIES requests, then one answer.
@@ -30,15 +30,15 @@ from edm.uffd_ctypes import PAGE_SIZE, futex_wait, futex_wake
 
 MAPPED, FREE, RELEASE, LOCATIONS, FIGURES, SYNC, END, CLOSE = range(8)
 
-REQUEST = Struct("=BxHIQQ")  # what, bytes of the name, number, first page, count of pages
+REQUEST = Struct("=BxHxxxxQQ")  # what, bytes of the name, first page, count of pages
 ANSWER = Struct("=iI")  # 0, or an errno and then a text; bytes
 ENTRY = 256  # bytes: a REQUEST and an area's name
-MAX_NAME = ENTRY - REQUEST.size
 ENTRIES = 128
 RING = PAGE_SIZE  # where it begins
 ANSWERED = RING + ENTRIES * ENTRY  # where the answer is
-MAX_ANSWER = 1 << 16
-SIZE = -(-(ANSWERED + ANSWER.size + MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
+CONTENT = ANSWERED + ANSWER.size
+MAX_ANSWER = 1 << 16  # bytes of a content
+SIZE = -(-(CONTENT + MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
 NUMBERS = 1 << 32
 
 _ASKED, _TAKEN, _ANSWERED, _FREED = range(4)
@@ -49,35 +49,38 @@ class Mailbox:
         """memory: SIZE bytes that both ends share, at `address` in this process."""
         self._memory, self._address = memory, address
         self._words = memory[:16].cast("I")
+        self._left = 0  # the number of a call whose answer was not waited for to the end
 
     # ------------------------------------------------------------ the application's end
 
     def ask(self, what: int, page: int = 0, count: int = 0, name: bytes = b"") -> int:
         """Send a request; its number. Waits only while the ring is full."""
-        words, name = self._words, name[:MAX_NAME]
+        words, name = self._words, name[: ENTRY - REQUEST.size]
         number = (words[_ASKED] + 1) % NUMBERS
         while (number - words[_TAKEN]) % NUMBERS > ENTRIES:
             self._wait(_TAKEN, words[_TAKEN])
         at = RING + number % ENTRIES * ENTRY
-        REQUEST.pack_into(self._memory, at, what, len(name), number, page, count)
+        REQUEST.pack_into(self._memory, at, what, len(name), page, count)
         self._memory[at + REQUEST.size : at + REQUEST.size + len(name)] = name
         self._set(_ASKED, number)
         return number
 
-    def answer(self, number: int) -> bytes:
-        """Wait for the answer of the last request. Raises OSError with the pager's errno and text."""
-        words = self._words
-        while (answered := words[_ANSWERED]) != number:
-            self._wait(_ANSWERED, answered)
+    def call(self, what: int, page: int = 0, count: int = 0) -> bytes:
+        """Send a request, and wait for the answer. Raises OSError with the pager's errno and text."""
+        if self._left:  # by a signal handler; the call goes on
+            self._wait_for_answer(self._left)
+        self._left = number = self.ask(what, page, count)
+        self._wait_for_answer(number)
         error, length = ANSWER.unpack_from(self._memory, ANSWERED)
-        at = ANSWERED + ANSWER.size
-        content = bytes(self._memory[at : at + length])
+        content = bytes(self._memory[CONTENT : CONTENT + length])
+        self._left = 0
         if error:
             raise OSError(error, content.decode())
         return content
 
-    def is_answered(self, number: int) -> bool:
-        return self._words[_ANSWERED] == number
+    def _wait_for_answer(self, number: int) -> None:
+        while (answered := self._words[_ANSWERED]) != number:
+            self._wait(_ANSWERED, answered)
 
     def is_freed(self, number: int) -> bool:
         """Is this FREE or RELEASE done? They are done in order."""
@@ -96,7 +99,7 @@ class Mailbox:
         while (number := words[_TAKEN]) != words[_ASKED]:
             number = (number + 1) % NUMBERS
             at = RING + number % ENTRIES * ENTRY
-            what, length, _, page, count = REQUEST.unpack_from(self._memory, at)
+            what, length, page, count = REQUEST.unpack_from(self._memory, at)
             name = bytes(self._memory[at + REQUEST.size : at + REQUEST.size + length])
             self._set(_TAKEN, number)
             yield what, number, page, count, name
@@ -104,9 +107,8 @@ class Mailbox:
     def answer_with(self, number: int, content: bytes = b"", error: int = 0) -> None:
         """Answer a request; error: an errno, whose text is the content."""
         content = content[:MAX_ANSWER]
-        at = ANSWERED + ANSWER.size
         ANSWER.pack_into(self._memory, ANSWERED, error, len(content))
-        self._memory[at : at + len(content)] = content
+        self._memory[CONTENT : CONTENT + len(content)] = content
         self._set(_ANSWERED, number)
 
     def freed(self, number: int) -> None:

@@ -5,27 +5,30 @@ mpi_client.py, who answers is dms.py.
 
 A message is a header of 16 bytes and what belongs to it, and is as long as MPI says that it is.
 
-    header   u16 kind, u16 stride, u32 count, u64 page         (little-endian)
+    header   u16 kind, u16 more, u32 count, u64 page           (little-endian)
 
     from the instance                          from the DMS
     HELLO      GEOMETRY                        OK, with WELCOME
     GET        count pages from page on,       NEW_PAGES: they were never accessed
-               stride apart (0: as 1)          CONTENT: their bytes follow
+               `more` pages apart              CONTENT: their bytes follow
                                                (either for the first count of them)
-                                               UNREADABLE, a reason: the first one is lost
-    EVICT      count runs, then the bytes of   OK: what was sent is written
-               the dirty ones, in order
+    EVICT      count pages from page on leave: OK: what was sent is written
+               `more` runs of them are dirty,
+               then the bytes of these
     STORE      as EVICT; the pages stay        OK: likewise
     SYNC                                       OK: what was written survives a crash
     FREE       count pages from page           OK: they are as never accessed
     LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
     BYE                                        OK: the DMS forgets the instance
 
-    run      u64 page, u32 count, u32 1 if dirty
+    run      u64 page, u32 count
     reason   u32 errno, then words in UTF-8
 
+What a question has no use for is 0 in its header.
+
 A page is named by its number in the space: (address - start_addr) / PAGE_SIZE. Instead of any of
-these answers the DMS may send ERROR with a reason; then every page is where it was.
+these answers the DMS may send ERROR with a reason; then every page is where it was. To a GET it says
+that the first page can't be read.
 
 A question and its answer have the same MPI tag, and no other question has that tag meanwhile. The
 order of messages of different tags means nothing: an EVICT may overtake the GET of its page.
@@ -38,24 +41,22 @@ import mmap
 import os
 from struct import Struct
 
-from edm.page_store import MAX_PAGES
-from edm.uffd_ctypes import PAGE_SIZE
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-VERSION = 3
+VERSION = 4
 MAX_STRIDE = 64  # pages at most from one page of a GET to the next
-MAX_RUNS = MAX_PAGES  # at most so many runs in one EVICT
 MAX_LOCATIONS = 1 << 16  # at most so many pages in one LOCATIONS
 
 HELLO, GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE = range(1, 9)
-OK, ERROR, UNREADABLE = 16, 19, 20  # and NEW_PAGES, CONTENT, which are 17 and 18
+OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18
 
 HEADER = Struct("<HHIQ")
 GEOMETRY = Struct("<IIQQ")  # version, page size, start_addr, end_addr
 WELCOME = Struct("<IiQ36s")  # 1 if the disk is kept; of the DMS: pid, then what pids_are_of gives
-RUN = Struct("<QII")
+RUN = Struct("<QI")
 ERRNO = Struct("<I")
 
-MAX_MESSAGE = HEADER.size + MAX_RUNS * RUN.size + MAX_PAGES * PAGE_SIZE  # bytes
+MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (RUN.size + PAGE_SIZE)  # bytes
 
 
 class DMSGone(Exception):
@@ -70,7 +71,7 @@ def pids_are_of() -> tuple[int, bytes]:
 
 
 def reason(error: Exception) -> bytes:
-    """What ERROR and UNREADABLE say."""
+    """What ERROR says."""
     number, text = errno.EINVAL, str(error) or type(error).__name__
     if isinstance(error, OSError):
         number, text = error.errno or errno.EIO, error.strerror or text
@@ -94,9 +95,9 @@ class MessageBuffer:
         self.whole = memory[begin:]
         self.body = memory[PAGE_SIZE:]
 
-    def head(self, kind: int, count: int = 0, page: int = 0, stride: int = 0) -> None:
+    def head(self, kind: int, count: int = 0, page: int = 0, more: int = 0) -> None:
         """Write the header."""
-        HEADER.pack_into(self.whole, 0, kind, stride, count, page)
+        HEADER.pack_into(self.whole, 0, kind, more, count, page)
 
     def message(self, body_length: int = 0) -> memoryview:
         """The header and the first body_length bytes of the body."""

@@ -27,10 +27,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import re
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from struct import Struct
 
 from edm import log
@@ -45,9 +44,7 @@ _U64 = Struct("=Q")
 _PFN = (1 << 55) - 1
 _TOP_BYTE = slice(7, None, 8) if sys.byteorder == "little" else slice(0, None, 8)
 _PRESENT, _MARK = 0x80, 0x02  # bits 63 and 57, in the top byte
-# An entry's top byte as "d" if the page was written since it was marked, else "c".
-_WRITTEN = bytes(ord("c" if byte & _MARK else "d") for byte in range(256))
-_ALIKE = re.compile(rb"c+|d+")
+_UNMARKED = bytes(0 if byte & _MARK else 255 for byte in range(256))
 
 
 class Pagemap:
@@ -61,21 +58,16 @@ class Pagemap:
         raw = os.pread(self.fd, 8 * count, 8 * (self._first + page))
         return raw.ljust(8 * count, b"\0")  # a process that has ended has no pages
 
-    def written(self, runs: Sequence[Run]) -> list[tuple[int, int, bool]]:
-        """Split ascending runs into (first page, count, whether it was written since marked).
+    def written(self, page: int, here: bytes) -> bytes:
+        """Of each page, from `page` on, whose byte in `here` is 255: 255 if it was written since it was
+        marked; else 0. Of those whose byte is 0: 0.
 
         The mark (bit 57) of shared memory stays in the page table when the page has gone. Without
         one, a page counts as written: so do all, once the process has ended.
         """
-        if not runs:
-            return []
-        first, end = runs[0][0], sum(runs[-1])
-        states = self._read(first, end - first)[_TOP_BYTE].translate(_WRITTEN)
-        return [
-            (first + found.start(), found.end() - found.start(), found[0][0] == ord("d"))
-            for page, count in runs
-            for found in _ALIKE.finditer(states, page - first, page - first + count)
-        ]
+        unmarked = self._read(page, len(here))[_TOP_BYTE].translate(_UNMARKED)
+        both = int.from_bytes(unmarked, "big") & int.from_bytes(here, "big")
+        return both.to_bytes(len(here), "big")
 
     def present(self, page: int, count: int) -> list[bool]:
         """Of each page: is it in the page table (bit 63)?"""
@@ -176,10 +168,11 @@ def pfns_missing() -> str:
 
 
 def unmap_missing() -> str:
-    """Why UnmapTracker can't be used here; "" if it can.
+    """Why pages can't be written back into a memfd here; "" if they can.
 
-    It writes pages back into a memfd, and a kernel that makes huge pages of that would put pages of
-    zeros where nothing is to be. Source: Documentation/admin-guide/mm/transhuge.rst.
+    UnmapTracker does that, and LPET when the store has refused some. A kernel that makes huge pages of
+    a memfd would put pages of zeros where nothing is to be. Source:
+    Documentation/admin-guide/mm/transhuge.rst.
     """
     memfd = os.memfd_create("edm")
     try:
@@ -195,7 +188,7 @@ def unmap_missing() -> str:
 def choose_tracker(wanted: str) -> str:
     """The name of the tracker to use for Config.idle_tracker, bitmap, unmap or auto.
 
-    Raises ValueError when it can't be had.
+    Raises ValueError when it can't be had, or if no page can be written back into a memfd.
     """
     missing = bitmap_missing() if wanted != "unmap" else ""
     if wanted == "bitmap" and missing:
@@ -204,8 +197,8 @@ def choose_tracker(wanted: str) -> str:
             "take --idle-tracker unmap, which needs no root and no kernel option"
         )
     name = "unmap" if missing or wanted == "unmap" else "bitmap"
-    if name == "unmap" and (why := unmap_missing()):
-        raise ValueError(f"idle_tracker: unmap can't be used here: {why}")
+    if why := unmap_missing():
+        raise ValueError(f"pages can't be written back into memory here: {why}")
     log.logger("Lpet").info(
         "idle tracker: %s%s", name, f" (no bitmap: {missing})" if missing else ""
     )

@@ -1,12 +1,15 @@
 """The pager: the process that pages for an application.
 
-In the picture: the box in the middle. Its threads: the DM-Handler (dm_handler.py), LPET (lpet.py; on
-one machine a process of its own), and the main thread, which starts the two,
-answers the application's Space (address_space.py), and sees to it that everything ends when the
-application does, however that ends. A sync has a thread for as long as it takes.
+In the picture: the box in the middle. Its threads:
 
-Interface: Pager(...).run() serves until the application has ended. spawned(descriptor) is what the
-process that address_space.py spawns on one machine runs; over MPI the rank is the pager (edm.py).
+    DM-Handler     dm_handler.py
+    LPET           lpet.py; on one machine this is a process, and the thread waits for its end
+    mailbox        does what the application's Space (address_space.py) asks, in order
+    the main one   starts these, and sees to it that everything ends when the application does
+
+Interface: page_for(control, hello, fds, open_store) pages for an application until it has ended.
+spawned(descriptor) is what the process that address_space.py spawns on one machine runs; over MPI the
+rank is the pager (rank.py). tell(error) says why a process of EDM's ends.
 
 The application and the pager each notice the end of the other: the pager polls a pidfd; the
 application has the read end of a pipe whose only write end is here, and asked the kernel to be killed
@@ -26,29 +29,27 @@ The figures that Space.figures() returns, counted since the start:
     pager_pid, lpet_pid            process ids
 
 Rules: a thread that fails ends the job: its error is kept, the application is killed, and run raises
-the error when everything has stopped. What the application wrote is still in the memfd then: if the
-disk is a kept one, it is written back, and synced.
+the error when everything has stopped. What the application wrote is still in the memfd then. If the
+disk is a kept one, it is written back, and synced; but not after an error that is no OSError, which
+may have left pages in nobody's hands. Then the disk stays as the last sync has left it.
 """
 
 from __future__ import annotations
 
+import _socket
 import bisect
 import contextlib
 import ctypes
-import logging
 import marshal
 import mmap
 import os
 import select
 import shlex
 import signal
-import socket
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from types import SimpleNamespace
 
 from edm import address_space, log
@@ -60,442 +61,353 @@ from edm.lspt import LSPT, Run
 from edm.messages import DMSGone
 from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
-from edm.readahead import Readahead
 from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, Userfaultfd, prctl
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
-    from typing import Any
-
-    from edm.edm import Config
+    from typing import Any, NoReturn
 
 SHARE = 64  # a readahead window is at most this part of high_threshold
-GRACE = 3.0  # seconds that the application has to end after a signal to the pager
-LOOK = 0.1  # seconds between two looks at how it goes, for --progress and --report
-AGAIN = 1  # milliseconds between two tries to free pages that are COMING or LEAVING
-GONE = 100  # milliseconds between two looks whether the application is still this program
+GRACE = 3  # seconds that the application has to end after a signal to the pager
+AGAIN = 0.001  # seconds between two tries to free pages that are COMING or LEAVING
+
+# Milliseconds between two looks: how it goes, for --progress and --report; and whether an application
+# that has closed its end of the lifeline is still this program.
+LOOK = 100
 
 # Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
 # default of 5 ms is what a fault would wait while another thread computes.
 SWITCH_INTERVAL = 50e-6
 
-ENDED_BADLY = 3  # LPET's exit status when it has told why
+UNANSWERED = (m.MAPPED, m.RELEASE)  # requests: the application does not wait
 
 
 class Pager:
     def __init__(
-        self,
-        config: Config | SimpleNamespace,
-        hello: dict[str, Any],
-        fds: list[int],
-        control: socket.socket,
-        store: Any,
-        lpet_is_process: bool,
-        instance: int = 0,
-        rank_path: str = "",
+        self, config: Any, hello: dict[str, Any], fds: list[int], store: Any, instance: int | None
     ) -> None:
-        """hello, fds: what the application's Space has sent; control: the socket that it came by.
+        """config: the application's settings. See page_for for the others.
 
         Raises ValueError for settings that can't be here.
         """
         # The lifeline is last: the kernel closes what a killed process has open from the last one
         # on, and the application must be dying when its userfaultfd is closed, as missing pages
         # read as zeros then.
-        uffd, self._memfd, pagemap_fd, self._lifeline = fds
-        self._control, self._store, self._config = control, store, config
-        self._application: int = hello["pid"]
+        uffd, memfd, pagemap_fd, self._lifeline = fds
+        self._config, self._store, self._over_mpi = config, store, instance is not None
+        self._title = f"EDM, INSTANCE_{instance or 0}: {shlex.join(hello['command'])}"
+        self._application, self._track_clean = hello["pid"], hello["track_clean"]
         self._process = os.pidfd_open(self._application)  # readable when it has ended
-        self._pagemap = Pagemap(pagemap_fd, config.start_addr)
-        self._track_clean = hello["track_clean"]
-        self._uffd, self._start = Userfaultfd(uffd), config.start_addr
+        self._uffd = Userfaultfd(uffd)
+        self._pagemap = pagemap = Pagemap(pagemap_fd, config.start_addr)
         pages = (config.end_addr - config.start_addr) // PAGE_SIZE
-        self._lspt = LSPT(pages, config.high_threshold, config.low_threshold)
-        for page, count in store.runs_on_disk():
-            self._lspt.on_disk(page, count)
-        self._memory = mmap.mmap(self._memfd, pages * PAGE_SIZE)
-        shared = mmap.mmap(self._memfd, m.SIZE, offset=pages * PAGE_SIZE)
+        self._lspt = lspt = LSPT(pages, config.high_threshold, config.low_threshold)
+        for run in store.runs_on_disk():
+            lspt.on_disk(*run)
+        self._memory = memory = mmap.mmap(memfd, pages * PAGE_SIZE)
+        shared = mmap.mmap(memfd, m.SIZE, offset=pages * PAGE_SIZE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(shared))
         self._mailbox = m.Mailbox(memoryview(shared), address)
-        self._asked = os.eventfd(0, os.EFD_CLOEXEC)  # there are requests in the mailbox
-        self._calls: deque[tuple[int, int, list[Run], bytes]] = deque()  # what, number, pages, name
+        self._report = None
+        live = config.progress and sys.stderr.isatty()
+        if live or config.report:
+            from edm.report import Report  # it takes long to import
 
-        tracker = choose_tracker(config.idle_tracker)
-        self._tracker = tracker
-        self._progress = self._report = None
-        if config.stats or config.progress or config.report:
-            from edm import report  # it takes long to import
-
-            self._table = report.table
-            self._progress = report.Progress() if config.progress and sys.stderr.isatty() else None
-            self._report = report.Report(config.start_addr) if config.report else None
-        self._title = f"EDM, INSTANCE_{instance}: {shlex.join(hello['command'])}"
-        self._report_path = config.report or ""
-        if rank_path and config.report:  # an instance each
-            name, ending = os.path.splitext(config.report)
-            self._report_path = f"{name}.{rank_path}{ending}"
-        self._look_due = time.monotonic()
-
-        max_window = min(config.readahead, config.high_threshold // SHARE)
-        self._handler = DmHandler(
-            uffd, store, self._lspt, config.start_addr, Readahead(max_window), self._track_clean,
-            self._report and self._report.came,
-        )  # fmt: skip
-        self._lpet, self._storer = (
-            Lpet(
-                self._lspt, store, self._memory, self._memfd, uffd, self._pagemap,
-                config.start_addr, config.evict_batch, tracker,
-            )
-            for _ in range(2)
-        )  # fmt: skip
-        self._storing = threading.Lock()  # whoever calls _storer
-        self._lpet_is_process = lpet_is_process
-        self._lpet_pid = 0
-        self._failed = os.eventfd(0, os.EFD_CLOEXEC)  # a thread has failed
+            self._report = Report(self._title, config.start_addr, lspt.state, live)
+        came = self._report and self._report.came
+        start, batch = config.start_addr, config.evict_batch
+        window = min(config.readahead, config.high_threshold // SHARE)
+        self._handler = DmHandler(uffd, store, lspt, start, window, self._track_clean, came)
+        self._tracker = choose_tracker(config.idle_tracker)
+        of_both = lspt, store, memory, memfd, uffd, pagemap, start, batch, self._tracker
+        self._lpet, self._storer = Lpet(*of_both), Lpet(*of_both)  # the latter: pages that stay
+        self._lpet_pid = os.getpid()
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed, or a thread has failed
         self._failure: BaseException | None = None
-        self._lpet_failed = False  # then pages may be in nobody's hands
-        self._ended_by: signal.Signals | None = None  # which signal has come to the pager
-        self._told = False  # has the application said END?
-        self._why = "end"  # of the writing back: nobody has to be told of it after END or CLOSE
+        self._ended_by = ""  # which signal has come to the pager
+        self._telling = threading.Lock()  # held by who uses the report's samples
+        self._told = False
 
     # ------------------------------------------------------------ from start to end
 
     def run(self) -> None:
-        """Serve until the application has ended. Raises what a thread failed of, or LPET."""
+        """Serve until the application has ended. Raises what a thread failed of, or LPET.
+
+        The process is to end then: the descriptors, but for the lifeline, stay open.
+        """
         sys.setswitchinterval(SWITCH_INTERVAL)
-        lpet = partial(self._guarded, self._lpet.run)
-        if self._lpet_is_process:
+        lpet = self._lpet.run
+        if self._over_mpi:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+                signal.signal(number, self._end_by)
+        else:
             self._fork_lpet()
             lpet = self._wait_for_lpet
         threads = [
-            threading.Thread(target=self._guarded, args=(self._handler.run,), name="DM-Handler"),
-            threading.Thread(target=lpet, name="LPET"),
-            threading.Thread(target=self._watch_mailbox, name="mailbox"),
+            threading.Thread(target=self._guarded, args=(body,))
+            for body in (self._handler.run, lpet, self._answer)
         ]
         for thread in threads:
             thread.start()
+        self._guarded(self._watch)
+        self._lspt.stop()
+        while any(thread.is_alive() for thread in threads):
+            self._mailbox.interrupt()
+            time.sleep(0.001)
         try:
-            address_space.send_ready(self._control, self._store.kept)
-            self._serve()
-        finally:
-            self._lspt.stop()
-            while any(thread.is_alive() for thread in threads):
-                self._mailbox.interrupt()
-                threads[-1].join(0.001)
-            self._finish()
-            self._close()
+            self._end(in_order=False)
+        except OSError as error:
+            reason = f"what the application wrote since the last sync is not on the disk: {error}"
+            log.logger("EDM CLIENT").error("%s", reason)
+            self._failure = self._failure or OSError(error.errno, reason)
+        self._store.close()
+        os.close(self._lifeline)
         if self._failure:
             raise self._failure
 
     def _fork_lpet(self) -> None:
         """LPET as a process. It is forked before there are threads."""
         parent = os.getpid()
-        self._lpet_pid = os.fork()
-        if self._lpet_pid:
-            return
-        status = 1
-        try:
+
+        def lpet() -> None:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             os.close(self._lifeline)  # or the application would not be killed when the pager dies
-            self._control.close()
             if os.getppid() == parent:
-                self._lpet.run()
-            status = 0
-        except ProcessLookupError:
-            status = 0  # ESRCH: the application has ended
-        except OSError as error:
-            print(f"edm: error: {error.strerror or error}", file=sys.stderr, flush=True)
-            status = ENDED_BADLY
-        finally:
-            if status == 1:
-                sys.excepthook(*sys.exc_info())
-            os._exit(status)
+                with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
+                    self._lpet.run()
+
+        self._lpet_pid = os.fork()
+        if not self._lpet_pid:
+            _run_process(lpet)
 
     def _wait_for_lpet(self) -> None:
-        """A thread: when LPET ends too early, so does the job."""
+        """A thread: when LPET ends too early, so does the job. LPET itself has told why."""
         status = os.waitstatus_to_exitcode(os.waitpid(self._lpet_pid, 0)[1])
         if status < 0:
             # Perhaps in the midst of a change of the LSPT: whoever wants its lock waits for ever.
-            name = signal.Signals(-status).name
-            print(f"edm: error: LPET was killed by {name}", file=sys.stderr, flush=True)
-            self.kill_application()
+            tell(OSError(f"LPET was killed by {signal.Signals(-status).name}"))
+            self._kill_application()
             os._exit(2)  # a kept disk is as its last sync has left it
+        if status == 1:
+            raise RuntimeError("LPET has failed")
         if status:
-            self._lpet_failed = status != ENDED_BADLY
-            self._fail(OSError("LPET has failed" if self._lpet_failed else ""))
+            raise OSError("")
 
     def _guarded(self, body: Callable[[], None]) -> None:
+        """Call a thread's body. If it fails, so does the job."""
         try:
-            body()
+            with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
+                body()
         except BaseException as error:  # noqa: BLE001 - run() raises it
-            if body == self._lpet.run and not isinstance(error, OSError):
-                self._lpet_failed = True
-            self._fail(error)
+            self._failure = self._failure or error
+            self._kill_application()
+            os.eventfd_write(self._ended, 1)
 
-    def _fail(self, error: BaseException) -> None:
-        self._failure = self._failure or error
-        self.kill_application()
-        os.eventfd_write(self._failed, 1)
-
-    def kill_application(self) -> None:
+    def _kill_application(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
 
-    def end_by(self, number: int) -> None:
-        """SIGTERM or SIGINT has come to a rank: the application gets it too. If it does not end of
-        it, it is killed: after GRACE, or by the second signal. Called by a signal handler."""
+    def _end_by(self, number: int, frame: object) -> None:
+        """A signal handler. SIGTERM or SIGINT has come to a rank: the application gets it too. If it
+        does not end of it, it is killed: by the next signal, which SIGALRM is after GRACE."""
         if self._ended_by:
-            self.kill_application()
+            self._kill_application()
             return
-        self._ended_by = signal.Signals(number)
+        self._ended_by = signal.Signals(number).name
+        signal.alarm(GRACE)
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.killpg(self._application, number)  # its subprocesses too, as a terminal does
-        grace = threading.Timer(GRACE, self.kill_application)
-        grace.daemon = True
-        with contextlib.suppress(RuntimeError):  # the second has interrupted this one here
-            grace.start()
 
-    def _finish(self) -> None:
-        """The application and the other threads have ended: keep what they left, and tell."""
-        if self._store.kept and not isinstance(self._failure, DMSGone):
-            self._write_back("" if self._told else self._why)
-        if not self._told:
-            self._tell()
-        with contextlib.suppress(DMSGone):
-            self._store.close()
-
-    def _write_back(self, why: str) -> None:
-        """To a kept disk. why: nothing, if nobody needs to be told."""
-        began = time.monotonic()
-        try:
-            if self._lpet_failed:
-                raise OSError(f"LPET has failed in the midst of its work: {self._failure}")
-            with self._storing:
-                pages = self._storer.store(self._track_clean)
-                self._store.sync()
-        except OSError as error:
-            reason = f"what the application wrote since the last sync is not on the disk: {error}"
-            log.logger("EDM CLIENT").error("%s", reason)
-            self._failure = self._failure or OSError(error.errno, reason)
-            return
-        except DMSGone as error:
-            self._failure = self._failure or error
-            return
-        if why:
-            why = self._ended_by.name if self._ended_by else why
-            log.logger("EDM CLIENT").log(
-                logging.INFO if why == "END" else logging.WARNING,
-                "%s: wrote %d pages back and synced the disk in %.1f s",
-                why, pages, time.monotonic() - began,
-            )  # fmt: skip
-
-    def _close(self) -> None:
-        self._lpet.close()
-        self._storer.close()
-        self._lspt.close()
-        fds = self._uffd.fd, self._memfd, self._pagemap.fd, self._process, self._failed, self._asked
-        for fd in (*fds, self._lifeline):
-            os.close(fd)
+    def _watch(self) -> None:
+        """Until the application has ended, or closed its space, or a thread has failed."""
+        poll = select.poll()
+        for fd in (self._process, self._ended):
+            poll.register(fd, select.POLLIN)
+        poll.register(self._lifeline, 0)  # POLLERR: the program has closed it, or replaced itself
+        timeout = LOOK if self._report else None
+        while True:
+            ready = [fd for fd, _ in poll.poll(timeout)]
+            if self._lifeline in ready:
+                poll.unregister(self._lifeline)
+                timeout = LOOK
+            if self._process in ready or self._ended in ready or self._pagemap.is_gone():
+                return
+            with self._telling:
+                if self._report and not self._told:
+                    self._report.sample(self.figures(), self._lspt.away())
 
     # ------------------------------------------------------------ the application's calls
 
-    def _watch_mailbox(self) -> None:
-        """A thread: futex(2) can't be polled."""
+    def _answer(self) -> None:
+        """A thread: do what the application asks, in order."""
         seen = 0
         while not self._lspt.stopped():
-            now = self._mailbox.wait(seen)
-            if now != seen:
-                seen = now
-                os.eventfd_write(self._asked, 1)
+            seen = self._mailbox.wait(seen)
+            for what, number, page, count, name in self._mailbox.requests():
+                try:
+                    answer = self._do(what, number, page, count, name)
+                    if what not in UNANSWERED:
+                        self._mailbox.answer_with(number, answer)
+                except OSError as error:
+                    if what == m.RELEASE:  # and no zeros for who gets the pages next
+                        raise
+                    self._mailbox.refuse(number, error)
+                if what == m.CLOSE:
+                    os.eventfd_write(self._ended, 1)
 
-    def _serve(self) -> None:
-        """Answer the application until it has ended, or something has failed."""
-        poll = select.poll()
-        for fd in (self._process, self._failed, self._asked):
-            poll.register(fd, select.POLLIN)
-        poll.register(
-            self._lifeline, 0
-        )  # POLLERR: the program has closed its end, or replaced itself
-        connected = True
-        while True:
-            ready = {fd for fd, _ in poll.poll(self._timeout(connected))}
-            if self._asked in ready:
-                os.eventfd_read(self._asked)
-                for what, number, page, count, name in self._mailbox.requests():
-                    self._calls.append((what, number, [(page, count)], name))
-            if not self._answer_in_order():
-                return
-            if self._lifeline in ready:
-                connected = False
-                poll.unregister(self._lifeline)
-            if ready & {self._process, self._failed}:
-                return
-            if not connected and self._pagemap.is_gone():
-                return
-
-    def _answer_in_order(self) -> bool:
-        """Do what the application asks, up to a free of pages that others have in hand: the rest is
-        for the next time. False if it has said CLOSE."""
-        while self._calls:
-            what, number, runs, name = self._calls[0]
-            page, count = runs[0]
-            if what == m.CLOSE:
-                self._why = "END"
-                return False
-            if what in (m.FREE, m.RELEASE):
-                if later := self._free_for(what, number, runs):
-                    self._calls[0] = (what, number, later, name)
-                    return True
-            elif what == m.MAPPED:
-                bisect.insort(self._lspt.areas, (page, count))
-                if self._report:
-                    self._report.mapped(page, count, name.decode(errors="replace"))
-            elif what == m.SYNC:
-                threading.Thread(target=self._guarded, args=(partial(self._sync, number),)).start()
-            elif what == m.LOCATIONS:
-                self._answer_with(number, partial(self._store.locations, page, count))
-            elif what == m.FIGURES:
-                self._answer_with(number, lambda: marshal.dumps(self.figures()))
-            elif what == m.END:
-                self._answer_with(number, self._end)
-            self._calls.popleft()
-        return True
-
-    def _answer_with(self, number: int, call: Callable[[], bytes]) -> None:
-        try:
-            self._mailbox.answer_with(number, call())
-        except OSError as error:
-            self._mailbox.refuse(number, error)
-
-    def _sync(self, number: int) -> None:
-        def sync() -> bytes:
-            with self._storing:
-                pages = self._storer.store(self._track_clean)
-                if self._lspt.stopped():  # then others may have let go of pages in the midst
-                    raise OSError("the application has ended")
-                self._store.sync()
-            return b"%d" % pages
-
-        self._answer_with(number, sync)
-
-    def _end(self) -> bytes:
-        """The interpreter of the application comes to its end: tell now, before the shell goes on."""
-        if self._store.kept:
-            self._write_back("END")
-        self._tell()
-        self._told = True
+    def _do(self, what: int, number: int, page: int, count: int, name: bytes) -> bytes:
+        """One request; the answer. Raises OSError if it can't be done."""
+        if what == m.MAPPED:
+            bisect.insort(self._lspt.areas, (page, count))
+            if self._report:
+                self._report.mapped(page, count, name.decode(errors="replace"))
+        elif what in (m.FREE, m.RELEASE):
+            self._forget_area((page, count))
+            runs = [(page, count)]
+            while runs and not self._lspt.stopped():
+                runs = [left for run in runs for left in self._free(*run)]
+                if runs:
+                    time.sleep(AGAIN)
+            self._mailbox.freed(number)
+        elif what == m.LOCATIONS:
+            return self._lspt.located(page, self._store.locations(page, count))
+        elif what == m.FIGURES:
+            return marshal.dumps(self.figures())
+        elif what == m.SYNC:
+            return b"%d" % self._sync()
+        else:  # END: the interpreter of the application comes to its end; CLOSE
+            self._end()
         return b""
-
-    # ------------------------------------------------------------ freeing
-
-    def _free_for(self, what: int, number: int, runs: list[Run]) -> list[Run]:
-        """Free pages that the application has unmapped; which ones others have in hand."""
-        self._forget_area(runs[0])
-        try:
-            if later := [run for page, count in runs for run in self._free(page, count)]:
-                return later
-        except OSError as error:
-            if what == m.RELEASE:  # and no zeros for who gets the pages next
-                self._fail(error)
-            else:
-                self._mailbox.refuse(number, error)
-            return []
-        self._mailbox.freed(number)
-        if what == m.FREE:
-            self._mailbox.answer_with(number)
-        return []
 
     def _forget_area(self, area: Run) -> None:
         areas = self._lspt.areas
         at = bisect.bisect_left(areas, area)
-        if areas[at : at + 1] == [area]:
+        if areas[at : at + 1] == [area]:  # else its pages were refused before
             del areas[at]
             if self._report:
-                self._report.unmapped(area[0], self._lspt.state)
+                self._report.unmapped(area[0])
 
     def _free(self, page: int, count: int) -> list[Run]:
         """Any page → NEW, here and in the store; which ones others have in hand."""
         taken, later = self._lspt.freeing(page, count)
+        end = self._lspt.stays  # if the store refuses
         try:
             for first, before in taken:
                 self._store.free(first, len(before))
-        except OSError:
-            self._wake(self._lspt.stays(taken))
-            raise
-        for first, before in taken:
-            self._make_empty(first, before)
-        self._wake(self._lspt.freed(taken))
+            for first, before in taken:
+                for at, state in enumerate(before) if l.LOST in before else ():
+                    if state == l.LOST:  # only another page replaces the poison in the page table
+                        self._uffd.zeropage(self._address(first + at), PAGE_SIZE)
+                length = len(before) * PAGE_SIZE
+                self._memory.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, length)
+            end = self._lspt.freed
+        finally:
+            end(taken)
+            for first, before in taken:
+                self._uffd.wake(self._address(first), len(before) * PAGE_SIZE)
         return later
 
-    def _make_empty(self, first: int, before: bytes) -> None:
-        for at, state in enumerate(before) if l.LOST in before else ():
-            if state == l.LOST:  # only another page replaces the poison in the page table
-                with contextlib.suppress(ProcessLookupError):
-                    self._uffd.zeropage(self._start + (first + at) * PAGE_SIZE, PAGE_SIZE)
-        self._memory.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, len(before) * PAGE_SIZE)
+    def _address(self, page: int) -> int:
+        return self._config.start_addr + page * PAGE_SIZE
 
-    def _wake(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            self._uffd.wake(self._start + page * PAGE_SIZE, PAGE_SIZE)
+    # ------------------------------------------------------------ what is kept, and told
 
-    # ------------------------------------------------------------ what it tells of itself
+    def _sync(self, in_order: bool = True) -> int:
+        """Store everything, and sync the store; how many pages were stored.
 
-    def _timeout(self, connected: bool) -> int | None:
-        """Look at how it goes, if it is time and somebody wants to know; milliseconds to wait."""
-        timeouts = [AGAIN] if self._calls else []
-        if not connected:
-            timeouts.append(GONE)
-        if (self._progress or self._report) and not self._told:
-            now = time.monotonic()
-            if now >= self._look_due:
-                figures, away = self.figures(), self._lspt.away()
-                if self._progress:
-                    self._progress.show(figures, away)
-                if self._report:
-                    self._report.sample(figures, away)
-                self._look_due = now + LOOK
-            timeouts.append(int(1000 * max(0.001, self._look_due - now)))
-        return min(timeouts, default=None)
+        in_order: the application has not ended, and other threads work on.
+        """
+        if not isinstance(self._failure, OSError | None):
+            raise OSError(f"EDM has failed in the midst of its work: {self._failure}")
+        pages = self._storer.store(self._track_clean)
+        if in_order and self._lspt.stopped():  # then they may have let go of pages in the midst
+            raise OSError("the application has ended")
+        self._store.sync()
+        return pages
+
+    def _end(self, in_order: bool = True) -> None:
+        """Keep what the application has left, and tell once what was asked for. In order, this is
+        before the application's process ends, so that the shell's prompt comes after it."""
+        began = time.monotonic()
+        try:
+            if self._store.kept:
+                pages = self._sync(in_order)
+                if not self._told and (self._ended_by or not in_order):
+                    log.logger("EDM CLIENT").warning(
+                        "%s: wrote %d pages back and synced the disk in %.1f s",
+                        self._ended_by or "end", pages, time.monotonic() - began,
+                    )  # fmt: skip
+        finally:
+            with self._telling:
+                if not self._told:
+                    self._told = True
+                    self._tell()
 
     def _tell(self) -> None:
-        """At the end: what was asked for."""
-        figures = self.figures()
-        if self._progress:
-            self._progress.end()
-        if self._config.stats:
-            print(self._table(figures, self._title), file=sys.stderr, flush=True)
+        figures, config = self.figures(), self._config
         if self._report:
             self._report.sample(figures, self._lspt.away())
-            latencies = self._handler.latencies()
             try:
-                self._report.write(
-                    self._report_path, self._title, figures, latencies, self._lspt.state
-                )
+                self._report.write(config.report, figures, self._handler.latencies())
             except OSError as error:
                 log.logger("EDM CLIENT").error("report: %s", error)
+        if config.stats:
+            from edm.report import table  # it takes long to import
+
+            print(table(figures, self._title), file=sys.stderr, flush=True)
 
     def figures(self) -> dict[str, object]:
         """See the top of this file."""
-        figures = self._lspt.figures
         return {
+            **dict(zip(l.FIGURES, self._lspt.figures, strict=False)),
             **self._handler.figures(),
-            "evicted_dirty": figures[l.EVICTED_DIRTY],
-            "evicted_clean": figures[l.EVICTED_CLEAN],
-            "marked_idle": figures[l.MARKED_IDLE],
-            "lpet_runs": figures[l.LPET_RUNS],
-            "refused": figures[l.REFUSED],
-            "bytes_sent": figures[l.STORED_BYTES],
-            "resident": figures[l.RESIDENT],
-            "peak_resident": figures[l.PEAK],
             "idle_tracker": self._tracker,
             "pager_pid": os.getpid(),
-            "lpet_pid": self._lpet_pid or os.getpid(),
+            "lpet_pid": self._lpet_pid,
         }
 
 
-# ---------------------------------------------------------------- on one machine
+# ---------------------------------------------------------------- a process that is a pager
 
 
-def spawned(descriptor: int) -> None:
+def page_for(
+    control: Any, open_store: Callable[[Any], Any], instance: int | None = None
+) -> int | None:
+    """Page for the application at the other end of a socket until it has ended; or refuse to.
+
+    open_store: makes the store, for the application's settings. instance: its number, if this is over
+    MPI. Returns an exit status: 0, or 2 if the pager has failed, and has told why. None: the
+    application has ended before it began.
+    """
+    hello, fds = address_space.receive_hello(control)
+    if not fds:
+        return None
+    config, store = SimpleNamespace(**hello["config"]), None
+    if instance and config.report:  # an instance each, as with disks
+        name, ending = os.path.splitext(config.report)
+        config.report = f"{name}.{instance}{ending}"
+    log.start(config.log_level)
+    client_log = log.logger("EDM CLIENT")
+    client_log.debug("INIT")
+    client_log.info("userfaultfd permitted by: %s", hello["how"])
+    try:
+        store = open_store(config)
+        pager = Pager(config, hello, fds, store, instance)
+    except (ValueError, OSError) as error:
+        address_space.send_refusal(control, error)
+        if store:
+            store.close()
+        return 0
+    address_space.send_ready(control, store.kept)
+    try:
+        pager.run()
+    except OSError as error:
+        return tell(error)
+    client_log.debug("SHUTDOWN!")
+    return 0
+
+
+def spawned(descriptor: int) -> NoReturn:
     """What a process that address_space.py has spawned does: be the pager of who holds the other
     end of this socket."""
     if os.fork():
@@ -503,37 +415,28 @@ def spawned(descriptor: int) -> None:
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the application's end ends the pager
-    control = socket.socket(fileno=descriptor)
-    status = 1
-    try:
-        status = _page_for(control)
-    finally:
-        if status == 1:
-            sys.excepthook(*sys.exc_info())
-        sys.stderr.flush()
-        os._exit(status)
+    control = _socket.socket(fileno=descriptor)
+    _run_process(lambda: page_for(control, _open_disk))
 
 
-def _page_for(control: socket.socket) -> int:
-    hello, fds = address_space.receive_hello(control)
-    if not fds:
-        return 0  # the application has ended before it began
-    config = SimpleNamespace(**hello["config"])
-    log.start(config.log_level)
-    client_log = log.logger("EDM CLIENT")
-    client_log.debug("INIT")
-    client_log.info("userfaultfd permitted by: %s", hello["how"])
+def _open_disk(config: Any) -> PageStore:
+    return PageStore(config.disk, config.start_addr, config.end_addr, config.keep)
+
+
+def _run_process(body: Callable[[], object]) -> NoReturn:
+    """Do this, tell why it failed, and end the process."""
     try:
-        store = PageStore(config.disk, config.start_addr, config.end_addr, config.keep)
-        pager = Pager(config, hello, fds, control, store, lpet_is_process=True)
-    except (ValueError, OSError) as error:
-        address_space.send_refusal(control, error)
-        return 0
-    try:
-        pager.run()
-    except OSError as error:
-        if words := str(error.strerror or error):
-            print(f"edm: error: {words}", file=sys.stderr)
-        return 2
-    client_log.debug("SHUTDOWN!")
-    return 0
+        body()
+    except BaseException as error:  # noqa: BLE001 - it ends the process
+        os._exit(tell(error))
+    os._exit(0)
+
+
+def tell(error: BaseException) -> int:
+    """Say on stderr why this process ends. Its exit status: 2; or 1 if it is a mistake of EDM's."""
+    if not isinstance(error, (OSError, DMSGone)):
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    if words := str(getattr(error, "strerror", "") or error):  # else LPET has told them
+        print(f"edm: error: {words}", file=sys.stderr, flush=True)
+    return 2

@@ -9,33 +9,25 @@ rank that runs no program.
 
 Rules: a mistake is told in one line, by one process of the job, before any application starts: either
 by the application (edm.py), which hears of it from its pager, or by the DMS's rank. Signals of a
-launcher come to the rank, which hands them on (Pager.end_by); so the application has a process group
-of its own.
+launcher come to the rank, which hands them on (pager.py); so the application has a process group of
+its own.
 """
 
 from __future__ import annotations
 
 import _socket
-import array
-import contextlib
 import ctypes
 import fcntl
 import os
 import signal
-import socket
-import stat
 import sys
 import termios
 import time
-import traceback
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from edm import address_space, log
-from edm.edm import TELLING
+from edm import log
+from edm.edm import TELLING, Config
 from edm.messages import DMSGone
-
-if TYPE_CHECKING:
-    from edm.edm import Config
 
 READ = 0.3  # seconds that a launcher has to read a message, at most
 
@@ -54,7 +46,7 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
     application = os.fork()
     if application:
         ours.close()
-        _Rank(config, application, socket.socket(fileno=theirs.detach())).run()
+        _run(config, application, theirs)
         return None
     theirs.close()
     os.setpgid(0, 0)
@@ -64,126 +56,71 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
     return ours, instance[0]
 
 
-class _ToldElsewhere(Exception):
-    """The job can't begin, and another process of it tells why."""
+def _run(config: Config, application: int, control: Any) -> None:
+    """Be this rank. Returns if it was the DMS, and the job has ended as it should."""
+    from mpi4py import MPI  # this initialises MPI: not before the fork
+
+    from edm.pager import tell  # nor is the application to have what this imports
+
+    world = MPI.COMM_WORLD
+    try:
+        if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+            raise OSError("this MPI library has no MPI_THREAD_MULTIPLE; install one that has")
+        if world.rank == 0:
+            control.close()  # the child that was forked here has nothing to do
+            os.waitpid(application, 0)
+            return _serve_pages(world.Dup(), config)
+        status = _page(world.Dup(), application, control)
+    except BaseException as error:  # noqa: BLE001 - it ends this process
+        if isinstance(error, MPI.Exception):
+            error = DMSGone(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
+        _abort(world, tell(error))  # another rank may be waiting for this one
+    end(status)
 
 
-class _Rank:
-    def __init__(self, config: Config, application: int, control: socket.socket) -> None:
-        self._config, self._application, self._control = config, application, control
+def _serve_pages(comm: Any, config: Config) -> None:
+    """Be the DMS."""
+    from edm.dms import DMS
 
-    def run(self) -> None:
-        """Returns if this was the DMS, and the job has ended as it should."""
-        from mpi4py import MPI  # this initialises MPI: not before the fork
+    dms = None
+    try:
+        dms = DMS(comm, config.disk, config.start_addr, config.end_addr, config.keep)
+    except (ValueError, OSError) as error:
+        print(f"edm: error: {error}", file=sys.stderr, flush=True)
+    _begin_with_all(comm, dms is not None)
+    dms.serve()
 
-        world, began = MPI.COMM_WORLD, False
-        try:
-            if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
-                raise OSError(
-                    "edm: this MPI library has no MPI_THREAD_MULTIPLE; install one that has"
-                )
-            comm = world.Dup()
-            make = self._make_dms if comm.rank == 0 else self._receive_application
-            role = self._make_with_all(MPI, comm, make)
-            began = True
-            role()
-            if comm.rank == 0:
-                return
-            status = self._applications_status()
-        except _ToldElsewhere:
-            time.sleep(TELLING)
-            status = 2
-            if world.rank:  # the DMS's has waited for its child already
-                ended = os.waitpid(self._application, 0)[1]
-                status = max(0, os.waitstatus_to_exitcode(ended)) or 2
-        except (ValueError, OSError) as error:
-            print(f"edm: error: {error.args[-1] if began else error}", file=sys.stderr)
-            if began and world.rank == 0:
-                _abort(world, 2)
-            self._control.close()
-            status = 2
-        except BaseException as error:  # noqa: BLE001 - it ends this process
-            # Another rank may be waiting for this one: end the job rather than hang.
-            if isinstance(error, DMSGone):
-                print(f"edm: error: {error}", file=sys.stderr)
-            elif isinstance(error, MPI.Exception):
-                reason = str(error).splitlines()[-1]
-                print(f"edm: error: MPI: {reason}; a process of the job has died?", file=sys.stderr)
-            else:
-                traceback.print_exc()
-            _abort(world, 1)
-        end(status)
 
-    def _make_with_all(self, MPI: Any, comm: Any, make: Any) -> Any:
-        """Make this rank's role, if every rank can make its own."""
-        failure = role = None
-        try:
-            role = make(comm)
-        except (ValueError, OSError, _ToldElsewhere) as error:
-            failure = error
-        ready = bytearray([failure is None])
-        comm.Allreduce(MPI.IN_PLACE, [ready, MPI.BYTE], MPI.BAND)
-        if failure:
-            raise failure
-        if not ready[0]:
-            if comm.rank:  # it waits for an answer, and would tell that there is none
-                os.kill(self._application, signal.SIGKILL)
-            raise _ToldElsewhere
-        return role
+def _page(comm: Any, application: int, control: Any) -> int:
+    """Be the pager of an instance. The exit status: its application's, or 2 if the pager has failed."""
+    from edm.mpi_client import MpiStore
+    from edm.pager import page_for
 
-    def _make_dms(self, comm: Any) -> Any:
-        from edm.dms import DMS
+    def open_store(config: Any) -> MpiStore:
+        _begin_with_all(comm, True, application)
+        return MpiStore(comm, 0, config.start_addr, config.end_addr)
 
-        self._control.close()  # the child that was forked here has nothing to do
-        os.waitpid(self._application, 0)
-        config = self._config
-        return DMS(comm, config.disk, config.start_addr, config.end_addr, config.keep).serve
+    control.send(bytes([comm.rank - 1]))
+    failed = page_for(control, open_store, comm.rank - 1)
+    if failed is None:  # the application has ended, and has told why
+        _begin_with_all(comm, False, application)
+    status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])
+    if status < 0 and not failed:
+        name = signal.Signals(-status).name
+        log.logger("EDM CLIENT").error("the application was killed by %s", name)
+        return 128 - status
+    return failed or status
 
-    def _receive_application(self, comm: Any) -> Any:
-        client_log = log.logger("EDM CLIENT")
-        client_log.debug("INIT")
-        instance = comm.rank - 1
-        self._control.send(bytes([instance]))
-        hello, fds = address_space.receive_hello(self._control)
-        if not fds:
-            raise _ToldElsewhere  # the application has ended, and has said why
-        client_log.info("userfaultfd permitted by: %s", hello["how"])
-        rank_path = str(instance) if comm.size > 2 else ""
 
-        def page() -> None:
-            from edm.mpi_client import MpiStore
-            from edm.pager import Pager
-
-            config = self._config
-            store = MpiStore(comm, 0, config.start_addr, config.end_addr)
-            try:
-                pager = Pager(config, hello, fds, self._control, store, False, instance, rank_path)
-            except BaseException:
-                store.close()
-                raise
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda number, frame: pager.end_by(number))
-            pager.run()
-            client_log.debug("SHUTDOWN!")
-
-        def page_or_refuse() -> None:
-            try:
-                page()
-            except (ValueError, OSError) as error:
-                with contextlib.suppress(OSError):  # it serves already, and has closed the socket
-                    address_space.send_refusal(self._control, error)
-                    raise _ToldElsewhere from None
-                raise
-
-        return page_or_refuse
-
-    def _applications_status(self) -> int:
-        status = os.waitstatus_to_exitcode(os.waitpid(self._application, 0)[1])
-        if status < 0:
-            name = signal.Signals(-status).name
-            log.logger("EDM CLIENT").error("the application was killed by %s", name)
-            return 128 - status
-        return status
+def _begin_with_all(comm: Any, ready: bool, application: int = 0) -> None:
+    """Return if every rank is ready. If one is not, it has told why, and all ranks end."""
+    if not all(comm.allgather(ready)):
+        if application:
+            if ready:  # it waits for an answer, and would tell that there is none
+                os.kill(application, signal.SIGKILL)
+            os.waitpid(application, 0)
+        time.sleep(TELLING)
+        end(2)
 
 
 def end(status: int) -> NoReturn:
@@ -205,18 +142,17 @@ def _abort(world: Any, status: int) -> NoReturn:
     What is in its pipes when MPI_Abort tells it to end, MPICH's throws away (measured: in 21 jobs
     of 250, with both cores taken).
     """
+    from pathlib import Path
+
     sys.stderr.flush()
     deadline = time.monotonic() + READ
-    while any(map(_unread, (1, 2))) and time.monotonic() < deadline:
+    pipes = [fd for fd in (1, 2) if Path(f"/proc/self/fd/{fd}").is_fifo()]
+    while time.monotonic() < deadline and any(map(_unread, pipes)):
         time.sleep(0.001)
     world.Abort(status)
     os._exit(status)  # a launcher that was told not to clean up lets Abort return
 
 
-def _unread(descriptor: int) -> int:
-    """How many bytes nobody has read yet, if it is a pipe; else 0."""
-    waiting = array.array("i", [0])
-    with contextlib.suppress(OSError):  # it is closed
-        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-            fcntl.ioctl(descriptor, termios.FIONREAD, waiting)
-    return waiting[0]
+def _unread(pipe: int) -> bool:
+    """Is there anything in this pipe that nobody has read yet?"""
+    return any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))

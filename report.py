@@ -1,11 +1,11 @@
 """What a job tells of itself: --stats, --progress, --report.
 
-In the picture: beside the pager's main thread, which asks for each of them when it is time.
+In the picture: beside the pager, which asks for each of them when it is time.
 
 Interface:
     table(figures, title)     what --stats prints
-    Progress                  --progress: one live line on a terminal
-    Report                    --report: collects while the job runs, and then writes one HTML page
+    Report                    collects samples while the job runs. --progress: each is told by a live
+                              line on a terminal. --report: all of them are one HTML page in the end
 
 The page is report.html with one JSON object in it, which a script there draws, in the browser. The
 object has (times in seconds, as time.monotonic; counts in pages, if nothing else is said):
@@ -14,12 +14,15 @@ object has (times in seconds, as time.monotonic; counts in pages, if nothing els
     samples        until: when it was taken; resident, away: then; the counters FAULTS and EVICTIONS:
                    from the start until then; came: pages since the sample before it, by place
     latencies      [µs at most, faults], ascending
-    areas          see Area; areas_in_all: how many there were, with those that are left out
+    areas          page: the first, in the space; count; name; mapped, unmapped: when, the latter null
+                   if it never was; ended_up: pages, by where they were in the end
+    areas_in_all   how many areas there were, with those that are left out
 
-Rules: the pager's main thread only, but for Report.came, to which the DM-Handler appends. Memory is
-bounded however long the job runs: of more than COLUMNS samples, every second one is dropped, and
-what it says goes to the next; when the samples have more than CELLS counts of places, each two
-neighbouring places become one; and of the areas that were unmapped, the largest AREAS are remembered.
+Rules: no two threads at a time call sample or write, nor mapped, unmapped or write. The DM-Handler
+appends to Report.came meanwhile. Memory is bounded however long the job runs: when there are more than
+COLUMNS samples, the two neighbours that are about the shortest time become one; when the samples have
+more than CELLS counts of places, each two neighbouring places become one; and of the areas that were
+unmapped, the largest AREAS are remembered.
 """
 
 from __future__ import annotations
@@ -29,20 +32,19 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from edm.lspt import AWAY, HERE, LOST, NEW
+from edm.lspt import AWAY, LOST, NEW
 from edm.uffd_ctypes import PAGE_SIZE
 
-COLUMNS = 192  # samples; even
+COLUMNS = 192  # samples
 CELLS = 256 * COLUMNS  # counts of places, in all samples: of many places, 128 or more stay apart
 PLACE = 8  # log2 of the pages of a place, at first
 AREAS = 200
 
 FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
-WHERE = {NEW: "new", LOST: "lost", **dict.fromkeys(range(AWAY, HERE), "away")}  # the others: here
+WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}  # the others: here
 
 Figures = dict[str, object]
 Latencies = Sequence[tuple[float, int]]  # (µs, faults), ascending
@@ -79,86 +81,52 @@ def table(figures: Figures, title: str) -> str:
     return "\n".join([title, *(f"{what:12} {it}" for what, it in summary(figures).items())])
 
 
-class Progress:
-    """A line that is written over again and again."""
-
-    def __init__(self) -> None:
-        self._before = time.monotonic(), 0, 0
-
-    def show(self, figures: Figures, away: int) -> None:
-        """away: pages that the DMS has and this instance has not."""
-        now = time.monotonic()
-        faults, evictions = (sum(figures[name] for name in names) for names in (FAULTS, EVICTIONS))
-        then, faults_then, evictions_then = self._before
-        seconds = max(now - then, 1e-9)
-        text = (
-            f"resident {size(figures['resident'])}, on the DMS {size(away)}, "
-            f"{(faults - faults_then) / seconds:.0f} faults/s, "
-            f"{(evictions - evictions_then) / seconds:.0f} evictions/s"
-        )
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        self._before = now, faults, evictions
-
-    def end(self) -> None:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------- the report
-
-
-@dataclass
-class Area:
-    page: int  # the first, in the space
-    count: int  # pages
-    name: str
-    mapped: float  # when, in seconds
-    unmapped: float | None = None
-    ended_up: Counter[str] = field(default_factory=Counter)  # pages, by where they were
-
-    def ends(self, state: Sequence[int]) -> None:
-        for byte, count in Counter(state[self.page : self.page + self.count]).items():
-            self.ended_up[WHERE.get(byte, "here")] += count
-
-
 class Report:
-    def __init__(self, start_addr: int) -> None:
+    def __init__(self, title: str, start_addr: int, state: Sequence[int], live: bool) -> None:
+        """title: the page's. state: of each page of the space, as lspt.py's, at any time.
+
+        live: with a line on stderr, written over at each sample.
+        """
         self.came: deque[tuple[int, int]] = deque()  # (page, count) of what was installed
-        self._start_addr = start_addr
+        self._title, self._start_addr, self._state, self._live = title, start_addr, state, live
         self._start_time = time.monotonic()
         self._samples: list[dict] = []  # see above
         self._shift = PLACE
-        self._here: dict[int, Area] = {}  # mapped now, by first page
-        self._gone: list[Area] = []  # the largest first
+        self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
+        self._gone: list[dict] = []  # the largest first
         self._areas = 0  # how many there were in all
 
     def mapped(self, page: int, count: int, name: str) -> None:
         """page: the first one of the area, in the space. count: its pages."""
-        self._here[page] = Area(page, count, name, time.monotonic())
+        area = {"page": page, "count": count, "name": name}
+        self._here[page] = {**area, "mapped": time.monotonic(), "unmapped": None}
         self._areas += 1
 
-    def unmapped(self, page: int, state: Sequence[int]) -> None:
-        """state: of each page of the space, as lspt.py's, before this area's are freed."""
+    def unmapped(self, page: int) -> None:
+        """Before the area's pages are freed."""
         if area := self._here.pop(page, None):  # else it was told before
-            area.unmapped = time.monotonic()
-            area.ends(state)
-            self._gone = _largest([*self._gone, area])
+            area["unmapped"] = time.monotonic()
+            self._gone = _largest([*self._gone, self._ended(area)])
 
     def sample(self, figures: Figures, away: int) -> None:
-        """Note what has happened since this was last called. away: as Progress.show's."""
+        """Note what has happened since this was last called. away: pages that the DMS has and this
+        instance has not."""
         came: Counter[int] = Counter()
         for _ in range(len(self.came)):
             page, count = self.came.popleft()
             came[page >> self._shift] += count
-        now, samples = time.monotonic(), self._samples
-        shortest = 2 * (now - self._start_time) / COLUMNS
-        if len(samples) > 1 and samples[-1]["until"] - samples[-2]["until"] < shortest:
-            came.update(samples.pop()["came"])
-        counters = {name: figures[name] for name in (*FAULTS, *EVICTIONS, "resident")}
-        samples.append({"until": now, "came": came, "away": away, **counters})
+        samples = self._samples
+        now = {name: figures[name] for name in (*FAULTS, *EVICTIONS, "resident")}
+        now |= {"until": time.monotonic(), "came": came, "away": away}
+        if self._live:
+            before = samples[-1] if samples else {"until": self._start_time}
+            print(f"\r\x1b[K{_line(before, now)}", end="", file=sys.stderr, flush=True)
+        samples.append(now)
         if len(samples) > COLUMNS:
-            for dropped, kept in zip(samples[1::2], samples[2::2], strict=True):  # COLUMNS is even
-                kept["came"].update(dropped["came"])
-            del samples[1::2]
+            ends = [self._start_time, *(sample["until"] for sample in samples)]
+            shortest = min(range(COLUMNS), key=lambda at: ends[at + 2] - ends[at])
+            merged = samples.pop(shortest)
+            samples[shortest]["came"].update(merged["came"])
         while sum(len(sample["came"]) for sample in samples) > CELLS:
             self._shift += 1
             for sample in samples:
@@ -166,14 +134,18 @@ class Report:
                 for place, count in finer.items():
                     sample["came"][place >> 1] += count
 
-    def write(
-        self, path: str, title: str, figures: Figures, latencies: Latencies, state: Sequence[int]
-    ) -> None:
-        """Write the page, at the end. state: as unmapped's. Raises OSError if it can't be written."""
-        for area in self._here.values():
-            area.ends(state)
+    def write(self, path: str | None, figures: Figures, latencies: Latencies) -> None:
+        """At the end: the live line goes, and the page is written, if it has a path.
+
+        Raises OSError if it can't be written.
+        """
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if not path:
+            return
+        areas = [self._ended(area) for area in self._here.values()]
         content = {
-            "title": title,
+            "title": self._title,
             "page_size": PAGE_SIZE,
             "start_addr": self._start_addr,
             "start_time": self._start_time,
@@ -181,13 +153,34 @@ class Report:
             "samples": self._samples,
             "place": 1 << self._shift,
             "latencies": latencies,
-            "areas": [vars(area) for area in _largest([*self._here.values(), *self._gone])],
+            "areas": _largest([*areas, *self._gone]),
             "areas_in_all": self._areas,
         }
         text = json.dumps(content).replace("<", "\\u003c")  # a name can't end the script
         page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
         Path(path).write_text(page.replace("REPORT_AS_JSON", text), encoding="utf-8")
 
+    def _ended(self, area: dict) -> dict:
+        """The area, with where its pages are now."""
+        ended_up: Counter[str] = Counter()
+        states = self._state[area["page"] : area["page"] + area["count"]]
+        for byte, pages in Counter(states).items():
+            ended_up[WHERE.get(byte, "here")] += pages
+        return {**area, "ended_up": ended_up}
 
-def _largest(areas: list[Area]) -> list[Area]:
-    return sorted(areas, key=lambda area: area.count, reverse=True)[:AREAS]
+
+def _line(before: dict, now: dict) -> str:
+    """What --progress tells of the time between two samples."""
+
+    def rate(names: Sequence[str]) -> float:
+        happened = sum(now[name] - before.get(name, 0) for name in names)
+        return happened / (now["until"] - before["until"])
+
+    return (
+        f"resident {size(now['resident'])}, on the DMS {size(now['away'])}, "
+        f"{rate(FAULTS):.0f} faults/s, {rate(EVICTIONS):.0f} evictions/s"
+    )
+
+
+def _largest(areas: list[dict]) -> list[dict]:
+    return sorted(areas, key=lambda area: area["count"], reverse=True)[:AREAS]

@@ -7,7 +7,7 @@ Interface:
     supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
-    mmap_fixed, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, tee, prctl
+    mmap_fixed, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, prctl
 
 Rules:
     * A call that fails raises OSError with its errno and its name.
@@ -115,8 +115,6 @@ _libc.mmap.restype = c_void_p
 _libc.munmap.argtypes = (c_void_p, c_size_t)
 _libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
 _libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
-_libc.tee.argtypes = (c_int, c_int, c_size_t, c_uint)
-_libc.tee.restype = c_long
 _libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 _libc.syscall.restype = c_long
 
@@ -239,14 +237,8 @@ class Userfaultfd:
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
         """Set the mark of these pages (bytes); or, protect=False, clear it and wake."""
         mode = UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
-        uffdio_writeprotect.pack_into(self._block, 0, start, length, mode)
-        while True:
-            try:
-                ioctl(self.fd, UFFDIO_WRITEPROTECT, self._block)
-                return
-            except OSError as error:
-                if error.errno != errno.EAGAIN:
-                    raise _failed("UFFDIO_WRITEPROTECT", error.errno) from None
+        fields = start, length, mode
+        self._call("UFFDIO_WRITEPROTECT", UFFDIO_WRITEPROTECT, uffdio_writeprotect, *fields)
 
     def wake(self, start: int, length: int) -> None:
         """Wake the threads that sleep in a fault of this range (bytes); they try again."""
@@ -323,14 +315,6 @@ def semaphore() -> SemLock:
     at once. It is what multiprocessing.Lock wraps; that takes long to import."""
     kind, name = 1, f"/edm-{os.getpid()}-{time.monotonic_ns()}"
     return SemLock(kind, 1, 1, name, True)
-
-
-def tee(pipe: int, other: int, length: int) -> int:
-    """tee(2): let the other pipe hold the same bytes (references to the same pages) too."""
-    done = _libc.tee(pipe, other, length, 0)
-    if done < 0:
-        raise _failed("tee")
-    return done
 
 
 def prctl(option: int, value: int) -> None:

@@ -11,8 +11,8 @@ from mpi4py import MPI
 
 from edm import messages as m
 from edm.dms import DMS
-from edm.page_store import CONTENT, DISK, INSTANCE, MAX_PAGES, NEW, NEW_PAGES
-from edm.uffd_ctypes import PAGE_SIZE
+from edm.page_store import CONTENT, DISK, INSTANCE, NEW, NEW_PAGES
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 PAGES = 1000
 START = 0x1B58000
@@ -31,9 +31,11 @@ def dms(tmp_path, request):
     return served(tmp_path / "disk", request.param)
 
 
-def ask(dms, kind, page=0, count=0, body=b"", stride=0):
+def ask(dms, kind, page=0, count=0, more=None, body=b""):
     """What the DMS answers to instance 0: (kind, count, body)."""
-    m.HEADER.pack_into(dms._question.whole, 0, kind, stride, count, page)
+    if more is None:
+        more = int(kind == m.GET)  # pages apart
+    m.HEADER.pack_into(dms._question.whole, 0, kind, more, count, page)
     dms._question.body[: len(body)] = body
     length = dms._handle(1, m.HEADER.size + len(body))
     kind, zero, count, _ = m.HEADER.unpack_from(dms._answer.whole)
@@ -41,26 +43,18 @@ def ask(dms, kind, page=0, count=0, body=b"", stride=0):
     return kind, count, bytes(dms._answer.body[:length])
 
 
-def refused(answer, kind=m.ERROR):
+def refused(answer):
     """The errno and the words of this answer, which is a refusal."""
-    assert answer[0] == kind and answer[1] == len(answer[2])
+    assert answer[0] == m.ERROR and answer[1] == len(answer[2])
     error = m.error_of(answer[2])
     return error.errno, error.strerror
 
 
-def eviction(*runs):
-    """EVICT's arguments from (page, content or a count of clean pages)."""
-    table = b"".join(
-        m.RUN.pack(page, what, 0)
-        if isinstance(what, int)
-        else m.RUN.pack(page, len(what) // PAGE_SIZE, 1)
-        for page, what in runs
-    )
-    return {
-        "kind": m.EVICT,
-        "count": len(runs),
-        "body": table + b"".join(what for _, what in runs if not isinstance(what, int)),
-    }
+def eviction(page, count, *dirty, kind=m.EVICT):
+    """EVICT's arguments. dirty: (first page, the bytes of it and its neighbours)."""
+    table = [m.RUN.pack(first, len(whole) // PAGE_SIZE) for first, whole in dirty]
+    body = b"".join([*table, *(whole for _, whole in dirty)])
+    return {"kind": kind, "page": page, "count": count, "more": len(dirty), "body": body}
 
 
 def content(seed, pages=1):
@@ -72,59 +66,52 @@ def test_the_first_access_of_a_page_is_answered_with_new_and_noted_in_the_spt(dm
     assert ask(dms, m.LOCATIONS, page=6, count=3) == (m.LOCATIONS, 3, bytes((NEW, INSTANCE, NEW)))
 
 
-def test_an_evicted_page_comes_back_with_its_bytes(dms):
+def test_an_acknowledged_eviction_is_in_the_disk_file_and_the_pages_come_back(dms, tmp_path):
     ask(dms, m.GET, page=7, count=2)
-    assert ask(dms, **eviction((7, content(1, 2)))) == (m.OK, 0, b"")
+    assert ask(dms, **eviction(7, 2, (7, content(1, 2)))) == (m.OK, 0, b"")
+    assert content(1, 2) in (tmp_path / "disk").read_bytes()
     assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, DISK))
     assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(1, 2)[:PAGE_SIZE])
     assert ask(dms, m.GET, page=8, count=1) == (CONTENT, 1, content(1, 2)[PAGE_SIZE:])
 
 
-def test_an_acknowledged_eviction_is_in_the_disk_file(dms, tmp_path):
-    ask(dms, m.GET, page=3, count=1)
-    ask(dms, **eviction((3, content(5))))
-    assert content(5) in (tmp_path / "disk").read_bytes()
-
-
 def test_get_answers_for_the_first_pages_that_are_in_the_same_place(dms):
-    ask(dms, m.GET, page=2, count=2)
-    ask(dms, **eviction((2, content(1, 2))))
+    ask(dms, **eviction(2, 2, (2, content(1, 2))))
     assert ask(dms, m.GET, page=0, count=8)[:2] == (NEW_PAGES, 2)
     assert ask(dms, m.GET, page=2, count=6) == (CONTENT, 2, content(1, 2))
     assert ask(dms, m.GET, page=4, count=4)[:2] == (NEW_PAGES, 4)
 
 
-def test_get_takes_every_stride_th_page(dms):
-    ask(dms, m.GET, page=0, count=30)
-    ask(dms, **eviction((0, content(1, 30))))
+def test_get_takes_every_so_maniest_page(dms):
+    ask(dms, **eviction(0, 30, (0, content(1, 30))))
     pages = [content(1, 30)[p * PAGE_SIZE : (p + 1) * PAGE_SIZE] for p in (3, 10, 17, 24)]
-    assert ask(dms, m.GET, page=3, count=6, stride=7) == (CONTENT, 4, b"".join(pages))
+    assert ask(dms, m.GET, page=3, count=6, more=7) == (CONTENT, 4, b"".join(pages))
     where = ask(dms, m.LOCATIONS, page=0, count=40)[2]
     assert [p for p in range(40) if where[p] == INSTANCE | DISK] == [3, 10, 17, 24]
-    assert ask(dms, m.GET, page=31, count=6, stride=7)[:2] == (NEW_PAGES, 6)
+    assert ask(dms, m.GET, page=31, count=6, more=7)[:2] == (NEW_PAGES, 6)
+    last = PAGES - 1 - 3 * m.MAX_STRIDE
+    assert ask(dms, m.GET, page=last, count=4, more=m.MAX_STRIDE)[:2] == (NEW_PAGES, 4)
 
 
-def test_a_clean_page_goes_back_without_its_bytes_and_is_still_on_the_disk(dms):
+def test_a_clean_page_goes_back_without_its_bytes_to_where_it_was(dms):
+    ask(dms, **eviction(7, 1, (7, content(1))))
     ask(dms, m.GET, page=7, count=1)
-    ask(dms, **eviction((7, content(1))))
-    ask(dms, m.GET, page=7, count=1)
-    assert ask(dms, m.LOCATIONS, page=7, count=1)[2] == bytes((INSTANCE | DISK,))
-    assert ask(dms, **eviction((7, 1)))[0] == m.OK
+    ask(dms, m.GET, page=8, count=1)
+    where = bytes((INSTANCE | DISK, INSTANCE))
+    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == where
+    assert ask(dms, **eviction(7, 2))[0] == m.OK
+    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, NEW))
     assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(1))
+    assert ask(dms, m.GET, page=8, count=1) == (NEW_PAGES, 1, b"")
 
 
-def test_a_page_that_was_never_written_goes_back_to_new(dms):
-    ask(dms, m.GET, page=7, count=1)
-    assert ask(dms, **eviction((7, 1)))[0] == m.OK
-    assert ask(dms, m.GET, page=7, count=1) == (NEW_PAGES, 1, b"")
-
-
-def test_one_eviction_carries_many_runs_clean_and_dirty(dms):
+def test_one_eviction_carries_many_pages_clean_and_dirty(dms):
+    ask(dms, **eviction(0, 100, (0, content(1, 100))))
     ask(dms, m.GET, page=0, count=100)
-    ask(dms, **eviction((0, content(1, 100))))
-    ask(dms, m.GET, page=0, count=100)
-    answer = ask(dms, **eviction((0, 3), (3, content(2, 2)), (5, 1), (90, content(3))))
+    answer = ask(dms, **eviction(0, 91, (3, content(2, 2)), (90, content(3))))
     assert answer[0] == m.OK
+    where = bytes([DISK] * 91 + [INSTANCE | DISK] * 9)
+    assert ask(dms, m.LOCATIONS, page=0, count=100)[2] == where
     assert ask(dms, m.GET, page=3, count=2)[2] == content(2, 2)
     assert ask(dms, m.GET, page=5, count=1)[2] == content(1, 100)[5 * PAGE_SIZE : 6 * PAGE_SIZE]
     assert ask(dms, m.GET, page=90, count=1)[2] == content(3)
@@ -132,30 +119,28 @@ def test_one_eviction_carries_many_runs_clean_and_dirty(dms):
 
 def test_a_stored_page_is_on_the_disk_and_stays_in_the_instance(dms):
     ask(dms, m.GET, page=7, count=2)
-    assert ask(dms, **eviction((7, content(1, 2))) | {"kind": m.STORE})[0] == m.OK
+    assert ask(dms, **eviction(7, 2, (7, content(1, 2)), kind=m.STORE))[0] == m.OK
     assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((INSTANCE | DISK,)) * 2
-    assert ask(dms, **eviction((7, 2)))[0] == m.OK
+    assert ask(dms, **eviction(7, 2))[0] == m.OK
     assert ask(dms, m.GET, page=7, count=2) == (CONTENT, 2, content(1, 2))
 
 
 def test_a_page_that_is_in_the_instance_is_given_again(dms):
-    ask(dms, m.GET, page=7, count=2)
-    assert ask(dms, m.GET, page=7, count=2) == (NEW_PAGES, 2, b"")
-    ask(dms, **eviction((7, content(1))))
+    ask(dms, **eviction(9, 1, (9, content(1))))
     for _ in range(2):
-        assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(1))
+        assert ask(dms, m.GET, page=7, count=2) == (NEW_PAGES, 2, b"")
+        assert ask(dms, m.GET, page=9, count=1) == (CONTENT, 1, content(1))
 
 
 def test_an_eviction_may_overtake_the_get_of_its_page(dms):
-    assert ask(dms, **eviction((7, content(1)), (8, 1)))[0] == m.OK
+    assert ask(dms, **eviction(7, 2, (7, content(1))))[0] == m.OK
     assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, NEW))
     assert ask(dms, m.GET, page=7, count=2) == (CONTENT, 1, content(1))
 
 
-def test_a_page_that_the_disk_has_lost_is_unreadable_and_those_around_it_are_not(tmp_path):
+def test_a_page_that_the_disk_has_lost_is_an_error_and_those_around_it_are_read(tmp_path):
     dms = served(tmp_path / "disk", keep=True)
-    ask(dms, m.GET, page=10, count=5)
-    ask(dms, **eviction((10, content(1, 5))))
+    ask(dms, **eviction(10, 5, (10, content(1, 5))))
     file = tmp_path / "disk"
     at = file.read_bytes().index(content(1, 5)) + 2 * PAGE_SIZE + 100
     with file.open("r+b") as disk:
@@ -164,15 +149,14 @@ def test_a_page_that_the_disk_has_lost_is_unreadable_and_those_around_it_are_not
         disk.seek(at)
         disk.write(bytes((flipped,)))
     assert ask(dms, m.GET, page=10, count=5) == (CONTENT, 2, content(1, 5)[: 2 * PAGE_SIZE])
-    number, reason = refused(ask(dms, m.GET, page=12, count=3), m.UNREADABLE)
+    number, reason = refused(ask(dms, m.GET, page=12, count=3))
     assert number == errno.EIO and "page 12" in reason and "checksum" in reason
     assert ask(dms, m.LOCATIONS, page=12, count=1)[2] == bytes((DISK,))
     assert ask(dms, m.GET, page=13, count=2) == (CONTENT, 2, content(1, 5)[3 * PAGE_SIZE :])
 
 
 def test_freed_pages_read_as_new(dms):
-    ask(dms, m.GET, page=0, count=4)
-    ask(dms, **eviction((0, content(1, 2))))
+    ask(dms, **eviction(0, 2, (0, content(1, 2))))
     assert ask(dms, m.FREE, page=0, count=4)[0] == m.OK
     assert ask(dms, m.GET, page=0, count=8)[:2] == (NEW_PAGES, 8)
 
@@ -192,38 +176,36 @@ def test_hello_is_welcome_only_with_the_same_geometry(dms):
 WRONG = {
     "an unknown kind": {"kind": 77},
     "an answer's kind": {"kind": CONTENT, "count": 1},
-    "a stride where none belongs": {"kind": m.FREE, "page": 1, "count": 1, "stride": 5},
-    "a stride that leaves the space": {"kind": m.GET, "page": 1, "count": 21, "stride": 50},
+    "a stride where none belongs": {"kind": m.FREE, "page": 1, "count": 1, "more": 5},
+    "a stride that leaves the space": {"kind": m.GET, "page": 1, "count": 21, "more": 50},
+    "no stride": {"kind": m.GET, "page": 1, "count": 2, "more": 0},
+    "too large a stride": {"kind": m.GET, "page": 1, "count": 2, "more": m.MAX_STRIDE + 1},
     "a page outside": {"kind": m.GET, "page": PAGES, "count": 1},
     "a page far outside": {"kind": m.GET, "page": 2**64 - 1, "count": 2},
     "a range that leaves the space": {"kind": m.GET, "page": PAGES - 1, "count": 2},
     "no pages": {"kind": m.GET, "page": 1, "count": 0},
-    "too many pages": {"kind": m.GET, "page": 1, "count": MAX_PAGES + 1},
+    "too many pages": {"kind": m.GET, "page": 1, "count": PAGES_AT_ONCE + 1},
     "a GET with a body": {"kind": m.GET, "page": 1, "count": 1, "body": b"x"},
     "the kind of a doorbell": {"kind": 9},
     "a short HELLO": {"kind": m.HELLO, "body": GEOMETRY[:-1]},
     "a FREE outside": {"kind": m.FREE, "page": 999, "count": 2},
     "LOCATIONS of none": {"kind": m.LOCATIONS, "page": 1, "count": 0},
-    "EVICT without runs": {"kind": m.EVICT},
-    "EVICT of too many runs": {"kind": m.EVICT, "count": m.MAX_RUNS + 1},
-    "EVICT with half a table": {"kind": m.EVICT, "count": 2, "body": m.RUN.pack(500, 1, 0)},
-    "EVICT of a page outside": eviction((PAGES, content(1))),
-    "EVICT of no pages": eviction((500, 0)),
-    "EVICT with bytes missing": {
-        "kind": m.EVICT,
-        "count": 1,
-        "body": m.RUN.pack(500, 1, 1) + b"x" * (PAGE_SIZE - 1),
-    },
-    "EVICT with bytes left over": {
-        "kind": m.EVICT,
-        "count": 1,
-        "body": m.RUN.pack(500, 1, 0) + b"x",
-    },
-    "EVICT with a strange dirty": {"kind": m.EVICT, "count": 1, "body": m.RUN.pack(500, 1, 2)},
-    "EVICT partly of pages outside": eviction((500, content(1)), (PAGES, content(2))),
-    "STORE of a page outside": eviction((PAGES, content(1))) | {"kind": m.STORE},
-    "STORE partly of pages outside": eviction((500, content(1)), (PAGES - 1, 2))
-    | {"kind": m.STORE},
+    "EVICT of no pages": eviction(500, 0),
+    "EVICT of too many pages": eviction(500, PAGES_AT_ONCE + 1),
+    "EVICT of a page outside": eviction(PAGES, 1),
+    "EVICT partly of pages outside": eviction(PAGES - 1, 2, (PAGES - 1, content(1))),
+    "EVICT of a dirty page before its pages": eviction(501, 1, (500, content(1))),
+    "EVICT partly of dirty pages behind its pages": eviction(500, 1, (500, content(1, 2))),
+    "EVICT of no dirty pages": eviction(500, 1, (500, b"")),
+    "EVICT of too many runs": eviction(500, 1, *[(500, b"")] * (PAGES_AT_ONCE + 1)),
+    "EVICT with half a table": eviction(500, 2) | {"more": 2, "body": m.RUN.pack(500, 1)},
+    "EVICT with bytes missing": eviction(500, 1)
+    | {"more": 1, "body": m.RUN.pack(500, 1) + b"x" * (PAGE_SIZE - 1)},
+    "EVICT with bytes left over": eviction(500, 1) | {"body": b"x"},
+    "STORE of a page outside": eviction(PAGES, 1, (PAGES, content(1)), kind=m.STORE),
+    "STORE partly of pages outside": eviction(
+        500, 1, (500, content(1)), (PAGES, content(2)), kind=m.STORE
+    ),
     "SYNC with a body": {"kind": m.SYNC, "body": b"x"},
     "BYE with a body": {"kind": m.BYE, "body": b"x"},
 }
@@ -233,7 +215,7 @@ WRONG = {
 def test_a_wrong_request_is_answered_with_a_reason_and_changes_nothing(dms, request_, caplog):
     ask(dms, m.GET, page=500, count=1)
     ask(dms, m.GET, page=600, count=1)
-    ask(dms, **eviction((600, content(6))))
+    ask(dms, **eviction(600, 1, (600, content(6))))
     before = ask(dms, m.LOCATIONS, page=0, count=PAGES)
     number, reason = refused(ask(dms, **request_))
     assert number == errno.EINVAL and reason
@@ -246,7 +228,7 @@ def test_who_has_said_bye_is_refused(dms):
     assert ask(dms, m.BYE)[0] == m.OK
     for request in (m.BYE, m.SYNC):
         assert ask(dms, request)[0] == m.ERROR
-    assert dms._left == {0}
+    assert dms._left == [dms._stores[0]]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +260,8 @@ def test_random_bytes_never_end_the_dms(dms):
         length = dice.choice((0, 1, 15, 16, 17, 40, 200, 5000))
         dms._question.whole[:length] = dice.randbytes(length)
         if length >= 2:  # a kind that there is, most of the time
-            dms._question.whole[0:4] = bytes((dice.choice((*range(1, 9), 99)), 0, 0, 0))
+            kind, more = dice.choice((*range(1, 9), 99)), dice.randrange(3)
+            dms._question.whole[0:4] = bytes((kind, 0, more, 0))
         dms._handle(1, length)
         dms._left.clear()  # after a BYE it would refuse the rest
     assert ask(dms, m.LOCATIONS, page=0, count=1)[0] == m.LOCATIONS
@@ -287,15 +270,15 @@ def test_random_bytes_never_end_the_dms(dms):
 def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
     ask(dms, m.GET, page=900, count=1)
     ask(dms, m.GET, page=7, count=1)
-    ask(dms, **eviction((7, content(7))))
+    ask(dms, **eviction(7, 1, (7, content(7))))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_SIZE, hard))  # EFBIG: Python ignores SIGXFSZ
     try:
-        answer = ask(dms, **eviction((900, content(1))))
+        answer = ask(dms, **eviction(900, 1, (900, content(1))))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert refused(answer) == (errno.EFBIG, os.strerror(errno.EFBIG))
     assert ask(dms, m.LOCATIONS, page=900, count=1)[2] == bytes((INSTANCE,))
     assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(7))
-    assert ask(dms, **eviction((900, content(1))))[0] == m.OK
+    assert ask(dms, **eviction(900, 1, (900, content(1))))[0] == m.OK
     assert ask(dms, m.GET, page=900, count=1) == (CONTENT, 1, content(1))

@@ -117,11 +117,13 @@ def test_the_idle_bitmap_where_the_kernel_has_it(way):
     jobs = (
         ("-m", "edm.examples.eviction", "--idle-tracker", "bitmap"),
         ("-m", "edm.examples.eviction_policy"),  # auto must take it
-        ("-m", "edm.examples.bigger_than_memory", "--size", "2", "--high-threshold", "128"),
-        (PROGRAMS / "soak.py", "$(mktemp)", 6, "--idle-tracker", "bitmap"),
+        ("-m", "edm.examples.bigger_than_memory", "--size", "1", "--high-threshold", "64"),
+        (PROGRAMS / "soak.py", "$(mktemp)", 3, "--idle-tracker", "bitmap"),
     )
-    commands = [way.command(*job) for job in jobs]
-    commands.append([sys.executable, "-m", "edm", "doctor"])  # this machine has everything
+    # That machine is some twenty times slower, and who asks the bitmap is the same over MPI.
+    commands = [way.command(*job) for job in (jobs if way.alone else jobs[:2])]
+    if way.alone:
+        commands.append([sys.executable, "-m", "edm", "doctor"])  # this machine has everything
     script = "\n".join(" ".join(map(str, command)) + " || exit 1" for command in commands)
     ended = subprocess.run(
         [IDLE_KERNEL, "bash", "-c", script],
@@ -131,8 +133,8 @@ def test_the_idle_bitmap_where_the_kernel_has_it(way):
     assert ended.returncode == 0, output
     assert "compare pages SUCCESS" in output
     assert "eviction policy SUCCESS, with the idle tracker bitmap" in output
-    assert "every byte is right: SUCCESS" in output
-    assert "soak SUCCESS" in output
-    assert "EDM can run here." in output and not re.search(
-        "^(missing|without) ", output, re.MULTILINE
-    )
+    if way.alone:
+        assert "every byte is right: SUCCESS" in output
+        assert "soak SUCCESS" in output
+        assert "EDM can run here." in output
+        assert not re.search("^(missing|without) ", output, re.MULTILINE)

@@ -25,6 +25,12 @@ def test_the_script_finds_its_space_and_nothing_is_printed_unless_asked(run):
     assert (ended.returncode, ended.stdout) == (0, "")
 
 
+def test_a_program_may_have_a_command_line_of_any_length(run):
+    code = "import edm, sys; print(edm.space() is not None, len(sys.argv))"
+    ended = run(*EDM_RUN, "-c", code, *["an argument"] * 50_000)
+    assert (ended.returncode, ended.stdout) == (0, "True 50001\n")
+
+
 WHERE = """
 import numpy, sys, edm
 space = edm.space()

@@ -9,17 +9,19 @@ import errno
 import mmap
 import os
 import random
+import select
 import threading
 import time
+import types
 
 import pytest
-from conftest import needs_userfaultfd
+from conftest import needs_userfaultfd, wait_for
 
 from edm import lpet as lpet_module
 from edm import lspt as l
 from edm import uffd_ctypes as u
-from edm.lpet import Lpet, PagePipe
-from edm.lspt import ANY_HERE, AWAY, HERE, LEAVING, LSPT, NEW, NO_HOLES, SMALL, runs_of
+from edm.lpet import AGE, Lpet
+from edm.lspt import ANY_HERE, AWAY, COMING, HERE, LEAVING, LSPT, NEW, NO_HOLES, SMALL
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -27,29 +29,6 @@ from edm.uffd_ctypes import PAGE_SIZE
 def content(page, version=0):
     """The bytes of a page: no two pages or versions are alike."""
     return random.Random(1000 * page + version).randbytes(64) * (PAGE_SIZE // 64)
-
-
-def read_pages(pipe, count):
-    """So many pages out of a pipe, which must have them."""
-    os.set_blocking(pipe, False)
-    pages = []
-    try:
-        for _ in range(count):
-            page = b""
-            while len(page) < PAGE_SIZE:
-                page += os.read(pipe, PAGE_SIZE - len(page))
-            pages.append(page)
-    finally:
-        os.set_blocking(pipe, True)
-    return pages
-
-
-def is_empty(pipe):
-    try:
-        read_pages(pipe, 1)
-    except BlockingIOError:
-        return True
-    return False
 
 
 class Memory:
@@ -75,29 +54,26 @@ class Memory:
 
 
 class Store:
-    """Takes what is put out of the pipe, as a PageStore does, and records it; or refuses."""
+    """Records what is put, or refuses it."""
 
     def __init__(self):
-        self.tries = []  # the runs of every put
-        self.pages = {}  # page: its bytes, of the dirty ones
-        self.gone = []  # the pages of puts that were not refused, in order
-        self.refuses = lambda runs: False
-        self.takes_before = 0  # pages that it takes out of the pipe before it refuses
+        self.tries = []  # the runs that are dirty, of every put
+        self.pages = {}  # page: its bytes
         self.stayed = []  # of every put: was it with stay?
+        self.refuses = lambda runs: False
         self.meanwhile = lambda: None  # called in the midst of a put
 
-    def put(self, runs, pipe, stay=False):
-        self.tries.append(list(runs))
-        self.stayed.append(stay)
+    def put(self, gone, dirty):
+        runs = [(first, len(part) // PAGE_SIZE) for first, part in dirty]
+        assert set(pages_in(runs)) <= {*pages_in(gone)} or not gone
+        self.tries.append(runs)
+        self.stayed.append(not gone)
         self.meanwhile()
         if self.refuses(runs):
-            read_pages(pipe, self.takes_before)
             raise OSError(errno.ENOSPC, "no room on this disk")
-        for page, count, dirty in runs:
-            contents = read_pages(pipe, count)
-            if dirty:
-                self.pages |= dict(zip(range(page, page + count), contents, strict=True))
-            self.gone += range(page, page + count)
+        for first, part in dirty:
+            for at in range(0, len(part), PAGE_SIZE):
+                self.pages[first + at // PAGE_SIZE] = bytes(part[at : at + PAGE_SIZE])
 
 
 class FakePagemap:
@@ -107,25 +83,27 @@ class FakePagemap:
         self.clean = set()
         self.present, self.pfns = real.present, real.pfns
 
-    def written(self, runs):
-        kinds = [(page, page not in self.clean) for page in pages_in(runs)]
-        found = []
-        for dirty in (True, False):
-            of_it = [page for page, is_dirty in kinds if is_dirty == dirty]
-            found += [(page, count, dirty) for page, count in runs_of(of_it)]
-        return sorted(found)
+    def written(self, page, here):
+        return bytes(0 if at in self.clean else byte for at, byte in enumerate(here, start=page))
 
 
 class FakeUffd:
-    def __init__(self):
-        self.woken = []  # addresses
-        self.protected = []  # (address, length, protect)
+    def __init__(self, instance):
+        self._start, self._lspt = instance.memory.address, instance.lspt
+        self.woken = set()  # pages
+        self.protected = []  # (first page, count, protect)
 
     def wake(self, start, length):
-        self.woken += range(start, start + length, PAGE_SIZE)
+        page, count = (start - self._start) // PAGE_SIZE, length // PAGE_SIZE
+        ends = (
+            self._lspt.state[page],
+            self._lspt.state[page + count - 1],
+        )  # others may be in between
+        assert LEAVING not in ends, "or it would fault again"
+        self.woken |= {*range(page, page + count)}
 
     def writeprotect(self, start, length, protect):
-        self.protected.append((start, length, protect))
+        self.protected.append(((start - self._start) // PAGE_SIZE, length // PAGE_SIZE, protect))
 
 
 class FakeTracker:
@@ -155,15 +133,23 @@ class Instance:
             self.lspt, self.store, self.pagers_map, self.memory.memfd, -1, self.pagemap,
             self.memory.address, batch, UnmapTracker.name,
         )  # fmt: skip
-        self.uffd = self.lpet._uffd = FakeUffd()
+        self.uffd = self.lpet._uffd = FakeUffd(self)
+        self.gone, self._gone = [], self.lspt.gone  # the pages that have left, in order
+        self.lspt.gone = self._note_gone
+
+    def _note_gone(self, left):
+        self.gone += [
+            first + at for first, before in left for at, state in enumerate(before) if state >= HERE
+        ]
+        self._gone(left)
 
     def come(self, *runs, version=0):
         """These pages are brought, and written."""
         for page in pages_in(runs):
-            state, pages = self.lspt.expect(range(page, page + 1))
-            assert len(pages) == 1, f"page {page} is {state}"
+            state = self.lspt.expect(page)
+            assert state in (NEW, *range(AWAY, HERE)), f"page {page} is {state}"
             self.memory.write(page, version)
-            self.lspt.arrived(pages, NEW)
+            self.lspt.arrived(range(page, page + 1))
 
     def here(self):
         return list(pages_in(self.lspt.here()))
@@ -176,9 +162,9 @@ class Instance:
 
     def evict_once(self):
         """As LPET does when it is woken; which pages left, in order?"""
-        before = len(self.store.gone)
+        before = len(self.gone)
         self.lpet._evict_until_low_threshold()
-        return self.store.gone[before:]
+        return self.gone[before:]
 
     def may_try_again(self):
         """The rest after a refusal is over."""
@@ -189,6 +175,18 @@ class Instance:
         self.lspt.close()
         os.close(self.pagemap_fd)
         self.memory.close()
+
+    def pipe_is_empty(self):
+        return not select.select([self.lpet._out], [], [], 0)[0]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Its `now` is the clock's seconds."""
+    clock = types.SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: int(clock.now * 1e9))
+    return clock
 
 
 @pytest.fixture
@@ -204,105 +202,12 @@ def make():
         instance.close()
 
 
-# ---------------------------------------------------------------- PagePipe
+def refuse_all(runs):
+    return bool(runs)
 
 
-@pytest.fixture
-def memory():
-    memory = Memory(1000)
-    yield memory
-    memory.close()
-
-
-@pytest.fixture
-def pipe(memory):
-    pipe = PagePipe(memory.memfd)
-    yield pipe
-    pipe.close()
-
-
-def remove(memory, *runs):
-    for page, count in runs:
-        memory.map.madvise(mmap.MADV_REMOVE, page * PAGE_SIZE, count * PAGE_SIZE)
-
-
-RUNS = [(3, 2), (7, 1), (900, 50)]
-
-
-@pytest.fixture
-def taken(memory, pipe):
-    """RUNS have been taken, and are no longer in the memfd."""
-    for page in pages_in(RUNS):
-        memory.write(page)
-    pipe.take(RUNS)
-    remove(memory, *RUNS)
-    assert memory.pages_in_it() == 0
-
-
-def test_a_pipe_has_room_for_all_that_leaves_at_once(memory, pipe):
-    assert pipe.capacity == u.PAGES_AT_ONCE
-    runs = [(0, 200), (300, pipe.capacity - 200)]
-    for page in pages_in(runs):
-        memory.write(page)
-    pipe.take(runs)
-    pipe.keep()
-    remove(memory, *runs)
-    assert read_pages(pipe.out, pipe.capacity) == [content(page) for page in pages_in(runs)]
-    pipe.put_back(runs)
-    assert all(memory.read(page) == content(page) for page in pages_in(runs))
-
-
-def test_what_is_taken_is_there_after_it_was_removed_from_the_memory(taken, pipe, memory):
-    assert read_pages(pipe.out, 53) == [content(page) for page in pages_in(RUNS)]
-    assert is_empty(pipe.out)
-    assert memory.pages_in_it() == 0
-
-
-def test_what_is_taken_is_the_page_itself_until_it_is_removed(memory, pipe):
-    memory.write(5, version=1)
-    pipe.take([(5, 1)])
-    memory.write(5, version=2)  # by a writer that is left
-    remove(memory, (5, 1))
-    assert read_pages(pipe.out, 1) == [content(5, version=2)]
-
-
-@pytest.mark.parametrize("read_before", [0, 1, 20, 53])
-def test_what_is_kept_can_be_put_back_however_much_was_read(taken, pipe, memory, read_before):
-    pipe.keep()
-    read_pages(pipe.out, read_before)
-    pipe.put_back(RUNS)
-    assert [memory.read(page) for page in pages_in(RUNS)] == [content(p) for p in pages_in(RUNS)]
-    assert memory.pages_in_it() == 53
-    assert is_empty(pipe.out) and is_empty(pipe._spare_out)
-
-
-def test_what_is_dropped_is_in_no_pipe_and_the_next_take_is_its_own(taken, pipe, memory):
-    pipe.keep()
-    read_pages(pipe.out, 53)
-    pipe.drop()
-    assert is_empty(pipe._spare_out)
-    memory.write(1)
-    pipe.take([(1, 1)])
-    pipe.keep()
-    assert read_pages(pipe.out, 1) == read_pages(pipe._spare_out, 1) == [content(1)]
-
-
-@pytest.mark.parametrize("read_before", [0, 20, 53])
-def test_clear_drops_everything_whether_it_was_read_or_not(taken, pipe, memory, read_before):
-    read_pages(pipe.out, read_before)
-    pipe.clear()
-    assert is_empty(pipe.out)
-    memory.write(1)
-    pipe.take([(1, 1)])
-    pipe.keep()
-    pipe.clear()
-    assert is_empty(pipe.out) and is_empty(pipe._spare_out)
-
-
-def test_what_was_taken_returns_at_once(taken, pipe, memory):
-    pipe.return_at_once(RUNS)
-    assert [memory.read(page) for page in pages_in(RUNS)] == [content(p) for p in pages_in(RUNS)]
-    assert memory.pages_in_it() == 53 and is_empty(pipe.out)
+def refuse_nothing(runs):
+    return False
 
 
 # ---------------------------------------------------------------- one eviction
@@ -312,7 +217,7 @@ def test_an_eviction_gives_the_store_the_bytes_and_leaves_neither_memory_nor_sta
     instance = make()
     instance.come((10, 3), (15, 2), (40, 1), (60, 1))
     assert instance.lpet._evict(0, 50, ANY_HERE) == 6
-    assert instance.store.tries == [[(10, 3, True), (15, 2, True), (40, 1, True)]]
+    assert instance.store.tries == [[(10, 3), (15, 2), (40, 1)]]
     assert instance.store.stayed == [False]
     assert instance.store.pages == {p: content(p) for p in (10, 11, 12, 15, 16, 40)}
     assert instance.states(10, 8) == [AWAY, AWAY, AWAY, NEW, NEW, AWAY, AWAY, NEW]
@@ -320,8 +225,28 @@ def test_an_eviction_gives_the_store_the_bytes_and_leaves_neither_memory_nor_sta
     assert instance.memory.read(60) == content(60)
     assert instance.figure(l.RESIDENT) == 1
     assert instance.figure(l.EVICTED_DIRTY) == 6 and instance.figure(l.EVICTED_CLEAN) == 0
-    assert instance.figure(l.STORED_BYTES) == 6 * PAGE_SIZE
-    assert instance.uffd.woken == []
+    assert instance.figure(l.SENT) == 6 * PAGE_SIZE
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 5, 7])
+def test_as_many_pages_as_a_pipe_holds_leave_at_once_with_any_holes_between_them(
+    make, every, refused
+):
+    instance = make(pages=300, high=300, batch=1000)
+    assert instance.lpet._batch == u.PAGES_AT_ONCE == 256
+    pages = range(10, 266, every)
+    instance.come(*((page, 1) for page in pages))
+    instance.store.refuses = refuse_all if refused else refuse_nothing
+    assert instance.lpet._evict(10, 256, ANY_HERE) == (0 if refused else len(pages))
+    assert len(instance.store.tries) == 1
+    if refused:
+        assert instance.here() == [*pages] and instance.memory.pages_in_it() == len(pages)
+        assert all(instance.memory.read(page) == content(page) for page in pages)
+    else:
+        assert instance.store.pages == {page: content(page) for page in pages}
+        assert instance.memory.pages_in_it() == 0
+    assert instance.pipe_is_empty()
 
 
 def test_nothing_to_evict_asks_nothing_of_the_store(make):
@@ -336,23 +261,23 @@ def test_clean_pages_leave_without_their_bytes(make):
     instance.come((10, 5))
     instance.pagemap.clean |= {11, 12, 13}
     assert instance.lpet._evict(0, 50, ANY_HERE) == 5
-    assert instance.store.tries == [[(10, 1, True), (11, 3, False), (14, 1, True)]]
+    assert instance.store.tries == [[(10, 1), (14, 1)]]
     assert instance.store.pages == {10: content(10), 14: content(14)}
     assert instance.states(10, 5) == [AWAY] * 5 and instance.memory.pages_in_it() == 0
     assert instance.figure(l.EVICTED_DIRTY) == 2 and instance.figure(l.EVICTED_CLEAN) == 3
-    assert instance.figure(l.STORED_BYTES) == 2 * PAGE_SIZE
+    assert instance.figure(l.SENT) == 2 * PAGE_SIZE
 
 
 def test_the_store_gets_what_was_written_last_before_the_page_left_the_page_table(make):
     instance = make()
     instance.come((10, 2))
-    real = instance.lpet._pipe.take
+    real = instance.lpet._fill_pipe
 
-    def take(runs):
-        real(runs)
+    def fill_pipe(*arguments):
+        real(*arguments)
         instance.memory.write(11, version=7)  # by a thread of the application
 
-    instance.lpet._pipe.take = take
+    instance.lpet._fill_pipe = fill_pipe
     instance.lpet._evict(0, 50, ANY_HERE)
     assert instance.store.pages == {10: content(10), 11: content(11, version=7)}
 
@@ -363,66 +288,63 @@ def test_the_marks_are_read_after_the_pages_have_left_the_page_table(make):
     present = []
     real = instance.pagemap.written
 
-    def written(runs):
+    def written(page, here):
         present.append(instance.pagemap.present(10, 2) + [instance.memory.pages_in_it()])
-        return real(runs)
+        return real(page, here)
 
     instance.pagemap.written = written
     instance.lpet._evict(0, 50, ANY_HERE)
     assert present == [[False, False, 0]]
 
 
-def test_faults_that_came_meanwhile_are_woken_when_the_page_is_away(make):
+@pytest.mark.parametrize("refused", [False, True])
+def test_faults_that_came_meanwhile_are_woken_when_the_page_is_away_or_here_again(make, refused):
     instance = make()
     instance.come((10, 3), (15, 1))
+    instance.store.refuses = lambda runs: refused
 
     def fault():
-        assert instance.lspt.expect(range(12, 13)) == (LEAVING, range(0))
-        assert instance.lspt.expect(range(14, 15)) == (LEAVING, range(0)), "a hole"
-        assert instance.uffd.woken == []
+        assert instance.lspt.expect(12) == LEAVING
+        assert instance.lspt.expect(14) == LEAVING, "a hole"
+        assert instance.uffd.woken == set()
 
     instance.store.meanwhile = fault
     instance.lpet._evict(0, 50, ANY_HERE)
-    assert instance.uffd.woken == [instance.memory.address + page * PAGE_SIZE for page in (12, 14)]
-    assert instance.states(12, 3) == [AWAY, NEW, NEW]
+    assert instance.uffd.woken == {*range(10, 16)}
+    assert instance.states(12, 3) == [HERE if refused else AWAY, NEW, NEW]
 
 
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("takes_before", [0, 1, 4, 6])
-def test_what_the_store_refuses_is_here_again_with_its_bytes(make, takes_before):
+def test_what_the_store_refuses_is_here_again_with_its_bytes(make):
     instance = make()
     instance.come((10, 3), (15, 3))
-    instance.store.refuses = lambda runs: True
-    instance.store.takes_before = takes_before
-    instance.store.meanwhile = lambda: instance.lspt.expect(range(16, 17))
+    instance.store.refuses = refuse_all
     assert instance.lpet._evict(0, 50, ANY_HERE) == 0
     assert instance.here() == [10, 11, 12, 15, 16, 17] and instance.memory.pages_in_it() == 6
     assert all(instance.memory.read(page) == content(page) for page in instance.here())
     assert instance.states(13, 2) == [NEW, NEW]
-    assert instance.uffd.woken == [instance.memory.address + 16 * PAGE_SIZE]
     assert instance.figure(l.REFUSED) == 6 and instance.figure(l.RESIDENT) == 6
-    assert instance.figure(l.EVICTED_DIRTY) == instance.figure(l.STORED_BYTES) == 0
-    instance.store.refuses = lambda runs: False
-    instance.store.meanwhile = lambda: None
-    assert instance.lpet._evict(0, 50, ANY_HERE) == 6, "nothing was left in a pipe"
+    assert instance.figure(l.EVICTED_DIRTY) == instance.figure(l.SENT) == 0
+    instance.store.refuses = refuse_nothing
+    assert instance.lpet._evict(0, 50, ANY_HERE) == 6
     assert instance.store.pages == {p: content(p) for p in (10, 11, 12, 15, 16, 17)}
 
 
 def sizes(instance):
-    return [sum(count for _, count, _ in runs) for runs in instance.store.tries]
+    return [sum(count for _, count in runs) for runs in instance.store.tries]
 
 
 def test_each_refusal_halves_what_is_tried_next_and_each_success_doubles_it(make):
     instance = make(low=32, batch=16)
     instance.come((0, 64))
-    instance.store.refuses = lambda runs: True
+    instance.store.refuses = refuse_all
     for _ in range(6):
         instance.may_try_again()
         instance.lpet._evict_until_low_threshold()
     assert sizes(instance) == [16, 8, 4, 2, 1, 1] and len(instance.here()) == 64
-    instance.store.refuses = lambda runs: False
+    instance.store.refuses = refuse_nothing
     instance.store.tries.clear()
     instance.may_try_again()
     instance.lpet._evict_until_low_threshold()
@@ -432,17 +354,21 @@ def test_each_refusal_halves_what_is_tried_next_and_each_success_doubles_it(make
     assert instance.store.pages == {page: content(page) for page in range(64)}
 
 
-def test_while_the_store_refuses_only_clean_pages_leave(make):
+def test_while_the_store_refuses_only_clean_pages_leave_and_then_it_is_tried_again(make, clock):
     instance = make(low=32, batch=16)
     instance.come((0, 64))
     instance.lpet._tracker = FakeTracker()
-    instance.store.refuses = lambda runs: any(dirty for _, _, dirty in runs)
+    instance.store.refuses = refuse_all
     assert instance.evict_once() == [] and len(instance.store.tries) == 1
     instance.pagemap.clean |= {3, 20, 21, 63}
     gone = instance.evict_once() + instance.evict_once()
     assert sorted(gone) == [3, 20, 21, 63]
-    assert not any(dirty for runs in instance.store.tries[1:] for _, _, dirty in runs)
-    assert 0 < instance.lpet._rest() <= lpet_module.LONGEST_REST
+    assert not any(instance.store.tries[1:])
+    assert instance.lpet._rest() == pytest.approx(lpet_module.REST)
+    instance.store.refuses = refuse_nothing
+    assert instance.evict_once() == []
+    clock.now += lpet_module.REST
+    assert len(instance.evict_once()) == 28 and instance.lpet._rest() == lpet_module.SETTLE
 
 
 def test_all_clean_pages_that_are_due_are_looked_at_in_the_turn_in_which_the_store_refuses(make):
@@ -451,40 +377,17 @@ def test_all_clean_pages_that_are_due_are_looked_at_in_the_turn_in_which_the_sto
     instance.lpet._tracker = FakeTracker()
     instance.lpet._most = 8  # it has refused before
     instance.pagemap.clean |= set(range(8, 32))
-    instance.store.refuses = lambda runs: any(dirty for _, _, dirty in runs)
+    instance.store.refuses = refuse_all
     assert sorted(instance.evict_once()) == list(range(8, 32))
 
 
-def test_the_rest_between_two_tries_grows_and_is_short_again_after_a_success(make):
-    instance = make(low=32, batch=1)
-    instance.come((0, 64))
-    instance.store.refuses = lambda runs: True
-    rests = []
-    for _ in range(10):
-        instance.may_try_again()
-        instance.lpet._evict_until_low_threshold()
-        rests.append(instance.lpet._rest())
-    shortest, longest = lpet_module.SHORTEST_REST, lpet_module.LONGEST_REST
-    assert rests[0] == pytest.approx(shortest, abs=0.01)
-    assert rests[1] == pytest.approx(2 * shortest, abs=0.01)
-    assert rests[-1] == pytest.approx(longest, abs=0.01) and max(rests) <= longest
-    instance.store.refuses = lambda runs: False
-    instance.may_try_again()
-    instance.lpet._evict_until_low_threshold()
-    assert instance.lpet._rest() == 0.0
-    instance.come((64, 8))
-    instance.store.refuses = lambda runs: True
-    instance.lpet._evict_until_low_threshold()
-    assert instance.lpet._rest() == pytest.approx(shortest, abs=0.01)
-
-
-def run_lpet(instance):
-    """In a thread; returns it and the list that gets what it raises, or None."""
+def start(call):
+    """In a thread; returns it and the list that gets what it returns, or the OSError that it raises."""
     ended = []
 
     def body():
         try:
-            ended.append(instance.lpet.run())
+            ended.append(call())
         except OSError as error:
             ended.append(error)
 
@@ -497,10 +400,10 @@ def test_when_grace_is_over_lpet_ends_with_the_stores_reason(make, monkeypatch):
     monkeypatch.setattr(lpet_module, "GRACE", 0.3)
     instance = make(high=8, batch=4)
     instance.come((0, 8))
-    instance.store.refuses = lambda runs: True
-    assert instance.lspt.expect(range(20, 21))[1] == range(0)
+    instance.store.refuses = refuse_all
+    assert instance.lspt.expect(20) is None
     began = time.monotonic()
-    thread, ended = run_lpet(instance)
+    thread, ended = start(instance.lpet.run)
     thread.join(10)
     assert time.monotonic() - began > 0.3
     assert isinstance(ended[0], OSError) and ended[0].errno == errno.ENOSPC
@@ -509,52 +412,68 @@ def test_when_grace_is_over_lpet_ends_with_the_stores_reason(make, monkeypatch):
     assert all(instance.memory.read(page) == content(page) for page in range(8))
 
 
-def test_refusals_end_nothing_while_no_fault_waits(make, monkeypatch):
-    monkeypatch.setattr(lpet_module, "GRACE", 0.0)
+def test_refusals_end_nothing_while_no_fault_waits(make, clock):
     instance = make(high=8, batch=4)
     instance.come((0, 8))
-    instance.store.refuses = lambda runs: True
+    instance.store.refuses = refuse_all
     for _ in range(3):
-        instance.may_try_again()
-        instance.lpet._evict_until_low_threshold()
-        assert instance.lpet._rest() > 0
-    instance.lspt.expect(range(20, 21))
-    instance.lpet._rest()  # grace begins
-    while time.monotonic() <= instance.lpet._wanted_since:
-        pass
+        clock.now += 2 * lpet_module.GRACE
+        assert instance.evict_once() == [] and instance.lpet._rest() > 0
+    instance.lspt.expect(20)
+    assert instance.lpet._rest() > 0, "grace begins"
+    clock.now += 1.1 * lpet_module.GRACE
     with pytest.raises(OSError, match="no room on this disk"):
         instance.lpet._rest()
 
 
-def test_grace_begins_anew_when_a_fault_has_got_its_room(make, monkeypatch):
-    monkeypatch.setattr(lpet_module, "GRACE", 0.2)
+@pytest.mark.parametrize("how", ["evicted", "freed"])
+def test_grace_begins_anew_when_a_fault_has_got_its_room(make, clock, how):
     instance = make(high=8, batch=4)
     instance.come((0, 8))
     instance.lpet._tracker = FakeTracker()
-    instance.store.refuses = lambda runs: any(dirty for _, _, dirty in runs)
-    instance.lspt.expect(range(20, 21))
+    instance.store.refuses = refuse_all
+    instance.lspt.expect(20)
     instance.lpet._evict_until_low_threshold()
-    instance.lpet._rest()
-    instance.pagemap.clean.add(7)
-    assert instance.evict_once() == [7], "which makes room"
-    deadline = time.monotonic() + 0.3
-    while time.monotonic() < deadline:
-        assert instance.lpet._rest() > 0
+    clock.now += 0.9 * lpet_module.GRACE
+    assert instance.lpet._rest() > 0
+    if how == "evicted":
+        instance.pagemap.clean.add(7)
+        assert instance.evict_once() == [7]
+    else:
+        instance.lspt.freed(instance.lspt.freeing(7, 1)[0])
     instance.come((20, 1))
-    instance.lspt.expect(range(21, 22))
-    assert instance.lpet._rest() > 0, "this one has not waited yet"
+    clock.now += 100  # LPET sleeps
+    instance.lspt.expect(21)
+    assert instance.evict_once() == [] and instance.lpet._rest() > 0, "it has not waited yet"
+    clock.now += 1.1 * lpet_module.GRACE
+    with pytest.raises(OSError, match="no room on this disk"):
+        instance.lpet._rest()
+
+
+def test_a_refusal_that_took_long_does_not_end_the_job_at_once(make, clock):
+    instance = make(high=8, batch=8)
+    instance.store.refuses = refuse_all
+
+    def stall():
+        clock.now += 2 * lpet_module.GRACE
+
+    for _ in range(2):
+        instance.come((0, 8))
+        instance.lspt.expect(20)
+        instance.store.refuses, instance.store.meanwhile = refuse_all, stall
+        assert instance.evict_once() == [] and instance.lpet._rest() > 0
+        instance.store.refuses, instance.store.meanwhile = refuse_nothing, lambda: None
+        instance.may_try_again()
+        assert len(instance.evict_once()) == 8
 
 
 def test_lpet_evicts_when_it_is_woken_and_ends_when_it_is_told_to(make):
     instance = make(high=8, low=4, batch=4)
     instance.come((0, 8))
-    thread, ended = run_lpet(instance)
-    assert instance.lspt.expect(range(20, 21))[1] == range(0)
+    thread, ended = start(instance.lpet.run)
+    assert instance.lspt.expect(20) is None
     instance.lspt.wake_lpet()
-    deadline = time.monotonic() + 10
-    while instance.lspt.room_wanted() or len(instance.here()) > 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_for(lambda: not instance.lspt.room_wanted_since() and len(instance.here()) == 4)
     assert thread.is_alive() and len(instance.store.pages) == 4
     instance.lspt.stop()
     thread.join(10)
@@ -590,15 +509,13 @@ def test_the_clock_goes_round(large):
 
 def test_old_pages_leave_before_younger_ones_wherever_the_hand_is(large):
     now = large.figure(l.GENERATION)
-    large.lspt.stays(large.lspt.leaving(0, 1800), now)
-    large.lspt.stays(large.lspt.leaving(1800, 100), now - 1)
+    large.lspt.stays(large.lspt.leaving(0, 1900), now)
+    large.lspt.stays(large.lspt.leaving(1900, 100), now - AGE)
+    large.lspt.low = 1900
+    assert large.evict_once() == list(range(1900, 2000)), "those that came before"
     large.lspt.low = 1800
-    gone = large.evict_once()
-    assert gone[:100] == list(range(1900, 2000)), "those that came long ago"
-    assert gone[100:] == list(range(1800, 1900)), "and then those of the generation before"
-    large.lspt.low = 1700
-    assert set(large.evict_once()) <= set(range(1800)), "and at last those of today"
-    assert large.figure(l.RESIDENT) <= 1700
+    assert set(large.evict_once()) <= set(range(1900)), "and at last those of today"
+    assert large.figure(l.RESIDENT) <= 1800
 
 
 def test_neighbours_leave_together_and_younger_pages_between_them_stay(large):
@@ -607,7 +524,7 @@ def test_neighbours_leave_together_and_younger_pages_between_them_stay(large):
         large.lspt.stays(large.lspt.leaving(page, 1), now)
     large.lspt.low = 1999 - 64
     assert large.evict_once() == [p for p in range(128) if p not in (5, 40)][:126]
-    assert large.store.tries[0] == [(0, 5, True), (6, 34, True), (41, 23, True)]
+    assert large.store.tries[0] == [(0, 5), (6, 34), (41, 23)]
     assert large.lspt.state[5] == large.lspt.state[40] == HERE + now
 
 
@@ -633,11 +550,12 @@ def test_if_all_pages_are_in_use_they_leave_nevertheless(large):
 
 
 def test_pages_that_are_coming_or_in_other_hands_are_no_business_of_lpets(large):
-    large.lspt.expect(range(3000, 3010))
+    large.lspt.state[30] = COMING
     theirs = large.lspt.leaving(10, 20)
-    assert set(large.evict_once()).isdisjoint(range(10, 30))
+    assert set(large.evict_once()).isdisjoint(range(10, 31))
     assert all(large.memory.read(page) == content(page) for page in range(10, 30))
-    assert large.lspt.stays(theirs) == []
+    assert large.states(10, 21) == [LEAVING] * 20 + [COMING]
+    large.lspt.stays(theirs)
 
 
 @pytest.mark.parametrize("high", [64, 2048])
@@ -728,15 +646,15 @@ def test_an_unmapped_page_is_idle_until_it_is_touched_and_keeps_its_bytes(make):
 def test_who_touches_a_page_while_it_is_being_marked_is_woken(make):
     instance = make()
     instance.come((10, 2))
-    real = instance.lpet._pipe.return_at_once
+    real = instance.lpet._put_back
 
-    def return_at_once(runs):
-        assert instance.lspt.expect(range(11, 12)) == (LEAVING, range(0))
-        real(runs)
+    def put_back(*arguments):
+        assert instance.lspt.expect(11) == LEAVING
+        real(*arguments)
 
-    instance.lpet._pipe.return_at_once = return_at_once
+    instance.lpet._put_back = put_back
     instance.lpet._mark([(10, 2)])
-    assert instance.uffd.woken == [instance.memory.address + 11 * PAGE_SIZE]
+    assert instance.uffd.woken == {10, 11}
     assert instance.here() == [10, 11] and instance.pagemap.present(10, 2) == [False, False]
     assert [instance.memory.read(page) for page in (10, 11)] == [content(10), content(11)]
 
@@ -750,12 +668,12 @@ def test_storing_sends_the_dirty_pages_and_keeps_them(make):
     instance.pagemap.clean |= {12, 40}
     assert instance.lpet.store(track_clean=False) == 6
     assert instance.store.pages == {p: content(p) for p in (10, 11, 13, 14, 15, 16)}
-    assert all(instance.store.stayed) and instance.store.gone == sorted(instance.store.pages)
+    assert all(instance.store.stayed) and instance.gone == []
     assert instance.here() == [*range(10, 17), 40] and instance.memory.pages_in_it() == 8
     assert all(instance.memory.read(page) == content(page) for page in instance.here())
-    assert instance.figure(l.STORED_BYTES) == 6 * PAGE_SIZE
+    assert instance.figure(l.SENT) == 6 * PAGE_SIZE
     assert instance.figure(l.EVICTED_DIRTY) == 0 and instance.uffd.protected == []
-    assert is_empty(instance.lpet._pipe.out)
+    assert instance.pipe_is_empty()
 
 
 def test_nothing_that_was_written_asks_nothing_of_the_store(make):
@@ -771,31 +689,31 @@ def test_pages_are_marked_before_their_bytes_are_read(make):
     instance = make()
     instance.come((10, 2), (15, 1))
     instance.pagemap.clean.add(11)
-    seen = []
-    instance.store.meanwhile = lambda: seen.extend(instance.uffd.protected)
+    real = instance.uffd.writeprotect
+
+    def writeprotect(*arguments):
+        instance.memory.write(10 if not instance.uffd.protected else 15, version=1)
+        real(*arguments)
+
+    instance.uffd.writeprotect = writeprotect
     instance.lpet.store(track_clean=True)
-    at = instance.memory.address
-    marks = [(at + page * PAGE_SIZE, PAGE_SIZE, True) for page in (10, 15)]
-    assert seen == instance.uffd.protected == marks
+    assert instance.uffd.protected == [(10, 1, True), (15, 1, True)]
+    assert instance.store.pages == {page: content(page, version=1) for page in (10, 15)}
 
 
 def test_what_the_store_refuses_to_store_is_here_and_counts_as_written(make):
     instance = make(batch=4)
-    instance.come((10, 2))
-    instance.store.refuses = lambda runs: True
-    instance.store.takes_before = 1
-    instance.store.meanwhile = lambda: instance.lspt.expect(range(11, 12))
+    instance.come((8, 2), (11, 1))
+    instance.store.refuses = refuse_all
     with pytest.raises(OSError, match="no room on this disk") as caught:
         instance.lpet.store(track_clean=True)
     assert caught.value.errno == errno.ENOSPC
-    at = instance.memory.address + 10 * PAGE_SIZE
-    both = 2 * PAGE_SIZE
-    assert instance.uffd.protected == [(at, both, True), (at, both, False)]
-    assert instance.here() == [10, 11] and instance.figure(l.STORED_BYTES) == 0
-    assert instance.uffd.woken == [at + PAGE_SIZE]
-    instance.store.refuses, instance.store.meanwhile = (lambda runs: False), (lambda: None)
-    assert instance.lpet.store(track_clean=True) == 2, "and no bytes of the first try are left"
-    assert instance.store.pages == {10: content(10), 11: content(11)}
+    both = (8, 2), (11, 1)
+    assert instance.uffd.protected == [(*run, mark) for mark in (True, False) for run in both]
+    assert instance.here() == [8, 9, 11] and instance.figure(l.SENT) == 0
+    instance.store.refuses = refuse_nothing
+    assert instance.lpet.store(track_clean=True) == 3
+    assert instance.store.pages == {page: content(page) for page in (8, 9, 11)}
 
 
 @pytest.mark.parametrize("how", ["installed", "refused", "evicted"])
@@ -803,21 +721,16 @@ def test_storing_waits_for_pages_that_somebody_else_has_in_hand(make, how):
     instance = make()
     instance.come((10, 3))
     if how == "installed":
-        instance.lspt.expect(range(20, 21))
+        instance.lspt.expect(20)
     else:
         theirs = instance.lspt.leaving(10, 1)
-    stored = []
-    thread = threading.Thread(target=lambda: stored.append(instance.lpet.store(False)), daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 10
-    while not instance.store.pages:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    thread, stored = start(lambda: instance.lpet.store(False))
+    wait_for(lambda: instance.store.pages)
     thread.join(0.02)
     assert thread.is_alive(), "the others are stored; this one is waited for"
     if how == "installed":
         instance.memory.write(20)
-        instance.lspt.arrived(range(20, 21), NEW)
+        instance.lspt.arrived(range(20, 21))
         expected = {10, 11, 12, 20}
     elif how == "refused":
         instance.lspt.stays(theirs)
@@ -830,17 +743,45 @@ def test_storing_waits_for_pages_that_somebody_else_has_in_hand(make, how):
     assert all(instance.store.pages[page] == content(page) for page in expected)
 
 
-def test_storing_does_not_wait_any_more_when_everything_ends(make):
+def test_storing_waits_for_a_page_that_lpet_takes_at_that_moment(make):
     instance = make()
-    instance.lspt.expect(range(20, 21))
-    stored = []
-    thread = threading.Thread(target=lambda: stored.append(instance.lpet.store(False)), daemon=True)
-    thread.start()
+    instance.come((10, 2))
+    lspt, lock, theirs = instance.lspt, instance.lspt.lock, []
+
+    class HeldByLpet:
+        def __enter__(self):
+            lspt.lock = lock
+            theirs.extend(lspt.leaving(11, 1))
+            lock.__enter__()
+
+        def __exit__(self, *error):
+            lock.__exit__(*error)
+
+    lspt.lock = HeldByLpet()
+    thread, stored = start(lambda: instance.lpet.store(False))
+    wait_for(lambda: instance.store.pages)
+    thread.join(0.02)
+    assert thread.is_alive() and theirs
+    lspt.stays(theirs)
+    thread.join(10)
+    assert stored == [2] and instance.store.pages == {10: content(10), 11: content(11)}
+
+
+@pytest.mark.parametrize("theirs", [COMING, LEAVING])
+def test_storing_does_not_wait_any_more_when_everything_ends_but_misses_no_page(make, theirs):
+    instance = make()
+    instance.come((20, 1))
+    instance.lspt.state[20] = theirs
+    thread, ended = start(lambda: instance.lpet.store(False))
     thread.join(0.02)
     assert thread.is_alive()
     instance.lspt.stop()
     thread.join(10)
-    assert stored == [0]
+    if theirs == COMING:  # the store has it
+        assert ended == [0]
+    else:
+        assert "LPET has ended in the midst" in str(ended[0])
+    assert instance.store.pages == {}
 
 
 @pytest.fixture
@@ -864,11 +805,11 @@ def registered(make):
 
 def install(instance, uffd, page, mark):
     """As the DM-Handler does. A missing page must not be touched here: nobody would bring it."""
-    state, pages = instance.lspt.expect(range(page, page + 1))
+    instance.lspt.expect(page)
     source = ctypes.create_string_buffer(content(page), PAGE_SIZE)
     address = instance.memory.address + page * PAGE_SIZE
     uffd.copy(address, ctypes.addressof(source), PAGE_SIZE, mark)
-    instance.lspt.arrived(pages, state)
+    instance.lspt.arrived(range(page, page + 1))
 
 
 @needs_userfaultfd
@@ -878,9 +819,7 @@ def test_pages_that_were_only_read_leave_without_their_bytes(registered):
     assert registered.memory.read(10) == content(10)
     registered.memory.write(11, version=1)
     assert registered.lpet._evict(0, 50, NO_HOLES) == 4
-    assert registered.store.tries == [
-        [(10, 1, False), (11, 1, True), (12, 1, False), (13, 1, True)]
-    ]
+    assert registered.store.tries == [[(11, 1), (13, 1)]]
     assert registered.store.pages == {11: content(11, version=1), 13: content(13)}
     assert registered.memory.pages_in_it() == 0
 
@@ -901,23 +840,24 @@ def test_a_page_is_stored_once_for_each_time_that_it_was_written(registered):
     assert registered.lpet.store(track_clean=True) == 1, "it was written in the midst of it"
     assert registered.store.pages[12] == content(12, version=3)
     assert registered.lpet._evict(0, 50, ANY_HERE) == 3
-    assert not any(dirty for _, _, dirty in registered.store.tries[-1])
+    assert registered.store.tries[-1] == [], "no byte of them"
 
 
 @needs_userfaultfd
 def test_what_the_store_refused_is_stored_the_next_time(registered):
     for page in (10, 11):
         registered.install(page, False)
-    registered.store.refuses = lambda runs: True
+    registered.store.refuses = refuse_all
     with pytest.raises(OSError, match="no room"):
         registered.lpet.store(track_clean=True)
-    registered.store.refuses = lambda runs: False
+    registered.store.refuses = refuse_nothing
     assert registered.lpet.store(track_clean=True) == 2
     registered.memory.write(11, version=1)
-    registered.store.refuses = lambda runs: True
+    registered.store.refuses = refuse_all
     assert registered.lpet._evict(0, 50, ANY_HERE) == 0
-    registered.store.refuses = lambda runs: False
+    registered.store.refuses = refuse_nothing
     assert registered.lpet._evict(0, 50, ANY_HERE) == 2
+    assert registered.store.tries[-2:] == [[(11, 1)]] * 2, "a refusal leaves the marks as they were"
     assert registered.store.pages == {10: content(10), 11: content(11, version=1)}
 
 
@@ -931,5 +871,5 @@ def test_unmapping_a_page_to_see_whether_it_is_used_does_not_make_it_written_or_
     registered.memory.write(12, version=1)
     assert registered.lpet._tracker.idle([(10, 3)]) == {11}
     assert registered.lpet._evict(0, 50, ANY_HERE) == 3
-    assert registered.store.tries == [[(10, 1, False), (11, 2, True)]]
+    assert registered.store.tries == [[(11, 2)]]
     assert registered.store.pages == {11: content(11), 12: content(12, version=1)}

@@ -1,178 +1,181 @@
-"""readahead.py: which faults are a stream, and how its window grows and shrinks."""
+"""readahead.py: which faults are a stream, how its window grows, and what is asked for ahead of need."""
 
+import errno
 import random
 
 import pytest
 
 from edm.dm_handler import DmHandler
-from edm.lspt import LSPT
+from edm.lspt import AWAY, COMING, HERE, LOST, LSPT
 from edm.page_idle import pages_in
 from edm.page_store import CONTENT
-from edm.readahead import MAX_STRIDE, NEAR, REMEMBERED, STREAMS, Ahead, Readahead
+from edm.readahead import MAX_STRIDE, NEAR, REMEMBERED, STREAMS, Readahead
 from edm.uffd_ctypes import PAGE_SIZE
 
+SPACE = range(10**9)
 
-def follow(readahead, page, windows, stride=1):
+
+@pytest.fixture
+def dropped():
+    return []
+
+
+@pytest.fixture
+def readahead(dropped):
+    return Readahead(256, dropped.append)
+
+
+def fault(readahead, page):
+    """As the DM-Handler: the stream that this fault continues; without one, the page comes alone."""
+    stream = readahead.stream(page)
+    if not stream:
+        readahead.single(page)
+    return stream
+
+
+def begin(readahead, page, stride=1):
+    """The stream that begins with faults before this page."""
+    faults = 2 if stride in (1, -1) else 3
+    assert not any(fault(readahead, page - n * stride) for n in range(faults, 0, -1))
+    return readahead.stream(page)
+
+
+def follow(readahead, page, faults, stride=1):
     """Fault at page and go on from window to window; returns the sizes of the windows."""
     sizes = []
-    for _ in range(windows):
-        stream = readahead.fault(page)
-        if stream:
-            sizes.append(stream.window)
-            pages = stream.wanted(page)
-            readahead.used(stream, pages if pages.step > 0 else pages[::-1])
-            page = stream.next
+    for _ in range(faults):
+        if stream := fault(readahead, page):
+            pages = stream.wanted(page, SPACE)
+            assert pages == range(page, page + len(pages) * stride, stride)
+            readahead.continued(stream, pages)
+            sizes.append(len(pages))
+            page += len(pages) * stride
         else:
             page += stride
     return sizes
 
 
-def test_two_neighbouring_faults_begin_a_stream_whose_window_doubles_to_the_maximum():
-    assert follow(Readahead(256), 1000, 9) == [8, 16, 32, 64, 128, 256, 256, 256]
+DOUBLING = [8, 16, 32, 64, 128, 256, 256]
 
 
-def test_a_stream_goes_downward_as_well():
-    readahead = Readahead(256)
-    assert follow(readahead, 1000, 9, stride=-1) == [8, 16, 32, 64, 128, 256, 256, 256]
-    assert readahead._streams[0].next == 999 - 8 - 16 - 32 - 64 - 128 - 3 * 256
+@pytest.mark.parametrize(
+    "max_window, stride, windows",
+    [
+        pytest.param(256, 1, DOUBLING, id="upward"),
+        pytest.param(256, -1, DOUBLING, id="downward"),
+        pytest.param(256, 7, [8, 16, 32, 64, 64, 64], id="strided"),
+        pytest.param(256, MAX_STRIDE, [8, 16, 32, 64, 64, 64], id="the longest stride"),
+        *(pytest.param(5, stride, [5] * 6, id=f"at most 5 by {stride}") for stride in (1, -1, 3)),
+        *(pytest.param(most, 1, [], id=f"turned off by {most}") for most in (0, 1)),
+        pytest.param(256, -2, [], id="strides downward are no streams"),
+        pytest.param(256, MAX_STRIDE + 1, [], id="nor are longer ones"),
+    ],
+)
+def test_neighbouring_faults_or_three_at_equal_distances_begin_a_stream_whose_window_doubles(
+    max_window, stride, windows
+):
+    singles = 2 if stride in (1, -1) else 3
+    readahead = Readahead(max_window, None)
+    assert follow(readahead, 10**6, singles + (len(windows) or 20), stride) == windows
 
 
-def test_three_faults_at_equal_distances_begin_a_strided_stream():
-    assert follow(Readahead(256), 1000, 8, stride=7) == [8, 16, 32, 64, 64, 64]
+@pytest.mark.parametrize(
+    "stride, area, wanted",
+    [
+        (1, range(900, 1004), range(1000, 1004)),
+        (-1, range(996, 1100), range(1000, 995, -1)),
+        (5, range(900, 1012), range(1000, 1012, 5)),
+        (5, range(900, 1000), range(1000, 1001)),  # the area has gone
+    ],
+)
+def test_a_window_ends_where_the_area_does(readahead, stride, area, wanted):
+    assert begin(readahead, 1000, stride).wanted(1000, area) == wanted
 
 
-def test_strided_streams_are_recognised_between_each_other():
-    readahead = Readahead(256)
-    found = [[readahead.fault(start + 5 * n) for start in (0, 10**6)] for n in range(3)]
-    assert found[:2] == [[None, None], [None, None]]
-    assert [stream.wanted(stream.next).step for stream in found[2]] == [5, 5]
+def test_random_faults_never_begin_a_stream(readahead):
+    dice = random.Random(1)
+    assert not any(fault(readahead, 100 * dice.randrange(10**6)) for _ in range(10000))
+    assert len(readahead._recent) <= REMEMBERED and readahead._streams == []
 
 
-def test_random_faults_never_begin_a_stream():
-    readahead, dice = Readahead(256), random.Random(1)
-    assert all(readahead.fault(100 * dice.randrange(10**6)) is None for _ in range(10000))
-    assert list(readahead.surplus()) == [] and len(readahead._recent) <= REMEMBERED
-
-
-def test_several_streams_are_followed_at_once():
-    readahead = Readahead(256)
+@pytest.mark.parametrize("stride", [1, 5])
+def test_several_streams_are_recognised_between_each_other_and_followed_at_once(readahead, stride):
     starts = [10**6 * n for n in range(1, STREAMS + 1)]
-    for start in starts:
-        readahead.fault(start)
-    streams = [readahead.fault(start + 1) for start in starts]
+    for n in range(2 if stride == 1 else 3):
+        assert not any(fault(readahead, start + n * stride) for start in starts)
+    starts = [start + (n + 1) * stride for start in starts]
+    streams = [fault(readahead, start) for start in starts]
+    assert len(set(streams)) == STREAMS
     for stream, start in zip(streams, starts, strict=True):
-        readahead.used(stream, range(start + 1, start + 9))
+        readahead.continued(stream, stream.wanted(start, SPACE))
     for stream, start in zip(streams, starts, strict=True):
-        assert readahead.fault(start + 9) is stream
-    assert list(readahead.surplus()) == [] and len(readahead._streams) == STREAMS
+        assert fault(readahead, start + 8 * stride) is stream and stream.stride == stride
 
 
-def begin(readahead, page):
-    """The stream that begins with the faults of page and the next one."""
-    readahead.fault(page)
-    return readahead.fault(page + 1)
-
-
-def test_the_streams_that_were_not_used_for_longest_are_those_to_end():
-    readahead = Readahead(256)
-    streams = [begin(readahead, 1000 * n) for n in range(1, STREAMS + 4)]
-    for stream in streams:
-        stream.ahead = Ahead(range(stream.next + 8, stream.next + 16), None)
-    streams[1].ahead = None
-    readahead.used(streams[0], range(1001, 1009))
-    assert list(readahead.surplus()) == [streams[2].ahead, streams[3].ahead]
-    assert list(readahead.surplus()) == []
-    assert readahead._streams == [*streams[4:], streams[0]]
+def test_the_streams_that_were_not_used_for_longest_are_those_to_end(readahead, dropped):
+    streams = []
+    for n in range(1, STREAMS + 1):
+        streams.append(begin(readahead, 1000 * n))
+        streams[-1].ahead = {
+            range(1000 * n, 1000 * n + 8): n,
+            range(1000 * n + 8, 1000 * n + 9): -n,
+        }
+    readahead.continued(streams[0], range(1000, 1008))
+    assert dropped == []
+    streams += [begin(readahead, 1000 * n) for n in range(10, 12)]
+    assert sorted(dropped) == [-3, -2, 2, 3] and readahead._streams == [
+        *streams[3:4], streams[0], *streams[4:],
+    ]  # fmt: skip
+    assert readahead.stream(2000) is readahead.stream(3000) is None
+    assert readahead.stream(1008) is streams[0] and streams[0].ahead
+    readahead.end()
+    assert sorted(dropped) == [-4, -3, -2, -1, 1, 2, 3, 4]
+    readahead.end()
+    assert len(dropped) == 8, "once"
 
 
 @pytest.mark.parametrize("stride", [1, -1, 5])
-def test_a_fault_near_after_a_window_continues_its_stream_and_others_do_not(stride):
-    readahead = Readahead(256)
-    readahead.fault(1000 - 2 * stride)
-    readahead.fault(1000 - stride)
-    stream = readahead.fault(1000) or begin(readahead, 1000)
-    pages = stream.wanted(1000)
-    readahead.used(stream, pages if pages.step > 0 else pages[::-1])
-    after = stream.next
-    assert readahead.fault(after) is stream
-    assert readahead.fault(after + (NEAR - 1) * stream.stride) is stream
-    assert readahead.fault(after + NEAR * stream.stride) is not stream
-    assert readahead.fault(after - stream.stride) is not stream
+def test_a_fault_near_after_a_window_continues_its_stream_and_others_do_not(readahead, stride):
+    stream = begin(readahead, 1000, stride)
+    readahead.continued(stream, stream.wanted(1000, SPACE))
+    after = 1000 + 8 * stride
+    near = {after + n * stride for n in range(NEAR)}
+    assert {page for page in range(500, 1500) if readahead.stream(page)} == near
+    assert {readahead.stream(page) for page in near} == {stream}
 
 
-def test_what_was_asked_for_ahead_is_dropped_when_any_of_its_pages_comes_otherwise():
-    readahead = Readahead(256)
+def test_what_was_asked_for_ahead_is_dropped_when_any_of_its_pages_comes_otherwise(
+    readahead, dropped
+):
     one, other = begin(readahead, 100), begin(readahead, 1000)
-    one.ahead, other.ahead = Ahead(range(110, 120), "one"), Ahead(range(1010, 1020), "other")
-    assert list(readahead.overlapping(range(100, 110))) == []
-    assert list(readahead.overlapping(range(120, 1010))) == []
-    assert [ahead.asked for ahead in readahead.overlapping(range(119, 120))] == ["one"]
-    assert one.ahead is None and list(readahead.overlapping(range(119, 120))) == []
-    assert [ahead.asked for ahead in readahead.overlapping(range(900, 1011))] == ["other"]
-    assert other.ahead is None and len(readahead._streams) == 2, "the streams go on"
+    one.ahead = {range(110, 112): "some", range(112, 120): "the rest"}
+    other.ahead = {range(1010, 1020): "others"}
+    for pages in range(100, 110), range(120, 1010), range(1020, 1021):
+        readahead.come(pages)
+    assert dropped == []
+    readahead.come(range(119, 120))
+    assert sorted(dropped) == ["some", "the rest"] and one.ahead == {}, "they are old all at once"
+    readahead.come(range(119, 120))
+    readahead.come(range(900, 1011))
+    assert dropped[2:] == ["others"] and other.ahead == {}
+    assert readahead._streams == [one, other], "the streams go on"
 
 
-def test_all_that_was_asked_for_is_dropped_at_the_end():
-    readahead = Readahead(256)
-    one, _, other = (begin(readahead, 1000 * n) for n in (1, 2, 3))
-    one.ahead, other.ahead = Ahead(range(110, 120), None), Ahead(range(1010, 1020), None)
-    assert list(readahead.drop_all()) == [one.ahead, other.ahead]
-    assert list(readahead.drop_all()) == [] and readahead._streams == []
-
-
-def test_pages_that_are_here_already_do_not_end_a_stream():
-    readahead = Readahead(256)
-    stream = begin(readahead, 0)
-    readahead.used(stream, range(1, 9))
-    assert readahead.fault(9 + NEAR - 1) is stream
-    assert readahead.fault(9 + NEAR) is None, "but random faults do not continue an old one"
-
-
-def test_near_is_behind_the_window_in_the_direction_of_the_stream():
-    readahead = Readahead(256)
-    readahead.fault(1000)
-    stream = readahead.fault(999)
-    readahead.used(stream, range(992, 1000))
-    assert stream.next == 991
-    assert readahead.fault(992) is None and readahead.fault(991 - NEAR) is None
-    assert readahead.fault(991 - NEAR + 1) is stream
-    for page in (2000, 2010, 2020):
-        stream = readahead.fault(page)
-    readahead.used(stream, range(2020, 2100, 10))
-    assert stream.next == 2100
-    assert readahead.fault(2105) is None and readahead.fault(2100 + 10 * NEAR) is None
-    assert readahead.fault(2100 + 10 * (NEAR - 1)) is stream
-
-
-@pytest.mark.parametrize("stride", [-2, MAX_STRIDE + 1])
-def test_strides_downward_or_too_long_are_no_streams(stride):
-    readahead = Readahead(256)
-    assert not any(readahead.fault(10**6 + n * stride) for n in range(20))
-
-
-def test_readahead_can_be_turned_off():
-    assert follow(Readahead(1), 0, 100) == []
-    assert follow(Readahead(0), 0, 100) == []
-
-
-@pytest.mark.parametrize("stride", [1, -1, 3])
-def test_no_window_is_larger_than_the_maximum(stride):
-    assert set(follow(Readahead(5), 1000, 9, stride)) == {5}
-
-
-def test_two_streams_that_have_come_to_the_same_page_stay_two():
-    readahead = Readahead(256)
-    for start in (0, 100):
-        readahead.fault(start)
-    first, second = readahead.fault(1), readahead.fault(101)
-    readahead.used(first, range(200, 208))
-    readahead.used(second, range(300, 308))
+def test_two_streams_that_have_come_to_the_same_page_stay_two(readahead):
+    first, second = begin(readahead, 100), begin(readahead, 1000)
+    readahead.continued(first, range(200, 208))
+    readahead.continued(second, range(300, 308))
     second.window = 8
-    readahead.used(second, range(200, 208))  # now the two are alike in everything
+    readahead.continued(second, range(200, 208))  # now the two are alike in everything
     assert {id(stream) for stream in readahead._streams} == {id(first), id(second)}
 
 
 # ---------------------------------------------------------------- with the DM-Handler
+
+
+class Asked:
+    def __init__(self, pages, versions):
+        self.pages, self.versions, self.ended = pages, versions, 0
 
 
 class Store:
@@ -181,36 +184,50 @@ class Store:
     def __init__(self):
         self.version = dict.fromkeys(range(1000), 0)  # of each page's bytes
         self.asked = []
+        self.unreadable = set()
 
     def ask_get(self, pages):
-        self.asked.append(Asked([self.version[page] for page in pages]))
+        assert len(pages) <= 64
+        self.asked.append(Asked(pages, [self.version[page] for page in pages]))
         return self.asked[-1]
 
+    def take_get(self, asked):
+        asked.ended += 1
+        good = 0
+        while good < len(asked.pages) and asked.pages[good] not in self.unreadable:
+            good += 1
+        if not good:
+            raise OSError(errno.EIO, "the checksum is wrong")
+        return CONTENT, good, Source(asked.versions)
 
-class Asked:
+    def drop_get(self, asked):
+        asked.ended += 1
+
+
+class Source:
+    """The address of some pages."""
+
     def __init__(self, versions):
-        self._versions, self.ended = versions, 0
+        self.versions = versions
 
-    def take(self):
-        return CONTENT, len(self._versions)
-
-    def content(self, at, count):
-        return self._versions[at : at + count]  # FakeUffd.copy gets it
-
-    def done(self):
-        self.ended += 1
+    def __add__(self, length):
+        return Source(self.versions[length // PAGE_SIZE :])
 
 
 class FakeUffd:
     def __init__(self):
         self.version = {}  # of each page as it was installed last
+        self.poisoned = []
+        self.ended_at = None  # a page: when it is to be installed, the application has ended
 
     def copy(self, address, source, length, mark):
-        first = address // PAGE_SIZE
-        self.version |= dict(zip(range(first, first + length // PAGE_SIZE), source, strict=True))
+        first, count = address // PAGE_SIZE, length // PAGE_SIZE
+        if self.ended_at in range(first, first + count):
+            raise ProcessLookupError
+        self.version |= dict(zip(range(first, first + count), source.versions, strict=False))
 
-    def wake(self, address, length):
-        pass
+    def poison(self, address, length):
+        self.poisoned.append(address // PAGE_SIZE)
 
 
 @pytest.fixture
@@ -218,10 +235,24 @@ def handler():
     lspt = LSPT(1000, 1000, 0)
     lspt.areas.append((0, 1000))
     lspt.on_disk(0, 1000)
-    handler = DmHandler(-1, Store(), lspt, 0, Readahead(64), False, None)
+    handler = DmHandler(lspt.for_handler, Store(), lspt, 0, 64, False, None)
     handler._uffd = FakeUffd()
     yield handler
     lspt.close()
+
+
+def claim(handler, *pages):
+    for page in pages:
+        handler._claim(page, False)
+
+
+def here(handler):
+    return list(pages_in(handler._lspt.here()))
+
+
+def all_installed_are_of_today(handler):
+    pages, installed = here(handler), handler._uffd.version
+    return [installed[page] for page in pages] == [handler._store.version[page] for page in pages]
 
 
 def write_and_evict(handler, first, count):
@@ -233,33 +264,73 @@ def write_and_evict(handler, first, count):
     handler._lspt.gone(left)
 
 
-def test_a_window_that_was_asked_for_ahead_comes_with_the_next_fault(handler):
-    for page in (100, 101):
-        handler._claim(page, False)
+@pytest.mark.parametrize("stride", [1, -1, 5])
+def test_a_window_that_was_asked_for_ahead_comes_with_the_next_fault(handler, stride):
+    start = 500 - 2 * stride if stride in (1, -1) else 500 - 3 * stride
+    claim(handler, *range(start, 501 if stride > 0 else 499, stride))
     asked = len(handler._store.asked)
     [stream] = handler._readahead._streams
-    assert stream.ahead.pages == range(109, 125)
-    handler._claim(109, False)
-    assert list(pages_in(handler._lspt.here())) == list(range(100, 125))
-    assert len(handler._store.asked) == asked + 1, "which is the one after it"
-    assert [one.ended for one in handler._store.asked] == [1] * asked + [0]
+    ahead = range(500 + 8 * stride, 500 + 24 * stride, stride)
+    assert list(stream.ahead) == [ahead if stride > 0 else ahead[::-1]]
+    claim(handler, 500 + 8 * stride)
+    assert here(handler) == sorted(range(start, 500 + 24 * stride, stride))
+    ended = [one.ended for one in handler._store.asked]
+    assert ended == [1] * asked + [0] * len(stream.ahead), "all but the window after it"
+    handler._readahead.end()
+    assert {one.ended for one in handler._store.asked} == {1}
 
 
-@pytest.mark.parametrize("asked", ["ahead of need", "now"])
-def test_bytes_that_were_asked_for_before_another_stream_brought_the_page_are_not_installed(
-    handler, asked
-):
-    for page in (220, 219, 211, 100, 101, 109, 125):
-        handler._claim(page, False)
-    down, up = handler._readahead._streams
-    assert (up.ahead.pages, down.ahead) == (range(157, 196), None)  # which wanted some of those
-    if asked == "now":
-        up.ahead = None
-    handler._claim(157, False)
-    write_and_evict(handler, 157, 39)
-    handler._claim(195, False)
-    here = list(pages_in(handler._lspt.here()))
-    assert {164, 195} <= set(here)
-    installed = handler._uffd.version
-    assert [installed[page] for page in here] == [handler._store.version[page] for page in here]
-    assert max(one.ended for one in handler._store.asked) == 1
+@pytest.mark.parametrize("how", ["alone", "in a window", "in a window that was asked for ahead"])
+def test_bytes_that_were_asked_for_before_the_page_came_otherwise_are_not_installed(handler, how):
+    claim(handler, 220, 219, 218, 210)
+    [down] = handler._readahead._streams
+    assert list(down.ahead) == [range(179, 195), range(163, 179)]
+    if how == "alone":
+        claim(handler, 170)
+        write_and_evict(handler, 170, 1)
+    elif how == "in a window":
+        claim(handler, 158, 148, 149, 150, 159)  # nothing is asked for ahead of 158
+        write_and_evict(handler, 163, 12)
+    else:
+        claim(handler, 100, 101, 102, 110, 126)
+        assert list(handler._readahead._streams[-1].ahead) == [range(158, 174), range(174, 195)]
+        claim(handler, 158)
+        write_and_evict(handler, 158, 37)
+    assert down.ahead == {}
+    claim(handler, 194)
+    assert {*range(163, 195)} <= {*here(handler)} and all_installed_are_of_today(handler)
+    handler._readahead.end()
+    assert {one.ended for one in handler._store.asked} == {1}
+
+
+def test_what_was_asked_for_ahead_of_pages_that_were_freed_meanwhile_is_dropped(handler):
+    claim(handler, 100, 101, 102)
+    lspt = handler._lspt
+    lspt.freed(lspt.freeing(0, 1000)[0])
+    handler._store.version = dict.fromkeys(range(1000), "zeros")
+    claim(handler, 110)
+    assert {*range(110, 126)} <= {*here(handler)} and all_installed_are_of_today(handler)
+    handler._readahead.end()
+    assert {one.ended for one in handler._store.asked} == {1}
+
+
+def test_nothing_that_was_asked_for_is_forgotten_when_the_application_ends_in_a_window(handler):
+    claim(handler, 100, 101, 102, 110)
+    handler._uffd.ended_at = 130
+    with pytest.raises(ProcessLookupError):
+        claim(handler, 126)
+    handler._readahead.end()
+    assert {one.ended for one in handler._store.asked} == {1}
+
+
+@pytest.mark.parametrize("stride", [1, -1])
+def test_a_page_that_cant_be_read_is_lost_when_it_faults_and_not_before(handler, stride):
+    lspt, unreadable = handler._lspt, 500 + 3 * stride
+    handler._store.unreadable = {unreadable}
+    claim(handler, *(500 + n * stride for n in (-2, -1, 0)))
+    others = {500 + n * stride for n in range(-2, 8)} - {unreadable}
+    assert {*here(handler)} == others and COMING not in lspt.state[:]
+    assert AWAY <= lspt.state[unreadable] < HERE
+    claim(handler, unreadable)
+    assert lspt.state[unreadable] == LOST and handler._uffd.poisoned == [unreadable]
+    assert {*here(handler)} == others

@@ -36,9 +36,14 @@ def clock(monkeypatch):
     return now
 
 
-def sampled(clock, samples, places=1, faults=3):
+def begun(title="a title", state=bytes(1000), live=False):
+    """A report that has no samples yet."""
+    return Report(title, START, state, live)
+
+
+def sampled(clock, samples, places=1, faults=3, **options):
     """A report of so many samples, a second apart, of which each saw so many faults."""
-    made = Report(START)
+    made = begun(**options)
     for n in range(1, samples + 1):
         clock[0] += 1
         made.came.append((n * 256 % (places * 256), 5))
@@ -64,9 +69,9 @@ class Scripts(HTMLParser):
             self.found[-1] = attributes, content + data
 
 
-def written(made, path, title="a title", state=bytes(1000), latencies=((20.0, 3), (3000.0, 1))):
+def written(made, path, latencies=((20.0, 3), (3000.0, 1))):
     """Write the page: its text, and the object in it."""
-    made.write(str(path), title, FIGURES, latencies, state)
+    made.write(str(path), FIGURES, latencies)
     text = path.read_text(encoding="utf-8")
     (attributes, content), (_, drawing) = Scripts(text).found
     assert attributes == {"type": "application/json", "id": "report"}
@@ -94,7 +99,7 @@ def test_however_long_a_job_is_its_samples_are_few_and_nothing_of_them_is_lost(
 
 def test_what_came_is_told_for_the_interval_in_which_it_came(clock):
     """Of places that are accessed in turn, each has its interval, also after much merging."""
-    made = Report(START)
+    made = begun()
     for second in range(2000):
         clock[0] += 1
         made.came.append((second << report.PLACE, 1))
@@ -109,7 +114,7 @@ def test_what_came_is_told_for_the_interval_in_which_it_came(clock):
 
 @pytest.mark.parametrize("places", [6000, 4 * CELLS])
 def test_however_much_memory_a_job_has_its_places_are_few_and_no_page_is_lost(clock, places):
-    made = Report(START)
+    made = begun()
     randomly = random.Random(1)
     for _ in range(250):
         clock[0] += 1
@@ -124,13 +129,13 @@ def test_however_much_memory_a_job_has_its_places_are_few_and_no_page_is_lost(cl
 
 
 def test_of_very_many_areas_the_largest_are_remembered(clock, tmp_path):
-    made = Report(START)
+    made = begun()
     sizes = random.Random(1).sample(range(1, 10**6), 10 * AREAS)
     for count in sizes:
         made.mapped(0, count, "x")
-        made.unmapped(0, bytes(10))
+        made.unmapped(0)
         assert len(made._gone) <= AREAS
-    made.unmapped(0, bytes(10))  # told a second time
+    made.unmapped(0)  # told a second time
     made.mapped(0, 10**6, "the last")
     _, page = written(made, tmp_path / "page.html")
     expected = [10**6, *sorted(sizes, reverse=True)[: AREAS - 1]]
@@ -139,14 +144,13 @@ def test_of_very_many_areas_the_largest_are_remembered(clock, tmp_path):
 
 
 def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
-    made = sampled(clock, 20, places=3)
+    states = (NEW, AWAY, AWAY, LOST, HERE, HERE + GENERATIONS - 1, LEAVING, 255)
+    made = sampled(clock, 20, places=3, state=bytes(states) * 200)
     made.mapped(0, 512, "program.py:12")
     made.mapped(600, 4, "ended")
     clock[0] += 1
-    states = (NEW, AWAY, AWAY + GENERATIONS - 1, LOST, HERE, HERE + GENERATIONS - 1, LEAVING, 255)
-    state = bytes(states) * 200
-    made.unmapped(600, state)
-    _, page = written(made, tmp_path / "page.html", state=state)
+    made.unmapped(600)
+    _, page = written(made, tmp_path / "page.html")
     assert page["title"] == "a title" and page["start_addr"] == START
     assert page["page_size"] == PAGE_SIZE and page["start_time"] == BEGAN
     assert page["latencies"] == [[20.0, 3], [3000.0, 1]]
@@ -180,9 +184,9 @@ def test_the_page_is_whole_by_itself_and_knows_the_names_of_the_object(clock, tm
 
 @pytest.mark.parametrize("name", [HOSTILE, "\u2028 \udc80 \0", "REPORT_AS_JSON"])
 def test_no_name_can_end_the_script_or_change_the_object(clock, tmp_path, name):
-    made = sampled(clock, 1)
+    made = sampled(clock, 1, title=name)
     made.mapped(0, 4, name)
-    text, page = written(made, tmp_path / "page.html", title=name)
+    text, page = written(made, tmp_path / "page.html")
     assert page["areas"][0]["name"] == page["title"] == name
     assert text.lower().count("<script") == text.lower().count("</script") == 2
 
@@ -190,17 +194,17 @@ def test_no_name_can_end_the_script_or_change_the_object(clock, tmp_path, name):
 @pytest.mark.skipif(not BROWSER, reason="neither chromium nor google-chrome is on PATH")
 @pytest.mark.parametrize("idle", [False, True])
 def test_a_browser_draws_it(clock, tmp_path, run, idle):
-    made = sampled(clock, 1 if idle else 20, places=3)
+    state = bytes((NEW, AWAY, LOST, HERE)) * 200
+    made = sampled(clock, 1 if idle else 20, places=3, title=HOSTILE, state=state)
     if idle:
         made._samples[0]["came"].clear()
     made.mapped(0, 512, HOSTILE)
     made.mapped(600, 4, "ended")
     clock[0] += 1
-    state = bytes((NEW, AWAY, LOST, HERE)) * 200
-    made.unmapped(600, state)
+    made.unmapped(600)
     page = tmp_path / "page.html"
     latencies = () if idle else ((20.0, 3), (3000.0, 1))
-    written(made, page, title=HOSTILE, state=state, latencies=latencies)
+    written(made, page, latencies=latencies)
     ended = run(
         "env", f"HOME={tmp_path}", f"TMPDIR={tmp_path}", BROWSER,
         "--headless", "--enable-logging=stderr", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
@@ -245,7 +249,7 @@ def test_a_job_writes_it(run, tmp_path):
 
 def test_a_page_that_cannot_be_written_is_an_oserror(clock, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
-        sampled(clock, 1).write(str(tmp_path / "nowhere" / "x.html"), "", FIGURES, (), b"")
+        sampled(clock, 1).write(str(tmp_path / "nowhere" / "x.html"), FIGURES, ())
 
 
 def test_the_template_is_package_data():
@@ -255,11 +259,11 @@ def test_the_template_is_package_data():
 
 
 def test_progress_is_a_line_with_what_happened_since_the_line_before(clock, capsys):
-    line = report.Progress()
+    made = begun(live=True)
     for faults in (10, 40):
         clock[0] += 2
-        line.show(FIGURES | {"faults_refetch": faults, "evicted_clean": 2 * faults}, away=256)
-    line.end()
+        made.sample(FIGURES | {"faults_refetch": faults, "evicted_clean": 2 * faults}, away=256)
+    made.write(None, FIGURES, ())
     assert capsys.readouterr().err.split("\r\x1b[K") == [
         "",
         "resident 40 KiB, on the DMS 1.0 MiB, 5 faults/s, 10 evictions/s",

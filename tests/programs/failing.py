@@ -111,15 +111,15 @@ def reads(disk, content):
 
 def dies_with_the_lock():
     """LPET, where it is a process: it is killed in the midst of its 20th change of the LSPT."""
-    changes, real_end, real_run = itertools.count(1), lspt.LSPT._end, lpet.Lpet.run
+    changes, real_room, real_run = itertools.count(1), lspt.LSPT._room, lpet.Lpet.run
 
-    def end(self, left):
+    def room(self, pages):  # it is called with the lock
         if next(changes) == 20:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real_end(self, left)
+        real_room(self, pages)
 
     def run(self):
-        lspt.LSPT._end = end
+        lspt.LSPT._room = room
         real_run(self)
 
     lpet.Lpet.run = run
@@ -129,10 +129,10 @@ def put_raises():
     """What is no refusal, at the third eviction."""
     evictions, real_put = itertools.count(1), page_store.PageStore.put
 
-    def put(self, runs, pipe, stay=False):
-        if not stay and next(evictions) == 3:
+    def put(self, gone, dirty):
+        if gone and next(evictions) == 3:
             raise RuntimeError("a mistake in LPET")
-        real_put(self, runs, pipe, stay)
+        real_put(self, gone, dirty)
 
     page_store.PageStore.put = put
 

@@ -25,19 +25,20 @@ def ask(message):
     return kind, count, bytes(answer[m.HEADER.size : status.Get_count(MPI.BYTE)])
 
 
-def request(kind, page=0, count=0, body=b"", stride=0):
-    return m.HEADER.pack(kind, stride, count, page) + body
+def request(kind, page=0, count=0, more=0, body=b""):
+    return m.HEADER.pack(kind, more, count, page) + body
 
 
 PAGE = bytes(PAGE_SIZE)
 GEOMETRY = (m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE)
-RUN = m.RUN.pack(1, 1, 1)
+RUN = m.RUN.pack(1, 1)
+EVICTION = {"page": 1, "count": 1, "more": 1, "body": RUN + PAGE}
 # One right request of each kind, in an order in which each of them can be done.
 RIGHT = {
     m.HELLO: {"body": m.GEOMETRY.pack(*GEOMETRY)},
-    m.GET: {"page": 1, "count": 1},
-    m.STORE: {"count": 1, "body": RUN + PAGE},
-    m.EVICT: {"count": 1, "body": RUN + PAGE},
+    m.GET: {"page": 1, "count": 1, "more": 1},
+    m.STORE: EVICTION,
+    m.EVICT: EVICTION,
     m.LOCATIONS: {"page": 1, "count": 1},
     m.FREE: {"page": 1, "count": 1},
     m.SYNC: {},
@@ -46,13 +47,13 @@ RIGHT = {
 # What is wrong in each field, and words of the reason.
 WRONG = {
     "kind": (
-        (0, 9, 10, m.OK, NEW_PAGES, CONTENT, m.ERROR, m.UNREADABLE, 0x7FFF, 0xFFFF),
+        (0, 9, 10, m.OK, NEW_PAGES, CONTENT, m.ERROR, 20, 0x7FFF, 0xFFFF),
         "no request of kind",
     ),
-    "stride": ((65, 1000, 0x7FFF, 0xFFFF), "stride of|and stride"),
-    "count": ((0, PAGES, PAGES + 1, 0x7FFFFFFF, 0xFFFFFFFF), "a count of|runs, where|in a space"),
+    "more": ((65, 1000, 0x7FFF, 0xFFFF), "`more` of|a body of|dirty pages"),
+    "count": ((0, PAGES, PAGES + 1, 0x7FFFFFFF, 0xFFFFFFFF), "a count of|in a space of"),
     "page": ((PAGES, 1 << 31, 1 << 32, (1 << 63) - 1, (1 << 64) - 1), "in a space of"),
-    "body": ((b"x", RUN + b"x", RUN + PAGE[1:], RUN + PAGE + b"x"), "a body of"),
+    "body": ((b"x", RUN + b"x", RUN + PAGE[1:], RUN + PAGE + b"x"), "a body of|requires a buffer"),
 }
 
 
@@ -73,19 +74,11 @@ def malform():
                 continue  # it has none
             for value in values:
                 wrong = {"kind": kind, **right, field: value}
-                if field == "stride":
-                    wrong["count"] = 2  # of one page, no stride is wrong
                 refused(f"kind {kind} with {field} {value!r}", request(**wrong), reason)
-        if kind == m.EVICT:
-            for run in (
-                (PAGES, 1, 0),
-                (1, 0, 0),
-                (1, 257, 0),
-                (1, 1, 2),
-                (PAGES - 1, 2, 0),
-                (1 << 63, 1, 1),
-            ):
-                refused(f"a run {run}", request(m.EVICT, 0, 1, m.RUN.pack(*run)), "page|a count")
+        if kind in (m.EVICT, m.STORE):
+            for run in ((PAGES, 1), (1, 0), (1, 2), (0, 1), (2, 1), (1, 1 << 31), (1 << 63, 1)):
+                wrong = {**right, "body": m.RUN.pack(*run) + PAGE}
+                refused(f"a run {run}", request(kind, **wrong), "dirty pages from page")
         if kind != m.BYE:  # it is said at the end
             got, _, said = ask(request(kind, **right))
             if got == m.ERROR:

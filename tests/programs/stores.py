@@ -1,11 +1,10 @@
 """Rank 1 uses the DMS on rank 0 through MpiStore. What it does: see the functions at the end.
 
-stores.py WHAT [DISK]        with a DISK, that is a kept one
+stores.py DISK WHAT ...        the disk is a kept one; with "-" for DISK it has no name
 """
 
 import ctypes
 import errno
-import fcntl
 import os
 import random
 import resource
@@ -21,8 +20,8 @@ from mpi4py import MPI
 from edm.dms import DMS
 from edm.messages import HELLO, DMSGone
 from edm.mpi_client import MpiStore
-from edm.page_store import CONTENT, DISK, MAX_PAGES, PIECE, PageStore
-from edm.uffd_ctypes import PAGE_SIZE
+from edm.page_store import CONTENT, DISK, INSTANCE, PageStore
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 START, PAGES = 0x1B58000, 1000
 END = START + PAGES * PAGE_SIZE
@@ -33,70 +32,65 @@ def content(seed, pages=1):
     return random.Random(seed).randbytes(pages * PAGE_SIZE)
 
 
-class Pipe:
-    def __init__(self):
-        self.read, self.write = os.pipe()
-        fcntl.fcntl(self.write, fcntl.F_SETPIPE_SZ, MAX_PAGES * PAGE_SIZE)
-
-    def put(self, store, runs, whole, stay=False):
-        assert os.write(self.write, whole) == len(whole)
-        try:
-            store.put(runs, self.read, stay)
-        except OSError:
-            os.set_blocking(self.read, False)
-            with open(self.read, "rb", closefd=False) as rest:
-                rest.read()
-            os.set_blocking(self.read, True)
-            raise
+taking = threading.Lock()  # what take_get gives is there until the next one
+NOISE = memoryview(content(0, 2 * PAGES_AT_ONCE))
 
 
-def bytes_of(asked, got):
-    """Of the first so many pages."""
-    parts = []
-    for at in range(0, got, PIECE):
-        part = min(PIECE, got - at)
-        parts.append(ctypes.string_at(asked.content(at, part), part * PAGE_SIZE))
-    return b"".join(parts)
+def put(store, page, count, *dirty, stay=False):
+    """dirty: (first page, the bytes of it and its neighbours)."""
+    gone = [] if stay else [(page, count)]
+    store.put(gone, [(first, memoryview(whole)) for first, whole in dirty])
+
+
+def take(store, asked):
+    """(kind, for how many pages, their bytes)."""
+    with taking:
+        kind, got, address = store.take_get(asked)
+        return kind, got, ctypes.string_at(address, got * PAGE_SIZE) if kind == CONTENT else b""
+
+
+def get(store, pages):
+    return take(store, store.ask_get(pages))
+
+
+def told(call, *arguments):
+    """The OSError that this raises."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        return error
+    return sys.exit(f"{call}{arguments} was not refused")
 
 
 def one_operation(dice, first, pages):
-    """A function that does it to a store, with a pipe, and returns what came of it. It is with so many
-    pages from the first on."""
+    """A function that does it to a store, and returns what came of it. It is with so many pages from the
+    first on."""
     page = first + dice.randrange(pages)
-    count = dice.randint(1, min(MAX_PAGES, first + pages - page))
+    count = dice.randint(1, min(PAGES_AT_ONCE, first + pages - page))
     stride = dice.choice((1, 1, 1, 2, 7))
-    what, seed = (
-        dice.choice(("get", "get", "put", "put", "put", "free", "sync", "drop")),
-        dice.random(),
-    )
-    used, stay = dice.choice((0, count // 2, count)), dice.random() < 0.3
+    what = dice.choice(("get", "get", "put", "put", "put", "free", "sync", "drop"))
+    stay, dirty, at = dice.random() < 0.3, [], page
+    while at < page + count:
+        many = dice.randint(1, page + count - at)
+        if dice.random() < 0.7:
+            begin = dice.randrange(PAGES_AT_ONCE * PAGE_SIZE)
+            dirty.append((at, NOISE[begin : begin + many * PAGE_SIZE]))
+        at += many
 
-    def runs():
-        own = random.Random(seed)
-        found, at = [], page
-        while at < page + count:
-            many = own.randint(1, page + count - at)
-            found.append((at, many, own.random() < 0.7))
-            at += many
-        return found
-
-    def get(store, pipe):
-        asked = store.ask_get(range(page, min(page + count * stride, first + pages), stride))
-        kind, got = asked.take()
-        found = bytes_of(asked, got) if kind == CONTENT else b""
-        asked.give_back(0 if what == "drop" else min(used, got))
-        asked.done()
-        if what == "drop":  # these are not in the instance: asking for them alone changes nothing
-            store.ask_get(range(page, page + got * stride, stride)).done()
-        return kind, got, found
-
-    def do(store, pipe):
+    def do(store):
         if what in ("get", "drop"):
-            return get(store, pipe)
+            pages = range(page, min(page + count * stride, first + pages_in_all), stride)
+            found = get(store, pages)
+            if (
+                what == "drop"
+            ):  # a DMS has sent it nevertheless; so of pages that it has sent before
+                store.drop_get(store.ask_get(pages[: found[1]]))
+            return found
         if what == "put":
-            return pipe.put(store, runs(), content(seed, count), stay)
+            return store.put([] if stay else [(page, count)], dirty)
         return store.sync() if what == "sync" else store.free(page, count)
 
+    pages_in_all = pages
     return do
 
 
@@ -105,23 +99,17 @@ def one_operation(dice, first, pages):
 
 def same(store):
     """The same as PageStore, operation by operation."""
-    dice, pipe = random.Random(1), Pipe()
-    other = PageStore(
-        sys.argv[2] + ".other" if sys.argv[2:] else None, START, END, bool(sys.argv[2:])
-    )
-    assert store.kept == other.kept == bool(sys.argv[2:])
+    dice = random.Random(1)
+    other = PageStore(disk and f"{disk}.other", START, END, bool(disk))
+    assert store.kept == other.kept == bool(disk)
     for index in range(400):
         do = one_operation(dice, 0, PAGES)
-        got, right = do(store, pipe), do(other, pipe)
-        assert got == right, f"operation {index}"
+        assert do(store) == do(other), f"operation {index}"
         assert store.locations(0, PAGES) == other.locations(0, PAGES), f"operation {index}"
-    if store.kept:
-        runs = [
-            page for first, count in store.runs_on_disk() for page in range(first, first + count)
-        ]
-        assert runs == [page for page in range(PAGES) if store.locations(page, 1)[0] & DISK] != []
-    else:
-        assert not list(store.runs_on_disk())
+    on_disk = [page for page in range(PAGES) if other.locations(page, 1)[0] & DISK]
+    found = [page for first, count in store.runs_on_disk() for page in range(first, first + count)]
+    assert on_disk and found == (on_disk if disk else [])
+    store.free(0, PAGES)
 
 
 def threads(store):
@@ -130,11 +118,11 @@ def threads(store):
     failed = []
 
     def work(first, pages):
-        dice, pipe, other = random.Random(first), Pipe(), PageStore(None, START, END)
+        dice, other = random.Random(first), PageStore(None, START, END)
         try:
             for _ in range(150):
                 do = one_operation(dice, first, pages)
-                assert do(store, pipe) == do(other, pipe)
+                assert do(store) == do(other)
                 assert store.locations(first, pages) == other.locations(first, pages)
         except BaseException as error:
             failed.append(error)
@@ -146,116 +134,50 @@ def threads(store):
     for thread in working:
         thread.join()
     assert not failed
-    assert 2 <= len(store.slots) <= 2 * 5  # as many as there were requests at once
+    assert 2 <= len(store._slots) <= 2 * 5  # as many as there were requests at once
+    store.free(0, PAGES)
 
 
 def unread(store):
     """An answer that nobody takes, however large, keeps nobody from being served."""
-    pipe = Pipe()
-    pipe.put(store, [(0, MAX_PAGES, True)], content(1, MAX_PAGES))
-    left = [store.ask_get(range(MAX_PAGES)) for _ in range(8)]
-    pipe.put(store, [(500, 100, True)], content(2, 100))
-    asked = store.ask_get(range(500, 600))
-    assert asked.take() == (CONTENT, 100) and bytes_of(asked, 100) == content(2, 100)
-    asked.done()
-    for one in left:
-        assert one.take() == (CONTENT, MAX_PAGES)
-        assert bytes_of(one, MAX_PAGES) == content(1, MAX_PAGES)
-        one.done()
-
-
-def refused(store):
-    """The DMS's errno and words arrive. (Its files can't be larger than it says at the end.)"""
-    pipe = Pipe()
-    for _ in range(2):
-        try:
-            pipe.put(store, [(0, 2, True), (5, 1, False), (990, 2, True)], content(1, 5))
-        except OSError as error:
-            assert (error.errno, error.strerror) == (errno.EFBIG, os.strerror(errno.EFBIG))
-        else:
-            sys.exit("the put was not refused")
-        assert store.locations(0, PAGES) == bytes(PAGES)
-    try:
-        store.free(PAGES - 1, 2)
-    except OSError as error:
-        assert error.errno == errno.EINVAL and "in a space of 1000 pages" in error.strerror
-    else:
-        sys.exit("a free outside of the space was not refused")
-    try:
-        MpiStore(comm, 0, START, END + PAGE_SIZE)  # which says BYE: the last thing here
-    except OSError as error:
-        assert error.errno == errno.EINVAL and "differ in" in error.strerror
-    else:
-        sys.exit("another geometry was not refused")
+    whole = content(1, PAGES_AT_ONCE)
+    put(store, 0, PAGES_AT_ONCE, (0, whole))
+    left = [store.ask_get(range(PAGES_AT_ONCE)) for _ in range(8)]
+    put(store, 500, 100, (500, content(2, 100)))
+    assert get(store, range(500, 600)) == (CONTENT, 100, content(2, 100))
+    for asked in left[:4]:
+        assert take(store, asked) == (CONTENT, PAGES_AT_ONCE, whole)
+    for asked in left[4:]:
+        store.drop_get(asked)
+    store.free(0, PAGES)
 
 
 def lost(store):
-    """A page that can't be read is told by content, and those around it are read."""
-    pipe = Pipe()
-    pipe.put(store, [(10, 5, True)], content(1, 5))
+    """A page that can't be read is told by take_get, and those around it are read."""
+    put(store, 10, 5, (10, content(1, 5)))
     page = content(1, 5)[2 * PAGE_SIZE : 3 * PAGE_SIZE]
-    with open(sys.argv[2], "r+b") as file:
+    with open(disk, "r+b") as file:
         file.seek(file.read().index(page) + 100)
         file.write(bytes((page[100] ^ 1,)))
-    asked = store.ask_get(range(10, 15))
-    assert asked.take() == (CONTENT, 2) and bytes_of(asked, 2) == content(1, 2)
-    asked.give_back(0)
-    asked.done()
-    asked = store.ask_get(range(12, 15))
-    assert asked.take()[0] == CONTENT
     for _ in range(2):
-        try:
-            asked.content(0, 1)
-        except OSError as error:
-            assert error.errno == errno.EIO
-            assert "page 12" in error.strerror and "checksum" in error.strerror
-        else:
-            sys.exit("the lost page was read")
-    asked.give_back(0)
-    asked.done()
-    assert store.locations(10, 5) == bytes([DISK] * 5)
-    asked = store.ask_get(range(13, 15))
-    assert asked.take() == (CONTENT, 2) and bytes_of(asked, 2) == content(1, 5)[3 * PAGE_SIZE :]
-    asked.done()
-
-
-def killed(store):
-    """Whoever waits for a DMS that has been killed is told within a second, in any thread."""
-    dms = bytearray(4)
-    comm.Recv([dms, MPI.BYTE], 0, ASIDE)
-    os.kill(int.from_bytes(dms, "little"), signal.SIGKILL)
-    told, began = [], time.monotonic()
-
-    def wait(request):
-        try:
-            request()
-        except DMSGone as error:
-            told.append((str(error), time.monotonic() - began))
-
-    requests = [store.sync, lambda: store.free(0, 1), store.ask_get(range(3)).take, store.close]
-    waiting = [threading.Thread(target=wait, args=(request,)) for request in requests]
-    for thread in waiting:
-        thread.start()
-    for thread in waiting:
-        thread.join()
-    assert [words for words, _ in told] == ["the DMS has died"] * len(requests), told
-    assert max(seconds for _, seconds in told) < 1, told
-    print("stores SUCCESS", flush=True)
-    comm.Send([b"x", MPI.BYTE], 0, ASIDE)
-    os._exit(0)  # MPI would wait for what was asked
+        assert get(store, range(10, 15)) == (CONTENT, 2, content(1, 2))
+        error = told(get, store, range(12, 15))
+        assert error.errno == errno.EIO
+        assert "page 12" in error.strerror and "checksum" in error.strerror
+        store.drop_get(store.ask_get(range(12, 15)))  # that is no error
+    assert store.locations(10, 5) == bytes([INSTANCE | DISK] * 2 + [DISK] * 3)
+    assert get(store, range(13, 15)) == (CONTENT, 2, content(1, 5)[3 * PAGE_SIZE :])
 
 
 def idle(store):
     """A DMS that has nothing to do sleeps, and is there again at once."""
     assert os.sysconf("SC_CLK_TCK") == 100
-    dms = bytearray(4)
-    comm.Recv([dms, MPI.BYTE], 0, ASIDE)
 
     def cpu():
-        with open(f"/proc/{int.from_bytes(dms, 'little')}/stat") as stat:
+        with open(f"/proc/{dms}/stat") as stat:
             return sum(map(int, stat.read().rpartition(")")[2].split()[11:13])) / 100
 
-    seconds = 2.0
+    seconds = 1.5
     before, until = cpu(), time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         time.sleep(left)
@@ -268,6 +190,55 @@ def idle(store):
     assert share < 0.05
 
 
+def refused(store):
+    """The DMS's errno and words arrive, and no page moves. The last thing that can be done: it says BYE."""
+    put(store, 7, 1, (7, content(7)))
+    put(store, 400, 1, (400, content(1)))
+    get(store, range(400, 401))
+    get(store, range(600, 602))
+    before = store.locations(0, PAGES)
+    resource.prlimit(dms, resource.RLIMIT_FSIZE, (PAGE_SIZE * 500, resource.RLIM_INFINITY))
+    for _ in range(2):
+        error = told(put, store, 400, 202, (400, content(1)), (600, content(1, 2)))
+        assert (error.errno, error.strerror) == (errno.EFBIG, os.strerror(errno.EFBIG))
+        assert store.locations(0, PAGES) == before
+    assert get(store, range(7, 8)) == (CONTENT, 1, content(7))
+    error = told(store.free, PAGES - 1, 2)
+    assert error.errno == errno.EINVAL and "in a space of 1000 pages" in error.strerror
+    error = told(MpiStore, comm, 0, START, END + PAGE_SIZE)
+    store.close = lambda: None
+    assert error.errno == errno.EINVAL and "differ in" in error.strerror
+
+
+def killed(store):
+    """Whoever waits for a DMS that has been killed is told within a second, in any thread."""
+    os.kill(dms, signal.SIGKILL)
+    heard, began = [], time.monotonic()
+
+    def wait(request):
+        try:
+            request()
+        except DMSGone as error:
+            heard.append((str(error), time.monotonic() - began))
+
+    requests = [
+        store.sync,
+        lambda: store.free(0, 1),
+        lambda: store.take_get(store.ask_get(range(3))),
+        store.close,
+    ]
+    waiting = [threading.Thread(target=wait, args=(request,)) for request in requests]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join()
+    assert [words for words, _ in heard] == ["the DMS has died"] * len(requests), heard
+    assert max(seconds for _, seconds in heard) < 1, heard
+    print("killed SUCCESS", flush=True)
+    comm.send(None, 0, ASIDE)
+    os._exit(0)  # MPI would wait for what was asked
+
+
 # ---------------------------------------------------------------- the two ranks
 
 
@@ -276,42 +247,36 @@ def silent():
     of that process, which ends the job when a rank has been killed."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         server = DMS(comm, None, START, END)
-        action, *rest = server._requests[HELLO]
+        action, *most = server._requests[HELLO]
 
-        def hello(*request):
-            server._left.add(0)
-            return action(*request)
+        def hello(store, *request):
+            server._left.append(store)
+            return action(store, *request)
 
-        server._requests[HELLO] = hello, *rest
+        server._requests[HELLO] = hello, *most
         with mock.patch("os.getpid", return_value=process.pid):
             server.serve()
-        tell_pid(process.pid)
+        comm.send(process.pid, 1, ASIDE)
         process.wait()
-    comm.Recv([bytearray(1), MPI.BYTE], 1, ASIDE)
+    comm.recv(source=1, tag=ASIDE)
     os._exit(0)  # MPI would wait for what was asked
 
 
-def tell_pid(pid):
-    comm.Send([pid.to_bytes(4, "little"), MPI.BYTE], 1, ASIDE)
-
-
 comm = MPI.COMM_WORLD
-what = globals()[sys.argv[1]]
+disk = None if sys.argv[1] == "-" else sys.argv[1]
+actions = [globals()[name] for name in sys.argv[2:]]
 if comm.rank == 0:
-    if what is killed:
+    if killed in actions:
         silent()
-    server = DMS(comm, *sys.argv[2:] or [None], START, END, bool(sys.argv[2:]))
-    if what is refused:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_SIZE * 500, hard))
-    if what is idle:
-        tell_pid(os.getpid())
-    server.serve()
+    comm.isend(os.getpid(), 1, ASIDE)
+    DMS(comm, disk, START, END, bool(disk)).serve()
 else:
     store = MpiStore(comm, 0, START, END)
+    dms = comm.recv(source=0, tag=ASIDE)
     try:
-        what(store)
-        print("stores SUCCESS", flush=True)
+        for action in actions:
+            began = time.monotonic()
+            action(store)
+            print(f"{action.__name__} SUCCESS in {time.monotonic() - began:.2f} s", flush=True)
     finally:
-        if what is not refused:
-            store.close()
+        store.close()

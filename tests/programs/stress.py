@@ -1,42 +1,52 @@
 """C threads write and check memory while LPET evicts it, in the right order or in a wrong one.
 
-argv: stress.c as a library, the order, threads, seconds, clean_tracking, and high_threshold. Prints
-"wrong N of M, E evicted". The orders: "right"; "bytes first": the bytes are read before the pages leave
-the page table; "marks first": the marks are.
+argv: stress.c as a library, the order, the way, threads, seconds, clean_tracking. Prints "wrong N of M,
+(D, C) evicted": words, pages that were written, and clean ones. The orders: "right"; "bytes first": the
+bytes are read before the pages leave the page table; "marks first": the marks are. The ways say which
+pages leave.
 """
 
 import _socket
 import ctypes
 import os
-import socket
 import sys
+import time
 
-from edm import address_space, pager
+from edm import address_space, lpet, pager
 from edm.edm import Config
 from edm.lpet import Lpet
 from edm.page_store import PageStore
 from edm.uffd_ctypes import PAGE_SIZE
 
-library, order, threads, seconds, tracking, high = sys.argv[1:]
-PAGES = 4096 if int(high) <= 1024 else 16384
+library, order, way, threads, seconds, tracking = sys.argv[1:]
+PAGES = 4096
+# high_threshold, and how old pages are that leave. With 0 a batch is all that is here, used or not.
+HIGH, lpet.AGE = {
+    "the wiki's way": (64, lpet.AGE),
+    "by age": (1280, lpet.AGE),
+    "whole batches": (1280, 0),
+}[way]
+USED = HIGH * 5 // 4  # pages: more than may be here, or those that leave would not be in use
+MOMENT = 1e-3  # seconds: on a machine with much to do, the threads hardly run in less
 
 
 class BytesFirst(Lpet):
-    def _take_out(self, left, here):
-        for page, count in here:
-            content = os.pread(self._pipe._memfd, count * PAGE_SIZE, page * PAGE_SIZE)
-            assert os.write(self._pipe._in, content) == len(content)
-            self._pipe._pages += count
-        self._remove(left)
-        return self._pagemap.written(here)
+    def _empty_pipe(self, spans):
+        pass
+
+    def _fill_pipe(self, first, spans):
+        for begin, end in spans:
+            content = self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE]
+            assert os.preadv(self._memfd, [content], (first + begin) * PAGE_SIZE) == len(content)
+        time.sleep(MOMENT)
 
 
 class MarksFirst(Lpet):
-    def _take_out(self, left, here):
-        runs = self._pagemap.written(here)
-        self._pipe.take(here)
-        self._remove(left)
-        return runs
+    def _take_out(self, page, left, here):
+        written = self._pagemap.written(page, here)
+        time.sleep(MOMENT)
+        super()._take_out(page, left, here)
+        return written
 
 
 def application(control):
@@ -46,8 +56,8 @@ def application(control):
     stress.restype = ctypes.c_uint64
     steps, base = ctypes.c_uint64(), ctypes.addressof(ctypes.c_ubyte.from_buffer(area))
     wrong = stress(
-        ctypes.c_void_p(base), ctypes.c_uint64(PAGES), ctypes.c_uint64(int(threads)),
-        ctypes.c_double(float(seconds)), ctypes.byref(steps),
+        ctypes.c_void_p(base), ctypes.c_uint64(PAGES), ctypes.c_uint64(USED),
+        ctypes.c_uint64(int(threads)), ctypes.c_double(float(seconds)), ctypes.byref(steps),
     )  # fmt: skip
     figures = space.figures()
     evicted = figures["evicted_dirty"], figures["evicted_clean"]
@@ -55,15 +65,12 @@ def application(control):
 
 
 pager.Lpet = {"right": Lpet, "bytes first": BytesFirst, "marks first": MarksFirst}[order]
-config = Config(high_threshold=int(high), low_threshold=int(high) * 7 // 8, clean_tracking=tracking)
+config = Config(high_threshold=HIGH, low_threshold=HIGH * 7 // 8, clean_tracking=tracking)
 ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
 if os.fork() == 0:
     theirs.close()
     application(ours)
     sys.exit()
 ours.close()
-control = socket.socket(fileno=theirs.detach())
-hello, fds = address_space.receive_hello(control)
-store = PageStore(None, config.start_addr, config.end_addr)
-pager.Pager(config, hello, fds, control, store, lpet_is_process=True).run()
+pager.page_for(theirs, lambda config: PageStore(None, config.start_addr, config.end_addr))
 os.wait()

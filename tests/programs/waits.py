@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from pathlib import Path
 
 import edm
 
@@ -18,10 +20,16 @@ memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 how, *disk = sys.argv[1:]
 
 
+def is_stopped(task):
+    return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def sleep_in_faults(space):
     figures, (begin, _) = space.figures(), space.areas()[0]
     for pid in {figures["pager_pid"], figures["lpet_pid"]}:
         os.kill(pid, signal.SIGSTOP)
+        while not all(map(is_stopped, Path(f"/proc/{pid}/task").iterdir())):
+            time.sleep(0.001)
     for page in range(3):  # which have left long ago
         threading.Thread(target=memset, args=(begin + page * PAGE, 1, 1)).start()
     print("asleep", flush=True)

@@ -1,0 +1,117 @@
+"""Gaps of address_space.py: where there is room for an area."""
+
+import random
+import sys
+import time
+
+import pytest
+
+from edm.address_space import PAGE_SIZE, Gaps
+
+PAGES = 200  # of the space, which begins at page 1
+
+
+def runs(taken):
+    """(length, address) of each run of pages that are not taken: the gaps as they should be."""
+    found, page = [], 1
+    for run in taken.decode().split("\1"):
+        if run:
+            found.append((len(run) * PAGE_SIZE, page * PAGE_SIZE))
+        page += len(run) + 1
+    return sorted(found)
+
+
+def mark(taken, addr, length, value):
+    first, count = addr // PAGE_SIZE - 1, length // PAGE_SIZE
+    assert set(taken[first : first + count]) == {1 - value}
+    taken[first : first + count] = bytes([value]) * count
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_gaps_are_as_a_map_of_the_pages_says(seed):
+    dice, gaps = random.Random(seed), Gaps(PAGE_SIZE, (PAGES + 1) * PAGE_SIZE)
+    taken, areas = bytearray(PAGES), []
+    for _ in range(500):
+        if areas and dice.random() < 0.5:
+            addr, length = areas.pop(dice.randrange(len(areas)))
+            gaps.give_back(addr, length)
+            mark(taken, addr, length, 0)
+            continue
+        length, largest = dice.randint(1, 20) * PAGE_SIZE, dice.random() < 0.3
+        fit = [gap for gap in runs(taken) if gap[0] >= length]
+        gap = gaps.find(length, largest)
+        assert gap == (fit[-1 if largest else 0] if fit else None)
+        if gap:
+            addr = dice.randrange(gap[1], sum(gap) - length + 1, PAGE_SIZE)
+            assert gaps.around(addr, length) == gap
+            gaps.take(gap, addr, length)
+            mark(taken, addr, length, 1)
+            areas.append((addr, length))
+            assert gaps.around(addr, PAGE_SIZE) is None
+    for area in areas:
+        gaps.give_back(*area)
+    whole = PAGES * PAGE_SIZE
+    assert gaps.find(whole) == gaps.around(PAGE_SIZE, whole) == (whole, PAGE_SIZE)
+
+
+class Alarm(Exception):
+    pass
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_whenever_a_signal_handler_raises_no_address_is_given_to_two(seed):
+    dice, gaps, areas, left = random.Random(seed), Gaps(0, PAGES * PAGE_SIZE), {}, 0
+
+    def trace(frame, event, _):
+        nonlocal left
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if not left:
+            raise Alarm
+        return trace
+
+    def interrupted(call, *arguments):
+        nonlocal left
+        left = dice.randint(1, 200)  # bytecodes until the handler raises; a call has about 100
+        sys.settrace(trace)
+        try:
+            call(*arguments)
+        finally:
+            sys.settrace(None)
+
+    for _ in range(300):
+        try:
+            if areas and dice.random() < 0.5:
+                addr = dice.choice(list(areas))
+                interrupted(gaps.give_back, addr, areas.pop(addr))
+            elif gap := gaps.find(length := dice.randint(1, 10) * PAGE_SIZE):
+                addr = sum(gap) - length
+                assert all(addr + length <= at or at + n <= addr for at, n in areas.items())
+                interrupted(gaps.take, gap, addr, length)
+                areas[addr] = length
+        except Alarm:
+            continue
+
+
+def test_an_area_costs_the_same_however_many_there_are():
+    dice, gaps, areas = random.Random(1), Gaps(0, 1 << 45), []
+
+    def replace(count):
+        began = time.perf_counter()
+        for _ in range(count):
+            if len(areas) >= live:
+                index = dice.randrange(live)
+                areas[index], areas[-1] = areas[-1], areas[index]
+                gaps.give_back(*areas.pop())
+            length = dice.randint(256, 2000) * PAGE_SIZE
+            gap = gaps.find(length)
+            areas.append((sum(gap) - length, length))
+            gaps.take(gap, *areas[-1])
+        return (time.perf_counter() - began) / count
+
+    live = 1000
+    replace(10 * live)
+    few = min(replace(1000) for _ in range(3))
+    live = 20_000
+    replace(2 * live)
+    assert min(replace(1000) for _ in range(3)) < max(20 * few, 1e-4)
