@@ -6,33 +6,29 @@ Interface: main() prints a line for each check, and returns the exit status: 0 i
 begins with "ok", with "missing" (EDM can't run), or with "without" (EDM runs, but has to do without).
 What follows "try:" is a command to type.
 
-Rules: imports nothing of MPI into its own process, as MPI may be what is missing.
+Rules: what may hang, or end its process, is tried in another process. MPI is imported there only, as it
+may be what is missing.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
 import os
 import re
-import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
 
 from edm import uffd_ctypes as u
 from edm.page_idle import bitmap_missing, pfns_missing, unmap_missing
 from edm.page_store import disk_folder
-from edm.uffd_ctypes import PAGE_SIZE
 
-OLDEST = (5, 19)  # Linux
 DEADLINE = 30  # seconds for anything that could hang
 ENOUGH_DISK = 1 << 30  # bytes
+
+PERMIT = "sudo sysctl vm.unprivileged_userfaultfd=1"
+PIP_INSTALL = f"{sys.executable} -m pip install"
 
 Finding = tuple[str, str, str]  # ("ok", "missing" or "without", what was found, what to try)
 
@@ -41,7 +37,11 @@ def main() -> int:
     """Check everything, and print what was found. Returns the exit status."""
     can_run = True
     for name, check in CHECKS.items():
-        state, found, remedy = check()
+        try:
+            state, found, remedy = check()
+        except OSError as error:
+            state, found = "missing", error.strerror
+            remedy = PERMIT if error.errno == errno.EPERM else ""
         print(f"{state:8} {name}: {found}")
         if remedy:
             print(f"         try: {remedy}")
@@ -55,108 +55,62 @@ def main() -> int:
 
 def kernel() -> Finding:
     release = os.uname().release
-    numbers = tuple(map(int, re.findall(r"\d+", release)[:2]))
-    if numbers < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", release)[:2])) < (5, 19):
         return "missing", f"Linux {release} is older than 5.19; a newer kernel is needed", ""
     return "ok", f"Linux {release}", ""
 
 
 def userfaultfd() -> Finding:
-    try:
-        fd, how = u.open_userfaultfd()
-    except OSError as error:
-        remedy = "sudo sysctl vm.unprivileged_userfaultfd=1" if error.errno == errno.EPERM else ""
-        return "missing", f"{error.strerror}", remedy
+    fd, how = u.open_userfaultfd()
     os.close(fd)
     if how == u.USER_MODE:
         found = "for user mode only: read(2) and the like into a page that is not here give EFAULT"
-        return "without", found, "sudo sysctl vm.unprivileged_userfaultfd=1"
+        return "without", found, PERMIT
     return "ok", f"permitted by {how}", ""
 
 
+FEATURES = {
+    u.NEEDED_FEATURES: "page faults of shared memory (Linux 4.11, with CONFIG_USERFAULTFD)",
+    u.WP_FEATURES: "write-protection of shared memory (Linux 5.19): every page counts as written",
+    u.UFFD_FEATURE_POISON: "UFFDIO_POISON (Linux 6.6): a page that is lost ends the job",
+    u.UFFD_FEATURE_WP_ASYNC: "asynchronous write-protection (Linux 6.7): first writes are faults",
+}
+
+
 def features() -> Finding:
-    try:
-        supported = u.supported_features()
-    except OSError as error:
-        return "missing", f"{error.strerror}", ""
-    if missing := u.NEEDED_FEATURES & ~supported:
-        found = f"this kernel lacks {missing:#x}, which Linux 4.11 has with CONFIG_USERFAULTFD"
-        return "missing", found, "grep USERFAULTFD /boot/config-$(uname -r)"
-    if u.WP_FEATURES & ~supported:
-        found = "write-protection of shared memory (Linux 5.19): every page counts as written"
-        return "without", found, ""
-    if not supported & u.UFFD_FEATURE_POISON:
-        return "without", "UFFDIO_POISON (Linux 6.6): a page that is lost ends the job", ""
-    if not supported & u.UFFD_FEATURE_WP_ASYNC:
-        return "without", "asynchronous write-protection (Linux 6.7): first writes are faults", ""
+    supported = u.supported_features()
+    for feature, found in FEATURES.items():
+        if feature & ~supported:
+            return "missing" if feature == u.NEEDED_FEATURES else "without", found, ""
     return "ok", "missing pages and asynchronous write-protection of shared memory, poison", ""
 
 
-def page_fault() -> Finding:
-    """A thread of this process, without the GIL, reads a page that this one then brings in."""
-    memory = mmap.mmap(-1, PAGE_SIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    page, got = (ctypes.create_string_buffer(part, PAGE_SIZE) for part in (b"E" * PAGE_SIZE, b""))
-    read = ctypes.CDLL(None).memcpy
-    read.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    thread = threading.Thread(target=read, args=(got, address, PAGE_SIZE), daemon=True)
-    try:
-        with open(u.open_userfaultfd()[0], "rb", buffering=0) as file:  # its end ends all waiting
-            uffd = u.Userfaultfd(file.fileno())
-            uffd.api(u.NEEDED_FEATURES)
-            uffd.register(address, PAGE_SIZE, write_protect=False)  # a kernel may not have it
-            thread.start()
-            if not select.select([file], [], [], DEADLINE)[0]:
-                return "missing", "no page fault came", ""
-            (_, _, at), *_ = uffd.read_faults()
-            uffd.copy(at & -PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
-    except (OSError, ValueError) as error:
-        return "missing", f"{error}", ""
-    finally:
-        if thread.ident:  # it was started
-            thread.join(DEADLINE)
-    if got.raw != page.raw:
-        return "missing", "the page came, but with other bytes", ""
-    return "ok", "a page was brought in by userfaultfd", ""
-
-
 def idle_pages() -> Finding:
-    if missing := bitmap_missing():
-        if why := unmap_missing():
-            found, _, remedy = why.partition(": ")
-            return "missing", f"{missing}, and {found}", f"sudo sh -c '{remedy}'"
-        return "without", f"the kernel's bitmap ({missing}); LPET takes unmapping", ""
-    return "ok", "the kernel's bitmap can be used", ""
+    missing = bitmap_missing()
+    if not missing:
+        return "ok", "the kernel's bitmap can be used", ""
+    if why := unmap_missing():
+        return "missing", f"{missing}, and {why}", ""
+    return "without", f"the kernel's bitmap ({missing}); LPET takes unmapping", ""
 
 
 def pagemap() -> Finding:
-    try:
-        hidden = pfns_missing()
-    except OSError as error:
-        return "missing", f"/proc/self/pagemap: {error.strerror}", "mount -t proc proc /proc"
-    if hidden:
+    if pfns_missing():
         return "without", "page frame numbers, in the log's LSPT tables: they are for root", ""
     return "ok", "readable", ""
 
 
-# ---------------------------------------------------------------- MPI
+# ---------------------------------------------------------------- EDM itself, and MPI
+
+EXAMPLE = ("-m", "edm.examples.eviction", "--log-level", "error")
+BACK = "the first page of area 1 is read, and is back"  # its last step
 
 
-def _run(*command: str) -> tuple[int, str]:
-    """Run a command to its end: (exit status, what it printed)."""
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(DEADLINE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return 1, f"nothing happened within {DEADLINE} s"
-        output.seek(0)
-        return status, output.read().strip()
+def page_fault() -> Finding:
+    _, lines = _run(sys.executable, *EXAMPLE)
+    if BACK in "\n".join(lines):
+        return "ok", "pages come, leave, and come back with their bytes", ""
+    return "missing", lines[0], ""
 
 
 def mpi() -> Finding:
@@ -164,14 +118,12 @@ def mpi() -> Finding:
         "import mpi4py; mpi4py.rc.initialize = False\n"
         "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
     )
-    status, output = _run(sys.executable, "-c", code)
-    last = output.splitlines()[-1] if output else f"exit status {status}"
-    if status and "No module named" in last:
-        return "missing", "mpi4py is not installed", f"{sys.executable} -m pip install mpi4py mpich"
-    if status:
-        found = f"mpi4py finds no MPI library ({last})"
-        return "missing", found, f"{sys.executable} -m pip install mpich"
-    return "ok", last.strip("\0 "), ""
+    status, lines = _run(sys.executable, "-c", code)
+    if status == 0:
+        return "ok", lines[-1].strip("\0 "), ""
+    if "No module named" in lines[-1]:
+        return "missing", "mpi4py is not installed", f"{PIP_INSTALL} mpi4py mpich"
+    return "missing", f"mpi4py finds no MPI library ({lines[-1]})", f"{PIP_INSTALL} mpich"
 
 
 def find_mpirun() -> str | None:
@@ -183,38 +135,33 @@ def find_mpirun() -> str | None:
 def two_ranks() -> Finding:
     mpirun = find_mpirun()
     if mpirun is None:
-        return "missing", "there is no mpirun", f"{sys.executable} -m pip install mpich"
-    code = "import edm.doctor; edm.doctor.exchange()"
-    status, output = _run(mpirun, "-n", "2", sys.executable, "-c", code)
-    if not status and "a page came over" in output:
-        return "ok", f"{mpirun} starts them, and a page came over", ""
-    remedy = f"{mpirun} -n 2 hostname"
-    if "OMPI_ALLOW_RUN_AS_ROOT" in output or "as root" in output:
+        return "missing", "there is no mpirun", f"{PIP_INSTALL} mpich"
+    status, lines = _run(mpirun, "-n", "2", sys.executable, *EXAMPLE, "--dms", "1")
+    output = "\n".join(lines)
+    if BACK in output:
+        return "ok", f"{mpirun} starts them, and a DMS keeps pages", ""
+    found, remedy = lines[0], f"{mpirun} -n 2 hostname"
+    if status == 0:  # each was rank 0 of a job of its own, a DMS without instances
+        found = "one rank each: mpirun and mpi4py's MPI library are not of the same kind"
+        remedy = f"{PIP_INSTALL} --force-reinstall mpich"
+    elif "as root" in output:
         remedy = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
     elif "slots" in output:
         remedy = "export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
-    elif "one rank each" in output:
-        remedy = f"{sys.executable} -m pip install --force-reinstall mpich"
-    lines = [line.strip() for line in output.splitlines() if line.strip(" -\t")]
-    return "missing", f"{mpirun}: {lines[0] if lines else f'exit status {status}'}", remedy
+    return "missing", f"{mpirun}: {found}", remedy
 
 
-def exchange() -> None:
-    """In each of two ranks: rank 0 sends a page, rank 1 receives it and says so."""
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
-    if comm.size != 2:
-        sys.exit("one rank each: mpirun and mpi4py's MPI library are not of the same kind")
-    if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
-        sys.exit("this MPI library has no MPI_THREAD_MULTIPLE")
-    page = bytearray(b"E" * PAGE_SIZE if comm.rank == 0 else PAGE_SIZE)
-    if comm.rank == 0:
-        comm.Send([page, MPI.BYTE], 1)
-    else:
-        comm.Recv([page, MPI.BYTE], 0)
-        if page == b"E" * PAGE_SIZE:
-            print("a page came over")
+def _run(*command: str) -> tuple[int, list[str]]:
+    """Run a command to its end: (exit status, the lines that it printed, or else one that tells it)."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe could outlive it
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        try:
+            status = subprocess.run(command, timeout=DEADLINE, check=False, **streams).returncode
+        except subprocess.TimeoutExpired:
+            return 1, [f"nothing happened within {DEADLINE} s"]
+        output.seek(0)
+        lines = [line.strip() for line in output if line.strip(" -\t\n")]
+    return status, lines or [f"exit status {status}"]
 
 
 # ---------------------------------------------------------------- the disk
@@ -222,25 +169,20 @@ def exchange() -> None:
 
 def disk() -> Finding:
     folder = disk_folder()
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        return "missing", f"{folder}: {error.strerror}", "export TMPDIR=/a/folder/of/yours"
-    free = shutil.disk_usage(folder).free
-    found = f"{free / (1 << 30):.1f} GiB free in {folder}, where the DMS keeps pages by default"
-    with open("/proc/mounts") as mounts:
-        kinds = dict(line.split()[1:3] for line in mounts)
-    mount = os.path.realpath(folder)
-    while mount not in kinds and mount != "/":
-        mount = os.path.dirname(mount)
-    if kinds.get(mount) == "tmpfs":
+    if not os.access(folder, os.W_OK):
+        return "missing", f"{folder} can't be written", "export TMPDIR=/a/folder/of/yours"
+    device, free = os.stat(folder).st_dev, shutil.disk_usage(folder).free
+    found = f"{free / (1 << 30):.1f} GiB free in {folder}, where EDM keeps pages by default"
+    with open("/proc/self/mountinfo") as mounts:
+        kinds = {line.split()[2]: line.partition(" - ")[2].split()[0] for line in mounts}
+    if kinds.get(f"{os.major(device)}:{os.minor(device)}") == "tmpfs":
         found, free = f"{folder} is memory (tmpfs), so pages kept there are no gain", 0
     if free < ENOUGH_DISK:
         return "without", found, "export TMPDIR=/a/folder/on/a/larger/disk"
     return "ok", found, ""
 
 
-CHECKS: dict[str, Callable[[], Finding]] = {
+CHECKS = {
     "kernel": kernel,
     "userfaultfd": userfaultfd,
     "its features": features,

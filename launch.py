@@ -12,8 +12,8 @@ Interface: main(arguments) is the command.
 Rules: a mistake is told in one line, with exit status 2, before anything is started. Settings go to
 startup/sitecustomize.py in one environment variable, which is removed there.
 
-Sources: "Command line and environment" in Python's documentation; proc(5); Documentation/admin-guide/
-cgroup-v2.rst.
+Sources: "Command line and environment" in Python's documentation; proc_meminfo(5); Documentation/
+admin-guide/cgroup-v2.rst.
 """
 
 from __future__ import annotations
@@ -25,34 +25,28 @@ import marshal
 import os
 import re
 import sys
-from collections.abc import Sequence
 
-from edm.edm import PAGE_SIZE, Config, add_settings
-
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import NoReturn
+from edm.edm import PAGE_SIZE, Config, add_settings, launched
 
 PROG = "python -m edm run"
 SHARE = 80  # % of the memory that is free, if nothing is said
-SPACE = 256 << 30  # bytes of address space
-RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")  # an MPI launcher sets one of these
+END_ADDR = Config.start_addr + (256 << 30)  # of the space
 
 
-def main(arguments: Sequence[str]) -> NoReturn:
+def main(arguments: list[str]) -> None:
     """Become the Python process that runs the program which the arguments name."""
     parser = _parser()
-    options, program = _split(parser, arguments)
-    args = parser.parse_args(options)
+    # The program begins with the first word that is no option of EDM's. -m and -c are none, but look
+    # like one: argparse sees them without their dash.
+    args = parser.parse_args([re.sub("^-(?=[mc])", "", word) for word in arguments])
+    program = arguments[len(arguments) - len(args.program) :]
     try:
         config = _config(args)
         program = _as_python_takes_it(program)
     except ValueError as error:
         parser.error(str(error))
     if sys.flags.ignore_environment or sys.flags.no_site:
-        option = "S" if sys.flags.no_site else "I" if sys.flags.isolated else "E"
-        why = f"python -{option} ignores the sitecustomize on PYTHONPATH that starts it"
-        print(f"{PROG}: EDM is not used: {why}", file=sys.stderr)
+        print(f"{PROG}: EDM is not used: python -I, -E and -S switch it off", file=sys.stderr)
     else:
         before = os.environ.get("PYTHONPATH")
         threshold = args.numpy_threshold if args.numpy else None
@@ -66,23 +60,21 @@ def main(arguments: Sequence[str]) -> NoReturn:
 # ---------------------------------------------------------------- the command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog=PROG,
-        usage=f"{PROG} [option ...] (SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]",
-        description="Run a Python program with more memory than this machine has. COMMAND is one "
-        "that is written in Python, such as pytest.",
+        usage=argparse.SUPPRESS,  # else it would be told with each mistake
+        description=f"usage: {PROG} [option ...] "
+        "(SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]\n\n"
+        "Run a Python program with more memory than this machine has.\n"
+        "COMMAND is one that is written in Python, such as pytest.",
         allow_abbrev=False,
         # With a width, as argparse looks for the terminal's at each option otherwise.
-        formatter_class=functools.partial(argparse.HelpFormatter, width=100),
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
     )
+    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--resident", metavar="SIZE",
+        "--resident", type=size_in_bytes, metavar="SIZE",
         help="memory to use, at most: 512M, 12G, or 80%% of this machine's (default: "
         f"{SHARE}%% of what is free)",
     )  # fmt: skip
@@ -91,29 +83,40 @@ def _parser() -> argparse.ArgumentParser:
         help="whether NumPy's large arrays live in the space (default: yes)",
     )  # fmt: skip
     parser.add_argument(
-        "--numpy-threshold", default="1M", metavar="SIZE", help="arrays from this size on (1M)"
-    )
+        "--numpy-threshold", type=size_in_bytes, default="1M", metavar="SIZE",
+        help="arrays from this size on (1M)",
+    )  # fmt: skip
     parser.add_argument(
         "--dms", type=int, choices=(0, 1), default=0,
         help="so many ranks of an MPI job keep the pages of the others, and run no program (0)",
     )  # fmt: skip
-    left_out = ("high_threshold", "low_threshold", "dms")
-    add_settings(parser, left_out, end_addr=Config.start_addr + SPACE)
+    add_settings(parser, ("high_threshold", "low_threshold", "dms"), end_addr=END_ADDR)
     return parser
 
 
-def _split(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
-) -> tuple[Sequence[str], Sequence[str]]:
-    """(EDM's options, the program with its own)."""
-    at = 0
-    while at < len(arguments) and re.match(r"-[^mc]", arguments[at]):
-        action = parser._option_string_actions.get(arguments[at])
-        at += 1 if action is None or action.nargs == 0 else 2
-    return arguments[:at], arguments[at:]
+def size_in_bytes(text: str) -> int:
+    """512M, 12G, or 80% of this machine's memory, in bytes. Raises argparse.ArgumentTypeError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT]?)(?:i?B)?|(%))", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; 512M, 12G or 80% are")
+    number, unit, share = found.groups()
+    if share:
+        return int(_memory()[0] * float(number) / 100)
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
-def _as_python_takes_it(program: Sequence[str]) -> Sequence[str]:
+def _config(args: argparse.Namespace) -> Config:
+    if args.dms and launched()[1] < 2:
+        raise ValueError(f"dms: needs MPI ranks; start it as: mpirun -n 3 {PROG} --dms 1 ...")
+    if args.resident is None:
+        args.resident = _memory()[1] * SHARE // 100 // _instances_here(args.dms)
+    if args.resident < 2 * PAGE_SIZE:
+        raise ValueError(f"resident: {args.resident} bytes are less than two pages")
+    settings = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
+    return Config(**settings, high_threshold=args.resident // PAGE_SIZE)
+
+
+def _as_python_takes_it(program: list[str]) -> list[str]:
     """The program, with a command's path for its name. Raises ValueError if there is no program."""
     if not program:
         raise ValueError("which program? SCRIPT, COMMAND, -m MODULE, -c CODE or -")
@@ -129,7 +132,7 @@ def _as_python_takes_it(program: Sequence[str]) -> Sequence[str]:
     if path is None:
         raise ValueError(f"can't open file {os.path.abspath(name)!r}: there is no such file")
     with open(path, "rb") as file:
-        begin = file.readline(4096) + file.readline(4096)
+        begin = file.read(4096)
     # The second is pip's, where the path of the interpreter is too long for a first line.
     if not re.match(rb"#!.*python|#!/bin/sh\n'''exec' .*python", begin):
         raise ValueError(f"{path} is not written in Python: its first line names no python")
@@ -141,37 +144,12 @@ def _interpreter_options() -> list[str]:
     *options, last = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
     if last == "edm" and options and re.fullmatch(r"-\w*m", options[-1]):
         last = options.pop() + last
-    if re.fullmatch(r"-\w*medm", last) and last != "-medm":
-        options.append(last.removesuffix("medm"))
+    if joined := re.fullmatch(r"(-\w+)medm", last):
+        options.append(joined[1])
     return options
 
 
-def _config(args: argparse.Namespace) -> Config:
-    args.numpy_threshold = size_in_bytes("numpy_threshold", args.numpy_threshold)
-    if args.dms and not any(rank in os.environ for rank in RANKS):
-        raise ValueError(f"dms: needs MPI ranks; start it as: mpirun -n 3 {PROG} --dms 1 ...")
-    if args.resident is None:
-        resident = _memory()[1] * SHARE // 100 // _instances_here(args.dms)
-    else:
-        resident = size_in_bytes("resident", args.resident)
-    if resident < 2 * PAGE_SIZE:
-        raise ValueError(f"resident: {args.resident} is less than two pages, {2 * PAGE_SIZE} bytes")
-    settings = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
-    return Config(**settings, high_threshold=resident // PAGE_SIZE)
-
-
 # ---------------------------------------------------------------- this machine's memory
-
-
-def size_in_bytes(setting: str, text: str) -> int:
-    """512M, 12G, or 80% of this machine's memory, in bytes. Raises ValueError, naming the setting."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT]?)(?:i?B)?|(%))", text)
-    if not found:
-        raise ValueError(f"{setting}: {text!r} is no size; 512M, 12G or 80% are")
-    number, unit, share = found.groups()
-    if share:
-        return int(_memory()[0] * float(number) / 100)
-    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
 def _instances_here(dms: int) -> int:
@@ -182,29 +160,23 @@ def _instances_here(dms: int) -> int:
 
 
 def _memory() -> tuple[int, int]:
-    """(all, free) bytes of this machine's memory, as far as memory cgroups let this process."""
-    info = dict(line.split(":") for line in _lines("/proc/meminfo"))
-    total, free = (int(info[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
-    for line in _lines("/proc/self/cgroup"):
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            root, name, usage = "/sys/fs/cgroup", "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-            usage = "memory.usage_in_bytes"
-        else:
-            continue
-        group = path.rstrip("/").split("/")
-        for depth in range(len(group)):
-            folder = root + "/".join(group[: depth + 1])
-            with contextlib.suppress(OSError, ValueError):  # none there; "max"
-                limit, used = (int(_lines(f"{folder}/{file}")[0]) for file in (name, usage))
-                stat = dict(line.split() for line in _lines(f"{folder}/memory.stat"))
-                left = limit - used + int(stat["inactive_file"])
-                total, free = min(total, limit), min(free, left)
+    """(all, free) bytes of this machine's memory, as far as its cgroups let this process."""
+    info = dict(re.findall(r"(\w+): +(\d+) kB", _text("/proc/meminfo")))
+    total, free = (int(info[name]) << 10 for name in ("MemTotal", "MemAvailable"))
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)  # of version 2 the controllers are not told
+        names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        group = f"/sys/fs/cgroup/{controllers}{path}"
+        while group.startswith("/sys/fs/cgroup"):
+            with contextlib.suppress(OSError, ValueError):  # not of memory; "max"
+                limit, used = (int(_text(f"{group}/memory.{name}")) for name in names)
+                stat = dict(map(str.split, _text(f"{group}/memory.stat").splitlines()))
+                total = min(total, limit)
+                free = min(free, limit - used + int(stat["inactive_file"]))
+            group = os.path.dirname(group)
     return total, free
 
 
-def _lines(path: str) -> list[str]:
+def _text(path: str) -> str:
     with open(path) as file:
-        return file.read().splitlines()
+        return file.read()

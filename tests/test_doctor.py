@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import mpi4py
 import pytest
-from conftest import needs_userfaultfd
+from conftest import has_mpich, needs_userfaultfd
 
 from edm import doctor
 from edm import uffd_ctypes as u
@@ -54,7 +54,8 @@ def package(public_path):
     target.mkdir()
     for module in ROOT.glob("*.py"):
         (target / module.name).write_bytes(module.read_bytes())
-    shutil.copytree(ROOT / "startup", target / "startup")
+    for part in ("startup", "examples"):
+        shutil.copytree(ROOT / part, target / part)
     return folder
 
 
@@ -100,6 +101,21 @@ def test_an_mpirun_of_another_mpi_is_told(monkeypatch, tmp_path):
     state, words, remedy = doctor.two_ranks()
     assert state == "missing" and "are not of the same kind" in words
     assert "pip install --force-reinstall mpich" in remedy
+
+
+@needs_userfaultfd
+def test_ranks_that_find_themselves_alone_are_told_as_an_mpirun_of_another_mpi(
+    monkeypatch, tmp_path
+):
+    """Each has its variables of another MPI's launcher, and is the only rank of its own job."""
+    other = tmp_path / "mpirun"
+    name = "OMPI_COMM_WORLD" if has_mpich() else "PMI"
+    other.write_text(
+        f'#!/bin/sh\nshift 2\nexport {name}_SIZE=2\n{name}_RANK=0 "$@" & {name}_RANK=1 "$@"\nwait\n'
+    )
+    other.chmod(0o755)
+    monkeypatch.setattr(doctor, "find_mpirun", lambda: str(other))
+    assert "are not of the same kind" in doctor.two_ranks()[1]
 
 
 @pytest.fixture
@@ -188,29 +204,56 @@ def test_a_userfaultfd_for_user_mode_only_is_one_to_do_with(monkeypatch):
     assert state == "without" and "EFAULT" in words and "sysctl" in remedy
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
-def test_a_userfaultfd_that_there_is_not_is_missing(monkeypatch, number):
-    def fail():
-        raise OSError(number, "userfaultfd: the reason")
+@pytest.fixture
+def at_the_start_of_each_python(monkeypatch, tmp_path):
+    """Have this code executed first by the Pythons that are started."""
 
-    monkeypatch.setattr(u, "open_userfaultfd", fail)
-    state, words, remedy = doctor.userfaultfd()
-    assert (state, words) == ("missing", "userfaultfd: the reason")
-    assert bool(remedy) == (number == errno.EPERM), "what a kernel is built without no sysctl gives"
-    assert doctor.page_fault()[0] == doctor.features()[0] == "missing"
+    def begin_with(code):
+        (tmp_path / "sitecustomize.py").write_text(code)
+        search = os.environ.get("PYTHONPATH", "")
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{search}".rstrip(os.pathsep))
+
+    return begin_with
+
+
+NO_USERFAULTFD = """
+from edm import uffd_ctypes as u
+def fail():
+    raise OSError({}, "userfaultfd: the reason")
+u.open_userfaultfd = fail
+"""
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
+def test_a_userfaultfd_that_there_is_not_is_missing(run, at_the_start_of_each_python, number):
+    at_the_start_of_each_python(NO_USERFAULTFD.format(number))
+    ended = run(sys.executable, "-m", "edm", "doctor")
+    assert ended.returncode == 1 and "EDM can't run here." in ended.stdout, ended.stdout
+    states = found(ended.stdout)
+    for name in ("userfaultfd", "its features", "a page fault", "two ranks"):
+        assert states[name] == "missing", ended.stdout
+    assert "missing  userfaultfd: userfaultfd: the reason\n" in ended.stdout
+    remedy = "try: sudo sysctl vm.unprivileged_userfaultfd=1" in ended.stdout
+    assert remedy == (number == errno.EPERM), "what a kernel is built without no sysctl gives"
+
+
+NO_WRITE_PROTECTION = """
+from edm import uffd_ctypes as u
+supported, register = u.supported_features, u.Userfaultfd.register
+def without_write_protection(self, start, length, write_protect=True):
+    if write_protect:
+        raise OSError(22, "UFFDIO_REGISTER")
+    register(self, start, length, write_protect)
+u.supported_features = lambda: supported() & ~u.WP_FEATURES
+u.Userfaultfd.register = without_write_protection
+"""
 
 
 @needs_userfaultfd
-def test_a_page_comes_on_a_kernel_without_write_protection_too(monkeypatch):
-    real = u.Userfaultfd.register
-
-    def register(self, start, length, write_protect=True):
-        if write_protect:
-            raise OSError(errno.EINVAL, "UFFDIO_REGISTER")
-        real(self, start, length, write_protect)
-
-    monkeypatch.setattr(u.Userfaultfd, "register", register)
-    assert doctor.page_fault() == ("ok", "a page was brought in by userfaultfd", "")
+def test_a_page_comes_on_a_kernel_without_write_protection_too(at_the_start_of_each_python):
+    at_the_start_of_each_python(NO_WRITE_PROTECTION)
+    state, words, _ = doctor.page_fault()
+    assert state == "ok" and "come back" in words
 
 
 def test_a_kernel_that_is_too_old_is_told(monkeypatch):
@@ -226,3 +269,6 @@ def test_a_disk_that_is_memory_is_told(monkeypatch):
     monkeypatch.setenv("TMPDIR", str(ROOT))
     state, words, _ = doctor.disk()
     assert f"GiB free in {ROOT}" in words
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    state, words, remedy = doctor.disk()
+    assert (state, words) == ("missing", "/nowhere can't be written") and "TMPDIR" in remedy

@@ -31,6 +31,7 @@ pytestmark = needs_userfaultfd
 
 RUN = ("-m", "edm", "run", "--resident", "16M")
 EDM_COMMAND = Path(sys.executable).parent / "edm"
+EDM_PTH = [file for folder in site.getsitepackages() for file in Path(folder).glob("edm.pth")]
 
 
 def both(program, python=(), feed=b"", run=RUN, **options):
@@ -449,6 +450,8 @@ CHILDREN = {
     "itself": "'AGAIN' in os.environ or os.execve(sys.executable, sys.orig_argv, "
     "{**os.environ, 'AGAIN': ''})\nprint(sys.argv, sys.path, sorted(os.environ))",
     "nested": f"subprocess.run([sys.executable, *{RUN}, '-c', {CHILD!r}])",
+    "a subinterpreter": "try: import _interpreters as i\nexcept ImportError: import _xxsubinterpreters as i\n"
+    "i.run_string(i.create(), 'import os, sys; print(sorted(os.environ), sys.path, sorted(sys.modules))')",
     "spawned": "import multiprocessing\nif __name__ == '__main__':\n"
     "    p = multiprocessing.get_context('spawn').Process(target=print, args=[1])\n"
     "    p.start(); p.join(); sys.exit(p.exitcode)",
@@ -487,12 +490,36 @@ def test_modules_of_the_current_folder_are_not_edms(tmp_path):
     assert within == plain and plain[0] == 0
 
 
-@pytest.mark.skipif(not EDM_COMMAND.exists(), reason="not installed: edm")
-def test_the_command_edm_does_not_look_for_edm_in_the_current_folder(tmp_path):
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(
+            [str(EDM_COMMAND), "run"],
+            marks=pytest.mark.skipif(not EDM_COMMAND.exists(), reason="not installed: edm"),
+        ),
+        *(
+            pytest.param(
+                run, marks=pytest.mark.skipif(not EDM_PTH, reason="not installed: edm.pth")
+            )
+            for run in (["-m", "edm", "run"], ["-Omedm", "run"])
+        ),
+    ],
+    ids=" ".join,
+)
+def test_edm_itself_is_not_looked_for_in_the_current_folder(tmp_path, run):
     (tmp_path / "edm").mkdir()
     (tmp_path / "edm" / "__init__.py").write_text("raise SystemExit('the current folder has edm')")
-    plain, within = both(["-c", ABOUT], run=[str(EDM_COMMAND), "run"], cwd=tmp_path)
+    plain, _ = both(["-c", ABOUT], ["-O"] if "-O" in run[0] else [], cwd=tmp_path)
+    _, within = both(["-c", ABOUT], run=run, cwd=tmp_path)
     assert within == plain and plain[0] == 0
+
+
+@pytest.mark.skipif(not EDM_PTH, reason="not installed: edm.pth")
+@pytest.mark.parametrize("program", [["-m", "other", "-m", "edm"], ["other", "edm"], ["-mother"]])
+def test_other_programs_do_not_get_edm(tmp_path, program):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__main__.py").write_text("import sys; print('edm' in sys.modules)")
+    assert both(program, run=(), cwd=tmp_path)[0] == (0, "False\n", "")
 
 
 def test_a_module_called_numpy_is_not_taken_for_numpy(tmp_path):
@@ -565,8 +592,8 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
     ("arguments", "words"),
     [
         (["--resident", "12X", "x.py"], "resident: '12X' is no size"),
-        (["--resident", "4K", "x.py"], "resident: 4K is less than two pages"),
-        (["--numpy-threshold", "much", "x.py"], "numpy_threshold: 'much' is no size"),
+        (["--resident", "4K", "x.py"], "resident: 4096 bytes are less than two pages"),
+        (["--numpy-threshold", "much", "x.py"], "numpy-threshold: 'much' is no size"),
         (["--readahead", "0", "x.py"], "readahead: 0 pages"),
         (["--readahead", "many", "x.py"], "--readahead"),
         (["--readahead"], "--readahead"),
@@ -631,12 +658,12 @@ def test_several_instances_share_the_memory_of_their_machine(monkeypatch):
     [("512M", 512 << 20), ("12G", 12 << 30), ("1.5KiB", 1536), ("2TB", 2 << 40), ("8192", 8192)],
 )
 def test_sizes(text, size):
-    assert size_in_bytes("resident", text) == size
+    assert size_in_bytes(text) == size
 
 
 def test_a_share_is_of_this_machines_memory(monkeypatch):
     monkeypatch.setattr(launch, "_memory", lambda: (1000 << 20, 400 << 20))
-    assert size_in_bytes("resident", "80%") == 800 << 20
+    assert size_in_bytes("80%") == 800 << 20
 
 
 def test_the_startup_folder_has_nothing_else_that_a_program_could_import():

@@ -1,0 +1,34 @@
+"""Installs edm.pth beside the package, which setup.cfg can't say; see there for all the rest.
+
+In the picture: nothing. `python -m edm` looks for edm in the current folder first, where a program may
+have a module of that name. Only what Python's site runs comes before: the lines of .pth files.
+
+Source: "site" and "-m" in Python's documentation.
+"""
+
+import os
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+# While Python looks for the module of -m, sys.argv[0] is "-m". The word before the module's arguments
+# is its name, or an option that ends with it: -medm, -Omedm.
+PTH = """\
+# python -m edm: the EDM that is installed here, whatever the current folder has of that name.
+import sys; sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)][-4:] in ("edm", "medm") and \
+__import__("edm")
+"""
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        super().run()
+        # What is to be in the wheel: with pip install -e, the folder that "install" makes it of.
+        install = self.get_finalized_command("install")
+        folder = install.install_lib if self.editable_mode else self.build_lib
+        with open(os.path.join(folder, "edm.pth"), "w") as file:
+            file.write(PTH)
+
+
+# Told its name, setuptools does not take this file for a module of the package.
+setup(script_name="setup.py", cmdclass={"build_py": BuildPy})
