@@ -7,21 +7,23 @@ Interface:
                                         bytes, live in the space
 
 NumPy asks its data memory handler for the memory of every array (NEP 49): four C functions, here
-ctypes callbacks, so that every array costs a microsecond or two more. PyDataMem_SetHandler would
-set a handler for the current context only, and a new thread begins with another context, and
-NumPy's default handler; so it is the default handler's functions that are replaced, for all threads.
-Arrays are freed while an exception is on its way, too; see Guard for what that takes.
+ctypes callbacks, so that every array costs some microseconds more. PyDataMem_SetHandler would set a
+handler for the current context only, and a new thread begins with another context, and NumPy's
+default handler; so it is the default handler's functions that are replaced, for all threads.
 
     malloc, calloc   from the threshold on an area of its own, which is zeros; else what NumPy does
     realloc          moves an array into the space when it grows to the threshold
-    free             an area is unmapped, and its pages are freed, here and on the DMS; but a few
+    free             an area is unmapped, and its pages are freed, here and in the store; but a few
                      small ones are kept, for the next malloc of the same size
 
-Rules: any thread that has the GIL, at any moment. An array outlives the context manager if it is
-still in use; free and realloc stay replaced for that. A process that the application forks gets
-NumPy's own memory.
+Rules: any thread that has the GIL, at any moment; arrays are freed while an exception is on its way,
+too, and signal handlers raise in the midst of a callback: see _callback. An array outlives the
+context manager if it is still in use; free and realloc stay replaced for that. A process that the
+application forks gets NumPy's own memory. Where a recursion has reached Python's limit no callback
+can run, and a program that makes or frees arrays just there may crash.
 
-Sources: NEP 49; "Memory management in NumPy" in its reference guide; numpy/_core/include/numpy/ndarraytypes.h.
+Sources: NEP 49; "Memory management in NumPy" in its reference guide; numpy/_core/include/numpy/
+ndarraytypes.h; for callbacks, CPython's Modules/_ctypes/callbacks.c and Python/ceval.c.
 """
 
 from __future__ import annotations
@@ -31,16 +33,13 @@ import contextlib
 import contextvars
 import ctypes
 import dis
-import functools
 import os
-import site
 import sys
-import sysconfig
-import threading
-import types
+from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterator
-from ctypes import c_char, c_size_t, c_uint8, c_void_p, py_object
+from ctypes import c_char, c_char_p, c_int, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
+from functools import cache, partial, wraps
 
 from edm.address_space import Space, whole_pages
 
@@ -51,29 +50,34 @@ if TYPE_CHECKING:
 # PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
 SET_HANDLER, GET_HANDLER = 304, 305
 HANDLER_NAME = b"mem_handler"  # of a capsule with a handler
-UNCACHED = 1 << 20  # bytes: NumPy's own free keeps smaller pieces for later, by their size
 
 SPARE = 16  # areas to be used again have at most this part of the resident limit
 SPARES = 16  # and are no more than these
 TRIES = 4  # of one request, if signal handlers keep raising in the midst of it
+READ = 1 << 20  # bytes of a file in one piece
 
-# Called by who has the GIL, and calling what needs no more.
-_MALLOC = ctypes.PYFUNCTYPE(c_void_p, c_void_p, c_size_t)
-_CALLOC = ctypes.PYFUNCTYPE(c_void_p, c_void_p, c_size_t, c_size_t)
-_REALLOC = ctypes.PYFUNCTYPE(c_void_p, c_void_p, c_void_p, c_size_t)
-_FREE = ctypes.PYFUNCTYPE(None, c_void_p, c_void_p, c_size_t)
-_SIZE = ctypes.PYFUNCTYPE(c_size_t, c_void_p)
+# An allocator's functions, by how many arguments they have. They are called by who has the GIL, and
+# call what needs no more. An address is a c_size_t.
+_TWO = ctypes.PYFUNCTYPE(c_size_t, c_size_t, c_size_t)
+_THREE = ctypes.PYFUNCTYPE(c_size_t, c_size_t, c_size_t, c_size_t)
+# free's size comes and goes with its bytes reversed: for a number whose lower half is -1, ctypes
+# would clear the exception that is set.
+_FREE = ctypes.PYFUNCTYPE(c_size_t, c_size_t, c_size_t, c_size_t.__ctype_be__)
 
 
 class PyDataMemAllocator(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("ctx", "malloc", "calloc", "realloc", "free")]
+    _fields_ = [
+        ("ctx", c_size_t), ("malloc", _TWO), ("calloc", _THREE), ("realloc", _THREE), ("free", _FREE),
+    ]  # fmt: skip
 
 
 class PyDataMem_Handler(ctypes.Structure):
     _fields_ = [("name", c_char * 127), ("version", c_uint8), ("allocator", PyDataMemAllocator)]
 
 
-_handler: MemHandler | None = None  # of this process, once there is one
+# Under `edm run` the program registers its exit functions after this, and they are called before.
+_at_exit = contextlib.ExitStack()
+atexit.register(_at_exit.close)
 
 
 @contextlib.contextmanager
@@ -82,29 +86,23 @@ def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
 
     Raises ImportError if there is no NumPy, or one that is older than 1.22.
     """
-    global _handler
-    if _handler is None:
-        _handler = MemHandler(space)
-        if space.user_mode_only:
-            _read_through_ordinary_memory()
-    before, _handler.threshold = _handler.threshold, threshold
+    handler = _handler_of(space)
+    before, handler.threshold = handler.threshold, threshold
     try:
         yield
     finally:
-        _handler.threshold = before
+        handler.threshold = before
 
 
-def _read_through_ordinary_memory() -> None:
+def _read_through_ordinary_memory(handler: MemHandler) -> None:
     """Replace numpy.fromfile, which np.load calls: where system calls fail on a page that is not
     here, it would take that for the end of the file, and say nothing."""
     import numpy
 
     fromfile = numpy.fromfile
 
-    @functools.wraps(fromfile)
-    def in_parts(
-        file: Any, dtype: Any = float, count: int = -1, sep: str = "", offset: int = 0, **like: Any
-    ) -> Any:
+    @wraps(fromfile)
+    def in_parts(file, dtype=float, count=-1, sep="", offset=0, **like):
         dtype = numpy.dtype(dtype)
         if sep or not dtype.itemsize:
             return fromfile(file, dtype, count, sep, offset, **like)
@@ -113,7 +111,7 @@ def _read_through_ordinary_memory() -> None:
             if count < 0:
                 count = (os.fstat(opened.fileno()).st_size - opened.tell()) // dtype.itemsize
             array, at = numpy.empty(count, dtype), 0
-            step = max(1, min(_handler.threshold - 1, UNCACHED) // dtype.itemsize)
+            step = max(1, min(handler.threshold - 1, READ) // dtype.itemsize)
             while len(part := fromfile(opened, dtype, min(step, count - at))):
                 array[at : at + len(part)] = part
                 at += len(part)
@@ -123,94 +121,92 @@ def _read_through_ordinary_memory() -> None:
 
 
 class MemHandler:
-    def __init__(self, space: Space) -> None:
-        self.threshold = sys.maxsize  # bytes
-        self._space = space
-        self._spare: deque[tuple[int, int]] = deque()  # (length, address) of areas to be used again
-        paths = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
-        self._libraries = (*paths, *site.getsitepackages(), "<frozen", __file__)
-        self._usable_size = _SIZE(("malloc_usable_size", ctypes.CDLL(None)))
-        allocator = _default_handler().allocator
-        self._malloc, self._calloc = _MALLOC(allocator.malloc), _CALLOC(allocator.calloc)
-        self._free = _FREE(allocator.free)
-        self._start, self._end = space.start_addr, space.end_addr
-        guard = Guard()
-        # Kept here, as NumPy does not know that these are Python objects.
-        self._callbacks = {
-            "malloc": _MALLOC(guard.callback(self._malloc_any)),
-            "calloc": _CALLOC(guard.callback(self._calloc_any)),
-            "realloc": _REALLOC(guard.callback(self.realloc, self._realloc_again)),
-            "free": _FREE(guard.callback(self._free_any, self._free_again)),
-        }
-        for name, callback in self._callbacks.items():
-            setattr(allocator, name, ctypes.cast(callback, c_void_p).value)
-        os.register_at_fork(after_in_child=self._spare.clear)
-        atexit.register(self._let_go, allocator)
+    """What NumPy calls: malloc, calloc, realloc and free. NumPy's own ones have a _ before the name.
 
-    @staticmethod
-    def _let_go(allocator: PyDataMemAllocator) -> None:
-        """When the interpreter takes itself apart, no callback works any more. What is freed then is
-        left to the kernel: abs(3) is a function that does nothing."""
-        allocator.free = ctypes.cast(ctypes.CDLL(None).abs, c_void_p).value
+    `done` is for work that may not be done twice: see _callback.
+    """
+
+    def __init__(self, space: Space) -> None:
+        # In a context where nobody has set another handler.
+        capsule = contextvars.Context().run(_numpy_api(GET_HANDLER))
+        handler = PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
+        numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
+        self._malloc, self._calloc = numpys.malloc, numpys.calloc
+        self._realloc, self._free = numpys.realloc, numpys.free
+        self.threshold = sys.maxsize  # bytes
+        self._space, self._start, self._end = space, space.start_addr, space.end_addr
+        self._spare: deque[tuple[int, int]] = deque()  # (length, address) of areas to be used again
+        self._libraries = os.path.dirname(sys.modules["numpy"].__path__[0]), __file__
+        handler.allocator = self._callbacks = PyDataMemAllocator(
+            0,
+            _TWO(_callback(self.malloc, numpys)),
+            _THREE(_callback(self.calloc, numpys)),
+            _THREE(_callback(self.realloc, numpys)),
+            _FREE(_callback(self.free, numpys, raising=True)),
+        )
+        os.register_at_fork(after_in_child=self._spare.clear)
+        # When the interpreter takes itself apart, no callback works any more. Arrays are made in
+        # NumPy's own memory then, and what is freed is left to the kernel: abs(ctx) is 0, or NULL.
+        at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_abs), _FREE(_abs))
+        _at_exit.callback(setattr, handler, "allocator", at_end)
+        if space.user_mode_only:
+            _read_through_ordinary_memory(self)
 
     # Every array of this process comes by these: no attribute more than it takes.
 
-    def _malloc_any(self, done: list, ctx: int | None, size: int) -> int | None:
-        return self._malloc(ctx, size) if size < self.threshold else self.malloc(ctx, size)
-
-    def _calloc_any(self, done: list, ctx: int | None, count: int, size: int) -> int | None:
-        if count * size < self.threshold:
-            return self._calloc(ctx, count, size)
-        return self.calloc(ctx, count * size)
-
-    def _free_any(self, done: list, ctx: int | None, address: int | None, size: int) -> None:
-        done.append(address)
-        if address and self._start <= address < self._end:
-            self.free(address)
-        else:
-            self._free(ctx, address, size)
-
-    # ------------------------------------------------------------ what NumPy calls
-
-    def malloc(self, ctx: int | None, size: int) -> int | None:
+    def malloc(self, done: list[int], ctx: int, size: int) -> int:
         """An area that is spare, if there is one of this size; its bytes are anything."""
+        if size < self.threshold:
+            return self._malloc(ctx, size)
         for spare in list(self._spare):
             if spare[0] == whole_pages(size):
                 with contextlib.suppress(ValueError):  # another thread has just taken it
                     self._spare.remove(spare)
                     return spare[1]
-        return self.calloc(ctx, size)
+        return self.calloc(done, ctx, 1, size)
 
-    def calloc(self, ctx: int | None, size: int) -> int | None:
+    def calloc(self, done: list[int], ctx: int, count: int, size: int) -> int:
+        if count * size < self.threshold:
+            return self._calloc(ctx, count, size)
         try:
             # When the space can't be asked now, NumPy's own memory has to do.
-            return self._space.allocate(size, self._made_in()) or self._calloc(ctx, 1, size)
+            area = self._space.allocate(count * size, self._made_in())
+            return area or self._calloc(ctx, count, size)
         except (MemoryError, OSError):
-            return None  # NumPy raises MemoryError
+            return 0  # NumPy raises MemoryError
 
-    def realloc(self, done: list[int], ctx: int | None, old: int | None, size: int) -> int | None:
-        """done: gets the new address, as soon as the bytes are there."""
-        if old and self._start <= old < self._end:
-            before = self._space.allocated(old)
-            if before // 2 < size <= before:
-                return old
-        else:
-            before = self._usable_size(old) if old else 0
-        new = self._malloc_any(done, ctx, size)
+    def realloc(self, done: list[int], ctx: int, old: int, size: int) -> int:
+        inside = self._start <= old < self._end
+        if not inside and size < self.threshold:
+            done += map(self._realloc, [ctx], [old], [size])
+            return done[0]
+        before = self._space.allocated(old) if inside else _usable_size(old)
+        if inside and before // 2 < size <= before:
+            return old
+        new = self.malloc(done, ctx, size)
         if new and old:
             ctypes.memmove(new, old, min(before, size))
-            done.append(new)
-            self._free_any([], ctx, old, UNCACHED)
+            done += [new]
+            self.free([], ctx, old, before)
         return new
 
-    def free(self, address: int) -> None:
-        """Keep the area for the next array of its size, if it is small; pages that are here already
-        are what makes a program's temporary arrays fast."""
-        if self._space.is_forked:
-            return
-        length = self._space.allocated(address)
-        most = self._space.resident_limit // SPARE
-        if length > most:
+    def free(self, done: list[int], ctx: int, address: int, size: int) -> int:
+        done += [0]  # if this is interrupted, an area is lost, rather than given to two
+        if self._start <= address < self._end:
+            self._free_area(address)
+        else:
+            self._free(ctx, address, size)
+        return 0
+
+    # ------------------------------------------------------------ areas
+
+    def _free_area(self, address: int) -> None:
+        """Keep the area for the next array of its size, if it is small: its pages are here already.
+
+        With a limit of 256 MiB, arithmetic on arrays of 1 to 8 MiB is three to five times as fast so.
+        """
+        length, most = self._space.allocated(address), self._space.resident_limit // SPARE
+        if length > most or self._space.is_forked:
             self._space.release(address)
             return
         self._spare.append((length, address))
@@ -218,168 +214,149 @@ class MemHandler:
             with contextlib.suppress(IndexError):  # another thread has just taken it
                 self._space.release(self._spare.popleft()[1])
 
-    # The second try of what was interrupted: see Guard.
-
-    def _realloc_again(self, done: list, ctx: int | None, old: int | None, size: int) -> int | None:
-        return done[0] if done else self.realloc(done, ctx, old, size)
-
-    def _free_again(self, done: list, ctx: int | None, address: int, size: int) -> None:
-        # If in doubt it is lost, rather than given to two.
-        if not done:
-            self._free_any(done, ctx, address, size)
-
     def _made_in(self) -> str:
-        """file:line of the program, as far as it is known: the innermost one of no library."""
+        """file:line of the program: the innermost one that is not installed beside NumPy."""
         frame: Any = sys._getframe(1)
         while frame and frame.f_code.co_filename.startswith(self._libraries):
             frame = frame.f_back
         return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
 
 
-class Guard:
-    """Callbacks that leave exceptions as they were, and that no exception keeps from returning.
+_handler_of = cache(MemHandler)  # for each space
 
-    C code frees arrays while an exception is on its way, and that must stay set. A ctypes callback
-    can't do that: it may not return with an exception set. And Python runs signal handlers in the
-    midst of a callback; what they raise there is printed and forgotten, and C code is handed a
-    pointer that is anything. So what a callback is kept from raising is raised after it:
 
-    What it returns loses its last reference when it has returned. This is then an int that has an
-    array, and the array has a memory handler of its own, whose free(ctx, data, size) is a function
-    of C's API: PyErr_SetObject(type, value), to leave an exception set; or
-    PyThreadState_SetAsyncExc(thread, type), to raise one as soon as Python code runs again.
+# ---------------------------------------------------------------- callbacks and exceptions
+
+
+def _callback(
+    work: Callable[..., int], numpys: PyDataMemAllocator, raising: bool = False
+) -> Callable[..., int]:
+    """For ctypes to call: it calls work(done, ...), and leaves exceptions to the program.
+
+    A ctypes callback can't raise. What it raises is printed and forgotten, and C code is handed a
+    pointer that is anything. But C code frees arrays while an exception is set, and that must stay
+    set (`raising`: it may be so). And Python runs signal handlers in the midst of a callback, and
+    what they raise the program must get. So an exception that is set is fetched before any Python
+    code runs, and one that comes meanwhile is caught. The work is done all the same. Both are raised
+    after the callback, when ctypes lets go of what the callback has returned: an int that has an
+    array, whose memory handler is one of its own with PyObject_CallNoArgs for free(ctx, ...).
+
+        NumPy: free(ctx, address, size)
+          │
+          ▼                                errcheck
+        ctypes: PyErr_Fetch, if raising ──────────► guarded: work(done, ctx, address, size)
+                                                      │ if an exception was set, or came
+                                                      ▼
+                takes the result ◄─────────────────  finish: an _Answer, with an _array
+                lets go of the _Answer, so the array is freed: PyObject_CallNoArgs calls
+                  PyThreadState_SetAsyncExc: what came is raised where Python code runs next
+                  PyErr_Restore: what was set is set again
+          ┌───────┘
+          ▼
+        NumPy goes on
+
+    Signal handlers run after calls and jumps, and at the beginning of a function, but not after
+    operators. So what must not be interrupted is written with operators: `done += map(function, ..)`
+    calls a C function and notes its result, `calls += later` is the last that happens before the
+    return, and finish[...] is a call. Work that was interrupted is done again, unless its result is
+    in `done`.
     """
+    fetched = (c_size_t * 3)()  # type, value and traceback
 
-    def __init__(self) -> None:
-        self._set_handler = ctypes.PYFUNCTYPE(py_object, py_object)(_numpy_api(SET_HANDLER))
-        self._malloc = _MALLOC(_second)
-        self._handlers: dict[tuple[str, int], tuple[PyDataMem_Handler, object]] = {}
+    @_begins_in_its_try
+    def guarded(*arguments: Any) -> int:
+        try:
+            was_set, done = fetched[:], []
+            if raising:
+                arguments = arguments[2][3:]  # an errcheck's; PyErr_Fetch has got three more
+            if not was_set[0]:
+                return work(done, *arguments)
+        except BaseException as error:  # noqa: BLE001 - whichever it is, it has to go on
+            return finish[arguments, done, was_set, error, TRIES]
+        return finish[arguments, done, was_set, None, TRIES]
 
-    def callback(
-        self, work: Callable[..., int | None], again: Callable[..., int | None] | None = None
-    ) -> Callable[..., int | None]:
-        """The same function, guarded. again: what is called instead of it after an interruption.
-
-        Both get the same list first, empty in the beginning, to note what is done.
-        """
-        pending, again = _Pending(), again or work
-
-        @_not_interrupted_at_first
-        def guarded(*args: int | None) -> int | None:
+    class Finish:
+        @_begins_in_its_try
+        def __getitem__(self, state: tuple) -> int:
             try:
-                none_set, done = False, []
-                pending.exception  # noqa: B018 - raises it
-                none_set = True
-                return work(done, *args)
-            except BaseException as error:  # noqa: BLE001 - whichever it is, it has to go on
-                return finish((error,), none_set, again if none_set else work, (done, *args))
-
-        @_not_interrupted_at_first
-        def finish(
-            errors: tuple[BaseException, ...], none_set: bool, call: Callable, args: tuple
-        ) -> int:
-            try:
-                answer = _Answer((call(*args) if len(errors) < TRIES else None) or 0)
-                first, *others = errors
-                first.__traceback__ = _without_ours(first.__traceback__)
-                answer.after = [self._raise_later(first) if none_set else self._set(first)]
-                answer.after += map(self._raise_later, others)
+                arguments, done, was_set, came, tries = state
+                answer = _Answer(done[0] if done else work(done, *arguments) if tries > 0 else 0)
+                calls, later = [], []
+                if came is not None:
+                    kind = type(came)  # a class is wanted, and called
+                    kind = type(kind.__name__, (kind,), {"__new__": lambda *_: came})
+                    later.append(partial(_raise_soon, get_ident(), kind))
+                if was_set[0]:
+                    later.append(partial(_restore, *was_set))
+                answer.after = _array(calls, numpys)
+                calls += later
                 return answer
-            except BaseException as error:  # noqa: BLE001 - another signal handler's
-                return finish((*errors, error), none_set, again, args)
+            except BaseException as error:  # noqa: BLE001
+                return self[arguments, done, was_set, error, tries - 1]
 
+    finish = Finish()
+    if not raising:
         return guarded
-
-    def _set(self, error: BaseException) -> object:
-        """Leave this exception set when the object that this returns is gone."""
-        return self._array("PyErr_SetObject", id(type(error)), error)
-
-    def _raise_later(self, error: BaseException) -> object:
-        """Raise it in this thread some time after the object that this returns is gone."""
-        # PyThreadState_SetAsyncExc wants a class, and calls it.
-        kind = type(error).__name__, (type(error),), {"__new__": lambda cls, *_: error}
-        return self._array("PyThreadState_SetAsyncExc", threading.get_ident(), type(*kind))
-
-    def _array(self, function: str, first: int, second: object) -> object:
-        """When the array that this returns is gone, that function will have got these arguments."""
-        import numpy
-
-        if (function, first) not in self._handlers:
-            allocator = PyDataMemAllocator(
-                ctx=first,
-                malloc=ctypes.cast(self._malloc, c_void_p).value,
-                free=ctypes.cast(getattr(ctypes.pythonapi, function), c_void_p).value,
-            )
-            handler = PyDataMem_Handler(b"after a callback", 1, allocator)
-            capsule = _new_capsule(ctypes.addressof(handler), HANDLER_NAME, None)
-            self._handlers[function, first] = handler, capsule
-        capsule = self._handlers[function, first][1]
-
-        def make() -> object:
-            self._set_handler(capsule)
-            # malloc's size becomes the address of the data, which nobody touches. The dtype's
-            # metadata keep the second argument until the function has taken it.
-            return numpy.empty(id(second), numpy.dtype(numpy.uint8, metadata={"second": second}))
-
-        return contextvars.Context().run(make)  # so that nothing else ever gets this handler
+    fetch = _function("PyErr_Fetch", None)
+    fetch.errcheck = guarded
+    return partial(fetch, *(ctypes.byref(fetched, n * sizeof(c_size_t)) for n in range(3)))
 
 
-def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """A traceback without its first frames, as far as they are of this file."""
-    while trace and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    return trace
+def _begins_in_its_try(function: Any) -> Any:
+    """Have no signal handler run before the first statement, a try: with 3, RESUME does not look."""
+    code = bytearray(function.__code__.co_code)
+    if "RESUME" in dis.opmap:  # Python 3.10 does not look before a try
+        code[2 * code[::2].index(dis.opmap["RESUME"]) + 1] = 3
+    function.__code__ = function.__code__.replace(co_code=bytes(code))
+    return function
 
 
 class _Answer(int):
     """What a callback returns, and in the attribute `after` what is done by letting go of it."""
 
 
-class _Pending(ctypes.c_int):
-    # To read it raises the exception that C code has set, if there is one: see ctypes.PyDLL, any
-    # function will do. A call would do that as well, but after a call signal handlers are run.
-    exception = property(ctypes.PYFUNCTYPE(ctypes.c_int)(("Py_IsInitialized", ctypes.pythonapi)))
+def _array(calls: list[Callable[[], object]], numpys: PyDataMemAllocator) -> object:
+    """When the array that this returns is freed, the calls will have been made, by C code."""
+    import numpy
+
+    call = partial(list, map(partial.__call__, calls))
+    allocator = PyDataMemAllocator(id(call), numpys.malloc, free=_call_ctx)
+    handler = PyDataMem_Handler(b"after a callback", 1, allocator)
+    capsule = _new_capsule(ctypes.addressof(handler), HANDLER_NAME, None)
+    dtype = numpy.dtype(numpy.uint8, metadata={"kept": (handler, call)})
+    # By C code too, and in a context of its own: nothing else ever gets this handler.
+    set_handler = partial(_numpy_api(SET_HANDLER, py_object), capsule)
+    steps = map(partial.__call__, [set_handler, partial(numpy.empty, 1, dtype)])
+    _, array = contextvars.Context().run(list, steps)
+    calls += [partial(numpys.free, 0, array.ctypes.data, 1)]
+    return array
 
 
-def _not_interrupted_at_first(function: types.FunctionType) -> types.FunctionType:
-    """Have no signal handlers run before the first statement, a try: with 3, RESUME does not look."""
-    code = bytearray(function.__code__.co_code)
-    if "RESUME" in dis.opmap:  # Python 3.10 does not look before a try
-        at = code[::2].index(dis.opmap["RESUME"])
-        code[2 * at + 1] = 3
-    function.__code__ = function.__code__.replace(co_code=bytes(code))
-    return function
+# ---------------------------------------------------------------- C functions
 
 
-@_not_interrupted_at_first
-def _second(first: int, second: int) -> int:
-    try:
-        return second
-    finally:  # for the sake of the try
-        pass
-
-
-def _default_handler() -> PyDataMem_Handler:
-    # In a context where nobody has set another one.
-    get_handler = ctypes.PYFUNCTYPE(py_object)(_numpy_api(GET_HANDLER))
-    capsule = contextvars.Context().run(get_handler)
-    return PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
-
-
-def _numpy_api(index: int) -> int:
-    """The address of a function of NumPy's C API."""
+@cache
+def _numpy_api(index: int, *arguments: type) -> Callable[..., Any]:
+    """A function of NumPy's C API that returns an object."""
     import numpy
 
     core = getattr(numpy, "_core", None) or numpy.core
     if tuple(map(int, numpy.__version__.split(".")[:2])) < (1, 22):
         raise ImportError(f"NumPy {numpy.__version__} has no data memory handlers; 1.22 has")
     table = _pointer(core._multiarray_umath._ARRAY_API, None)
-    return (c_void_p * (index + 1)).from_address(table)[index]
+    address = (c_void_p * (index + 1)).from_address(table)[index]
+    return ctypes.PYFUNCTYPE(py_object, *arguments)(address)
 
 
-_pointer = ctypes.PYFUNCTYPE(c_void_p, py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-_new_capsule = ctypes.PYFUNCTYPE(py_object, c_void_p, ctypes.c_char_p, c_void_p)(
-    ("PyCapsule_New", ctypes.pythonapi)
-)
+def _function(name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
+    """A function of Python's C API, or of the C library."""
+    return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
+
+
+_pointer = _function("PyCapsule_GetPointer", c_void_p, py_object, c_char_p)
+_new_capsule = _function("PyCapsule_New", py_object, c_void_p, c_char_p, c_void_p)
+_raise_soon = _function("PyThreadState_SetAsyncExc", c_int, c_ulong, py_object)
+_restore = _function("PyErr_Restore", None, c_void_p, c_void_p, c_void_p)
+_usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
+_call_ctx = _FREE(("PyObject_CallNoArgs", ctypes.pythonapi))
+_abs = "abs", ctypes.pythonapi

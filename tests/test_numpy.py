@@ -24,6 +24,11 @@ def test_arrays_live_in_the_space_cost_nothing_untouched_and_give_everything_bac
     assert (ended.returncode, ended.stdout) == (0, "numpy SUCCESS\n")
 
 
+def test_arrays_that_are_made_and_freed_while_the_interpreter_ends_are_as_in_plain_python(run):
+    ended = run(*EDM_RUN, PROGRAMS / "numpy_ends.py")
+    assert (ended.returncode, ended.stdout) == (0, plain(PROGRAMS / "numpy_ends.py"))
+
+
 def test_who_only_asks_whether_there_is_a_numpy_does_not_turn_edm_off(run):
     code = """
 import importlib.util, edm

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 
 import numpy as np
 
@@ -128,16 +129,55 @@ else:
     sys.exit("numpy: more than the space was had")
 
 
-def fail(array):
+def fail_at_an_index(array):
     return array[10**9]
 
 
 for _ in range(50):  # arrays are freed while an exception is on its way
     try:
-        fail(np.ones(MIB))
+        fail_at_an_index(np.ones(MIB))
     except IndexError:
         continue
     sys.exit("numpy: an exception was lost")
+
+
+def fail(array=None):
+    try:
+        {}["the context"]
+    except KeyError:
+        raise IndexError("an exception on its way")
+
+
+def freed_while_it_is_on_its_way(size):
+    try:
+        {}["a context that is no longer the innermost"]
+    except KeyError:
+        return np.empty(size, np.uint8)[:1] + fail()  # the left operand is freed
+
+
+def check_exceptions(size):
+    for _ in range(20):
+        try:
+            freed_while_it_is_on_its_way(size)
+        except IndexError as error:
+            lines = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+            here = ["check_exceptions", "freed_while_it_is_on_its_way", "fail"]
+            check(f"the traceback is {lines}", lines == here)
+            check(f"its context is {error.__context__!r}", "the context" in f"{error.__context__}")
+            continue
+        sys.exit("numpy: an exception was lost")
+
+
+def trace(frame, event, argument):
+    return trace
+
+
+for size in (10, 2 * MIB, (1 << 32) - 1):
+    check_exceptions(size)
+    for watch in (sys.settrace, sys.setprofile):  # as debuggers and profilers do
+        watch(trace)
+        check_exceptions(size)
+        watch(None)
 
 
 class Alarm(Exception):
@@ -167,6 +207,33 @@ while caught < 300:  # most of them while an area is mapped or unmapped
             np.empty(2 * MIB, np.uint8)
     except Alarm:
         caught += 1
+
+
+def alarm_counted(number, frame):
+    alarms.append(number)
+    raise Alarm(len(alarms))
+
+
+def until_an_alarm_comes():
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            np.ones(10) + fail()
+        except IndexError:
+            grown = np.arange(10)
+            grown.resize(1000, refcheck=False)
+            check("an alarm loses bytes", grown[9] == 9)
+
+
+alarms = []
+signal.signal(signal.SIGALRM, alarm_counted)
+for count in range(1, 1001):  # while other exceptions are on their way, and are caught
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + count % 50 * 1e-5)
+        until_an_alarm_comes()
+        sys.exit(f"numpy: {len(alarms)} alarms, and {count - 1} of them seen")
+    except Alarm as error:
+        check("another alarm was seen", error.args == (count,) == (len(alarms),))
 check("after the alarms", np.array_equal(np.arange(MIB) - np.arange(MIB), np.zeros(MIB)))
 
 # ---------------------------------------------------------------- forked, and in threads
