@@ -1,4 +1,70 @@
-"""What the README promises of each failure, by causing it."""
+"""What the README promises of each failure, by causing it.
+
+Which tests cause the failure that a row of its table names; some are in other files
+of this folder:
+
+nothing: threads, eviction, readahead, munmap, sync all at once
+    test_four_threads_lose_no_update_and_nothing_of_edms_grows
+    test_no_update_is_lost_while_pages_leave
+    test_faults_that_need_room_do_not_wait_for_a_sync_to_end
+    test_any_sequence_of_operations_gives_what_a_plain_bytearray_gives
+the disk is full, or a write fails (ENOSPC, EIO, short writes)
+    test_while_writing_fails_nothing_is_lost_and_then_the_application_goes_on
+    test_when_the_disk_is_full_nothing_is_lost_and_the_application_goes_on_when_there_is_room
+    test_refusals_after_a_long_silence_do_not_end_the_job_at_once
+    test_an_area_can_be_unmapped_while_the_disk_refuses_everything
+    test_when_the_disk_is_full_and_the_application_can_go_no_further_the_job_ends_and_says_why
+    test_on_a_full_file_system_what_no_sync_needs_makes_room_for_what_is_new
+a page can't be read back: an I/O error, or a checksum of a kept disk is wrong
+    test_a_page_that_can_not_be_read_is_a_sigbus_too
+    test_without_poison_a_page_that_can_not_be_brought_back_ends_the_job
+    test_a_flipped_byte_in_a_kept_disk_is_a_sigbus_and_the_other_pages_are_whole
+    test_a_flipped_bit_in_the_table_of_a_kept_disk_is_a_sigbus_for_the_next_job
+    test_whatever_bit_of_a_pages_block_in_the_table_is_flipped_no_other_bytes_are_read
+    test_a_page_that_the_file_system_can_not_read_is_told_and_its_neighbours_are_read
+the application raises, exits, is killed, or replaces itself
+    test_what_an_application_wrote_is_on_a_kept_disk_however_it_ended
+    test_pager_and_lpet_end_within_a_second_of_the_application
+    test_the_job_ends_with_the_applications_status
+    test_a_killed_application_ends_the_job_within_five_seconds_and_leaves_no_process
+the pager dies
+    test_when_the_pager_is_killed_the_kernel_kills_the_application
+    test_when_the_pager_is_killed_while_threads_sleep_in_faults_the_application_is_killed
+    test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs
+    test_a_job_is_not_ended_before_the_launcher_has_read_why
+LPET's process dies
+    test_when_lpet_is_killed_the_job_ends_and_says_so
+    test_when_lpet_is_killed_in_the_midst_of_a_change_of_the_lspt_nothing_hangs
+    test_when_lpet_fails_a_kept_disk_stays_as_the_last_sync_has_left_it
+the DMS dies
+    test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs
+    test_when_the_dms_dies_and_the_launcher_does_nothing_the_instance_ends_the_job
+SIGTERM or Ctrl-C
+    test_after_a_signal_what_was_never_synced_is_on_the_disk_too
+    test_after_a_signal_on_one_machine_what_was_never_synced_is_on_the_disk_too
+    test_a_signal_writes_everything_back_and_the_next_job_goes_on
+    test_sigterm_to_the_launcher_writes_everything_back_too
+kill -9 of everything, at any moment
+    test_killed_at_any_moment_the_disk_has_what_the_last_sync_had
+    test_a_crash_goes_back_to_the_last_sync_whatever_was_written_since
+    test_whatever_fails_and_whenever_it_ends_the_disk_keeps_its_promise
+a disk file is in use by another job, of another geometry or version, damaged, or no disk of EDM's
+    test_a_disk_in_use_and_other_mistakes_get_one_line
+    test_a_disk_in_use_is_refused
+    test_a_kept_disk_of_another_version_of_the_format_is_refused_with_one_line
+    test_a_kept_disk_that_is_damaged_or_of_another_job_is_told
+    test_a_disk_that_was_not_kept_is_refused_for_keeping_and_else_begins_anew
+    test_a_file_that_is_no_disk_is_refused_and_left_as_it_is
+    test_whatever_bit_of_a_header_is_flipped_the_other_copy_is_taken_and_nothing_is_lost
+messages that are malformed
+    test_malformed_messages_are_refused_and_the_dms_goes_on_serving
+    test_a_message_that_no_memory_can_take_is_dropped_and_told
+another user is curious
+    test_another_user_can_open_neither_the_disk_nor_the_memory_of_a_job
+    test_the_disk_is_for_its_owner_and_edm_makes_no_socket_with_a_name_or_a_port
+a sync
+    test_sync_returns_how_many_pages_it_sent_and_evicts_none
+"""
 
 import contextlib
 import json
@@ -35,6 +101,12 @@ pytestmark = needs_userfaultfd
 @pytest.fixture
 def long(request):
     return request.config.getoption("--long")
+
+
+def test_every_test_that_is_named_above_exists():
+    files = Path(__file__).parent.glob("test_*.py")
+    there = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert set(re.findall(r"\btest_\w+", __doc__)) <= there
 
 
 # ---------------------------------------------------------------- the disk
