@@ -59,6 +59,11 @@ class Workload:
         self._lib.pattern.argtypes = arguments
         self._lib.floor_open.argtypes, self._lib.floor_open.restype = (u64, integer), pointer
         self._lib.floor_forget.argtypes = (u64,)
+        self._lib.floor_faults.restype = u64
+
+    def floor_faults(self) -> int:
+        """How many faults the floor has resolved so far."""
+        return self._lib.floor_faults()
 
     def open_floor(self) -> int:
         """The address of memory whose faults a thread in C answers."""
@@ -72,8 +77,14 @@ class Workload:
         sequential = pattern in ("seq write", "seq read")
         self._lib.floor_forget(0 if sequential else self._load.size // self._load.resident)
 
-    def measure(self, base: int, before: Callable[[str], object] = lambda pattern: None) -> dict:
-        """Run every pattern on the memory at base, and before(pattern) before each."""
+    def measure(
+        self,
+        base: int,
+        before: Callable[[str], object] = lambda pattern: None,
+        faults: Callable[[], int] = lambda: 0,
+    ) -> dict:
+        """Run every pattern on the memory at base, and before(pattern) before each. faults: how many
+        pages have come so far because one was missing, where the system tells."""
         load, threads = self._load, 4 if "4 threads" in self._system else 1
         versions = (ctypes.c_uint32 * load.pages)()
         most = {
@@ -87,7 +98,7 @@ class Workload:
             whole = pattern == "seq write" and "floor" not in self._system
             limit = 10**12 if whole else int(load.limit * 1e9)
             before(pattern)
-            r = Result()
+            r, faults_before = Result(), faults()
             busy, stolen = core_seconds()
             self._lib.pattern(number, threads, base, versions, load.pages, most[pattern], limit,
                               ctypes.byref(r))  # fmt: skip
@@ -96,6 +107,7 @@ class Workload:
                 sys.exit(f"{self._system}: {pattern}: {r.wrong} words are wrong")
             found[pattern] = {
                 "us": r.nanoseconds / r.accesses / 1e3,
+                "fault_us": r.nanoseconds / max(1, faults() - faults_before) / 1e3,
                 "seconds": r.nanoseconds / 1e9,
                 "longest_ms": r.longest / 1e6,
                 "stolen_ms": (stolen_then - stolen) * 1e3,
@@ -146,10 +158,14 @@ def run_edm(load: Load, workload: Workload, with_pager: bool) -> None:
     def app(space: edm.Space) -> None:
         area = space.mmap(load.size << 20)
         base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        def faults() -> int:
+            figures = space.figures()
+            return figures["faults_first_access"] + figures["faults_refetch"]
+
         if with_pager:
             figures = space.figures()
             pids = {figures[key] for key in ("pager_pid", "lpet_pid")}
-            found = measure_pager(pids, lambda: workload.measure(base))
+            found = measure_pager(pids, lambda: workload.measure(base, faults=faults))
         else:
             found = {"patterns": workload.measure(base)}
         print(json.dumps(found), flush=True)
@@ -180,7 +196,9 @@ def main(system: str, load: str, library: str, cgroup: str = "") -> None:
     elif cgroup:
         print(json.dumps(run_kernel(todo, workload, system == MAPPED, cgroup)))
     else:
-        print(json.dumps({"patterns": workload.measure(workload.open_floor(), workload.forget)}))
+        base = workload.open_floor()
+        found = workload.measure(base, workload.forget, workload.floor_faults)
+        print(json.dumps({"patterns": found}))
 
 
 if __name__ == "__main__":

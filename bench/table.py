@@ -24,7 +24,8 @@ from bench.system import (
 )
 
 BESIDE = {EDM: SWAP, OVER_MPI: SWAP, EDM_4: SWAP_4}
-# Which row, which pattern, beside which row; at most so many times its time: must, aim.
+# Which row, which pattern, beside which row; at most so many times its time: must, aim. Beside the
+# floor it is the time of a fault: the floor never evicts, so the same accesses meet fewer faults.
 RATIOS = (
     (EDM, "seq write", SWAP, 0.6, 0.45),
     (EDM, "seq read", SWAP, 0.25, 0.15),
@@ -40,11 +41,12 @@ LONGEST = 5  # ms, aim
 
 
 def medians(runs: list[dict]) -> dict:
-    """{"us", "longest_ms", "stolen_ms": of each pattern; "longest": ms; "cores"; "pager"}."""
+    """{"us", "fault_us", "longest_ms", "stolen_ms": of each pattern; "longest": ms; "cores";
+    "pager"}."""
     each = [run["patterns"] for run in runs]
     middle = {
         key: {pattern: median(run[pattern][key] for run in each) for pattern in PATTERNS}
-        for key in ("us", "longest_ms", "stolen_ms")
+        for key in ("us", "fault_us", "longest_ms", "stolen_ms")
     }
     middle["longest"] = median(max(p["longest_ms"] for p in run.values()) for run in each)
     middle["cores"] = median(
@@ -93,8 +95,10 @@ def requirements(middle: dict[str, dict], load: Load, started: float) -> list[st
     found: list[tuple[str, float, float, float | None]] = []
     for system, pattern, other, must, aim in RATIOS:
         if {system, other} <= middle.keys():
-            ratio = middle[system]["us"][pattern] / middle[other]["us"][pattern]
-            found.append((f"{pattern}: {system} / {other}", ratio, must, aim))
+            what = "fault_us" if other == POLL else "us"
+            ratio = middle[system][what][pattern] / middle[other][what][pattern]
+            told_as = f"{pattern}{', a fault' if other == POLL else ''}: {system} / {other}"
+            found.append((told_as, ratio, must, aim))
     if SWAP in middle:
         longest = (middle[EDM]["longest"], middle[SWAP]["longest"], LONGEST)
         found.append(("longest stall, ms (must: swap's)", *longest))

@@ -185,7 +185,7 @@ void pattern(int which, int threads, char *base, uint32_t *version, uint64_t pag
 
 static struct {
 	char *base, *local;
-	uint64_t pages;
+	uint64_t pages, faults;
 	int fd, spin;
 } floor_;
 
@@ -198,6 +198,7 @@ static void *handler(void *unused)
 			poll(&p, 1, -1);
 		if (read(floor_.fd, &m, sizeof m) != sizeof m)
 			continue;
+		floor_.faults++;
 		uint64_t page = (m.arg.pagefault.address - (uintptr_t)floor_.base) / PAGE;
 		struct uffdio_copy c = {
 			.dst = (uintptr_t)floor_.base + page * PAGE,
@@ -234,6 +235,12 @@ char *floor_open(uint64_t pages, int spin)
 	if (ioctl(floor_.fd, UFFDIO_REGISTER, &reg) || pthread_create(&thread, 0, handler, 0))
 		return 0;
 	return floor_.base;
+}
+
+/* How many faults were resolved so far. */
+uint64_t floor_faults(void)
+{
+	return __atomic_load_n(&floor_.faults, __ATOMIC_RELAXED);
 }
 
 /* Between patterns: what was written goes to `local`, and all but one page of `keep` leaves. */
