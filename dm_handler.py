@@ -37,15 +37,13 @@ import mmap
 import os
 import select
 import time
-from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from logging import INFO
 
 from edm import log
 from edm.lspt import (
     AWAY,
-    FETCHED,
     FIRST_ACCESS,
     HERE,
     LOST,
@@ -71,7 +69,7 @@ if TYPE_CHECKING:
 
 LOOK = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
 FIRST_PIECE, PIECE = 16, 64  # pages of a window that are installed at once
-LATENCY_BUCKETS = 64 * 16  # 16 for each power of two of nanoseconds
+LATENCY_BUCKET = 1000  # nanoseconds
 
 
 class Stopped(Exception):
@@ -107,7 +105,7 @@ class DmHandler:
         self._zeros = ctypes.addressof(ctypes.c_char.from_buffer(self._zero_memory))
         self._figures = lspt.figures
         self._waited = 0  # nanoseconds
-        self._latencies = array("Q", bytes(8 * LATENCY_BUCKETS))
+        self._latencies: Counter[int] = Counter()  # how many faults took so many LATENCY_BUCKETs
 
     def figures(self) -> dict[str, object]:
         """The median and the 99th percentile of the faults' latency, in µs; the sum of all, in seconds.
@@ -122,12 +120,15 @@ class DmHandler:
 
     def _latency(self, share: float) -> float:
         """So many µs at most took this share of the faults."""
-        seen = list(itertools.accumulate(self._latencies))
-        return round(_at_most(bisect.bisect_left(seen, share * seen[-1])), 3) if seen[-1] else 0.0
+        at_most, counts = zip(*self.latencies() or [(0.0, 0)], strict=True)
+        seen = list(itertools.accumulate(counts))
+        return at_most[bisect.bisect_left(seen, share * seen[-1])]
 
     def latencies(self) -> list[tuple[float, int]]:
         """(µs at most, how many faults took so long), ascending; without those that none took."""
-        return [(_at_most(at), n) for at, n in enumerate(self._latencies) if n]
+        return [
+            (took * LATENCY_BUCKET / 1000, n) for took, n in sorted(self._latencies.copy().items())
+        ]
 
     # ------------------------------------------------------------ the thread
 
@@ -148,8 +149,7 @@ class DmHandler:
                 if self._resolve(flags, address & -PAGE_SIZE):
                     took = time.monotonic_ns() - began
                     self._waited += took
-                    bits = max(5, took.bit_length())
-                    self._latencies[16 * bits + (took >> bits - 5 & 15)] += 1
+                    self._latencies[took // LATENCY_BUCKET + 1] += 1
 
     def _next_faults(self) -> list[tuple[int, int, int]]:
         """Look for LOOK seconds, offering the core at every look: the next fault is often near. Then
@@ -197,7 +197,7 @@ class DmHandler:
                 self._window(stream, page, state, write)
             else:
                 pages = range(page, page + 1)
-                self._readahead.come(pages)
+                self._readahead.come(page, page + 1)
                 self._bring(pages, self._ask(pages), page, write)
                 self._readahead.single(page)
             return True
@@ -226,7 +226,7 @@ class DmHandler:
         asked = [ahead.pop(piece, None) if state != NEW else None for piece in pieces]
         for unused in ahead.values():
             self._store.drop_get(unused)
-        self._readahead.come(pages if pages.step > 0 else pages[::-1])
+        self._readahead.come(min(pages[0], pages[-1]), max(pages[0], pages[-1]) + 1)
         # What has not come when the application ends is there for Readahead.end.
         for piece, one in zip(pieces, asked, strict=True):
             stream.ahead[piece] = one or self._ask(piece)
@@ -247,6 +247,7 @@ class DmHandler:
         wanted = stream.wanted(stream.next, self._lspt.area(stream.next))
         wanted = self._lspt.alike(wanted, AWAY)
         if len(wanted) > 1:
+            stream.asked(wanted)
             for piece in _pieces(wanted):
                 stream.ahead[piece] = self._store.ask_get(piece)
 
@@ -263,10 +264,11 @@ class DmHandler:
                 else:
                     self._lspt.not_coming(pages[:1])
             else:
-                self._install(pages[:got], source if kind == CONTENT else 0, write)
-            pages = pages[got:]
-            if not pages:
+                came = pages if got == len(pages) else pages[:got]
+                self._install(came, source if kind == CONTENT else 0, write)
+            if got == len(pages):
                 return
+            pages = pages[got:]
             asked = self._ask(pages)
 
     def _install(self, pages: range, source: int, write: bool) -> None:
@@ -279,9 +281,8 @@ class DmHandler:
             self._log.info("copying %s to address : %#x", what, address)
         mark = self._track_clean and not write
         length = (len(pages) if pages.step == 1 else 1) * PAGE_SIZE
-        # Counted first: the application may ask for the figures as soon as it is woken.
-        self._figures[FETCHED] += len(pages)
-        self._figures[RECEIVED] += len(pages) * PAGE_SIZE if source else 0
+        if source:  # counted first: the application may ask as soon as it is woken
+            self._figures[RECEIVED] += len(pages) * PAGE_SIZE
         try:
             for at in range(0, len(pages) * PAGE_SIZE, length):
                 if source or mark:
@@ -324,9 +325,3 @@ def _pieces(pages: range) -> Iterator[range]:
     while part := pages[at : at + count]:
         yield part if part.step > 0 else part[::-1]
         at, count = at + count, PIECE
-
-
-def _at_most(bucket: int) -> float:
-    """The longest latency in a bucket, in µs."""
-    bits, part = divmod(bucket, 16)
-    return (17 + part) * 2.0 ** (bits - 5) / 1000

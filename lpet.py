@@ -268,7 +268,7 @@ class Lpet:
         for age in range(AGE, -1, -1):
             which, made_for = b"", -1
             for page, count in self._clock():
-                generation = self._lspt.figures[l.GENERATION]
+                generation = self._lspt.generation()
                 if generation != made_for:
                     which, made_for = self._lspt.older_than(age), generation
                 if age and self._tracker.name == BitmapTracker.name:
@@ -293,7 +293,7 @@ class Lpet:
         old = [page + at for at, what in enumerate(states) if what == 2]
         idle = self._tracker.idle(runs_of(old))
         used = runs_of([page for page in old if page not in idle])
-        generation = self._lspt.figures[l.GENERATION]
+        generation = self._lspt.generation()
         for run in used:
             self._stays(self._lspt.leaving(*run, which), generation)
         self._mark(used)

@@ -22,8 +22,8 @@ methods of LSPT are the only code that changes one:
 
 Whether a page is clean is not stored: the page table knows.
 
-Generations: one begins with each quarter of high_threshold that has come. HERE has the one in which
-the page came, modulo GENERATIONS.
+Generations: one begins with each quarter of high_threshold that comes. HERE has the one in which the
+page came, modulo GENERATIONS.
 
 Interface: the methods named on the arrows. For waiting, two eventfds: `for_handler` tells the
 DM-Handler that there is room, or that it is to stop; `for_lpet` tells LPET that there are pages to
@@ -80,9 +80,8 @@ FIGURES = (
 )  # fmt: skip
 (
     RESIDENT, PEAK, FIRST_ACCESS, REFETCH, WRITE_PROTECT, OTHER, FETCHED, RECEIVED, EVICTED_DIRTY,
-    EVICTED_CLEAN, MARKED_IDLE, LPET_RUNS, REFUSED, SENT, CAME, GENERATION, ROOM_WANTED, LPET_AWAKE,
-    STOPPED,
-) = range(19)  # fmt: skip
+    EVICTED_CLEAN, MARKED_IDLE, LPET_RUNS, REFUSED, SENT, ROOM_WANTED, LPET_AWAKE, STOPPED,
+) = range(17)  # fmt: skip
 
 
 def runs_of(pages: list[int]) -> list[Run]:
@@ -167,7 +166,7 @@ class LSPT(ByteTable):
         self._wake_at = high_threshold + 1
         if high_threshold > SMALL:
             self._wake_at = (high_threshold + low_threshold) // 2
-        self._quarter = max(1, high_threshold // QUARTERS)
+        self.quarter = max(1, high_threshold // QUARTERS)  # pages
 
     def close(self) -> None:
         super().close()
@@ -185,14 +184,11 @@ class LSPT(ByteTable):
         with self.lock:
             state = self.state[page]
             if state <= AWAY:
-                figures = self.figures
-                resident = figures[RESIDENT]
-                if resident >= self.high:
-                    figures[ROOM_WANTED] = time.monotonic_ns()
+                if self.figures[RESIDENT] >= self.high:
+                    self.figures[ROOM_WANTED] = time.monotonic_ns()
                     return None
                 self.state[page] = COMING
-                figures[RESIDENT] = resident = resident + 1
-                figures[PEAK] = max(figures[PEAK], resident)
+                self._coming(1)
             return state
 
     def expect_more(self, wanted: range, state: int) -> range:
@@ -202,9 +198,14 @@ class LSPT(ByteTable):
             pages = self.alike(wanted[: max(0, self.high - self.figures[RESIDENT])], state)
             if pages:
                 self.set(pages if pages.step > 0 else pages[::-1], COMING)
-                self.figures[RESIDENT] = resident = self.figures[RESIDENT] + len(pages)
-                self.figures[PEAK] = max(self.figures[PEAK], resident)
+                self._coming(len(pages))
             return pages
+
+    def _coming(self, pages: int) -> None:
+        figures = self.figures
+        figures[FETCHED] += pages
+        figures[RESIDENT] = resident = figures[RESIDENT] + pages
+        figures[PEAK] = max(figures[PEAK], resident)
 
     def alike(self, wanted: range, state: int) -> range:
         """As many of these pages, from the first on, as are all NEW or all AWAY, as `state` is."""
@@ -217,15 +218,9 @@ class LSPT(ByteTable):
     def arrived(self, pages: range) -> bool:
         """COMING → HERE: they are installed. Is LPET to be woken?"""
         with self.lock:
-            figures = self.figures
-            generation = figures[GENERATION]
-            self.set(pages, HERE + generation % GENERATIONS)
-            figures[CAME] = came = figures[CAME] + len(pages)
-            if came >= self._quarter:
-                figures[CAME] = came - self._quarter
-                figures[GENERATION] = generation + 1
-            if figures[RESIDENT] >= self._wake_at and not figures[LPET_AWAKE]:
-                figures[LPET_AWAKE] = 1
+            self.set(pages, HERE + self.generation() % GENERATIONS)
+            if self.figures[RESIDENT] >= self._wake_at and not self.figures[LPET_AWAKE]:
+                self.figures[LPET_AWAKE] = 1
                 return True
             return False
 
@@ -233,13 +228,18 @@ class LSPT(ByteTable):
         """COMING → AWAY: they can't be had now, and the store knows what they are. Or → LOST."""
         with self.lock:
             self.set(pages, state)
+            self.figures[FETCHED] -= len(pages)
             self._room(len(pages))
 
     # ------------------------------------------------------------ LEAVING
 
+    def generation(self) -> int:
+        """The present one."""
+        return self.figures[FETCHED] // self.quarter
+
     def older_than(self, age: int) -> bytes:
         """A table for `leaving`: pages that are HERE for at least so many generations may leave."""
-        table, now = bytearray(ANY_HERE), self.figures[GENERATION]
+        table, now = bytearray(ANY_HERE), self.generation()
         for since in range(age):
             table[HERE + (now - since) % GENERATIONS] = 0
         return bytes(table)

@@ -260,14 +260,16 @@ class PageStore:
         can't be read.
         """
         byte, got = self.spt.alike(pages)
+        if got < len(pages):
+            pages = pages[:got]
         if byte & DISK:
             try:
-                self._read(pages[:got], byte, into)
+                self._read(pages, byte, into)
             except OSError:
                 if got == 1:
                     raise
                 return self.get(pages[: got // 2], into)
-        self.spt.set(pages[:got], byte | INSTANCE)
+        self.spt.set(pages, byte | INSTANCE)
         if self._info:
             address = self._start + pages.start * PAGE_SIZE
             self._log.info("get request to send content of page in address: %#x", address)
@@ -285,10 +287,9 @@ class PageStore:
         if byte & UNREADABLE == UNREADABLE:
             raise OSError(errno.EIO, "its entry in the disk's table is damaged")
         place = self._place(pages.start, byte)
-        count = len(pages) if pages.step == 1 else 1  # neighbours are read at once
-        for at in range(0, len(pages), count):
-            wanted = into[at * PAGE_SIZE : (at + count) * PAGE_SIZE]
-            if os.preadv(self.fd, [wanted], place + at * pages.step * PAGE_SIZE) < len(wanted):
+        length = (len(pages) if pages.step == 1 else 1) * PAGE_SIZE  # neighbours are read at once
+        for at in range(0, len(pages) * PAGE_SIZE, length):
+            if os.preadv(self.fd, [into[at : at + length]], place + at * pages.step) < length:
                 raise OSError(errno.EIO, "short read of the disk file")
         for at, page in enumerate(pages if self.kept else ()):
             if _crc(into, at) != self._crcs[page]:

@@ -22,6 +22,7 @@ The idea is the kernel's (mm/readahead.c).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
@@ -42,12 +43,17 @@ class Stream:
         self.window = window  # pages to fetch then
         self.stride = stride  # between them; -1: downward
         self.ahead: dict[range, Any] = {}  # pages → what the store's ask_get gave
+        self.bounds = (0, 0)  # a range that has all pages of ahead
 
     def wanted(self, page: int, area: range) -> range:
         """The pages of this area to fetch when this one faults, in the order of need: this one first."""
         stop = page + self.window * self.stride
         within = min(stop, area.stop) if self.stride > 0 else max(stop, area.start - 1)
         return range(page, within if page in area else page + self.stride, self.stride)
+
+    def asked(self, wanted: range) -> None:
+        """These pages, in the order of need, are being asked for ahead."""
+        self.bounds = min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1]) + 1
 
 
 class Readahead:
@@ -57,24 +63,27 @@ class Readahead:
         self.max_window, self._drop = max_window, drop
         self._streams: list[Stream] = []  # the one used last is the last
         self._near: dict[int, Stream] = {}  # whose fault continues which stream
-        self._recent: dict[int, None] = {}  # pages of single faults, in order
+        self._recent: list[int] = []  # pages of single faults, sorted
         self.stream = self._near.get
 
     def single(self, page: int) -> None:
         """This page has faulted, and has come alone."""
-        if self.max_window < 2 or page in self._recent:
+        if self.max_window < 2:
             return
-        for before in self._recent:
+        recent = self._recent
+        at = bisect_left(recent, page)
+        for before in recent[bisect_left(recent, page - MAX_STRIDE) : at + 1]:
             stride = page - before
-            if stride in (1, -1) or 1 < stride <= MAX_STRIDE and before - stride in self._recent:
-                del self._recent[before]
+            if stride in (1, -1) or stride > 1 and before - stride in recent:
+                recent.remove(before)
                 window = min(FIRST_WINDOW, self.max_window)
                 self._streams.append(Stream(page + stride, window, stride))
                 self._watch()
                 return
-        self._recent[page] = None
-        if len(self._recent) > REMEMBERED:
-            del self._recent[next(iter(self._recent))]
+        if len(recent) == REMEMBERED:
+            recent.clear()
+            at = 0
+        recent.insert(at, page)
 
     def continued(self, stream: Stream, pages: range) -> None:
         """The stream has been continued with these pages, in the order of need."""
@@ -100,10 +109,11 @@ class Readahead:
         while stream.ahead:
             self._drop(stream.ahead.popitem()[1])
 
-    def come(self, pages: range) -> None:
-        """These pages, ascending, come: what was asked for ahead of them is dropped."""
+    def come(self, low: int, high: int) -> None:
+        """Pages of range(low, high) come: what was asked for ahead of them is dropped."""
         for stream in self._streams:
-            if any(max(a.start, pages.start) < min(a.stop, pages.stop) for a in stream.ahead):
+            first, end = stream.bounds
+            if low < end and first < high:
                 self._drop_ahead(stream)
 
     def end(self) -> None:

@@ -488,7 +488,7 @@ def large(make):
     """With more than SMALL pages, so that the clock decides; every page old enough to leave."""
     instance = make(pages=4096, high=2048, low=1900, batch=64)
     instance.come((0, 2000))
-    instance.lspt.figures[l.GENERATION] += 3
+    instance.lspt.figures[l.FETCHED] += 3 * instance.lspt.quarter
     return instance
 
 
@@ -508,7 +508,7 @@ def test_the_clock_goes_round(large):
 
 
 def test_old_pages_leave_before_younger_ones_wherever_the_hand_is(large):
-    now = large.figure(l.GENERATION)
+    now = large.lspt.generation()
     large.lspt.stays(large.lspt.leaving(0, 1900), now)
     large.lspt.stays(large.lspt.leaving(1900, 100), now - AGE)
     large.lspt.low = 1900
@@ -519,7 +519,7 @@ def test_old_pages_leave_before_younger_ones_wherever_the_hand_is(large):
 
 
 def test_neighbours_leave_together_and_younger_pages_between_them_stay(large):
-    now = large.figure(l.GENERATION)
+    now = large.lspt.generation()
     for page in (5, 40):
         large.lspt.stays(large.lspt.leaving(page, 1), now)
     large.lspt.low = 1999 - 64
@@ -534,7 +534,7 @@ def test_pages_that_the_idle_bitmap_says_were_used_are_passed_and_marked(large):
     gone = large.evict_once()
     assert gone == [p for p in range(128) if p not in (3, 4, 100)]
     assert tracker.marked == [3, 4, 100]
-    now = HERE + large.figure(l.GENERATION)
+    now = HERE + large.lspt.generation()
     assert [large.lspt.state[p] for p in (3, 4, 100)] == [now] * 3
     assert large.figure(l.MARKED_IDLE) == 3
     tracker.idle_pages = set()
@@ -563,7 +563,7 @@ def test_pages_that_are_coming_or_in_other_hands_are_no_business_of_lpets(large)
 def test_nothing_leaves_when_it_is_woken_without_need(make, high, here):
     instance = make(pages=4096, high=high, low=50, batch=16)
     instance.come((0, here))
-    instance.lspt.figures[l.GENERATION] += 3
+    instance.lspt.figures[l.FETCHED] += 3 * instance.lspt.quarter
     tracker = instance.lpet._tracker = FakeTracker()
     tracker.idle_pages = set(range(here))
     assert instance.evict_once() == [] and tracker.marked == []

@@ -14,9 +14,8 @@ import pytest
 from edm.lspt import (
     ANY_HERE,
     AWAY,
-    CAME,
     COMING,
-    GENERATION,
+    FETCHED,
     GENERATIONS,
     HERE,
     HERE_RUN,
@@ -139,7 +138,7 @@ def test_pages_that_left_come_together_whenever_that_was_and_without_new_ones(ma
     lspt = make()
     come(lspt, 10, 10)
     evict(lspt, 10, 4)
-    lspt.figures[GENERATION] += 1
+    lspt.figures[FETCHED] += lspt.quarter
     evict(lspt, 14, 2)
     assert expect(lspt, range(8, 40)) == (NEW, range(8, 10))
     assert expect(lspt, range(10, 40)) == (AWAY, range(10, 16))
@@ -174,18 +173,17 @@ def test_arrived_gives_a_page_the_generation_in_which_it_came(make):
     lspt = make(high=40)
     for page in range(15):
         come(lspt, page)
-    assert lspt.state[:15] == bytes((*[HERE] * 10, *[HERE + 1] * 5))
-    assert (lspt.figures[GENERATION], lspt.figures[CAME]) == (1, 5)
-    assert 40 == QUARTERS * 10
+    assert lspt.quarter == 40 // QUARTERS == 10
+    assert lspt.state[:15] == bytes((*[HERE] * 9, *[HERE + 1] * 6)) and lspt.generation() == 1
 
 
 def test_generations_count_on_when_their_numbers_begin_anew(make):
     lspt = make()
-    lspt.figures[GENERATION] = GENERATIONS + 3
+    lspt.figures[FETCHED] = (GENERATIONS + 3) * lspt.quarter
     come(lspt, 0)
     assert lspt.state[0] == HERE + 3
     assert lspt.leaving(0, 100, lspt.older_than(1)) == []
-    lspt.figures[GENERATION] = 2 * GENERATIONS + 2
+    lspt.figures[FETCHED] = (2 * GENERATIONS + 2) * lspt.quarter
     assert lspt.leaving(0, 100, lspt.older_than(GENERATIONS - 1)) == [(0, bytes((HERE + 3,)))]
 
 
@@ -258,9 +256,9 @@ def test_only_pages_of_the_range_leave_and_without_holes_each_run_by_itself(make
 def test_only_pages_old_enough_leave_and_younger_ones_between_them_are_no_holes(make):
     lspt = make()
     for generation, page in enumerate((10, 11, 13, 14)):
-        lspt.figures[GENERATION] = generation
+        lspt.figures[FETCHED] = generation * lspt.quarter
         come(lspt, page)
-    lspt.figures[GENERATION] = 3
+    lspt.figures[FETCHED] = 3 * lspt.quarter
     assert lspt.older_than(0) == ANY_HERE
     assert lspt.leaving(0, 100, lspt.older_than(2)) == [(10, bytes((HERE, HERE + 1)))]
     assert lspt.leaving(0, 100, lspt.older_than(2)) == []
@@ -271,7 +269,7 @@ def test_only_pages_old_enough_leave_and_younger_ones_between_them_are_no_holes(
 def test_ages_are_right_when_the_numbers_of_generations_begin_anew(make):
     lspt = make()
     for generation in (GENERATIONS - 1, GENERATIONS, GENERATIONS + 1):
-        lspt.figures[GENERATION] = generation
+        lspt.figures[FETCHED] = generation * lspt.quarter
         come(lspt, generation - GENERATIONS + 1)
     assert lspt.state[:3] == bytes((HERE + GENERATIONS - 1, HERE, HERE + 1))
     assert [first for first, _ in lspt.leaving(0, 100, lspt.older_than(2))] == [0]
@@ -282,7 +280,7 @@ def test_gone_notes_when_the_pages_left(make):
     lspt = make()
     come(lspt, 10, 2)
     left = lspt.leaving(0, 100)
-    lspt.figures[GENERATION] = GENERATIONS + 5
+    lspt.figures[FETCHED] = (GENERATIONS + 5) * lspt.quarter
     lspt.gone(left)
     assert lspt.state[10:12] == bytes((AWAY,)) * 2
 
@@ -290,7 +288,7 @@ def test_gone_notes_when_the_pages_left(make):
 def test_stays_makes_the_pages_as_they_were_or_as_if_they_had_come_now(make):
     lspt = make()
     for generation in (3, 4):
-        lspt.figures[GENERATION] = generation
+        lspt.figures[FETCHED] = generation * lspt.quarter
         come(lspt, 10 + 2 * generation)
     before = lspt.state[:]
     lspt.stays(lspt.leaving(0, 100))
@@ -375,7 +373,7 @@ def test_away_counts_the_pages_that_only_the_store_has(make):
     lspt = make()
     come(lspt, 10, 6)
     evict(lspt, 10, 2)
-    lspt.figures[GENERATION] = GENERATIONS - 1
+    lspt.figures[FETCHED] = (GENERATIONS - 1) * lspt.quarter
     evict(lspt, 12, 2)
     assert lspt.away() == 4
     lspt.expect(10)

@@ -149,14 +149,16 @@ def test_what_was_asked_for_ahead_is_dropped_when_any_of_its_pages_comes_otherwi
 ):
     one, other = begin(readahead, 100), begin(readahead, 1000)
     one.ahead = {range(110, 112): "some", range(112, 120): "the rest"}
+    one.asked(range(110, 120))
     other.ahead = {range(1010, 1020): "others"}
+    other.asked(range(1019, 1009, -1))
     for pages in range(100, 110), range(120, 1010), range(1020, 1021):
-        readahead.come(pages)
+        readahead.come(pages.start, pages.stop)
     assert dropped == []
-    readahead.come(range(119, 120))
+    readahead.come(119, 120)
     assert sorted(dropped) == ["some", "the rest"] and one.ahead == {}, "they are old all at once"
-    readahead.come(range(119, 120))
-    readahead.come(range(900, 1011))
+    readahead.come(119, 120)
+    readahead.come(900, 1011)
     assert dropped[2:] == ["others"] and other.ahead == {}
     assert readahead._streams == [one, other], "the streams go on"
 
