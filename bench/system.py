@@ -158,6 +158,7 @@ def run_edm(load: Load, workload: Workload, with_pager: bool) -> None:
     def app(space: edm.Space) -> None:
         area = space.mmap(load.size << 20)
         base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+
         def faults() -> int:
             figures = space.figures()
             return figures["faults_first_access"] + figures["faults_refetch"]
