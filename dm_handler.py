@@ -212,7 +212,6 @@ class DmHandler:
     def _wait_for_room(self) -> None:
         if self._info:
             self._log.info("reached high threshold, waking up lpet")
-        self._lspt.wake_lpet()
         self._hear()
 
     # ------------------------------------------------------------ fetching, and reading ahead
@@ -294,8 +293,7 @@ class DmHandler:
             self._uffd.wake(address, length)
             self._lspt.not_coming(pages)
             return
-        if self._lspt.arrived(pages):
-            self._lspt.wake_lpet()
+        self._lspt.arrived(pages)
         if self._came is not None:
             self._came.extend((page, 1) for page in pages)
 

@@ -8,8 +8,8 @@ the LSPT and the store.
 Interface: run() is LPET. store() sends the store what it does not have yet, without evicting it; it
 is called by another thread, on an Lpet of that thread's own. figures are in the LSPT.
 
-It sleeps until the DM-Handler finds that many pages are here (LSPT.arrived, LSPT.expect), and evicts
-until only low_threshold are left.
+It sleeps until the DM-Handler finds that many pages are here (LSPT.expect, LSPT.expect_more), and
+evicts until only low_threshold are left.
 
 One eviction (Lpet._evict) is safe under writers, although nothing is protected before it:
 
@@ -19,7 +19,8 @@ One eviction (Lpet._evict) is safe under writers, although nothing is protected 
                 what the pipe holds is final.
     4. marks    /proc/PID/pagemap: a page whose mark is still set was clean when it left.
     5. put      the pages are read out of the pipe, and the store writes the dirty ones. Clean pages
-                are dropped without writing: the store has their bytes.
+                are dropped without writing: the store has their bytes. Neighbours that are all dirty
+                go from the pipe to the disk file, where there is one, without a copy in between.
     6. gone     LEAVING → AWAY; faults that came meanwhile are woken, and try again.
 
 If the store refuses in step 5, the pages are written back into the memfd, and are HERE again. The
@@ -74,6 +75,8 @@ SETTLE = 100e-6  # seconds between two looks at pages that somebody else has in 
 _SPAN = re.compile(rb"\xff+(?:\0{1,4}\xff+)*")
 _HERE_AS_255 = bytes(255 if state >= l.HERE else 0 for state in range(256))
 _RUN_OF_255 = re.compile(rb"\xff+")
+
+Span = tuple[int, int]  # (begin, end) of pages, counted from the first one of a range
 
 
 def _in_hand(page: int, count: int, left: list[Left]) -> bytes:
@@ -143,10 +146,11 @@ class Lpet:
         if not left:
             return 0
         here = _in_hand(page, count, left)
-        written = self._take_out(page, left, here)  # 2, 3, 4
+        spans, written = self._take_out(page, left, here)  # 2, 3, 4
         gone = [(first, len(before)) for first, before in left]
+        moved = self._moved(page, spans, written)
         try:
-            self._store.put(gone, self._taken(page, written))  # 5
+            self._store.put(gone, [] if moved else self._taken(page, written))  # 5
         except OSError as error:
             self._put_back(page, left, here)
             self._refused(error, here.count(255))
@@ -155,28 +159,35 @@ class Lpet:
         self._wake(left)
         return self._count(page, here, written)
 
-    def _take_out(self, page: int, left: list[Left], here: bytes) -> bytes:
-        """Steps 2 to 4: the pages are in _bytes, and nowhere else. What Pagemap.written says of them."""
+    def _take_out(self, page: int, left: list[Left], here: bytes) -> tuple[list[Span], bytes]:
+        """Steps 2 to 4: the pages are in the pipe, and nowhere else. (In which spans of the range; what
+        Pagemap.written says of them.)"""
         spans = [found.span() for found in _SPAN.finditer(here)]
         self._fill_pipe(page, spans)
         for first, before in left:
             length = len(before) * PAGE_SIZE
             self._memory.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, length)
-        written = self._pagemap.written(page, here)
-        self._empty_pipe(spans)
-        return written
+        return spans, self._pagemap.written(page, here)
 
-    def _fill_pipe(self, first: int, spans: Iterable[tuple[int, int]]) -> None:
-        """spans: of pages, counted from the first one of the range."""
+    def _fill_pipe(self, first: int, spans: Iterable[Span]) -> None:
         for begin, end in spans:
             at, end_at = (first + begin) * PAGE_SIZE, (first + end) * PAGE_SIZE
             while at < end_at:
                 at += os.splice(self._memfd, self._in, end_at - at, offset_src=at)
 
-    def _empty_pipe(self, spans: Iterable[tuple[int, int]]) -> None:
+    def _empty_pipe(self, spans: Iterable[Span]) -> None:
         parts = [self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE] for begin, end in spans]
         if os.readv(self._out, parts) < sum(map(len, parts)):
             raise RuntimeError("readv: the pipe has less than was put into it")
+
+    def _moved(self, first: int, spans: list[Span], written: bytes) -> bool:
+        """Step 5 without a copy, of dirty neighbours: pipe → disk. If not, the bytes are in _bytes."""
+        begin, end = spans[0]
+        if len(spans) > 1 or written.count(255) < end - begin:
+            self._empty_pipe(spans)
+            return False
+        content = self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE]
+        return self._store.take_from(self._out, first + begin, content)
 
     def _taken(self, first: int, which: bytes) -> list[Bytes]:
         """The bytes of those pages of the range whose byte in `which` is 255, in runs."""
@@ -350,7 +361,8 @@ class Lpet:
                 part = min(self._batch, first + count - page)
                 left = self._lspt.leaving(page, part, l.NO_HOLES)
                 here = _in_hand(page, part, left)
-                self._take_out(page, left, here)
+                spans, _ = self._take_out(page, left, here)
+                self._empty_pipe(spans)
                 self._put_back(page, left, here)
 
     def _show_lspt(self) -> None:

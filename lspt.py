@@ -30,11 +30,11 @@ DM-Handler that there is room, or that it is to stop; `for_lpet` tells LPET that
 evict, or that it is to stop. `figures` are counters that any process may read.
 
 Rules:
-    * `lock` protects every change of a state or counter. The methods take it. No system call is made
-      under it, but the writing of an eventfd.
+    * `lock` protects every change of a state or counter but `arrived`. The methods take it. No system
+      call is made under it, but the writing of an eventfd.
     * COMING belongs to the DM-Handler, LEAVING to whoever made it so: nobody else touches the
-      memory or the state of such a page. A fault of a LEAVING page sleeps on: who ends LEAVING wakes
-      the range, and the fault is tried again.
+      memory or the state of such a page. So `arrived` needs no lock. A fault of a LEAVING page sleeps
+      on: who ends LEAVING wakes the range, and the fault is tried again.
     * A LEAVING range may have holes: pages that are not here, and that nobody may bring meanwhile.
     * `areas` belongs to the pager's process; LPET does not need it.
 """
@@ -178,14 +178,14 @@ class LSPT(ByteTable):
     def expect(self, page: int) -> int | None:
         """NEW or AWAY → COMING. Returns the state that the page had, and keeps if it is another one.
 
-        None if there is no room for a page: LPET is to be woken, and for_handler tells when to ask
-        again.
+        None if there is no room for a page: LPET is woken, and for_handler tells when to ask again.
         """
         with self.lock:
             state = self.state[page]
             if state <= AWAY:
                 if self.figures[RESIDENT] >= self.high:
                     self.figures[ROOM_WANTED] = time.monotonic_ns()
+                    os.eventfd_write(self.for_lpet, 1)
                     return None
                 self.state[page] = COMING
                 self._coming(1)
@@ -206,6 +206,9 @@ class LSPT(ByteTable):
         figures[FETCHED] += pages
         figures[RESIDENT] = resident = figures[RESIDENT] + pages
         figures[PEAK] = max(figures[PEAK], resident)
+        if resident >= self._wake_at and not figures[LPET_AWAKE]:
+            figures[LPET_AWAKE] = 1
+            os.eventfd_write(self.for_lpet, 1)
 
     def alike(self, wanted: range, state: int) -> range:
         """As many of these pages, from the first on, as are all NEW or all AWAY, as `state` is."""
@@ -215,14 +218,9 @@ class LSPT(ByteTable):
         states = self.state[low : high + 1][:: wanted.step]
         return wanted[: (_NEW_RUN if state == NEW else _AWAY_RUN).match(states).end()]
 
-    def arrived(self, pages: range) -> bool:
-        """COMING → HERE: they are installed. Is LPET to be woken?"""
-        with self.lock:
-            self.set(pages, HERE + self.generation() % GENERATIONS)
-            if self.figures[RESIDENT] >= self._wake_at and not self.figures[LPET_AWAKE]:
-                self.figures[LPET_AWAKE] = 1
-                return True
-            return False
+    def arrived(self, pages: range) -> None:
+        """COMING → HERE: they are installed."""
+        self.set(pages, HERE + self.generation() % GENERATIONS)
 
     def not_coming(self, pages: range, state: int = AWAY) -> None:
         """COMING → AWAY: they can't be had now, and the store knows what they are. Or → LOST."""
@@ -345,9 +343,6 @@ class LSPT(ByteTable):
         )
 
     # ------------------------------------------------------------ waiting
-
-    def wake_lpet(self) -> None:
-        os.eventfd_write(self.for_lpet, 1)
 
     def room_wanted_since(self) -> float:
         """Since when the DM-Handler waits for room (seconds of the clock); 0.0: it does not."""

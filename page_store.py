@@ -291,9 +291,10 @@ class PageStore:
         for at in range(0, len(pages) * PAGE_SIZE, length):
             if os.preadv(self.fd, [into[at : at + length]], place + at * pages.step) < length:
                 raise OSError(errno.EIO, "short read of the disk file")
-        for at, page in enumerate(pages if self.kept else ()):
-            if _crc(into, at) != self._crcs[page]:
-                raise OSError(errno.EIO, "the checksum is wrong")
+        if self.kept:
+            for at, page in enumerate(pages):
+                if _crc(into, at) != self._crcs[page]:
+                    raise OSError(errno.EIO, "the checksum is wrong")
 
     # ------------------------------------------------------------ pages go
 
@@ -315,6 +316,26 @@ class PageStore:
                     address = self._start + first * PAGE_SIZE + at
                     self._log.info("page in address: %#x written to disk", address)
             self._show()
+
+    def take_from(self, pipe: int, page: int, content: memoryview) -> bool:
+        """Write neighbours whose bytes are in a pipe, without a copy in between. False if that can't be
+        done: then content has their bytes, for put, which says why.
+
+        A kept disk needs the bytes for their checksums; and put tells the log of each page.
+        """
+        place, done = self._place(page, FIRST), 0
+        if not self.kept and not self._info:
+            with suppress(OSError):
+                while done < len(content):
+                    part = min(AT_ONCE, len(content) - done)
+                    done += os.splice(pipe, self.fd, part, offset_dst=place + done)
+        if done == len(content):
+            self.spt.set(range(page, page + done // PAGE_SIZE), INSTANCE | DISK | FIRST)
+            return True
+        again = os.preadv(self.fd, [content[:done]], place) + os.readv(pipe, [content[done:]])
+        if again < len(content):
+            raise OSError(errno.EIO, "the disk does not give back what it took")
+        return False
 
     def _write(self, dirty: Iterable[Bytes]) -> None:
         """If this fails, all of these pages are TORN, as the room of any may be taken from it."""

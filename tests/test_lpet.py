@@ -62,6 +62,17 @@ class Store:
         self.stayed = []  # of every put: was it with stay?
         self.refuses = lambda runs: False
         self.meanwhile = lambda: None  # called in the midst of a put
+        self.takes = False  # pages from a pipe?
+        self.taken = []  # the runs that it took
+
+    def take_from(self, pipe, page, into):
+        if not self.takes:
+            assert os.readv(pipe, [into]) == len(into)
+            return False
+        self.taken.append((page, len(into) // PAGE_SIZE))
+        for at in range(len(into) // PAGE_SIZE):
+            self.pages[page + at] = os.read(pipe, PAGE_SIZE)
+        return True
 
     def put(self, gone, dirty):
         runs = [(first, len(part) // PAGE_SIZE) for first, part in dirty]
@@ -247,6 +258,31 @@ def test_as_many_pages_as_a_pipe_holds_leave_at_once_with_any_holes_between_them
         assert instance.store.pages == {page: content(page) for page in pages}
         assert instance.memory.pages_in_it() == 0
     assert instance.pipe_is_empty()
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_dirty_neighbours_go_from_the_pipe_to_the_disk_if_it_takes_them(make, takes):
+    instance = make()
+    instance.come((9, 4))
+    instance.store.takes = takes
+    assert instance.lpet._evict(0, 50, ANY_HERE) == 4
+    assert instance.store.taken == ([(9, 4)] if takes else [])
+    assert instance.store.tries == ([[]] if takes else [[(9, 4)]])
+    assert instance.store.pages == {page: content(page) for page in range(9, 13)}
+    assert instance.pipe_is_empty() and instance.memory.pages_in_it() == 0
+    assert instance.figure(l.EVICTED_DIRTY) == 4 and instance.figure(l.SENT) == 4 * PAGE_SIZE
+
+
+@pytest.mark.parametrize("what", ["holes", "clean", "far"])
+def test_only_neighbours_that_are_all_dirty_go_there(make, what):
+    instance = make()
+    instance.store.takes = True
+    instance.come(*{"holes": ((9, 2), (12, 2)), "clean": ((9, 4),), "far": ((9, 1), (20, 1))}[what])
+    instance.pagemap.clean |= {10} if what == "clean" else set()
+    pages = set(instance.here()) - instance.pagemap.clean
+    instance.lpet._evict(0, 50, ANY_HERE)
+    assert instance.store.taken == []
+    assert instance.store.pages == {page: content(page) for page in pages}
 
 
 def test_nothing_to_evict_asks_nothing_of_the_store(make):
@@ -472,7 +508,6 @@ def test_lpet_evicts_when_it_is_woken_and_ends_when_it_is_told_to(make):
     instance.come((0, 8))
     thread, ended = start(instance.lpet.run)
     assert instance.lspt.expect(20) is None
-    instance.lspt.wake_lpet()
     wait_for(lambda: not instance.lspt.room_wanted_since() and len(instance.here()) == 4)
     assert thread.is_alive() and len(instance.store.pages) == 4
     instance.lspt.stop()

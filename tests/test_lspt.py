@@ -75,10 +75,10 @@ def evict(lspt, first, count=1):
     lspt.gone(lspt.leaving(first, count))
 
 
-def rings(lspt):
-    """Was for_handler told since this was last asked?"""
-    told = select.select([lspt.for_handler], [], [], 0)[0]
-    return bool(told) and os.eventfd_read(lspt.for_handler) > 0
+def rings(lspt, bell="for_handler"):
+    """Was this told something since this was last asked?"""
+    fd = getattr(lspt, bell)
+    return bool(select.select([fd], [], [], 0)[0]) and os.eventfd_read(fd) > 0
 
 
 def test_runs_are_of_neighbours():
@@ -487,13 +487,10 @@ def test_what_makes_no_room_does_not_tell_the_handler(make):
 def test_lpet_sleeps_until_a_fault_finds_no_room(make, start):
     lspt = make(high=4, low=2)
     lpet, woken = start(lspt.lpet_waits)
-    for page in range(4):
-        assert lspt.expect(page) == NEW
-        assert not lspt.arrived(range(page, page + 1)), "a small table is filled first"
+    come(lspt, 0, 4)
     lpet.join(0.05)
-    assert lpet.is_alive()
+    assert lpet.is_alive(), "a small table is filled first"
     assert lspt.expect(9) is None
-    lspt.wake_lpet()
     lpet.join(10)
     assert woken == [True]
     assert lspt.lpet_waits(), "as long as a fault waits it does not sleep"
@@ -506,30 +503,28 @@ def test_a_larger_tables_lpet_is_woken_once_halfway_between_the_thresholds(make,
     lpet, woken = start(lspt.lpet_waits)
     lpet.join(0.05)
     half = 3 * SMALL // 2
-    _, pages = expect(lspt, range(SMALL, half - 1))
-    assert not lspt.arrived(pages) and lpet.is_alive()
-    _, pages = expect(lspt, range(half - 1, half))
-    assert lspt.arrived(pages)
-    lspt.wake_lpet()
+    come(lspt, SMALL, half - 1 - SMALL)
+    lpet.join(0.05)
+    assert lpet.is_alive()
+    come(lspt, half - 1)
     lpet.join(10)
     assert woken == [True]
-    _, pages = expect(lspt, range(half, half + 1))
-    assert not lspt.arrived(pages), "it is awake"
+    come(lspt, half)
+    assert not rings(lspt, "for_lpet"), "it is awake"
     assert lspt.lpet_waits(), "and does not sleep before there is room"
     evict(lspt, 0, SMALL)
     lpet, woken = start(lspt.lpet_waits)
     lpet.join(0.05)
     assert lpet.is_alive() and not lspt.figures[LPET_AWAKE]
-    _, pages = expect(lspt, range(SMALL))
-    assert lspt.arrived(pages), "it sleeps again, so it has to be woken again"
-    lspt.wake_lpet()
+    come(lspt, 0, SMALL)
+    lpet.join(10)
+    assert woken == [True], "it sleeps again, so it has to be woken again"
 
 
 def test_who_is_woken_before_it_sleeps_does_not_sleep_and_only_once(make, start):
     lspt = make(high=4)
     come(lspt, 0, 4)
     assert lspt.expect(9) is None
-    lspt.wake_lpet()
     assert lspt.lpet_waits()
     evict(lspt, 0, 4)
     lpet, _ = start(lspt.lpet_waits)
@@ -606,7 +601,6 @@ def test_what_a_forked_process_does_is_seen_here(make, fork):
 TRANSITIONS = {
     "expect": lambda lspt: lspt.expect(50),
     "expect_more": lambda lspt: lspt.expect_more(range(50, 52), NEW),
-    "arrived": lambda lspt: lspt.arrived(range(20, 21)),
     "not_coming": lambda lspt: lspt.not_coming(range(20, 21)),
     "leaving": lambda lspt: lspt.leaving(0, 10),
     "gone": lambda lspt: lspt.gone([(30, bytes((HERE,)))]),

@@ -276,6 +276,29 @@ def test_a_put_that_is_refused_midway_tells_the_errno_and_moves_no_page(path, ke
 
 
 @BOTH
+@pytest.mark.parametrize("fits", [10.0, 4.0, 4.5, 0.0], ids="pages {}".format)
+def test_what_is_in_a_pipe_is_written_or_is_there_to_be_put(path, keep, small_files, fits):
+    store = PageStore(str(path), START, END, keep)
+    write(store, 20, content(1, 10))
+    get(store, range(20, 30))
+    out, into = os.pipe()
+    os.write(into, content(2, 10))
+    bytes_of = memoryview(bytearray(10 * PAGE_SIZE))
+    small_files(store._place(20, FIRST) + int(fits * PAGE_SIZE))
+    taken = store.take_from(out, 20, bytes_of)
+    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    os.close(into)
+    assert os.read(out, 1) == b"", "nothing is left in the pipe"
+    os.close(out)
+    assert taken == (fits == 10 and not keep)
+    if not taken:
+        assert bytes_of == content(2, 10)
+        put(store, 20, 10, (20, bytes_of))
+    assert get(store, range(20, 30)) == (CONTENT, content(2, 10))
+    assert store.locations(20, 10) == bytes((INSTANCE | DISK,)) * 10
+
+
+@BOTH
 def test_a_put_that_a_full_file_system_refuses_leaves_its_room_to_others(small_file_system, keep):
     store = PageStore(str(small_file_system / "disk"), START, START + 3000 * PAGE_SIZE, keep)
 

@@ -31,6 +31,9 @@ MOMENT = 1e-3  # seconds: on a machine with much to do, the threads hardly run i
 
 
 class BytesFirst(Lpet):
+    def _moved(self, first, spans, written):
+        return False
+
     def _empty_pipe(self, spans):
         pass
 
@@ -45,8 +48,8 @@ class MarksFirst(Lpet):
     def _take_out(self, page, left, here):
         written = self._pagemap.written(page, here)
         time.sleep(MOMENT)
-        super()._take_out(page, left, here)
-        return written
+        spans, _ = super()._take_out(page, left, here)
+        return spans, written
 
 
 def application(control):
