@@ -272,15 +272,17 @@ class Space:
     # ------------------------------------------------------------ beginning and end
 
     def _map(self, memfd: int) -> None:
-        """Map the space, and behind it the mailbox."""
+        """Map the space, and behind it the mailbox. The pager gives the memfd its size."""
         length = self.end_addr - self.start_addr + m.SIZE
-        os.ftruncate(memfd, length)
         try:
             flags = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
             u.mmap_fixed(self.start_addr, length, u.PROT_READ | u.PROT_WRITE, flags, memfd)
         except OSError as error:
+            from edm.limits import limit_of
+
             where = f"start_addr, end_addr: {self.start_addr:#x}-{self.start_addr + length:#x}"
-            why = f"overlaps what is mapped, or can't be mapped at all ({error.strerror})"
+            reason = error.strerror + limit_of(error.errno)
+            why = f"overlaps what is mapped, or can't be mapped at all ({reason})"
             raise ValueError(f"{where} {why}; choose other addresses") from None
         u.madvise(self.start_addr, length, u.MADV_DONTFORK)
         memory = memoryview((ctypes.c_ubyte * m.SIZE).from_address(self.end_addr)).cast("B")
@@ -515,7 +517,8 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> bool:
     Raises what the pager raised: ValueError or OSError.
     """
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
-    control.sendmsg([marshal.dumps(hello)], ancillary)
+    with contextlib.suppress(BrokenPipeError):  # it has refused at once
+        control.sendmsg([marshal.dumps(hello)], ancillary)
     answer = control.recv(MAX_HELLO)
     if not answer:
         raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")

@@ -232,6 +232,12 @@ def _begin(config: Config) -> Space | None:
             connected = spawn_pager(), 0
         _space = Space(config, *connected)
         return _space
+    except OSError as error:
+        from edm.limits import limit_of
+
+        if error.strerror:
+            error.strerror += limit_of(error.errno)
+        raise
     finally:
         for fd in held:
             os.close(fd)

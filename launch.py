@@ -26,11 +26,14 @@ import os
 import re
 import sys
 
+from edm import limits
 from edm.edm import PAGE_SIZE, Config, add_settings, launched
 
 PROG = "python -m edm run"
-SHARE = 80  # % of the memory that is free, if nothing is said
-END_ADDR = Config.start_addr + (256 << 30)  # of the space
+SPACE = 256 << 30  # bytes
+# What --resident is if nothing is said: so many % of the free memory. But at least so many bytes are left
+# to the pager, the interpreter and small arrays, unless less than so many % would remain.
+SHARE, OTHERS, LEAST = 80, 128 << 20, 25
 
 
 def main(arguments: list[str]) -> None:
@@ -90,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dms", type=int, choices=(0, 1), default=0,
         help="so many ranks of an MPI job keep the pages of the others, and run no program (0)",
     )  # fmt: skip
-    add_settings(parser, ("high_threshold", "low_threshold", "dms"), end_addr=END_ADDR)
+    add_settings(parser, ("high_threshold", "low_threshold", "dms"), end_addr=None)
     return parser
 
 
@@ -109,9 +112,15 @@ def _config(args: argparse.Namespace) -> Config:
     if args.dms and launched()[1] < 2:
         raise ValueError(f"dms: needs MPI ranks; start it as: mpirun -n 3 {PROG} --dms 1 ...")
     if args.resident is None:
-        args.resident = _memory()[1] * SHARE // 100 // _instances_here(args.dms)
+        free = _memory()[1] // _instances_here(args.dms)
+        args.resident = max(min(free * SHARE // 100, free - OTHERS), free * LEAST // 100)
     if args.resident < 2 * PAGE_SIZE:
         raise ValueError(f"resident: {args.resident} bytes are less than two pages")
+    if args.end_addr is None:
+        size, limit = limits.space_size(SPACE)
+        args.end_addr = args.start_addr + size
+        if limit:
+            print(f"{PROG}: {limit} leaves {size >> 20} MiB for the space", file=sys.stderr)
     settings = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
     return Config(**settings, high_threshold=args.resident // PAGE_SIZE)
 

@@ -166,7 +166,8 @@ class MemHandler:
         return self.calloc(done, ctx, 1, size)
 
     def calloc(self, done: list[int], ctx: int, count: int, size: int) -> int:
-        if count * size < self.threshold:
+        # What is larger than the whole space can never be there: a limit may have made it small.
+        if count * size < self.threshold or count * size > self._end - self._start:
             return self._calloc(ctx, count, size)
         try:
             # When the space can't be asked now, NumPy's own memory has to do.

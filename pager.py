@@ -40,6 +40,7 @@ import _socket
 import bisect
 import contextlib
 import ctypes
+import errno
 import marshal
 import mmap
 import os
@@ -52,7 +53,7 @@ import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from edm import address_space, log
+from edm import address_space, limits, log
 from edm import lspt as l
 from edm import mailbox as m
 from edm.dm_handler import DmHandler
@@ -104,10 +105,11 @@ class Pager:
         self._lspt = lspt = LSPT(pages, config.high_threshold, config.low_threshold)
         for run in store.runs_on_disk():
             lspt.on_disk(*run)
-        self._memory = memory = mmap.mmap(memfd, pages * PAGE_SIZE)
-        shared = mmap.mmap(memfd, m.SIZE, offset=pages * PAGE_SIZE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(shared))
-        self._mailbox = m.Mailbox(memoryview(shared), address)
+        space = pages * PAGE_SIZE  # bytes
+        os.ftruncate(memfd, space + m.SIZE)  # not by the program, which has its RLIMIT_FSIZE
+        self._memory = memory = mmap.mmap(memfd, space + m.SIZE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory, space))
+        self._mailbox = m.Mailbox(memoryview(memory)[space:], address)
         self._report = None
         live = config.progress and sys.stderr.isatty()
         if live or config.report:
@@ -119,8 +121,8 @@ class Pager:
         window = min(config.readahead, config.high_threshold // SHARE)
         self._handler = DmHandler(uffd, store, lspt, start, window, self._track_clean, came)
         self._tracker = choose_tracker(config.idle_tracker)
-        of_both = lspt, store, memory, memfd, uffd, pagemap, start, batch, self._tracker
-        self._lpet, self._storer = Lpet(*of_both), Lpet(*of_both)  # the latter: pages that stay
+        self._of_lpet = lspt, store, memory, memfd, uffd, pagemap, start, batch, self._tracker
+        self._storer = Lpet(*self._of_lpet)  # for pages that stay
         self._lpet_pid = os.getpid()
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed, or a thread has failed
         self._failure: BaseException | None = None
@@ -136,7 +138,7 @@ class Pager:
         The process is to end then: the descriptors, but for the lifeline, stay open.
         """
         sys.setswitchinterval(SWITCH_INTERVAL)
-        lpet = self._lpet.run
+        lpet = self._run_lpet
         if self._over_mpi:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
                 signal.signal(number, self._end_by)
@@ -147,8 +149,11 @@ class Pager:
             threading.Thread(target=self._guarded, args=(body,))
             for body in (self._handler.run, lpet, self._answer)
         ]
-        for thread in threads:
-            thread.start()
+        try:
+            for thread in threads:
+                thread.start()
+        except RuntimeError as error:  # what the kernel said is not told, but it can be this only
+            raise OSError(errno.EAGAIN, str(error)) from None
         self._guarded(self._watch)
         self._lspt.stop()
         while any(thread.is_alive() for thread in threads):
@@ -172,13 +177,17 @@ class Pager:
         def lpet() -> None:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             os.close(self._lifeline)  # or the application would not be killed when the pager dies
+            self._storer.close()
             if os.getppid() == parent:
                 with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
-                    self._lpet.run()
+                    self._run_lpet()
 
         self._lpet_pid = os.fork()
         if not self._lpet_pid:
             _run_process(lpet)
+
+    def _run_lpet(self) -> None:
+        Lpet(*self._of_lpet).run()
 
     def _wait_for_lpet(self) -> None:
         """A thread: when LPET ends too early, so does the job. LPET itself has told why."""
@@ -410,12 +419,18 @@ def page_for(
 def spawned(descriptor: int) -> NoReturn:
     """What a process that address_space.py has spawned does: be the pager of who holds the other
     end of this socket."""
-    if os.fork():
+    control = _socket.socket(fileno=descriptor)
+    limits.lift()
+    try:
+        child = os.fork()
+    except OSError as error:
+        address_space.send_refusal(control, error)
+        os._exit(0)
+    if child:
         os._exit(0)  # the pager is nobody's child: the application's os.wait sees no stranger
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the application's end ends the pager
-    control = _socket.socket(fileno=descriptor)
     _run_process(lambda: page_for(control, _open_disk))
 
 
@@ -438,5 +453,6 @@ def tell(error: BaseException) -> int:
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
     if words := str(getattr(error, "strerror", "") or error):  # else LPET has told them
+        words += limits.limit_of(getattr(error, "errno", None))
         print(f"edm: error: {words}", file=sys.stderr, flush=True)
     return 2

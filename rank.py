@@ -58,6 +58,9 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
 
 def _run(config: Config, application: int, control: Any) -> None:
     """Be this rank. Returns if it was the DMS, and the job has ended as it should."""
+    from edm.limits import lift
+
+    lift()
     from mpi4py import MPI  # this initialises MPI: not before the fork
 
     from edm.pager import tell  # nor is the application to have what this imports

@@ -4,9 +4,12 @@ import errno
 import os
 import pwd
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,6 +180,19 @@ def test_it_is_right_for_a_user_without_privileges(as_nobody):
         """
     ended = as_nobody("-m", "edm", "run", "--no-numpy", "--resident", "64K", "-c", code)
     assert (ended.returncode, ended.stdout) == (0, "True True\n")
+
+
+@needs_userfaultfd
+@pytest.mark.parametrize("most", [1, 2, 3, 4])  # root has no such limit
+def test_too_few_processes_are_told_in_one_line(as_nobody, most):
+    limit = partial(resource.setrlimit, resource.RLIMIT_NPROC, (most, most))
+    ended = as_nobody("-m", "edm", "run", "-c", "print('started')", preexec_fn=limit)
+    assert ended.returncode in (
+        2,
+        -signal.SIGKILL,
+    )  # the latter: the pager could begin, but no more
+    assert f"RLIMIT_NPROC (ulimit -u) is {most}" in ended.stdout, ended.stdout
+    assert ended.stdout.replace("started\n", "").count("\n") == 1, ended.stdout
 
 
 FEATURES = u.NEEDED_FEATURES | u.WP_FEATURES | u.UFFD_FEATURE_POISON | u.UFFD_FEATURE_WP_ASYNC

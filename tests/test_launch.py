@@ -641,11 +641,11 @@ def test_help_names_every_option_on_standard_output(option):
 
 
 def test_several_instances_share_the_memory_of_their_machine(monkeypatch):
-    monkeypatch.setattr(launch, "_memory", lambda: (1000 << 20, 400 << 20))
+    monkeypatch.setattr(launch, "_memory", lambda: (10_000 << 20, 4000 << 20))
     monkeypatch.setenv("PMI_RANK", "1")
     for dms, here, ranks, mib in (
-        ("0", "", "", 320), ("0", "2", "2", 160), ("0", "2", "4", 160), ("1", "2", "2", 320),
-        ("1", "5", "5", 80), ("1", "2", "3", 160),
+        ("0", "", "", 3200), ("0", "2", "2", 1600), ("0", "2", "4", 1600), ("1", "2", "2", 3200),
+        ("1", "5", "5", 800), ("1", "2", "3", 1600),
     ):  # fmt: skip
         monkeypatch.setenv("MPI_LOCALNRANKS", here)
         monkeypatch.setenv("PMI_SIZE", ranks)
