@@ -7,7 +7,7 @@ In the picture: starts it all. The process that the user started checks the comm
 replaces itself by `python script.py ...`. On its way to the script, that interpreter imports
 startup/sitecustomize.py, which starts EDM; see there. All that Python does for a program, Python does.
 
-Interface: main(arguments) is the command.
+Interface: main(arguments) is the command. parse(arguments), for kernel.py, checks a command line.
 
 Rules: a mistake is told in one line, with exit status 2, before anything is started. Settings go to
 startup/sitecustomize.py in one environment variable, which is removed there.
@@ -38,16 +38,7 @@ SHARE, OTHERS, LEAST = 80, 128 << 20, 25
 
 def main(arguments: list[str]) -> None:
     """Become the Python process that runs the program which the arguments name."""
-    parser = _parser()
-    # The program begins with the first word that is no option of EDM's. -m and -c are none, but look
-    # like one: argparse sees them without their dash.
-    args = parser.parse_args([re.sub("^-(?=[mc])", "", word) for word in arguments])
-    program = arguments[len(arguments) - len(args.program) :]
-    try:
-        config = _config(args)
-        program = _as_python_takes_it(program)
-    except ValueError as error:
-        parser.error(str(error))
+    args, config, program = parse(arguments)
     if sys.flags.ignore_environment or sys.flags.no_site:
         print(f"{PROG}: EDM is not used: python -I, -E and -S switch it off", file=sys.stderr)
     else:
@@ -61,6 +52,19 @@ def main(arguments: list[str]) -> None:
 
 
 # ---------------------------------------------------------------- the command line
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
+    """The options, the settings that they are, and the program with its arguments."""
+    parser = _parser()
+    # The program begins with the first word that is no option of EDM's. -m and -c are none, but look
+    # like one: argparse sees them without their dash.
+    args = parser.parse_args([re.sub("^-(?=[mc])", "", word) for word in arguments])
+    program = arguments[len(arguments) - len(args.program) :]
+    try:
+        return args, _config(args), _as_python_takes_it(program)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:

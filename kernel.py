@@ -1,0 +1,62 @@
+"""python -m edm kernel install: a Jupyter kernel whose arrays live in a space.
+
+    python -m edm kernel install --resident 8G --name edm
+
+In the picture: nothing. Jupyter starts a kernel by the command line in its kernel spec, which is
+`python -m edm run` with the options given here, and then ipykernel. So the kernel is the application.
+
+Interface: main(arguments) is the command.
+
+Rules: a mistake is told in one line, with exit status 2, and nothing is written.
+
+Source: "Kernel specs" in the documentation of jupyter_client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+
+from edm import launch
+
+PROG = "python -m edm kernel install"
+PROGRAM = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
+
+
+def main(arguments: list[str]) -> None:
+    """Give this user's Jupyter a kernel spec, and say where it is."""
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=argparse.SUPPRESS,  # else it would be told with each mistake
+        description=f"usage: {PROG} [--name NAME] [option of {launch.PROG} ...]\n\n"
+        "Give Jupyter a kernel whose arrays live in EDM's space.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--name", default="edm", help="what Jupyter calls it (edm)")
+    args, options = parser.parse_known_args(arguments)
+    if launch.parse([*options, *PROGRAM])[2] != PROGRAM:
+        parser.error(f"these are not only options of {launch.PROG}: {' '.join(options)}")
+    try:
+        print(f"kernel {args.name}: {_install(args.name, options)}")
+    except ImportError as error:
+        parser.error(f"{error}; try: {sys.executable} -m pip install ipykernel")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _install(name: str, options: list[str]) -> str:
+    """The folder of the kernel spec. Raises ImportError without ipykernel, ValueError for a name that
+    Jupyter does not take, OSError if it can't be written."""
+    from ipykernel.kernelspec import write_kernel_spec
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    spec = {
+        "argv": [sys.executable, "-m", "edm", "run", *options, *PROGRAM],
+        "display_name": f"Python {sys.version_info[0]} ({name})",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_kernel_spec(os.path.join(folder, "kernel"), spec)
+        return KernelSpecManager().install_kernel_spec(source, name, user=True)
