@@ -6,9 +6,9 @@ process makes the userfaultfd and the memfd and hands them to the pager; from th
 memory.
 
 Interface: for the application, Space: mmap, munmap, sync, and to look at itself: areas, locations,
-figures. For numpy_mem_handler.py: allocate, allocated and release. For edm.py: Space makes everything
-ready, close ends it; spawn_pager starts a pager on this machine. For the pager, here or in a rank:
-receive_hello, and send_ready or send_refusal.
+figures. For numpy_mem_handler.py: allocate, allocated, grow and release. For edm.py: Space makes
+everything ready, close ends it; spawn_pager starts a pager on this machine. For the pager, here or in
+a rank: receive_hello, and send_ready or send_refusal.
 
 The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
 with userfaultfd. Areas are bookkeeping of this process (Gaps): mapping one calls nobody but tells the
@@ -228,25 +228,46 @@ class Space:
 
     # ------------------------------------------------------------ for an allocator
 
-    def allocate(self, length: int, name: str) -> int:
+    def allocate(self, length: int, name: str, grows: bool = False) -> int:
         """Map an area of length bytes, zeros, at the end of the gap where it fits best; its address.
 
-        0 if this thread is in the midst of another call, or this process was forked. Raises
+        grows: in the middle of the largest gap, so that it has room to grow, and so have others. 0 if this thread is in the midst of another call, or this process was forked. Raises
         MemoryError when the space has no gap that is large enough.
         """
         if self.is_forked or self._lock._is_owned():
             return 0
-        return self._allocate(whole_pages(length), name)
+        return self._allocate(whole_pages(length), name, grows)
 
     @_locked
-    def _allocate(self, whole: int, name: str) -> int:
+    def _allocate(self, whole: int, name: str, grows: bool) -> int:
         # On a kept disk a small gap may be an area that an earlier job has left, to be mapped again.
-        gap = self._gap(whole, largest=self._kept)
+        gap = self._gap(whole, largest=self._kept or grows)
         addr = sum(gap) - whole
+        if grows:
+            addr -= (gap[0] - whole) // 2 // PAGE_SIZE * PAGE_SIZE
         if self._kept:
             self._mailbox.call(m.FREE, *self._pages(addr, whole))
         self._take(gap, addr, whole, name)
         return addr
+
+    def grow(self, addr: int, length: int) -> bool:
+        """Make the area that allocate has mapped there length bytes long; what is new is zeros.
+
+        False, and nothing has changed, where the addresses behind it are not free, where allocate
+        would return 0, and with a kept disk, which may have other bytes there.
+        """
+        if self.is_forked or self._kept or self._lock._is_owned():
+            return False
+        return self._grow(addr, whole_pages(length))
+
+    @_locked
+    def _grow(self, addr: int, whole: int) -> bool:
+        had = self._lengths[addr]
+        gap = self._gaps.behind(addr + had)
+        if gap[0] < whole - had:
+            return False
+        self._take(gap, addr, whole, had=had)
+        return True
 
     def allocated(self, addr: int) -> int:
         """How many bytes (whole pages) the area at this address has."""
@@ -372,8 +393,11 @@ class Space:
                 return found
             time.sleep(FREES)
 
-    def _take(self, gap: tuple[int, int], addr: int, whole: int, name: str) -> None:
-        self._gaps.take(gap, addr, whole)
+    def _take(
+        self, gap: tuple[int, int], addr: int, whole: int, name: str = "", had: int = 0
+    ) -> None:
+        """Let an area have what it needs of a gap. had: so many of its bytes it has already."""
+        self._gaps.take(gap, addr + had, whole - had)
         self._lengths[addr] = whole
         self._mailbox.ask(m.MAPPED, *self._pages(addr, whole), name.encode(errors="replace"))
 
@@ -408,6 +432,10 @@ class Gaps:
         """The gap that has these bytes. This looks at each."""
         gaps = (gap for gap in self._sorted if gap[1] <= addr and addr + length <= sum(gap))
         return next(gaps, None)
+
+    def behind(self, addr: int) -> tuple[int, int]:
+        """The gap that begins there; without one, its length is 0."""
+        return self._ends.get(addr, addr) - addr, addr
 
     def take(self, gap: tuple[int, int], addr: int, length: int) -> None:
         """A part of this gap is taken."""

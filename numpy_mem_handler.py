@@ -12,7 +12,8 @@ handler for the current context only, and a new thread begins with another conte
 default handler; so it is the default handler's functions that are replaced, for all threads.
 
     malloc, calloc   from the threshold on an area of its own, which is zeros; else what NumPy does
-    realloc          moves an array into the space when it grows to the threshold
+    realloc          moves an array into the space when it grows to the threshold, to where it can
+                     grow on without being moved
     free             an area is unmapped, and its pages are freed, here and in the store; but a few
                      small ones are kept, for the next malloc of the same size
 
@@ -165,13 +166,13 @@ class MemHandler:
                     return spare[1]
         return self.calloc(done, ctx, 1, size)
 
-    def calloc(self, done: list[int], ctx: int, count: int, size: int) -> int:
+    def calloc(self, done: list[int], ctx: int, count: int, size: int, grows: bool = False) -> int:
         # What is larger than the whole space can never be there: a limit may have made it small.
         if count * size < self.threshold or count * size > self._end - self._start:
             return self._calloc(ctx, count, size)
         try:
             # When the space can't be asked now, NumPy's own memory has to do.
-            area = self._space.allocate(count * size, self._made_in())
+            area = self._space.allocate(count * size, self._made_in(), grows)
             return area or self._calloc(ctx, count, size)
         except (MemoryError, OSError):
             return 0  # NumPy raises MemoryError
@@ -182,9 +183,10 @@ class MemHandler:
             done += map(self._realloc, [ctx], [old], [size])
             return done[0]
         before = self._space.allocated(old) if inside else _usable_size(old)
-        if inside and before // 2 < size <= before:
+        grows = size > before
+        if inside and (self._space.grow(old, size) if grows else before // 2 < size):
             return old
-        new = self.malloc(done, ctx, size)
+        new = self.calloc(done, ctx, 1, size, True) if grows else self.malloc(done, ctx, size)
         if new and old:
             ctypes.memmove(new, old, min(before, size))
             done += [new]

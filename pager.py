@@ -267,11 +267,13 @@ class Pager:
     def _do(self, what: int, number: int, page: int, count: int, name: bytes) -> bytes:
         """One request; the answer. Raises OSError if it can't be done."""
         if what == m.MAPPED:
-            bisect.insort(self._lspt.areas, (page, count))
+            self._lspt.areas[self._area(page)] = [(page, count)]  # it may have grown
             if self._report:
                 self._report.mapped(page, count, name.decode(errors="replace"))
         elif what in (m.FREE, m.RELEASE):
-            self._forget_area((page, count))
+            del self._lspt.areas[self._area(page)]  # it is gone if its pages were refused before
+            if self._report:
+                self._report.unmapped(page)
             runs = [(page, count)]
             while runs and not self._lspt.stopped():
                 runs = [left for run in runs for left in self._free(*run)]
@@ -288,13 +290,9 @@ class Pager:
             self._end()
         return b""
 
-    def _forget_area(self, area: Run) -> None:
-        areas = self._lspt.areas
-        at = bisect.bisect_left(areas, area)
-        if areas[at : at + 1] == [area]:  # else its pages were refused before
-            del areas[at]
-            if self._report:
-                self._report.unmapped(area[0])
+    def _area(self, page: int) -> slice:
+        """The place in LSPT.areas of the one that begins there; it is empty if there is none."""
+        return slice(*(bisect.bisect(self._lspt.areas, (first,)) for first in (page, page + 1)))
 
     def _free(self, page: int, count: int) -> list[Run]:
         """Any page → NEW, here and in the store; which ones others have in hand."""

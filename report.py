@@ -97,7 +97,10 @@ class Report:
         self._areas = 0  # how many there were in all
 
     def mapped(self, page: int, count: int, name: str) -> None:
-        """page: the first one of the area, in the space. count: its pages."""
+        """page: the first one of the area, in the space. count: its pages. Again, if it has grown."""
+        if grown := self._here.get(page):
+            grown["count"] = count
+            return
         area = {"page": page, "count": count, "name": name}
         self._here[page] = {**area, "mapped": time.monotonic(), "unmapped": None}
         self._areas += 1

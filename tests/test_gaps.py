@@ -48,6 +48,9 @@ def test_gaps_are_as_a_map_of_the_pages_says(seed):
             mark(taken, addr, length, 1)
             areas.append((addr, length))
             assert gaps.around(addr, PAGE_SIZE) is None
+            end = addr + length
+            free = [gap for gap in runs(taken) if gap[1] == end]
+            assert gaps.behind(end) == (free[0] if free else (0, end))
     for area in areas:
         gaps.give_back(*area)
     whole = PAGES * PAGE_SIZE

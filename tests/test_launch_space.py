@@ -81,6 +81,58 @@ def test_starting_and_ending_takes_at_most_three_tenths_of_a_second_more_than_pl
     assert min(seconds(*EDM_RUN, "-c", "pass") for _ in range(5)) < plain + 0.3
 
 
+GROW = """
+import ctypes, edm
+space = edm.space()
+MIB = 1 << 20
+grown = space.allocate(8 * MIB, "grows", grows=True)
+other = space.allocate(8 * MIB, "other", grows=True)
+last = space.allocate(MIB, "last")
+for size in (9, 64):
+    assert space.grow(grown, size * MIB) and space.grow(other, size * MIB), size
+assert sorted(space.areas()) == sorted(((grown, 64 * MIB), (other, 64 * MIB), (last, MIB)))
+
+bytes_in_it = (ctypes.c_char * (64 * MIB)).from_address(grown)
+bytes_in_it[:] = bytes(range(256)) * (64 * MIB // 256)  # four times what may be here
+before = space.figures()["faults_refetch"]
+assert bytes_in_it[:] == bytes(range(256)) * (64 * MIB // 256)
+faults = space.figures()["faults_refetch"] - before
+assert faults < 64 * MIB // 4096 // 16, faults  # so it was read ahead, behind the seams too
+
+assert not space.grow(last, 2 * MIB)  # the space ends there
+assert not space.grow(grown, 1 << 50) and space.allocated(grown) == 64 * MIB
+for area in (grown, other, last):
+    space.release(area)
+assert space.allocate(space.end_addr - space.start_addr, "everything") == space.start_addr
+"""
+
+
+def test_an_area_grows_where_it_is_if_what_is_behind_it_is_free(run):
+    ended = run(*EDM_RUN, "-c", GROW)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+RESIZE = """
+import edm, numpy as np
+MIB = 1 << 20
+a = np.ones(2 * MIB, np.uint8)
+a.resize(3 * MIB, refcheck=False)  # it is moved to where it can grow
+place, received = a.ctypes.data, edm.space().figures()["bytes_received"]
+for size in range(4, 65):
+    a.resize(size * MIB, refcheck=False)
+    a[-MIB:] = size
+    np.ones(MIB)
+print(a.ctypes.data == place, edm.space().figures()["bytes_received"] - received)
+print(a[::MIB].tolist() == [1, 1, 0, *range(4, 65)])
+"""
+
+
+def test_a_numpy_array_that_grows_is_not_fetched(run):
+    pytest.importorskip("numpy")
+    ended = run(*EDM_RUN, "--readahead", "1", "-c", RESIZE)
+    assert (ended.returncode, ended.stdout) == (0, "True 0\nTrue\n")
+
+
 # ---------------------------------------------------------------- several ranks
 
 
