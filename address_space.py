@@ -231,8 +231,9 @@ class Space:
     def allocate(self, length: int, name: str, grows: bool = False) -> int:
         """Map an area of length bytes, zeros, at the end of the gap where it fits best; its address.
 
-        grows: in the middle of the largest gap, so that it has room to grow, and so have others. 0 if this thread is in the midst of another call, or this process was forked. Raises
-        MemoryError when the space has no gap that is large enough.
+        0 if this thread is in the midst of another call, or this process was forked. grows: in the
+        middle of the largest gap, so that it has room to grow, and so have others. Raises MemoryError
+        when the space has no gap that is large enough.
         """
         if self.is_forked or self._lock._is_owned():
             return 0
