@@ -2,9 +2,10 @@
 
 import importlib
 
+_ADVICE = ("forget", "prefetch", "resident")
 __all__ = [
-    "PAGE_SIZE", "Config", "Space", "main", "numpy_allocator", "parse_arguments", "run", "space",
-    "start",
+    "PAGE_SIZE", "Config", "Space", "forget", "main", "numpy_allocator", "parse_arguments", "prefetch",
+    "resident", "run", "space", "start",
 ]  # fmt: skip
 
 
@@ -13,4 +14,4 @@ def __getattr__(name: str) -> object:
     # would import modules from there; __main__.py takes that folder away.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("edm.edm"), name)
+    return getattr(importlib.import_module("edm.advice" if name in _ADVICE else "edm.edm"), name)

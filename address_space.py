@@ -6,7 +6,7 @@ process makes the userfaultfd and the memfd and hands them to the pager; from th
 memory.
 
 Interface: for the application, Space: mmap, munmap, sync, and to look at itself: areas, locations,
-figures. For numpy_mem_handler.py: allocate, allocated, grow and release. For edm.py: Space makes
+figures. For advice.py: advise, resident. For numpy_mem_handler.py: allocate, allocated, grow, release. For edm.py: Space makes
 everything ready, close ends it; spawn_pager starts a pager on this machine. For the pager, here or in
 a rank: receive_hello, and send_ready or send_refusal.
 
@@ -214,17 +214,34 @@ class Space:
 
         This is what the store's SPT says.
         """
-        page, count = self._pages(addr, length)
+        here = f"INSTANCE_{self.instance}"
+        spt = self._spt(*self._pages(addr, length))
+        return [here if byte & 1 else "DISK" if byte else "NEW" for byte in spt]
+
+    def _spt(self, page: int, count: int) -> bytes:
         spt = b""
         while len(spt) < count:
             part = min(count - len(spt), m.MAX_ANSWER)
             spt += self._mailbox.call(m.LOCATIONS, page + len(spt), part)
-        here = f"INSTANCE_{self.instance}"
-        return [here if byte & 1 else "DISK" if byte else "NEW" for byte in spt]
+        return spt
 
     def figures(self) -> dict[str, Any]:
         """What the pager has counted: faults, evictions, bytes, latencies (see pager.py)."""
         return marshal.loads(self._call(m.FIGURES))
+
+    # ------------------------------------------------------------ for advice.py
+
+    @_locked
+    def advise(self, what: int, runs: list[tuple[int, int]]) -> None:
+        """Send a PREFETCH or a FORGET of these runs of pages, counted from the start of the space."""
+        for at in range(0, len(runs), m.RUNS):
+            packed = b"".join(m.RUN.pack(*run) for run in runs[at : at + m.RUNS])
+            self._mailbox.ask(what, name=packed)
+
+    @_locked
+    def resident(self, runs: list[tuple[int, int]]) -> int:
+        """How many pages of these runs are here."""
+        return sum(byte & 1 for run in runs for byte in self._spt(*run))
 
     # ------------------------------------------------------------ for an allocator
 

@@ -2,7 +2,8 @@
 
 In the picture: in the pager, between the userfaultfd and the store.
 
-Interface: run() is the thread; figures() and latencies() what it has counted.
+Interface: run() is the thread; figures() and latencies() what it has counted. ask_for() has pages
+come that no fault has asked for.
 
 One fault, from the message to the woken application:
 
@@ -38,7 +39,7 @@ import os
 import select
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from logging import INFO
 
 from edm import log
@@ -53,6 +54,7 @@ from edm.lspt import (
     RECEIVED,
     REFETCH,
     WRITE_PROTECT,
+    runs_of,
 )
 from edm.page_store import CONTENT
 from edm.readahead import Readahead, Stream
@@ -104,6 +106,7 @@ class DmHandler:
         self._zero_memory = mmap.mmap(-1, PIECE * PAGE_SIZE)
         self._zeros = ctypes.addressof(ctypes.c_char.from_buffer(self._zero_memory))
         self._figures = lspt.figures
+        self._asked: deque[range] = deque()  # pages that ask_for was called for
         self._waited = 0  # nanoseconds
         self._latencies: Counter[int] = Counter()  # how many faults took so many LATENCY_BUCKETs
 
@@ -141,9 +144,16 @@ class DmHandler:
         finally:
             self._readahead.end()
 
+    def ask_for(self, runs: Iterable[range]) -> None:
+        """Another thread's: have those of these pages come that are AWAY, when no fault waits."""
+        self._asked.extend(runs)
+        os.eventfd_write(self._lspt.for_handler, 1)
+
     def _serve(self) -> None:
         while True:
-            faults = self._next_faults()
+            faults = self._uffd.read_faults() if self._asked else self._next_faults()
+            if not faults and self._asked:
+                self._bring_asked()
             began = time.monotonic_ns()
             for _, flags, address in faults:
                 if self._resolve(flags, address & -PAGE_SIZE):
@@ -214,6 +224,27 @@ class DmHandler:
             self._log.info("reached high threshold, waking up lpet")
         self._hear()
 
+    def _bring_asked(self) -> None:
+        """Some of the pages that were asked for."""
+        claimed, full = [], False
+        for _ in range(min(PIECE, len(self._asked))):
+            pages = self._asked.popleft()
+            if len(pages) > 1:
+                self._asked.appendleft(pages[1:])
+            if self._lspt.state[pages[0]] == AWAY:
+                full = self._lspt.expect(pages[0]) is None
+                if full:
+                    self._asked.appendleft(pages[:1])
+                    break
+                claimed.append(pages[0])
+        runs = [range(first, first + count) for first, count in runs_of(claimed)]
+        for run in runs:
+            self._readahead.come(run.start, run.stop)
+        for run, asked in [(run, self._ask(run)) for run in runs]:
+            self._bring(run, asked)
+        if full and not claimed:
+            self._wait_for_room()
+
     # ------------------------------------------------------------ fetching, and reading ahead
 
     def _window(self, stream: Stream, page: int, state: int, write: bool) -> None:
@@ -250,7 +281,7 @@ class DmHandler:
             for piece in _pieces(wanted):
                 stream.ahead[piece] = self._store.ask_get(piece)
 
-    def _bring(self, pages: range, asked: Any, page: int, write: bool) -> None:
+    def _bring(self, pages: range, asked: Any, page: int = -1, write: bool = False) -> None:
         """These pages are COMING, and were asked for: install them. One that can't be read is not
         COMING any more, or is lost if it is the page that has faulted."""
         while True:

@@ -5,8 +5,9 @@ its own, forked from the pager, as a thread would wait for the pager's GIL; over
 the pager. The code is the same: it shares nothing with the DM-Handler but
 the LSPT and the store.
 
-Interface: run() is LPET. store() sends the store what it does not have yet, without evicting it; it
-is called by another thread, on an Lpet of that thread's own. figures are in the LSPT.
+Interface: run() is LPET. forget() evicts what the application does not need (advice.py), and store()
+sends the store what it does not have yet, without evicting it: both are called by another thread, on
+an Lpet of that thread's own. figures are in the LSPT.
 
 It sleeps until the DM-Handler finds that many pages are here (LSPT.expect, LSPT.expect_more), and
 evicts until only low_threshold are left.
@@ -376,6 +377,12 @@ class Lpet:
             for page in pages
         ]
         self._banner.info(log.lspt_table(rows))
+
+    def forget(self, page: int, count: int) -> None:
+        """Evict those of these pages that are HERE, as far as the store takes them."""
+        self._refusal = None
+        for first, many in self._lspt.used(page, count):
+            self._evict_some(first, many, l.ANY_HERE)
 
     # ------------------------------------------------------------ storing without evicting
 

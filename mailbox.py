@@ -28,11 +28,11 @@ from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, futex_wait, futex_wake
 
-MAPPED, FREE, RELEASE, LOCATIONS, FIGURES, SYNC, END, CLOSE = range(8)
+MAPPED, FREE, RELEASE, LOCATIONS, FIGURES, SYNC, END, CLOSE, PREFETCH, FORGET = range(10)
 
 REQUEST = Struct("=BxHxxxxQQ")  # what, bytes of the name, first page, count of pages
 ANSWER = Struct("=iI")  # 0, or an errno and then a text; bytes
-ENTRY = 256  # bytes: a REQUEST and an area's name
+ENTRY = 256  # bytes: a REQUEST and an area's name, or RUNS
 ENTRIES = 128
 RING = PAGE_SIZE  # where it begins
 ANSWERED = RING + ENTRIES * ENTRY  # where the answer is
@@ -40,6 +40,8 @@ CONTENT = ANSWERED + ANSWER.size
 MAX_ANSWER = 1 << 16  # bytes of a content
 SIZE = -(-(CONTENT + MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
 NUMBERS = 1 << 32
+RUN = Struct("=II")  # of PREFETCH and FORGET: first page, count of pages
+RUNS = (ENTRY - REQUEST.size) // RUN.size
 
 _ASKED, _TAKEN, _ANSWERED, _FREED = range(4)
 

@@ -80,7 +80,7 @@ LOOK = 100
 # default of 5 ms is what a fault would wait while another thread computes.
 SWITCH_INTERVAL = 50e-6
 
-UNANSWERED = (m.MAPPED, m.RELEASE)  # requests: the application does not wait
+UNANSWERED = (m.MAPPED, m.RELEASE, m.PREFETCH, m.FORGET)  # requests: the application does not wait
 
 
 class Pager:
@@ -280,6 +280,11 @@ class Pager:
                 if runs:
                     time.sleep(AGAIN)
             self._mailbox.freed(number)
+        elif what == m.PREFETCH:
+            self._handler.ask_for(range(first, first + n) for first, n in m.RUN.iter_unpack(name))
+        elif what == m.FORGET:
+            for run in m.RUN.iter_unpack(name):
+                self._storer.forget(*run)
         elif what == m.LOCATIONS:
             return self._lspt.located(page, self._store.locations(page, count))
         elif what == m.FIGURES:

@@ -1,0 +1,75 @@
+"""Advice: what the application knows of its next accesses, and EDM does not.
+
+In the picture: beside the application. Requests in the mailbox carry the advice to the pager.
+
+Interface: prefetch(array), forget(array), resident(array). Each takes rows, too: then only these rows
+of the array count.
+
+An array is one of NumPy's, or what numpy.asarray makes one of without copying it, as an area of
+Space.mmap. Parts of it that do not lie in the space are passed over.
+
+Rules: any thread of the application. Raises RuntimeError where there is no space, ImportError where
+there is no NumPy, IndexError for a row that there is not.
+
+Source: madvise(2) calls the first two MADV_WILLNEED and MADV_PAGEOUT.
+"""
+
+from __future__ import annotations
+
+from edm import mailbox as m
+from edm.edm import space
+from edm.uffd_ctypes import PAGE_SIZE
+
+TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def prefetch(array: Any, rows: Any = None) -> None:
+    """Have the pages come that only the store has, in the order of the disk.
+
+    This waits for nothing: they come while the program goes on, and its faults go first. Other pages
+    leave for them, so ask for less than may be resident. rows: indexes along the first axis, in any
+    order, or a mask.
+    """
+    space().advise(m.PREFETCH, _runs(array, rows))
+
+
+def forget(array: Any, rows: Any = None) -> None:
+    """Have the pages leave now, so that others may stay. Touching one brings it back, as ever.
+
+    This waits for nothing. rows: as for prefetch.
+    """
+    space().advise(m.FORGET, _runs(array, rows))
+
+
+def resident(array: Any, rows: Any = None) -> int:
+    """How many of the pages are in memory. rows: as for prefetch."""
+    return space().resident(_runs(array, rows))
+
+
+def _runs(array: Any, rows: Any) -> list[tuple[int, int]]:
+    """The runs of pages that these bytes touch, ascending: (first page of the space, count)."""
+    import numpy as np
+
+    a = np.asarray(array)
+    if not a.size:
+        return []
+    starts = np.array([a.__array_interface__["data"][0]])
+    part = a
+    if rows is not None or not (a.flags.c_contiguous or a.flags.f_contiguous):
+        indexes = np.arange(len(a)) if rows is None else np.asarray(rows).ravel()
+        if indexes.dtype == bool:
+            indexes = np.flatnonzero(indexes)
+        if indexes.size and not -len(a) <= indexes.min() <= indexes.max() < len(a):
+            raise IndexError(f"rows: not all of them are rows of an array that has {len(a)}")
+        starts, part = starts + indexes % len(a) * a.strides[0], a[0]
+    reach = [(n - 1) * stride for n, stride in zip(part.shape, part.strides, strict=True)]
+    low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize - 1
+    starts = np.sort(starts) - space().start_addr
+    first, last = (starts + low) // PAGE_SIZE, (starts + high) // PAGE_SIZE
+    inside = (last >= 0) & (first < (space().end_addr - space().start_addr) // PAGE_SIZE)
+    first, last = first[inside], last[inside]
+    new = np.flatnonzero(first[1:] > last[:-1] + 1) + 1  # where a run begins, but for the first one
+    begins, ends = first[[0, *new][: first.size]], last[[*(new - 1), -1][: first.size]]
+    return list(zip(begins.tolist(), (ends - begins + 1).tolist(), strict=True))
