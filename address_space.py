@@ -68,7 +68,7 @@ FREES = 1e-4  # seconds between two looks whether the pager has freed what is to
 SIGKILL = 9  # signal.SIGKILL, without importing signal
 
 _USER_MODE_ONLY = (
-    "edm: this user may have userfaultfd for user mode only, so system calls fail with EFAULT (Bad "
+    "edm: this user may have userfaultfd for user mode only, so system calls may fail with EFAULT (Bad "
     "address) on a page that is not here; sudo sysctl vm.unprivileged_userfaultfd=1 changes that\n"
 )
 
@@ -131,6 +131,13 @@ class Space:
             uffd, how = u.open_userfaultfd()
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking)
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+            listener = []
+            if how == u.USER_MODE:
+                from edm import system_calls  # root does without
+
+                # EBUSY: EDM in EDM. EPERM, EINVAL, ENOSYS: a sandbox.
+                with contextlib.suppress(OSError):
+                    listener = [closed(system_calls.listener(self.start_addr, self.end_addr))]
             self._lifeline, pagers_end = _lifeline()
             if_it_fails.callback(os.close, self._lifeline)
             self._lifeline_is = os.fstat(self._lifeline).st_ino
@@ -138,11 +145,15 @@ class Space:
                 "config": vars(config), "pid": os.getpid(), "how": how, "track_clean": tracks,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
             }  # fmt: skip
-            self._kept = _say_hello(control, hello, [uffd, memfd, pagemap, closed(pagers_end)])
+            fds = [uffd, memfd, pagemap, *listener, closed(pagers_end)]
+            self._kept, pager = _say_hello(control, hello, fds)
             if_it_fails.pop_all()  # it has not
-        # Do system calls fail with EFAULT on a page that is not here?
-        self.user_mode_only = how == u.USER_MODE
-        if self.user_mode_only:
+        if listener:
+            with contextlib.suppress(OSError):  # EINVAL: without Yama, it may look anyway
+                u.prctl(u.PR_SET_PTRACER, pager)  # at /proc/PID/syscall, see pins.py
+        # Do read(2) and the like fail with EFAULT on a page that is not here?
+        self.user_mode_only = how == u.USER_MODE and not listener
+        if how == u.USER_MODE:
             sys.excepthook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY])
         os.register_at_fork(after_in_child=self._forked)
         atexit.register(self._end)
@@ -330,8 +341,9 @@ class Space:
     def _unmap(self) -> None:
         u.munmap(self.start_addr, self.end_addr - self.start_addr + m.SIZE)
 
-    def _register(self, uffd: u.Userfaultfd, wanted: str) -> bool:
-        """Ask the kernel for its features, and register the space; are first writes noticed?"""
+    def _register(self, uffd: u.Userfaultfd, wanted: str) -> str:
+        """Ask the kernel for its features, and register the space; how first writes are noticed, if they
+        are, else ""."""
         supported = u.supported_features()
         ways = {
             "async": u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC,
@@ -343,7 +355,7 @@ class Space:
             if wanted in ("auto", way) and not needed & ~supported:
                 uffd.api(needed | u.OTHER_FEATURES & supported)
                 uffd.register(self.start_addr, self.end_addr - self.start_addr, bool(features))
-                return bool(features)
+                return way if features else ""
         lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
         raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
 
@@ -557,8 +569,8 @@ def spawn_pager() -> Any:
 # ---------------------------------------------------------------- the first message, and its answer
 
 
-def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> bool:
-    """Space's: send these, and wait for the answer: is the disk a kept one?
+def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[bool, int]:
+    """Space's: send these, and wait for the answer: is the disk a kept one? And the pager's process id.
 
     Raises what the pager raised: ValueError or OSError.
     """
@@ -568,16 +580,16 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> bool:
     answer = control.recv(MAX_HELLO)
     if not answer:
         raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
-    kept, number, words = marshal.loads(answer)
+    kept, pager, number, words = marshal.loads(answer)
     if words:
         raise OSError(number, words) if number else ValueError(words)
-    return kept
+    return kept, pager
 
 
 def receive_hello(control: Any) -> tuple[dict[str, Any], list[int]]:
-    """The pager's: what Space has sent: its dictionary, and uffd, memfd, pagemap, lifeline. Nothing,
-    if the application has ended."""
-    space, flags = _socket.CMSG_LEN(4 * array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
+    """The pager's: what Space has sent: its dictionary, and uffd, memfd, pagemap, perhaps the listener of
+    system_calls.py, lifeline. Nothing, if the application has ended."""
+    space, flags = _socket.CMSG_LEN(5 * array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
     packet, ancillary, _, _ = control.recvmsg(MAX_HELLO, space, flags)
     if not packet:
         return {}, []
@@ -586,7 +598,7 @@ def receive_hello(control: Any) -> tuple[dict[str, Any], list[int]]:
 
 def send_ready(control: Any, kept: bool) -> None:
     """The pager's answer to Space."""
-    _answer(control, kept, 0, "")
+    _answer(control, kept, os.getpid(), 0, "")
 
 
 def send_refusal(control: Any, error: ValueError | OSError) -> None:
@@ -596,7 +608,7 @@ def send_refusal(control: Any, error: ValueError | OSError) -> None:
         number, words = error.errno or errno.EIO, str(error.strerror or error)
         if error.filename:
             words += f": {error.filename!r}"
-    _answer(control, False, number, words)
+    _answer(control, False, os.getpid(), number, words)
 
 
 def _answer(control: Any, *answer: Any) -> None:

@@ -33,7 +33,7 @@ where it stopped. Pages that came AGE generations ago leave, neighbours together
 clock does not find enough, younger ones do. A page that the kernel's idle bitmap says was used is
 passed. While the LSPT is small (lspt.SMALL) the wiki's algorithm is followed in full: every page is
 asked, idle ones leave, the others are marked and passed, and if that was not enough, they leave in
-order.
+order. A page that a system call of an ordinary user is about to touch is passed always (pins.py).
 
 When the store refuses, because its disk is full or fails, LPET evicts clean pages only for a while,
 and then tries again with half as many at once. If a fault has waited for GRACE seconds of refusals
@@ -143,6 +143,7 @@ class Lpet:
 
         The steps are explained at the top.
         """
+        self._lspt.pins.drop_ended(page, count)
         left = self._lspt.leaving(page, count, which)  # 1
         if not left:
             return 0

@@ -49,6 +49,7 @@ import re
 import time
 from collections.abc import Iterator
 
+from edm.pins import Pins
 from edm.uffd_ctypes import semaphore
 
 NEW, AWAY, LOST, COMING, LEAVING = range(5)
@@ -64,6 +65,7 @@ NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
 _SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
 _IS_AWAY = bytes(byte == AWAY for byte in range(256))
 _IS_HERE = bytes(byte >= HERE for byte in range(256))
+_IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
 _RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # of what is to leave, with holes
 _NEW_RUN, _AWAY_RUN = re.compile(rb"\x00*"), re.compile(rb"\x01*")
 HERE_RUN = re.compile(rb"[\x80-\xff]+")
@@ -159,6 +161,8 @@ class LSPT(ByteTable):
         super().__init__(pages)
         self.high, self.low = high_threshold, low_threshold
         self.lock = semaphore()
+        # Two pages are left for an instruction, if there are four.
+        self.pins = Pins(self.lock, max(1, (high_threshold - 2) // 2))
         self.figures = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
         self.for_handler = os.eventfd(0, os.EFD_CLOEXEC)
         self.for_lpet = os.eventfd(0, os.EFD_CLOEXEC)
@@ -243,21 +247,27 @@ class LSPT(ByteTable):
         return bytes(table)
 
     def leaving(self, page: int, count: int, which: bytes = ANY_HERE) -> list[Left]:
-        """HERE → LEAVING, for the pages of a range that the table `which` says (see older_than).
+        """HERE → LEAVING, for the pages of a range that the table `which` says (see older_than), but not
+        for those that are pinned.
 
         Neighbours, holes between them included, are one entry of what is returned.
         """
-        return self.take(page, count, which)[0]
+        return self.take(page, count, which, pinned=False)[0]
 
-    def take(self, page: int, count: int, which: bytes) -> tuple[list[Left], list[Run]]:
-        """As leaving; the second list is of pages that are COMING or LEAVING, so somebody else's.
+    def take(
+        self, page: int, count: int, which: bytes, pinned: bool = True
+    ) -> tuple[list[Left], list[Run]]:
+        """As leaving, pinned pages included; the second list is of pages that are COMING or LEAVING, so
+        somebody else's.
 
         The caller comes back for those: nobody has them for longer than a batch.
         """
         with self.lock:
             states = self.state[page : page + count]
-            taken = []
-            for run in _RUN.finditer(states.translate(which)):
+            chosen, taken = states.translate(which), []
+            if not pinned:
+                chosen = self.pins.without(page, chosen)
+            for run in _RUN.finditer(chosen):
                 at, end = run.span()
                 self.state[page + at : page + end] = bytes((LEAVING,)) * (end - at)
                 taken.append((page + at, states[at:end]))
@@ -318,6 +328,10 @@ class LSPT(ByteTable):
         """Runs of pages that are HERE, by address; each part as it is when it is asked for."""
         for first, count in self.used(0, self.pages):
             yield from runs(first, self.read(first, count), HERE_RUN)
+
+    def is_missing(self, pages: range) -> bool:
+        """Is any of these pages, ascending, neither HERE nor LOST?"""
+        return 1 in self.state[pages.start : pages.stop].translate(_IS_MISSING)
 
     def area(self, page: int) -> range:
         """The area of the application that has this page; without one, an empty range."""

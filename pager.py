@@ -5,6 +5,7 @@ In the picture: the box in the middle. Its threads:
     DM-Handler     dm_handler.py
     LPET           lpet.py; on one machine this is a process, and the thread waits for its end
     mailbox        does what the application's Space (address_space.py) asks, in order
+    system calls   system_calls.py, where the application has userfaultfd for user mode only
     the main one   starts these, and sees to it that everything ends when the application does
 
 Interface: page_for(control, hello, fds, open_store) pages for an application until it has ended.
@@ -94,10 +95,10 @@ class Pager:
         # The lifeline is last: the kernel closes what a killed process has open from the last one
         # on, and the application must be dying when its userfaultfd is closed, as missing pages
         # read as zeros then.
-        uffd, memfd, pagemap_fd, self._lifeline = fds
+        uffd, memfd, pagemap_fd, *listener, self._lifeline = fds
         self._config, self._store, self._over_mpi = config, store, instance is not None
         self._title = f"EDM, INSTANCE_{instance or 0}: {shlex.join(hello['command'])}"
-        self._application, self._track_clean = hello["pid"], hello["track_clean"]
+        self._application, self._track_clean = hello["pid"], bool(hello["track_clean"])
         self._process = os.pidfd_open(self._application)  # readable when it has ended
         self._uffd = Userfaultfd(uffd)
         self._pagemap = pagemap = Pagemap(pagemap_fd, config.start_addr)
@@ -120,6 +121,13 @@ class Pager:
         start, batch = config.start_addr, config.evict_batch
         window = min(config.readahead, config.high_threshold // SHARE)
         self._handler = DmHandler(uffd, store, lspt, start, window, self._track_clean, came)
+        self._system_calls = None
+        if listener:
+            from edm.system_calls import SystemCalls  # root does without
+
+            unmark = Userfaultfd(uffd) if hello["track_clean"] == "events" else None
+            of_calls = self._application, lspt, self._handler, start, unmark
+            self._system_calls = SystemCalls(*listener, *of_calls)
         self._tracker = choose_tracker(config.idle_tracker)
         self._of_lpet = lspt, store, memory, memfd, uffd, pagemap, start, batch, self._tracker
         self._storer = Lpet(*self._of_lpet)  # for pages that stay
@@ -145,10 +153,10 @@ class Pager:
         else:
             self._fork_lpet()
             lpet = self._wait_for_lpet
-        threads = [
-            threading.Thread(target=self._guarded, args=(body,))
-            for body in (self._handler.run, lpet, self._answer)
-        ]
+        bodies = [self._handler.run, lpet, self._answer]
+        if self._system_calls:
+            bodies.append(self._system_calls.run)
+        threads = [threading.Thread(target=self._guarded, args=(body,)) for body in bodies]
         try:
             for thread in threads:
                 thread.start()
@@ -156,6 +164,8 @@ class Pager:
             raise OSError(errno.EAGAIN, str(error)) from None
         self._guarded(self._watch)
         self._lspt.stop()
+        if self._system_calls:
+            self._system_calls.end()
         while any(thread.is_alive() for thread in threads):
             self._mailbox.interrupt()
             time.sleep(0.001)
@@ -166,6 +176,9 @@ class Pager:
             log.logger("EDM CLIENT").error("%s", reason)
             self._failure = self._failure or OSError(error.errno, reason)
         self._store.close()
+        if self._system_calls:
+            self._memory.madvise(mmap.MADV_REMOVE)  # or a process that is left would keep it
+            self._system_calls.close(leave=select.select([self._process], [], [], 0)[0] != [])
         os.close(self._lifeline)
         if self._failure:
             raise self._failure

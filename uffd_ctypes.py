@@ -7,7 +7,8 @@ Interface:
     supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
-    mmap_fixed, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, prctl
+    mmap_fixed, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, prctl,
+    seccomp
 
 Rules:
     * A call that fails raises OSError with its errno and its name.
@@ -99,8 +100,8 @@ UFFD_PAGEFAULT_FLAG_WP = 1 << 1
 UFFD_USER_MODE_ONLY = 1
 USER_MODE = "user mode only"  # open_userfaultfd's word for it
 
-# System calls that the C library has no function for, by machine: userfaultfd, futex.
-_NUMBERS = {"x86_64": (323, 202), "aarch64": (282, 98)}
+# System calls that the C library has no function for, by machine: userfaultfd, futex, seccomp.
+_NUMBERS = {"x86_64": (323, 202, 317), "aarch64": (282, 98, 277)}
 
 # What EDM can't do without: page faults of shared memory. And what tells that a page was written.
 NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM
@@ -121,7 +122,7 @@ _libc.syscall.restype = c_long
 _machine = os.uname().machine
 if _machine not in _NUMBERS:
     raise OSError(errno.ENOSYS, f"EDM does not know this machine, {_machine}")
-_NR_userfaultfd, _NR_futex = _NUMBERS[_machine]
+_NR_userfaultfd, _NR_futex, _NR_seccomp = _NUMBERS[_machine]
 
 
 def _failed(name: str, number: int = 0) -> OSError:
@@ -262,7 +263,7 @@ PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_FIXED_NOREPLACE = 0x01, 0x100000
 MADV_DONTFORK = 10
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
-PR_SET_PDEATHSIG, PR_SET_TIMERSLACK = 1, 29
+PR_SET_PDEATHSIG, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS, PR_SET_PTRACER = 1, 29, 38, 0x59616D61
 
 
 def mmap_fixed(addr: int, length: int, prot: int, flags: int, fd: int = -1, off: int = 0) -> None:
@@ -321,3 +322,24 @@ def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
     if _libc.prctl(option, value, 0, 0, 0):
         raise _failed("prctl")
+
+
+# <linux/seccomp.h>. The youngest of these is WAIT_KILLABLE_RECV: Linux 5.19.
+SECCOMP_SET_MODE_FILTER = 1
+SECCOMP_FILTER_FLAG_TSYNC, SECCOMP_FILTER_FLAG_NEW_LISTENER = 1 << 0, 1 << 3
+SECCOMP_FILTER_FLAG_TSYNC_ESRCH, SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 1 << 4, 1 << 5
+sock_fprog = Struct("=H6xQ")  # len, filter
+
+
+def seccomp(flags: int, instructions: bytes) -> int:
+    """seccomp(2): from now on this process's system calls are filtered by these BPF instructions.
+
+    Returns the listener's descriptor, if flags say NEW_LISTENER. Raises OSError EBUSY where there is
+    another listener already, ESRCH if a thread has other filters, EINVAL for a flag that is unknown.
+    """
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    program = sock_fprog.pack(len(instructions) // 8, ctypes.addressof(code))
+    result = _libc.syscall(_NR_seccomp, SECCOMP_SET_MODE_FILTER, c_uint(flags), program)
+    if result < 0:
+        raise _failed("seccomp")
+    return result

@@ -214,10 +214,15 @@ def test_what_the_kernels_userfaultfd_lacks_is_told(monkeypatch, lacks, state, w
     assert found == state and words in told
 
 
-def test_a_userfaultfd_for_user_mode_only_is_one_to_do_with(monkeypatch):
+def test_a_userfaultfd_for_user_mode_only_does_with_seccomp_and_has_limits_without(monkeypatch):
     monkeypatch.setattr(u, "open_userfaultfd", lambda: (os.open("/dev/null", 0), u.USER_MODE))
+    monkeypatch.setattr(doctor, "_run", lambda *command: (0, ["exit status 0"]))
     state, words, remedy = doctor.userfaultfd()
-    assert state == "without" and "EFAULT" in words and "sysctl" in remedy
+    assert state == "ok" and "seccomp" in words and not remedy
+    monkeypatch.setattr(doctor, "_run", lambda *command: (1, ["Traceback", "OSError: busy"]))
+    state, words, remedy = doctor.userfaultfd()
+    assert state == "without" and "EFAULT" in words and "OSError: busy" in words
+    assert "sysctl" in remedy
 
 
 @pytest.fixture

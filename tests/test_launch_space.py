@@ -197,7 +197,9 @@ def test_a_forked_child_fails_cleanly_and_spawned_ones_work(run):
     assert ended.returncode == 0 and "processes SUCCESS" in ended.stdout, ended.stdout
 
 
-def test_where_system_calls_may_not_fault_the_error_says_so_once(run, tmp_path):
+def test_where_system_calls_may_not_fault_and_seccomp_is_refused_the_error_says_so_once(
+    run, tmp_path
+):
     ended = run(sys.executable, PROGRAMS / "user_mode.py", cwd=tmp_path)
     assert ended.returncode == 1
     assert ended.stdout.count("OSError: [Errno 14] Bad address") == 2, ended.stdout

@@ -1,12 +1,13 @@
-"""As for a user who may have userfaultfd for user mode only: system calls on a page that is away.
+"""As for a user who may have userfaultfd for user mode only, where there can't be a seccomp filter either:
+system calls on a page that is away.
 
-Root may have both kinds, so this takes the lesser one.
+Root may have both, so this takes the lesser one, and refuses the other.
 """
 
 import os
 import threading
 
-from edm import uffd_ctypes
+from edm import system_calls, uffd_ctypes
 from edm.edm import PAGE_SIZE, Config, numpy_allocator, start
 
 
@@ -14,6 +15,10 @@ def open_userfaultfd():
     number = uffd_ctypes._NR_userfaultfd
     flags = os.O_CLOEXEC | os.O_NONBLOCK | uffd_ctypes.UFFD_USER_MODE_ONLY
     return uffd_ctypes._libc.syscall(number, flags), uffd_ctypes.USER_MODE
+
+
+def listener(start, end):
+    raise PermissionError
 
 
 def arrays_are_read_from_files(np):
@@ -31,7 +36,7 @@ def read(begin):
         file.readinto(area[begin:])
 
 
-uffd_ctypes.open_userfaultfd = open_userfaultfd
+uffd_ctypes.open_userfaultfd, system_calls.listener = open_userfaultfd, listener
 area = start(Config(high_threshold=4096)).mmap(1 << 20)
 try:
     import numpy

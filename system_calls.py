@@ -1,0 +1,231 @@
+"""The system calls of an ordinary user, who may have userfaultfd for user mode only.
+
+In the picture: from the application to the pager, beside the page faults. Where userfaultfd is for
+user mode only, a system call fails with EFAULT on a page that is away. So such a call is stopped before
+it begins, and the pager brings its pages.
+
+Interface: listener(start, end) is the application's: it makes the kernel stop the calls, for good, and
+returns the descriptor that tells of them. SystemCalls is the pager's: run() is its thread.
+
+One call, `write(fd, array)`:
+
+    1. The seccomp filter sees that the buffer begins in the space. The thread sleeps, and the listener
+       has a message. All other calls go on, and take 0.05 to 0.1 µs more. (A signal that has a handler
+       and comes before step 2 makes the call fail with EINTR, also a file's. Python makes the call again;
+       fwrite(3) does not.)
+    2. SystemCalls pins the first pages of the buffer, AT_ONCE or what there is room for (pins.py).
+    3. It has the DM-Handler bring those that are not here. (The kernel takes the mark from those that
+       the call writes. Where it can't, UFFD_FEATURE_WP_ASYNC, that is done here.)
+    4. It answers CONTINUE: the kernel makes the call. Where it meets a page that is away, behind the
+       pinned ones, it returns what it has done so far. Whoever writes or reads files and sockets asks
+       for the rest then, and that is a call of its own.
+
+What does not work so, and gives EFAULT as before: calls that are not in _CALLS, like those that have
+their buffers' addresses in memory (readv, writev, sendmsg, recvmsg), where the filter can't look;
+io_uring and O_DIRECT; datagrams that are larger than what is pinned. A raw file's write or readinto, and
+recv with MSG_WAITALL, may do less than they are asked for, where they would do all elsewhere. Where first
+writes are events, a sync at the very moment of a call that writes memory may mark its pages again.
+
+The filter is inherited, and for ever. Calls of the program's children are just let go on. Nobody is at
+the listener's other end when the pager is gone: then matching calls would fail with ENOSYS. So if such
+processes are left when the application has ended, the pager leaves a process behind that lets their
+calls go on, until the last of them has ended (SystemCalls.close).
+
+Rules: the filter takes privileges from the program (PR_SET_NO_NEW_PRIVS): sudo and the like can't work
+in it. A process has one listener at most (EBUSY), and so have its children: EDM in EDM does without.
+
+Sources: seccomp(2), seccomp_unotify(2), <linux/seccomp.h>, <linux/bpf_common.h>, <linux/audit.h>.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from fcntl import ioctl
+from struct import Struct
+
+from edm import uffd_ctypes as u
+from edm.uffd_ctypes import PAGE_SIZE
+
+TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edm.dm_handler import DmHandler
+    from edm.lspt import LSPT
+
+AT_ONCE = 1 << 20  # bytes
+SETTLE = 100e-6  # seconds between two looks at pages that LPET has in its hands
+ROOM = 0.3  # seconds to wait for room for a pin
+AGAIN = 1e-3  # seconds between two looks whether there is some
+
+# Pages that are pinned at least. A call that meets a page which is away, further on, returns what it has
+# done; but a socket's fails if that is not a whole part of what it copies. Sent are 64 KiB at once, and
+# received is what TCP has joined, 17 times 32 KiB (MAX_SKB_FRAGS). By whether the call writes memory.
+LEAST = {False: (64 << 10) // PAGE_SIZE + 1, True: (576 << 10) // PAGE_SIZE + 1}
+
+# name: which argument is the buffer, with its length behind it; does the call write there?
+_CALLS = {
+    "read": (1, True), "write": (1, False), "pread64": (1, True), "pwrite64": (1, False),
+    "recvfrom": (1, True), "sendto": (1, False), "getrandom": (0, True),
+}  # fmt: skip
+# By machine: AUDIT_ARCH, and the numbers of these calls.
+_MACHINES = {
+    "x86_64": (0xC000003E, (0, 1, 17, 18, 45, 44, 318)),
+    "aarch64": (0xC00000B7, (63, 64, 67, 68, 207, 206, 278)),
+}
+AUDIT_ARCH, _NUMBERS = _MACHINES[os.uname().machine]
+CALLS = dict(zip(_NUMBERS, _CALLS.values(), strict=True))
+
+# ---------------------------------------------------------------- <linux/seccomp.h>
+
+seccomp_notif = Struct("=QIIiIQ6Q")  # id, pid, flags; nr, arch, instruction_pointer, args
+seccomp_notif_resp = Struct("=QqiI")  # id, val, error, flags
+SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOCTL_NOTIF_SEND = 0xC0502100, 0xC0182101
+SECCOMP_USER_NOTIF_FLAG_CONTINUE = 1
+# Linux 6.6: the pager runs where the thread has run. A call whose page is here takes 28 µs more, and
+# without this 35 to 47.
+SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP = 0x40082104, 1
+SECCOMP_RET_USER_NOTIF, SECCOMP_RET_ALLOW = 0x7FC00000, 0x7FFF0000
+
+# ---------------------------------------------------------------- the application's end
+
+sock_filter = Struct("=HBBI")  # code, jump if true, jump if false, k
+_LOAD, _IF_EQUAL, _IF_GREATER, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x06
+_NR, _ARCH, _ARGS = 0, 4, 16  # where they are in struct seccomp_data
+
+
+def listener(start: int, end: int) -> int:
+    """From now on, the calls in _CALLS whose buffer begins in this space (bytes) wait for SystemCalls at
+    the descriptor that this returns.
+
+    For all threads of this process, and what it forks and executes. Raises OSError as u.seccomp does.
+    """
+    u.prctl(u.PR_SET_NO_NEW_PRIVS, 1)
+    flags = (
+        u.SECCOMP_FILTER_FLAG_NEW_LISTENER
+        | u.SECCOMP_FILTER_FLAG_TSYNC
+        | u.SECCOMP_FILTER_FLAG_TSYNC_ESRCH
+        | u.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+    )
+    return u.seccomp(flags, b"".join(sock_filter.pack(*step) for step in _filter(start, end)))
+
+
+def _filter(start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    allow = _RETURN, 0, 0, SECCOMP_RET_ALLOW
+    yield _LOAD, 0, 0, _ARCH
+    yield _IF_EQUAL, 1, 0, AUDIT_ARCH
+    yield allow
+    yield _LOAD, 0, 0, _NR
+    for number, (buffer, _) in CALLS.items():
+        from_end_on = [*_at_least(buffer, end, 1, 0), (_RETURN, 0, 0, SECCOMP_RET_USER_NOTIF)]
+        call = [*_at_least(buffer, start, 0, len(from_end_on)), *from_end_on, allow]
+        yield _IF_EQUAL, 0, len(call), number
+        yield from call
+    yield allow
+
+
+def _at_least(argument: int, bound: int, yes: int, no: int) -> Iterator[tuple[int, int, int, int]]:
+    """Is this argument at least so large? Then leave out `yes` of the next instructions, else `no`.
+
+    An instruction compares 32 bits.
+    """
+    high, low, at = bound >> 32, bound & 0xFFFFFFFF, _ARGS + 8 * argument
+    yield _LOAD, 0, 0, at + 4
+    yield _IF_GREATER, yes + 3, 0, high
+    yield _IF_EQUAL, 0, no + 2, high
+    yield _LOAD, 0, 0, at
+    yield _IF_AT_LEAST, yes, no, low
+
+
+# ---------------------------------------------------------------- the pager's end
+
+
+class SystemCalls:
+    def __init__(
+        self,
+        listener: int,
+        application: int,
+        lspt: LSPT,
+        handler: DmHandler,
+        start_addr: int,
+        uffd: u.Userfaultfd | None,
+    ) -> None:
+        """application: its process id. uffd: if the mark of a page that is to be written has to be
+        taken away here."""
+        self.processes = {application}  # which have the space; calls of others are let go on
+        self._listener, self._lspt, self._handler = listener, lspt, handler
+        self._start, self._uffd = start_addr, uffd
+        with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
+            ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
+        self._end = os.eventfd(0, os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        for fd in (listener, self._end):
+            self._poll.register(fd, select.POLLIN)
+
+    def run(self) -> None:
+        """Let system calls go on when their pages are here, until there is nobody left who may make
+        any, or end was called."""
+        while self._poll.poll() == [(self._listener, select.POLLIN)]:
+            self._let_go_on()
+
+    def end(self) -> None:
+        """End run()."""
+        os.eventfd_write(self._end, 1)
+
+    def close(self, leave: bool) -> None:
+        """Close the listener, when run() has ended.
+
+        leave: the application has ended. If other processes are left that have the filter, one is forked
+        that lets their calls go on. There is no other thread.
+        """
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        if leave and (self._listener, select.POLLHUP) not in poll.poll(0) and not os.fork():
+            try:
+                os.dup2(self._listener, 0)
+                os.closerange(1, 1 << 30)
+                SystemCalls(0, 0, self._lspt, self._handler, 0, None).run()
+            finally:
+                os._exit(0)
+        os.close(self._listener)
+
+    def _let_go_on(self) -> None:
+        """Receive a call, bring its pages, and answer."""
+        message = bytearray(seccomp_notif.size)
+        with contextlib.suppress(FileNotFoundError):  # ENOENT: its thread was killed meanwhile
+            ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
+            number, thread, _, *call = seccomp_notif.unpack(message)
+            if any(os.path.exists(f"/proc/{of}/task/{thread}") for of in self.processes):
+                self._bring(thread, call[0], call[3:])
+            answer = seccomp_notif_resp.pack(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
+            ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
+
+    def _bring(self, thread: int, number: int, arguments: list[int]) -> None:
+        """Bring the first pages of this call's buffer, and pin them."""
+        lspt, (buffer, writes) = self._lspt, CALLS[number]
+        begin, length = arguments[buffer] - self._start, min(arguments[buffer + 1], AT_ONCE)
+        end = min(begin + length, lspt.pages * PAGE_SIZE)
+        wanted = range(begin // PAGE_SIZE, -(-end // PAGE_SIZE))
+        pages = self._pin(wanted, LEAST[writes], thread, (number, *arguments))
+        while lspt.is_missing(pages) and not lspt.stopped():
+            self._handler.bring(pages, writes)
+            if lspt.is_missing(pages):
+                time.sleep(SETTLE)
+        if pages and writes and self._uffd:
+            start = self._start + pages.start * PAGE_SIZE
+            # ENOENT, ESRCH: the application is ending.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                self._uffd.writeprotect(start, len(pages) * PAGE_SIZE, False)
+
+    def _pin(self, wanted: range, least: int, thread: int, call: tuple[int, ...]) -> range:
+        """As Pins.pin, but wait for room. If all of it is of calls that wait, too, as recv_into does, this
+        one goes without: very likely its pages are still here when it touches them."""
+        pins, give_up = self._lspt.pins, time.monotonic() + ROOM
+        while not (pages := pins.pin(wanted, least, thread, call)) and wanted:
+            if time.monotonic() > give_up:
+                return wanted[: min(least, pins.most)]
+            time.sleep(AGAIN)
+        return pages

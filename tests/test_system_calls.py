@@ -1,0 +1,311 @@
+"""system_calls.py and pins.py: the system calls of a user who has userfaultfd for user mode only."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAMS, TRACKINGS, needs_userfaultfd, read_until, wait_for, wait_until_gone
+
+from edm import pins as p
+from edm import system_calls as s
+from edm import uffd_ctypes as u
+from edm.lspt import ANY_HERE, HERE, LSPT
+
+NOBODY = 65534
+ROOT = Path(s.__file__).parent
+
+# ---------------------------------------------------------------- programs of an ordinary user
+
+
+@pytest.fixture
+def as_user(start, public_path):
+    """Start a function of programs/system_calls.py as an ordinary user: as nobody, if this is root."""
+    programs, packages = public_path / "programs", public_path / "packages"
+    programs.mkdir()
+    shutil.copy(PROGRAMS / "system_calls.py", programs)
+    folders = shutil.ignore_patterns("tests", "bench", ".*", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, packages / "edm", ignore=folders)
+    who = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if not os.getuid() else {}
+    code = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+    for python in (sys.executable, "/usr/bin/python3"):
+        try:
+            if not subprocess.run([python, "-c", code], check=False, **who).returncode:
+                break
+        except OSError:  # it is not there, or not for nobody
+            continue
+    else:
+        pytest.skip("there is no Python of this version that nobody may run")
+    search = f"PYTHONPATH={packages}{os.pathsep}{sysconfig.get_path('purelib')}"
+
+    def as_user(*arguments, **options):
+        command = ["/usr/bin/env", search, "TMPDIR=/var/tmp", python, programs / "system_calls.py"]
+        return start(*command, *arguments, cwd="/", **who, **options)
+
+    return as_user
+
+
+@pytest.fixture
+def succeeds(as_user):
+    def succeeds(*arguments):
+        job = as_user(*arguments)
+        try:
+            output, _ = job.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            job.kill_all()
+            output, _ = job.communicate()
+        assert job.returncode == 0 and f"{arguments[0]} SUCCESS" in output, output
+        return output
+
+    return succeeds
+
+
+@needs_userfaultfd
+@pytest.mark.parametrize(
+    "calls", ["files", "positions", "random_bytes", "pickles", "sockets", "datagrams", "threads"]
+)
+def test_system_calls_read_and_write_memory_that_is_away(succeeds, calls):
+    succeeds(calls)
+
+
+@needs_userfaultfd
+@pytest.mark.parametrize("tracking", TRACKINGS)
+def test_they_do_so_however_first_writes_are_noticed(succeeds, tracking):
+    succeeds("files", tracking)
+
+
+@needs_userfaultfd
+def test_arrays_are_saved_and_loaded(succeeds):
+    pytest.importorskip("numpy")
+    succeeds("arrays")
+
+
+@needs_userfaultfd
+def test_the_pages_of_a_call_that_waits_stay_here(succeeds):
+    succeeds("blocked")
+
+
+@needs_userfaultfd
+def test_calls_of_a_programs_children_just_go_on(succeeds):
+    assert "a child writes\n" in succeeds("children")
+
+
+@needs_userfaultfd
+def test_a_process_may_have_a_space_a_second_time(succeeds):
+    succeeds("again")
+
+
+@needs_userfaultfd
+def test_calls_of_processes_that_outlive_the_application_go_on_and_nothing_stays_behind_them(
+    as_user,
+):
+    job = as_user("left", stdin=subprocess.PIPE)
+    assert job.wait(30) == 0
+    assert len(wait_for(job.processes)) >= 2  # the child, and who answers for the pager
+    job.stdin.write("1")
+    job.stdin.flush()
+    read_until(job, "errno 14")  # EFAULT
+    job.stdin.write("2")
+    job.stdin.flush()
+    wait_until_gone(job)
+
+
+# ---------------------------------------------------------------- the filter
+
+
+def filtered(steps, number, arguments, arch=s.AUDIT_ARCH):
+    """What this BPF program returns for a system call."""
+    data = s.Struct("=iIQ6Q").pack(number, arch, 0, *arguments)
+    at = loaded = 0
+    while True:
+        code, yes, no, k = steps[at]
+        at += 1
+        if code == 0x20:
+            loaded = int.from_bytes(data[k : k + 4], sys.byteorder)
+        elif code == 0x06:
+            return k
+        else:
+            at += yes if {0x15: loaded == k, 0x25: loaded > k, 0x35: loaded >= k}[code] else no
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (0x10_0000_0000, 0x20_0000_0000),
+        (0x1B58000, 0x1F40000),
+        (0x1_FFFF_F000, 0x2_0000_1000),
+        (0x1_0000_1000, 0x1_0000_2000),
+        (0x1_8000_0000, 0x3_2000_0000),
+    ],
+)
+def test_a_call_is_stopped_if_and_only_if_its_buffer_begins_in_the_space(start, end):
+    steps = list(s._filter(start, end))
+    addresses = {0, (1 << 64) - 1, 1 << 32, 1 << 63}
+    for bound in (start, end):
+        addresses |= {bound - 1, bound, bound + 1, bound ^ 1 << 31, bound ^ 1 << 32, bound + 0xFFF}
+    stopped = {
+        (number, address): filtered(
+            steps, number, [address if n == buffer else start for n in range(6)]
+        )
+        for number, (buffer, _) in s.CALLS.items()
+        for address in addresses
+    }
+    wanted = {True: s.SECCOMP_RET_USER_NOTIF, False: s.SECCOMP_RET_ALLOW}
+    assert stopped == {key: wanted[start <= key[1] < end] for key in stopped}
+    other = next(number for number in range(1000) if number not in s.CALLS)
+    assert filtered(steps, other, [start] * 6) == s.SECCOMP_RET_ALLOW
+    assert filtered(steps, min(s.CALLS), [start] * 6, arch=0) == s.SECCOMP_RET_ALLOW
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.skipif(
+    not os.path.exists("/usr/include/linux/seccomp.h"), reason="no <linux/seccomp.h>"
+)
+def test_every_number_is_the_one_in_the_kernels_headers(tmp_path):
+    ours = {
+        name: value
+        for module in (s, u)
+        for name, value in vars(module).items()
+        if "SECCOMP" in name
+    }
+    arch = f"AUDIT_ARCH_{os.uname().machine.upper()}"
+    ours |= {arch: s.AUDIT_ARCH} | dict(
+        zip((f"__NR_{name}" for name in s._CALLS), s.CALLS, strict=True)
+    )
+    # A header older than a name does not have it; the others it must agree on.
+    lines = [
+        f'#ifdef {n}\n  printf("{n} %llu\\n", (unsigned long long)(unsigned)({n}));\n#endif'
+        for n in ours
+    ]
+    source = tmp_path / "numbers.c"
+    source.write_text(
+        "#include <stdio.h>\n#include <sys/ioctl.h>\n#include <sys/syscall.h>\n"
+        "#include <linux/audit.h>\n#include <linux/seccomp.h>\n"
+        "int main(void) {\n" + "\n".join(lines) + "\n  return 0;\n}\n"
+    )
+    subprocess.run(["cc", "-o", tmp_path / "numbers", source], check=True)
+    printed = subprocess.run([tmp_path / "numbers"], check=True, text=True, capture_output=True)
+    theirs = {n: int(v) for n, v in (line.split() for line in printed.stdout.splitlines())}
+    assert {arch, "__NR_read", "SECCOMP_IOCTL_NOTIF_RECV"} <= theirs.keys()
+    assert {name: ours[name] for name in theirs} == theirs
+
+
+# ---------------------------------------------------------------- pins
+
+CALL = (0, 3, 0, 0, 0, 0, 0)  # of nobody
+
+
+@pytest.fixture
+def lspt():
+    """All its 1000 pages are here."""
+    lspt = LSPT(1000, 1000, 0)
+    lspt.state[:] = bytes([HERE]) * 1000
+    yield lspt
+    lspt.close()
+
+
+def leaving(lspt, page, count):
+    """Which pages LPET takes; they stay, after all."""
+    left = lspt.leaving(page, count)
+    lspt.stays(left)
+    return [(first, len(before)) for first, before in left]
+
+
+@pytest.fixture
+def reading():
+    """A thread that is in read(2), until the test writes into this pipe: (thread, its call)."""
+    out, into = os.pipe()
+    buffer = ctypes.create_string_buffer(1)
+    read = ctypes.CDLL(None).read
+    thread = threading.Thread(target=read, args=(out, buffer, ctypes.c_size_t(1)))
+    thread.start()
+
+    def call():
+        with open(f"/proc/self/task/{thread.native_id}/syscall") as file:
+            words = file.read().split()
+        return len(words) == 9 and tuple(int(word, 0) for word in words[:7])
+
+    number = next(iter(s.CALLS))  # read
+    wait_for(lambda: call() and call()[:2] == (number, out))
+    yield thread, call()
+    os.write(into, b"1")
+    thread.join(10)
+    os.close(out)
+    os.close(into)
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """Threads that run, and whose pins hold."""
+    monkeypatch.setattr(p, "_goes_on", lambda *pin: True)
+    return range
+
+
+def test_lpet_passes_pages_that_are_pinned_and_nobody_else_does(lspt):
+    assert lspt.pins.pin(range(100, 110), 1, 1, CALL) == range(100, 110)
+    assert leaving(lspt, 90, 30) == [(90, 10), (110, 10)]
+    assert leaving(lspt, 105, 10) == [(110, 5)]
+    assert leaving(lspt, 102, 3) == []
+    taken, _ = lspt.take(90, 30, ANY_HERE)
+    assert [(first, len(before)) for first, before in taken] == [(90, 30)]
+
+
+def test_a_thread_has_one_pin_and_pins_of_two_may_overlap(lspt):
+    lspt.pins.pin(range(100, 110), 1, 1, CALL)
+    lspt.pins.pin(range(105, 115), 1, 2, CALL)
+    lspt.pins.pin(range(200, 201), 1, 1, CALL)
+    assert leaving(lspt, 90, 30) == [(90, 15), (115, 5)]
+    assert leaving(lspt, 199, 3) == [(199, 1), (201, 1)]
+
+
+def test_all_pins_have_half_of_the_pages_and_each_leaves_some_to_the_next_ones(lspt, alive):
+    got = [len(lspt.pins.pin(range(n, n + 256), 20, n, CALL)) for n in alive(30)]
+    assert got[0] == 499 // 4 and got == sorted(got, reverse=True)
+    assert 480 <= sum(got) <= 499 and set(got) > {0, 20} and 0 < min(set(got) - {0})
+
+
+def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction():
+    for high in (4, 6, 10):
+        lspt = LSPT(100, high, 0)
+        assert 1 <= len(lspt.pins.pin(range(50), 20, 1, CALL)) <= high - 2
+        lspt.close()
+
+
+def test_a_pin_holds_as_long_as_the_thread_is_in_that_call(lspt, reading, monkeypatch):
+    thread, call = reading
+    monkeypatch.setattr(p, "RUNNING", 0)
+    lspt.pins.pin(range(100, 110), 1, thread.native_id, call)
+    lspt.pins.drop_ended(0, 1000)
+    assert leaving(lspt, 100, 10) == []
+    # Another call of the same thread is not that one.
+    lspt.pins.pin(range(100, 110), 1, thread.native_id, (*call[:3], call[3] + 1, *call[4:]))
+    lspt.pins.drop_ended(200, 800)  # nobody wants those pages
+    assert leaving(lspt, 100, 10) == []
+    lspt.pins.drop_ended(109, 1)
+    assert leaving(lspt, 100, 10) == [(100, 10)]
+
+
+def test_a_pin_of_a_thread_that_runs_holds_until_it_has_used_the_processor_for_longer(lspt, start):
+    job = start(sys.executable, "-c", "while True: pass")
+    wait_for(lambda: p._used_by(job.pid) > 10 * p.RUNNING)  # it has begun to run
+    used = p._used_by(job.pid)
+    lspt.pins.pin(range(100, 110), 1, job.pid, CALL)
+
+    def is_over():
+        lspt.pins.drop_ended(0, 1000)
+        return leaving(lspt, 100, 10) == [(100, 10)]
+
+    while p._used_by(job.pid) < used + p.RUNNING // 2:
+        assert not is_over()
+    wait_for(is_over)
+    assert p._used_by(job.pid) - used >= p.RUNNING
+
+
+def test_a_pin_of_a_thread_that_has_ended_gives_its_room_to_the_next(lspt):
+    for n in range(1 << 22, (1 << 22) + 100):  # there are no such threads
+        assert lspt.pins.pin(range(200), 200, n, CALL)
