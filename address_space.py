@@ -6,9 +6,9 @@ process makes the userfaultfd and the memfd and hands them to the pager; from th
 memory.
 
 Interface: for the application, Space: mmap, munmap, sync, and to look at itself: areas, locations,
-figures. For advice.py: advise, resident. For numpy_mem_handler.py: allocate, allocated, grow, release. For edm.py: Space makes
-everything ready, close ends it; spawn_pager starts a pager on this machine. For the pager, here or in
-a rank: receive_hello, and send_ready or send_refusal.
+figures. For advice.py: advise, resident. For numpy_mem_handler.py: allocate, allocated, grow, release.
+For edm.py: Space makes everything ready, close ends it; spawn_pager starts a pager on this machine. For
+the pager, here or in a rank: receive, and send_ready or send_refusal.
 
 The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
 with userfaultfd. Areas are bookkeeping of this process (Gaps): mapping one calls nobody but tells the
@@ -22,15 +22,22 @@ Rules: any thread of the application may call Space; one call that is answered a
 signal handler that calls it in the midst of another call gets a RuntimeError. An allocator is called
 in the midst of anything, even of one of these methods, by a garbage collection: so allocate gives up
 rather than wait for its own thread, and release leaves it to that. A signal handler may raise at any
-point: that may cost addresses, which are then not used again, and never anything else. A process that
-the application forks has no space (MADV_DONTFORK: touching it is a SIGSEGV) and can't reach the pager.
+point: that may cost addresses, which are then not used again, and never anything else.
+
+Forked children do not inherit the mapping (MADV_DONTFORK): without a userfaultfd they would read holes
+as zeros, and fill them for the application too. So a child maps the memfd anew, private, at the same
+addresses, registers it with a userfaultfd of its own, and sends that to the pager (children.py). What
+it reads is the application's memory, with what is written there later; what it writes is its own. It
+can't call Space. Where that can't be (a child's child, a fork that Python does not see, a program that
+has closed EDM's descriptor, vm.overcommit_memory=2), touching it is a SIGSEGV.
 
 This module, and what it imports, is all that a program under `edm run` gets to carry: it imports
 little.
 
 A socket pair carries the first message to the pager, with the descriptors and HELLO's dictionary, and
-its answer; then it is closed. Calls go by mailbox.py. So all that is open in the application is the
-read end of one pipe, its lifeline.
+its answer; then it is closed. Calls go by mailbox.py. All that is open in the application is one end of
+another socket pair, by which forked children reach the pager. Two descriptors lie in it, in a message
+that they only peek at: the memfd, and the read end of the lifeline, a pipe.
 """
 
 from __future__ import annotations
@@ -63,6 +70,7 @@ if TYPE_CHECKING:
 
 MAX_HELLO = 1 << 17  # bytes
 MAX_COMMAND = 200  # characters of a word, and words, of the command line that a report begins with
+MAX_FDS = 7  # descriptors that come with a message
 HIGH = 512  # a descriptor's number
 FREES = 1e-4  # seconds between two looks whether the pager has freed what is to be used again
 SIGKILL = 9  # signal.SIGKILL, without importing signal
@@ -119,11 +127,7 @@ class Space:
         # (number of the RELEASE, address, length): not yet a gap.
         self._freeing: deque[tuple[int, int, int]] = deque()
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
-
-            def closed(fd: int) -> int:
-                at_the_end.callback(os.close, fd)
-                return fd
-
+            closed = partial(_closed_by, at_the_end)
             at_the_end.callback(control.close)
             memfd = closed(os.memfd_create("edm"))
             self._map(memfd)
@@ -138,14 +142,19 @@ class Space:
                 # EBUSY: EDM in EDM. EPERM, EINVAL, ENOSYS: a sandbox.
                 with contextlib.suppress(OSError):
                     listener = [closed(system_calls.listener(self.start_addr, self.end_addr))]
-            self._lifeline, pagers_end = _lifeline()
-            if_it_fails.callback(os.close, self._lifeline)
-            self._lifeline_is = os.fstat(self._lifeline).st_ino
+            ours, theirs = _socket_pair()
+            at_the_end.callback(theirs.close)
+            self._socket = _closed_by(if_it_fails, _high(ours.detach()))
+            self._socket_is = os.fstat(self._socket).st_ino
+            pagers_end, lifeline = map(closed, _lifeline())
+            # A refusal is no accident.
+            if_it_fails.callback(fcntl.fcntl, lifeline, fcntl.F_SETFL, 0)
+            _send(theirs, b"memfd, lifeline", [memfd, lifeline])
             hello = {
                 "config": vars(config), "pid": os.getpid(), "how": how, "track_clean": tracks,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
             }  # fmt: skip
-            fds = [uffd, memfd, pagemap, *listener, closed(pagers_end)]
+            fds = [uffd, memfd, pagemap, *listener, theirs.fileno(), lifeline, pagers_end]
             self._kept, pager = _say_hello(control, hello, fds)
             if_it_fails.pop_all()  # it has not
         if listener:
@@ -359,10 +368,10 @@ class Space:
         lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
         raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
 
-    def _has_lifeline(self) -> bool:
+    def _has_socket(self) -> bool:
         """Or has the program closed it, and the number may be something else's now?"""
         try:
-            return os.fstat(self._lifeline).st_ino == self._lifeline_is
+            return os.fstat(self._socket).st_ino == self._socket_is
         except OSError:  # EBADF
             return False
 
@@ -375,23 +384,50 @@ class Space:
     @_locked
     def close(self) -> None:
         """End the space, and the pager: what is to be kept is kept. No array of it may be used."""
-        if connected := self._has_lifeline():
-            fcntl.fcntl(self._lifeline, fcntl.F_SETFL, 0)  # its end is no accident
-        else:
+        if not (connected := self._has_socket()):
             self._mailbox.call(m.END)
         self._mailbox.ask(m.CLOSE)
         if connected:
-            os.read(self._lifeline, 1)  # until it has ended
-            os.close(self._lifeline)
+            while os.read(self._socket, 1):  # what lies there; then nothing: it has ended
+                pass
+            os.close(self._socket)
         self.is_forked = True
         self._unmap()
 
+    # ------------------------------------------------------------ forked children
+
     def _forked(self) -> None:
-        """In a process that the application forked: it has no space."""
+        """In a process that the application forked: it has the application's memory, if that can be."""
         self.is_forked = True
         self._lock = _thread.RLock()  # whoever had it is not here
-        if self._has_lifeline():
-            os.close(self._lifeline)
+        if self._has_socket():
+            control = _socket.socket(fileno=self._socket)
+            control.settimeout(None)  # the program may have set a default
+            with contextlib.closing(control), contextlib.suppress(OSError, ValueError):
+                self._map_privately(control)
+
+    def _map_privately(self, control: Any) -> None:
+        """Map the space as after any fork: what is written is this process's own.
+
+        Raises OSError or ValueError if that can't be: then touching it is a SIGSEGV.
+        """
+        space = self.start_addr, self.end_addr - self.start_addr
+        with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
+            memfd, _ = (_closed_by(at_the_end, fd) for fd in receive(control, _socket.MSG_PEEK)[1])
+            process = _closed_by(at_the_end, os.pidfd_open(os.getpid()))
+            uffd = _closed_by(if_it_fails, _high(u.open_userfaultfd()[0]))
+            pagers_end, lifeline = _lifeline()
+            _closed_by(at_the_end, pagers_end)
+            _closed_by(if_it_fails, lifeline)
+            # A signal handler that reads a page before they are registered would fill the memfd.
+            flags = u.MAP_PRIVATE | u.MAP_NORESERVE | u.MAP_FIXED_NOREPLACE
+            u.mmap_fixed(*space, u.PROT_NONE, flags, memfd)
+            u.madvise(*space, u.MADV_DONTFORK)
+            self._register(u.Userfaultfd(uffd), "none")
+            # The userfaultfd and the lifeline stay open here: the pager may die before it has read this.
+            _send(control, b"%d" % os.getpid(), [process, uffd, lifeline, pagers_end])
+            if_it_fails.pop_all()  # it has not
+        u.mprotect(*space, u.PROT_READ | u.PROT_WRITE)
 
     # ------------------------------------------------------------ the areas
 
@@ -496,19 +532,39 @@ class Gaps:
         self._starts.pop(end, None)
 
 
-def _lifeline() -> tuple[int, int]:
-    """A pipe whose write end is to be the pager's alone: when that ends, the kernel kills this
-    process."""
-    ours, pagers = os.pipe2(os.O_CLOEXEC)
-    # With a number that a program which closes everything does not reach, if RLIMIT_NOFILE is higher.
+def _socket_pair() -> tuple[Any, Any]:
+    """Two connected sockets that wait, whatever default the program has set for its own."""
+    pair = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    for end in pair:
+        end.settimeout(None)
+    return pair
+
+
+def _closed_by(stack: contextlib.ExitStack, fd: int) -> int:
+    """The descriptor, which the stack closes."""
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _high(fd: int) -> int:
+    """The descriptor, with a number that a program which closes everything does not reach, if
+    RLIMIT_NOFILE is higher."""
     with contextlib.suppress(OSError):
-        high = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, HIGH)
-        os.close(ours)
-        ours = high
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
+        os.close(fd)
+        return high
+    return fd
+
+
+def _lifeline() -> tuple[int, int]:
+    """The write end of a pipe, which is to be the pager's alone, and the read end. When the write end is
+    closed, and the read end is open anywhere, the kernel kills this process."""
+    ours, pagers = os.pipe2(os.O_CLOEXEC)
+    ours = _high(ours)
     fcntl.fcntl(ours, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(ours, fcntl.F_SETSIG, SIGKILL)
     fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC)
-    return ours, pagers
+    return pagers, ours
 
 
 def _users(view: memoryview) -> int:
@@ -549,7 +605,7 @@ def spawn_pager() -> Any:
 
     Descriptor 2 is open: the pager has it too.
     """
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    ours, theirs = _socket_pair()
     folder = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, "-I", "-S", "-c", _BOOT, folder, str(theirs.fileno())]
     actions = [
@@ -574,9 +630,8 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[boo
 
     Raises what the pager raised: ValueError or OSError.
     """
-    ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
     with contextlib.suppress(BrokenPipeError):  # it has refused at once
-        control.sendmsg([marshal.dumps(hello)], ancillary)
+        _send(control, marshal.dumps(hello), fds)
     answer = control.recv(MAX_HELLO)
     if not answer:
         raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
@@ -586,14 +641,20 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[boo
     return kept, pager
 
 
-def receive_hello(control: Any) -> tuple[dict[str, Any], list[int]]:
-    """The pager's: what Space has sent: its dictionary, and uffd, memfd, pagemap, perhaps the listener of
-    system_calls.py, lifeline. Nothing, if the application has ended."""
-    space, flags = _socket.CMSG_LEN(5 * array.array("i").itemsize), _socket.MSG_CMSG_CLOEXEC
-    packet, ancillary, _, _ = control.recvmsg(MAX_HELLO, space, flags)
-    if not packet:
-        return {}, []
-    return marshal.loads(packet), list(array.array("i", ancillary[0][2]))
+def _send(control: Any, content: bytes, fds: list[int]) -> None:
+    ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
+    control.sendmsg([content], ancillary, _socket.MSG_NOSIGNAL)
+
+
+def receive(control: Any, flags: int = 0) -> tuple[bytes, list[int]]:
+    """A message and its descriptors; nothing, if nobody has the other end any more."""
+    space, flags = _socket.CMSG_LEN(4 * MAX_FDS), flags | _socket.MSG_CMSG_CLOEXEC
+    while True:
+        # What the other end has not read when it is closed is an error here, once, which comes
+        # before the messages.
+        with contextlib.suppress(ConnectionResetError):
+            content, sent, _, _ = control.recvmsg(MAX_HELLO, space, flags)
+            return content, list(array.array("i", sent[0][2])) if sent else []
 
 
 def send_ready(control: Any, kept: bool) -> None:

@@ -9,7 +9,7 @@
      └──────────────────────┘    page    │   LSPT, local pages  │ ───────► └──────────────┘
        address_space.py                  └──────────────────────┘            page_store.py
        numpy_mem_handler.py                pager.py, lspt.py
-       (calls: mailbox.py)                 dm_handler.py, readahead.py
+       (calls: mailbox.py)                 dm_handler.py, readahead.py, children.py
                                            lpet.py, page_idle.py
 
      many machines               mpirun -n 3 python -m edm run --dms 1 script.py

@@ -214,9 +214,9 @@ class PageStore:
         self._data = -(-self._block_place(2, 0) // HEADER_COPY) * HEADER_COPY  # the first places
         self.spt, self._instance = SPT(pages), instance
         self._size = self._place(pages, SECOND if keep else FIRST)
-        self._synced = SPT(pages)  # the place of each page at the last sync
+        self._synced = SPT(pages) if keep else None  # the place of each page at the last sync
         self._crcs = memoryview(mmap.mmap(-1, 4 * pages if keep else 4)).cast("I")
-        self._changed = ByteTable(max(1, self._blocks))  # a byte a block, see SAME
+        self._changed = memoryview(mmap.mmap(-1, max(1, self._blocks)))  # a byte a block, see SAME
         self._words = memoryview(mmap.mmap(-1, 24)).cast("Q")
         self._lock = semaphore() if keep else nullcontext()
         self._taken = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # what take_get has read
@@ -355,7 +355,7 @@ class PageStore:
             self._write_to(DISK | FIRST, page, content)
             return
         for block in self._blocks_of(page, count):
-            self._changed.state[block] = WRITE_TWICE
+            self._changed[block] = WRITE_TWICE
             for table in (0, 1):  # no sync is to lack the room for it
                 os.posix_fallocate(self.fd, self._block_place(table, block), BLOCK_SIZE)
         synced = self._synced.read(page, count)
@@ -373,13 +373,13 @@ class PageStore:
     def _make_room(self, dirty: Iterable[Bytes]) -> bool:
         """These found the file system full. Is it of use to try again?"""
         for page, content in dirty:  # others may fit there
-            self._punch_spare(page, self._synced.read(page, len(content) // PAGE_SIZE))
+            self._punch_spare(page, self._was(page, len(content) // PAGE_SIZE))
         if not self.kept or self._words[ROOM_MADE] > self._words[EPOCH]:
             return False
         self._words[ROOM_MADE] = self._words[EPOCH] + 1
         for page, count in self.spt.used(0, self.spt.pages):
             now = self.spt.read(page, count).translate(_PLACE)
-            self._punch_spare(page, bytes(map(operator.or_, now, self._synced.read(page, count))))
+            self._punch_spare(page, bytes(map(operator.or_, now, self._was(page, count))))
         return True
 
     # ------------------------------------------------------------ the rest
@@ -390,9 +390,9 @@ class PageStore:
             for first, many in self.spt.used(page, count):
                 self.spt.set(range(first, first + many), NEW)
                 for block in self._blocks_of(first, many):
-                    self._changed.state[block] = self._changed.state[block] and WRITE_TWICE
+                    self._changed[block] = self._changed[block] and WRITE_TWICE
                 if not self._words[SYNC_FAILED]:
-                    self._punch_spare(first, self._synced.read(first, many))
+                    self._punch_spare(first, self._was(first, many))
         if self._info:
             self._show()
 
@@ -414,7 +414,7 @@ class PageStore:
                 self._words[SYNC_FAILED] = error.errno or errno.EIO
                 raise
             for block, states in blocks.items():
-                self._changed.state[block] -= 1
+                self._changed[block] -= 1
                 page, now = block * BLOCK_PAGES, states.translate(_PLACE)
                 was = self._synced.read(page, BLOCK_PAGES)
                 self._synced.state[page : page + len(now)] = now
@@ -443,7 +443,7 @@ class PageStore:
 
     def close(self) -> None:
         """The end of it. A disk that is not kept is lost with that, if it has no name."""
-        for table in (self.spt, self._synced, self._changed):
+        for table in filter(None, (self.spt, self._synced)):
             table.close()
             table.state.close()
         os.close(self.fd)
@@ -457,6 +457,10 @@ class PageStore:
     def _place(self, page: int, byte: int) -> int:
         """Where in the file this page is, if the SPT has this byte for it."""
         return self._data + (page + (self.spt.pages if byte & SECOND else 0)) * PAGE_SIZE
+
+    def _was(self, page: int, count: int) -> bytes:
+        """The places of these pages at the last sync. Without a kept disk none was used."""
+        return self._synced.read(page, count) if self._synced else bytes(count)
 
     def _punch_spare(self, page: int, used: bytes) -> None:
         """Give back the places, of the pages from page on, that are not in used."""
@@ -546,7 +550,7 @@ class PageStore:
             # If not, the next two syncs write it to both copies. So they do if one is damaged, which
             # may be a block of a sync that was not finished: the next epoch would make it a whole one.
             whole = same and UNREADABLE not in places
-            self._changed.state[block] = SAME if whole else WRITE_TWICE
+            self._changed[block] = SAME if whole else WRITE_TWICE
             if any(places):  # else it needs no memory
                 page = block * BLOCK_PAGES
                 which = slice(page, page + len(places))
@@ -571,8 +575,7 @@ class PageStore:
         epoch = self._words[EPOCH] + 1
         blocks = {
             block: self.spt.read(block * BLOCK_PAGES, BLOCK_PAGES)
-            for first, count in self._changed.used(0, self._blocks)
-            for block, _ in runs(first, self._changed.read(first, count), _TO_WRITE)
+            for block, _ in runs(0, bytes(self._changed[: self._blocks]), _TO_WRITE)
         }
         if torn := sum(len(states.translate(None, _WHOLE)) for states in blocks.values()):
             raise OSError(errno.EIO, f"{torn} pages could not be written")

@@ -13,8 +13,10 @@ spawned(descriptor) is what the process that address_space.py spawns on one mach
 rank is the pager (rank.py). tell(error) says why a process of EDM's ends.
 
 The application and the pager each notice the end of the other: the pager polls a pidfd; the
-application has the read end of a pipe whose only write end is here, and asked the kernel to be killed
-when that closes (fcntl(2), F_SETSIG), as its next fault would hang for ever.
+application has made a pipe whose only write end is here, and asked the kernel to be killed when that
+closes (fcntl(2), F_SETSIG), as its next fault would hang for ever. Each process that it forks does so
+too (children.py). When the pager ends because the application has, it lets go of them, and truncates the
+memfd: touching the application's memory is a SIGBUS for them then.
 
 The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect, faults_other   faults
@@ -42,6 +44,7 @@ import bisect
 import contextlib
 import ctypes
 import errno
+import fcntl
 import marshal
 import mmap
 import os
@@ -74,7 +77,7 @@ GRACE = 3  # seconds that the application has to end after a signal to the pager
 AGAIN = 0.001  # seconds between two tries to free pages that are COMING or LEAVING
 
 # Milliseconds between two looks: how it goes, for --progress and --report; and whether an application
-# that has closed its end of the lifeline is still this program.
+# that has closed its end of the socket pair is still this program.
 LOOK = 100
 
 # Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
@@ -95,10 +98,12 @@ class Pager:
         # The lifeline is last: the kernel closes what a killed process has open from the last one
         # on, and the application must be dying when its userfaultfd is closed, as missing pages
         # read as zeros then.
-        uffd, memfd, pagemap_fd, *listener, self._lifeline = fds
+        *fds, children, self._lifelines_other_end, self._lifeline = fds
+        uffd, memfd, pagemap_fd, *listener = fds
         self._config, self._store, self._over_mpi = config, store, instance is not None
         self._title = f"EDM, INSTANCE_{instance or 0}: {shlex.join(hello['command'])}"
         self._application, self._track_clean = hello["pid"], bool(hello["track_clean"])
+        self._memfd, self._children = memfd, _socket.socket(fileno=children)
         self._process = os.pidfd_open(self._application)  # readable when it has ended
         self._uffd = Userfaultfd(uffd)
         self._pagemap = pagemap = Pagemap(pagemap_fd, config.start_addr)
@@ -128,6 +133,7 @@ class Pager:
             unmark = Userfaultfd(uffd) if hello["track_clean"] == "events" else None
             of_calls = self._application, lspt, self._handler, start, unmark
             self._system_calls = SystemCalls(*listener, *of_calls)
+            self._system_calls.hear_children = self._hear_children
         self._tracker = choose_tracker(config.idle_tracker)
         self._of_lpet = lspt, store, memory, memfd, uffd, pagemap, start, batch, self._tracker
         self._storer = Lpet(*self._of_lpet)  # for pages that stay
@@ -135,6 +141,7 @@ class Pager:
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed, or a thread has failed
         self._failure: BaseException | None = None
         self._ended_by = ""  # which signal has come to the pager
+        self._hearing = threading.Lock()  # held by who receives from children
         self._telling = threading.Lock()  # held by who uses the report's samples
         self._told = False
 
@@ -143,7 +150,7 @@ class Pager:
     def run(self) -> None:
         """Serve until the application has ended. Raises what a thread failed of, or LPET.
 
-        The process is to end then: the descriptors, but for the lifeline, stay open.
+        The process is to end then: the descriptors, but for the application's ones, stay open.
         """
         sys.setswitchinterval(SWITCH_INTERVAL)
         lpet = self._run_lpet
@@ -176,10 +183,12 @@ class Pager:
             log.logger("EDM CLIENT").error("%s", reason)
             self._failure = self._failure or OSError(error.errno, reason)
         self._store.close()
+        self._let_go_of_children()
+        fcntl.fcntl(self._lifelines_other_end, fcntl.F_SETFL, 0)  # its end is no accident
         if self._system_calls:
-            self._memory.madvise(mmap.MADV_REMOVE)  # or a process that is left would keep it
             self._system_calls.close(leave=select.select([self._process], [], [], 0)[0] != [])
         os.close(self._lifeline)
+        self._children.close()  # the application may wait for it
         if self._failure:
             raise self._failure
 
@@ -245,18 +254,41 @@ class Pager:
         poll = select.poll()
         for fd in (self._process, self._ended):
             poll.register(fd, select.POLLIN)
-        poll.register(self._lifeline, 0)  # POLLERR: the program has closed it, or replaced itself
+        poll.register(self._children, select.POLLIN)
         timeout = LOOK if self._report else None
         while True:
             ready = [fd for fd, _ in poll.poll(timeout)]
-            if self._lifeline in ready:
-                poll.unregister(self._lifeline)
+            if self._children.fileno() in ready and not self._hear_children():
+                poll.unregister(self._children)
                 timeout = LOOK
             if self._process in ready or self._ended in ready or self._pagemap.is_gone():
                 return
             with self._telling:
                 if self._report and not self._told:
                     self._report.sample(self.figures(), self._lspt.away())
+
+    # ------------------------------------------------------------ forked children
+
+    def _hear_children(self) -> bool:
+        """Children that the application has forked have sent their descriptors. False: no other will. The
+        program has closed its end of the socket pair, or replaced itself. Any thread may call this."""
+        with self._hearing, contextlib.suppress(BlockingIOError):  # that is all
+            while True:
+                content, fds = address_space.receive(self._children, _socket.MSG_DONTWAIT)
+                if not content:
+                    return False
+                self._handler.children.adopt(fds)
+                if self._system_calls:
+                    self._system_calls.processes |= {int(content)}
+        return True
+
+    def _let_go_of_children(self) -> None:
+        """The application has ended. Those that live on may do so, without its memory."""
+        self._children.shutdown(_socket.SHUT_RD)  # who is forked now does not get it
+        self._hear_children()
+        os.ftruncate(self._memfd, 0)
+        length = self._config.end_addr - self._config.start_addr
+        self._handler.children.let_go(self._config.start_addr, length)
 
     # ------------------------------------------------------------ the application's calls
 
@@ -404,9 +436,10 @@ def page_for(
     MPI. Returns an exit status: 0, or 2 if the pager has failed, and has told why. None: the
     application has ended before it began.
     """
-    hello, fds = address_space.receive_hello(control)
+    packet, fds = address_space.receive(control)
     if not fds:
         return None
+    hello = marshal.loads(packet)
     config, store = SimpleNamespace(**hello["config"]), None
     if instance and config.report:  # an instance each, as with disks
         name, ending = os.path.splitext(config.report)

@@ -29,7 +29,7 @@ TYPE_CHECKING = False  # for type checkers it is true; typing takes long to impo
 if TYPE_CHECKING:
     from typing import Any
 
-STREAMS = 4  # followed at once
+STREAMS = 8  # followed at once
 REMEMBERED = 16  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 8
 STRIDED_WINDOW = 64  # at most: the pages of one are read and installed one by one

@@ -26,10 +26,10 @@ io_uring and O_DIRECT; datagrams that are larger than what is pinned. A raw file
 recv with MSG_WAITALL, may do less than they are asked for, where they would do all elsewhere. Where first
 writes are events, a sync at the very moment of a call that writes memory may mark its pages again.
 
-The filter is inherited, and for ever. Calls of the program's children are just let go on. Nobody is at
-the listener's other end when the pager is gone: then matching calls would fail with ENOSYS. So if such
-processes are left when the application has ended, the pager leaves a process behind that lets their
-calls go on, until the last of them has ended (SystemCalls.close).
+The filter is inherited, and for ever. Calls of processes that do not have the space just go on. Nobody is
+at the listener's other end when the pager is gone: then matching calls would fail with ENOSYS. So if such
+processes are left when the application has ended, the pager leaves a process behind that lets their calls
+go on, until the last of them has ended (SystemCalls.close).
 
 Rules: the filter takes privileges from the program (PR_SET_NO_NEW_PRIVS): sudo and the like can't work
 in it. A process has one listener at most (EBUSY), and so have its children: EDM in EDM does without.
@@ -51,7 +51,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from edm.dm_handler import DmHandler
     from edm.lspt import LSPT
@@ -155,7 +155,8 @@ class SystemCalls:
     ) -> None:
         """application: its process id. uffd: if the mark of a page that is to be written has to be
         taken away here."""
-        self.processes = {application}  # which have the space; calls of others are let go on
+        self.processes = frozenset((application,))  # which have the space; others' calls just go on
+        self.hear_children: Callable[[], object] = bool  # called when a process is unknown
         self._listener, self._lspt, self._handler = listener, lspt, handler
         self._start, self._uffd = start_addr, uffd
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
@@ -198,10 +199,15 @@ class SystemCalls:
         with contextlib.suppress(FileNotFoundError):  # ENOENT: its thread was killed meanwhile
             ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
             number, thread, _, *call = seccomp_notif.unpack(message)
-            if any(os.path.exists(f"/proc/{of}/task/{thread}") for of in self.processes):
+            if not self._has_space(thread):
+                self.hear_children()
+            if self._has_space(thread):
                 self._bring(thread, call[0], call[3:])
             answer = seccomp_notif_resp.pack(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
             ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
+
+    def _has_space(self, thread: int) -> bool:
+        return any(os.path.exists(f"/proc/{of}/task/{thread}") for of in self.processes)
 
     def _bring(self, thread: int, number: int, arguments: list[int]) -> None:
         """Bring the first pages of this call's buffer, and pin them."""

@@ -7,7 +7,7 @@ Interface:
     supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
-    mmap_fixed, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, prctl,
+    mmap_fixed, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, prctl,
     seccomp
 
 Rules:
@@ -114,6 +114,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
 _libc.mmap.restype = c_void_p
 _libc.munmap.argtypes = (c_void_p, c_size_t)
+_libc.mprotect.argtypes = (c_void_p, c_size_t, c_int)
 _libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
 _libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
 _libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
@@ -259,8 +260,8 @@ class Userfaultfd:
 
 # ---------------------------------------------------------------- other system calls
 
-PROT_READ, PROT_WRITE = 1, 2
-MAP_SHARED, MAP_FIXED_NOREPLACE = 0x01, 0x100000
+PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
+MAP_SHARED, MAP_PRIVATE, MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x01, 0x02, 0x4000, 0x100000
 MADV_DONTFORK = 10
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 PR_SET_PDEATHSIG, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS, PR_SET_PTRACER = 1, 29, 38, 0x59616D61
@@ -281,6 +282,12 @@ def munmap(addr: int, length: int) -> None:
     """munmap(2)."""
     if _libc.munmap(addr, length):
         raise _failed("munmap")
+
+
+def mprotect(addr: int, length: int, prot: int) -> None:
+    """mprotect(2)."""
+    if _libc.mprotect(addr, length, prot):
+        raise _failed("mprotect")
 
 
 def madvise(addr: int, length: int, advice: int) -> None:

@@ -192,7 +192,7 @@ def test_progress_is_a_live_line_on_a_terminal_and_nothing_elsewhere(run):
 # ---------------------------------------------------------------- other processes, other rights
 
 
-def test_a_forked_child_fails_cleanly_and_spawned_ones_work(run):
+def test_a_forked_child_has_a_copy_of_the_memory_and_spawned_ones_work(run):
     ended = run(*EDM_RUN, PROGRAMS / "processes.py")
     assert ended.returncode == 0 and "processes SUCCESS" in ended.stdout, ended.stdout
 

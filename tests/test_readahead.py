@@ -122,16 +122,16 @@ def test_the_streams_that_were_not_used_for_longest_are_those_to_end(readahead, 
         }
     readahead.continued(streams[0], range(1000, 1008))
     assert dropped == []
-    streams += [begin(readahead, 1000 * n) for n in range(10, 12)]
+    streams += [begin(readahead, 1000 * n) for n in range(STREAMS + 2, STREAMS + 4)]
     assert sorted(dropped) == [-3, -2, 2, 3] and readahead._streams == [
-        *streams[3:4], streams[0], *streams[4:],
+        *streams[3:STREAMS], streams[0], *streams[STREAMS:],
     ]  # fmt: skip
     assert readahead.stream(2000) is readahead.stream(3000) is None
     assert readahead.stream(1008) is streams[0] and streams[0].ahead
     readahead.end()
-    assert sorted(dropped) == [-4, -3, -2, -1, 1, 2, 3, 4]
+    assert sorted(dropped) == [n for n in range(-STREAMS, STREAMS + 1) if n]
     readahead.end()
-    assert len(dropped) == 8, "once"
+    assert len(dropped) == 2 * STREAMS, "once"
 
 
 @pytest.mark.parametrize("stride", [1, -1, 5])

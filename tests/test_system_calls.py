@@ -96,6 +96,11 @@ def test_calls_of_a_programs_children_just_go_on(succeeds):
 
 
 @needs_userfaultfd
+def test_calls_of_forked_children_read_what_their_parent_has_and_write_what_is_their_own(succeeds):
+    succeeds("forked")
+
+
+@needs_userfaultfd
 def test_a_process_may_have_a_space_a_second_time(succeeds):
     succeeds("again")
 

@@ -201,7 +201,7 @@ def blocked(space):
 def children(space):
     """Of a process that has the filter, but not the space, the calls go on at once; so do those of EDM in
     EDM, which does without a filter of its own."""
-    pid = os.fork()
+    pid = libc.fork()  # which Python does not see
     if not pid:
         signal.alarm(20)
         os.write(1, b"a child writes\n")
@@ -212,6 +212,28 @@ def children(space):
     command = ("-m", "edm", "run", "--no-numpy", "--resident", "1M", "-c", code)
     subprocess.run([sys.executable, *command], check=True)
     files(space)
+
+
+def forked(space):
+    """A forked child's calls read what its parent has, and write what is its own."""
+    mine, others = area(space, 0), area(space, 1)
+    if child := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        check(mine, 0)
+        check(others, 1)
+        return
+    try:
+        ours, theirs = os.pipe()
+        assert os.write(theirs, mine[:100]) == 100  # at once
+        assert os.read(ours, 100) == page(0, 0)[:100]
+        with tempfile.TemporaryFile(buffering=0) as file:
+            all_of(file.write, mine)
+            file.seek(0)
+            all_of(file.readinto, others)
+        check(others, 0)
+        os._exit(0)
+    finally:  # it has raised something
+        os._exit(1)
 
 
 def left(space):

@@ -1,0 +1,71 @@
+"""Forked children read the application's memory and write privately; whatever fails, nobody hangs."""
+
+import os
+import signal
+
+import pytest
+from conftest import PROGRAMS, has_ended, needs_userfaultfd, read_until, wait_for, wait_until_gone
+
+pytestmark = needs_userfaultfd
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "reads",
+        "eighths",
+        "writes",
+        "under_pressure",
+        "killed",
+        "not_served",
+        "from_threads",
+        "many_faults",
+        "execs",
+    ],
+)
+def test_forked_children_read_the_memory_and_write_privately(way, case):
+    ended = way.run(PROGRAMS / "forks.py", case)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("case", [["limited"], ["crowd"], ["reads", "twice"]])
+def test_on_one_machine_children_that_are_many_or_can_not_be_served_harm_nobody(alone, case):
+    ended = alone.run(PROGRAMS / "forks.py", *case)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+def test_arrays_that_a_child_makes_are_in_ordinary_memory(way):
+    pytest.importorskip("numpy")
+    ended = way.run(PROGRAMS / "forks.py", "its_own")
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+def test_a_page_that_can_not_be_read_is_a_sigbus_for_a_child_too(way, tmp_path):
+    ended = way.run(PROGRAMS / "forks.py", "lost", tmp_path / "disk")
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count("can't be brought back") == 1, ended.stdout
+
+
+@pytest.mark.parametrize("how", ["_exit", "kill"])
+def test_a_child_that_outlives_the_application_lives_until_it_touches_the_memory(
+    alone, tmp_path, how
+):
+    job = alone.start(PROGRAMS / "forks.py", "orphans", tmp_path / "output", how)
+    job.wait(10)
+    wait_until_gone(job)
+    assert (tmp_path / "output").read_bytes() == b"lives"
+
+
+@pytest.mark.parametrize("who", ["pager", "application"])
+def test_when_the_pager_is_killed_children_are_too_and_else_only_who_touches_the_memory(way, who):
+    job = way.start(PROGRAMS / "forks.py", "waits")
+    _, *children = read_until(job, "\n", 10).split()
+    faulting, sleeping = map(int, children)
+    os.kill(wait_for(job.parts)[who], signal.SIGKILL)
+    wait_for(lambda: has_ended(faulting), 2)
+    if who == "pager":
+        wait_for(lambda: has_ended(sleeping), 2)
+    else:
+        assert not has_ended(sleeping)
+        os.kill(sleeping, signal.SIGKILL)
+    wait_until_gone(job)
