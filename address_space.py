@@ -480,43 +480,60 @@ class Gaps:
     """The parts of the space that no area has. A gap is (length, address).
 
     To take one and to give it back costs some dictionary look-ups and a step in a sorted list, however
-    many there are. A signal handler may raise between any two statements: that may cost a gap, but
-    what is taken never counts as one.
+    many there are. A signal handler may raise between any two statements: the next call finishes what
+    that has ended midway.
     """
 
     def __init__(self, start: int, end: int) -> None:
         self._sorted = [(end - start, start)]
         self._ends = {start: end}
         self._starts = {end: start}
+        self._changing: Any = (
+            None  # gaps as (start, end): those that go, and those that come instead
+        )
 
     def find(self, length: int, largest: bool = False) -> tuple[int, int] | None:
         """The smallest gap that has so many bytes, or the largest one."""
+        self._finish()
         index = bisect.bisect(self._sorted, (length,))
         return self._sorted[-1 if largest else index] if index < len(self._sorted) else None
 
     def around(self, addr: int, length: int) -> tuple[int, int] | None:
         """The gap that has these bytes. This looks at each."""
+        self._finish()
         gaps = (gap for gap in self._sorted if gap[1] <= addr and addr + length <= sum(gap))
         return next(gaps, None)
 
     def behind(self, addr: int) -> tuple[int, int]:
         """The gap that begins there; without one, its length is 0."""
+        self._finish()
         return self._ends.get(addr, addr) - addr, addr
 
     def take(self, gap: tuple[int, int], addr: int, length: int) -> None:
         """A part of this gap is taken."""
         start, end = gap[1], sum(gap)
-        self._drop(start, end)
-        self._add(start, addr)
-        self._add(addr + length, end)
+        self._change([(start, end)], [(start, addr), (addr + length, end)])
 
     def give_back(self, addr: int, length: int) -> None:
         """What was taken is a gap, or a part of one."""
+        self._finish()
         end = addr + length
         before, behind = self._starts.get(addr, addr), self._ends.get(end, end)
-        self._drop(before, addr)
-        self._drop(end, behind)
-        self._add(before, behind)
+        self._change([(before, addr), (end, behind)], [(before, behind)])
+
+    def _change(self, old: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
+        self._changing = old, new
+        for gap in old:
+            self._drop(*gap)
+        for gap in new:
+            self._add(*gap)
+        self._changing = None
+
+    def _finish(self) -> None:
+        """Finish a change that was ended midway."""
+        if self._changing:
+            old, new = self._changing
+            self._change(old + new, new)
 
     def _add(self, start: int, end: int) -> None:
         if start < end:
