@@ -130,8 +130,8 @@ class Pager:
         if listener:
             from edm.system_calls import SystemCalls  # root does without
 
-            unmark = Userfaultfd(uffd) if hello["track_clean"] == "events" else None
-            of_calls = self._application, lspt, self._handler, start, unmark
+            unmark = hello["track_clean"] == "events"
+            of_calls = self._application, lspt, self._handler, start, uffd, memfd, unmark
             self._system_calls = SystemCalls(*listener, *of_calls)
             self._system_calls.hear_children = self._hear_children
         self._tracker = choose_tracker(config.idle_tracker)

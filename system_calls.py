@@ -17,13 +17,19 @@ One call, `write(fd, array)`:
     3. It has the DM-Handler bring those that are not here. (The kernel takes the mark from those that
        the call writes. Where it can't, UFFD_FEATURE_WP_ASYNC, that is done here.)
     4. It answers CONTINUE: the kernel makes the call. Where it meets a page that is away, behind the
-       pinned ones, it returns what it has done so far. Whoever writes or reads files and sockets asks
-       for the rest then, and that is a call of its own.
+       pinned ones, it returns what it has done so far. Whoever reads files and reads and writes sockets
+       asks for the rest then, and that is a call of its own.
+
+A write to a file or a pipe is not asked for again by everybody (`python -u` is who does not). So one whose
+buffer is more than was pinned is made by the pager, piece by piece, on the program's descriptor, which
+pidfd_getfd(2) gives it. Such a call returns when all is written, or what was written until an error or a
+signal came.
 
 What does not work so, and gives EFAULT as before: calls that are not in _CALLS, like those that have
 their buffers' addresses in memory (readv, writev, sendmsg, recvmsg), where the filter can't look;
-io_uring and O_DIRECT; datagrams that are larger than what is pinned. A raw file's write or readinto, and
-recv with MSG_WAITALL, may do less than they are asked for, where they would do all elsewhere. Where first
+io_uring and O_DIRECT; datagrams that are larger than what is pinned. A raw file's readinto, recv with
+MSG_WAITALL, and in forked children a raw file's write may do less than they are asked for, where they
+would do all elsewhere. Where first
 writes are events, a sync at the very moment of a call that writes memory may mark its pages again.
 
 The filter is inherited, and for ever. Calls of processes that do not have the space just go on. Nobody is
@@ -40,12 +46,17 @@ Sources: seccomp(2), seccomp_unotify(2), <linux/seccomp.h>, <linux/bpf_common.h>
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
+import signal
+import stat
+import threading
 import time
 from fcntl import ioctl
 from struct import Struct
 
+from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -78,6 +89,9 @@ _MACHINES = {
 }
 AUDIT_ARCH, _NUMBERS = _MACHINES[os.uname().machine]
 CALLS = dict(zip(_NUMBERS, _CALLS.values(), strict=True))
+WRITE, PWRITE = _NUMBERS[1], _NUMBERS[3]
+PIECE = 64  # pages that the pager writes at once to a file; of others each page is waited for
+LOOK = 50  # milliseconds between two looks whether a signal waits for a thread that waits
 
 # ---------------------------------------------------------------- <linux/seccomp.h>
 
@@ -151,14 +165,17 @@ class SystemCalls:
         lspt: LSPT,
         handler: DmHandler,
         start_addr: int,
-        uffd: u.Userfaultfd | None,
+        uffd: int,
+        memfd: int,
+        unmark: bool,
     ) -> None:
-        """application: its process id. uffd: if the mark of a page that is to be written has to be
-        taken away here."""
+        """application: its process id. unmark: has the mark of a page that is to be written to be taken
+        away here?"""
+        self._application, self._memfd, self._unmark = application, memfd, unmark
         self.processes = frozenset((application,))  # which have the space; others' calls just go on
         self.hear_children: Callable[[], object] = bool  # called when a process is unknown
         self._listener, self._lspt, self._handler = listener, lspt, handler
-        self._start, self._uffd = start_addr, uffd
+        self._start, self._uffd = start_addr, u.Userfaultfd(uffd)
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
             ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
         self._end = os.eventfd(0, os.EFD_CLOEXEC)
@@ -188,7 +205,7 @@ class SystemCalls:
             try:
                 os.dup2(self._listener, 0)
                 os.closerange(1, 1 << 30)
-                SystemCalls(0, 0, self._lspt, self._handler, 0, None).run()
+                SystemCalls(0, 0, self._lspt, self._handler, 0, -1, -1, False).run()
             finally:
                 os._exit(0)
         os.close(self._listener)
@@ -201,16 +218,26 @@ class SystemCalls:
             number, thread, _, *call = seccomp_notif.unpack(message)
             if not self._has_space(thread):
                 self.hear_children()
-            if self._has_space(thread):
-                self._bring(thread, call[0], call[3:])
+            brought = not self._has_space(thread) or self._bring(thread, call[0], call[3:])
+            if not brought and call[0] in (WRITE, PWRITE) and self._has_space(thread, first=True):
+                with contextlib.suppress(
+                    OSError
+                ):  # EBADF, EPERM: the kernel makes what it can of it
+                    work = number, thread, call[0] == PWRITE, self._descriptor(call[3]), *call[4:7]
+                    threading.Thread(
+                        target=self._write, args=work, daemon=True
+                    ).start()  # it may wait
+                    return
             answer = seccomp_notif_resp.pack(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
             ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
 
-    def _has_space(self, thread: int) -> bool:
-        return any(os.path.exists(f"/proc/{of}/task/{thread}") for of in self.processes)
+    def _has_space(self, thread: int, first: bool = False) -> bool:
+        """first: is it the application's own, and not a forked child's?"""
+        processes = (self._application,) if first else self.processes
+        return any(os.path.exists(f"/proc/{of}/task/{thread}") for of in processes)
 
-    def _bring(self, thread: int, number: int, arguments: list[int]) -> None:
-        """Bring the first pages of this call's buffer, and pin them."""
+    def _bring(self, thread: int, number: int, arguments: list[int]) -> bool:
+        """Bring the first pages of this call's buffer, and pin them. Is that all of it?"""
         lspt, (buffer, writes) = self._lspt, CALLS[number]
         begin, length = arguments[buffer] - self._start, min(arguments[buffer + 1], AT_ONCE)
         end = min(begin + length, lspt.pages * PAGE_SIZE)
@@ -220,11 +247,12 @@ class SystemCalls:
             self._handler.bring(pages, writes)
             if lspt.is_missing(pages):
                 time.sleep(SETTLE)
-        if pages and writes and self._uffd:
+        if pages and writes and self._unmark:
             start = self._start + pages.start * PAGE_SIZE
             # ENOENT, ESRCH: the application is ending.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 self._uffd.writeprotect(start, len(pages) * PAGE_SIZE, False)
+        return begin + arguments[buffer + 1] <= pages.stop * PAGE_SIZE
 
     def _pin(self, wanted: range, least: int, thread: int, call: tuple[int, ...]) -> range:
         """As Pins.pin, but wait for room. If all of it is of calls that wait, too, as recv_into does, this
@@ -235,3 +263,75 @@ class SystemCalls:
                 return wanted[: min(least, pins.most)]
             time.sleep(AGAIN)
         return pages
+
+    # ------------------------------------------------------------ large writes
+
+    def _descriptor(self, fd: int) -> int:
+        """A duplicate of the application's descriptor. Raises OSError, for a socket too: its parts are
+        messages, and whoever writes there asks for the rest."""
+        process = os.pidfd_open(self._application)
+        try:
+            copy = u.pidfd_getfd(process, fd)
+        finally:
+            os.close(process)
+        if stat.S_ISSOCK(os.fstat(copy).st_mode):
+            os.close(copy)
+            raise OSError(errno.ENOTSUP, "a socket")
+        return copy
+
+    def _write(
+        self, number: int, thread: int, at: bool, fd: int, address: int, length: int, offset: int
+    ) -> None:
+        """A thread: make a call of write(2), or with `at` of pwrite64(2), and answer."""
+        done, failed, begin = 0, 0, address - self._start
+        to_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        try:
+            while done < length:
+                if not to_file:
+                    _wait_for_room(fd, thread)
+                page = (begin + done) // PAGE_SIZE
+                end = min(begin + length, (page + (PIECE if to_file else 1)) * PAGE_SIZE)
+                content = self._read(begin + done, end)
+                done += os.pwrite(fd, content, offset + done) if at else os.write(fd, content)
+        except OSError as error:
+            failed = error.errno if not done else 0
+            if error.errno == errno.EPIPE:
+                os.kill(self._application, signal.SIGPIPE)
+        os.close(fd)
+        answer = seccomp_notif_resp.pack(number, done, -failed, 0)
+        with contextlib.suppress(FileNotFoundError):  # ENOENT: its thread was killed meanwhile
+            ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
+
+    def _read(self, begin: int, end: int) -> bytes:
+        """What the application has there, counted in bytes from the start of the space."""
+        pages = range(begin // PAGE_SIZE, -(-end // PAGE_SIZE))
+        while not self._lspt.stopped():
+            if self._lspt.is_missing(pages):
+                self._handler.bring(pages, False)
+            taken, _ = self._lspt.take(pages.start, len(pages), l.NO_HOLES)
+            whole = sum(len(before) for _, before in taken) == len(pages)
+            content = os.pread(self._memfd, end - begin, begin) if whole else b""
+            self._lspt.stays(taken)
+            for first, before in taken:
+                self._uffd.wake(self._start + first * PAGE_SIZE, len(before) * PAGE_SIZE)
+            if whole:
+                return content
+            if l.LOST in self._lspt.state[pages.start : pages.stop]:
+                break
+            time.sleep(SETTLE)
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+
+def _wait_for_room(fd: int, thread: int) -> None:
+    """Until a page can be written there without waiting. Raises OSError EINTR when a signal has come for
+    the thread whose call this is, and has a handler; EAGAIN if it does not want to wait."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    while not poll.poll(0 if not os.get_blocking(fd) else LOOK):
+        if not os.get_blocking(fd):
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        with open(f"/proc/{thread}/status") as file:
+            fields = dict(line.split(":\t", 1) for line in file)
+        mask = {name: int(fields[name], 16) for name in ("SigPnd", "ShdPnd", "SigCgt", "SigBlk")}
+        if (mask["SigPnd"] | mask["ShdPnd"]) & mask["SigCgt"] & ~mask["SigBlk"]:
+            raise OSError(errno.EINTR, os.strerror(errno.EINTR))

@@ -124,6 +124,7 @@ _machine = os.uname().machine
 if _machine not in _NUMBERS:
     raise OSError(errno.ENOSYS, f"EDM does not know this machine, {_machine}")
 _NR_userfaultfd, _NR_futex, _NR_seccomp = _NUMBERS[_machine]
+_NR_pidfd_getfd = 438  # on every machine
 
 
 def _failed(name: str, number: int = 0) -> OSError:
@@ -323,6 +324,14 @@ def semaphore() -> SemLock:
     at once. It is what multiprocessing.Lock wraps; that takes long to import."""
     kind, name = 1, f"/edm-{os.getpid()}-{time.monotonic_ns()}"
     return SemLock(kind, 1, 1, name, True)
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """pidfd_getfd(2): a duplicate of another process's descriptor. Linux 5.6."""
+    got = _libc.syscall(_NR_pidfd_getfd, pidfd, fd, 0)
+    if got < 0:
+        raise _failed("pidfd_getfd")
+    return got
 
 
 def prctl(option: int, value: int) -> None:

@@ -67,8 +67,10 @@ def succeeds(as_user):
 
 @needs_userfaultfd
 @pytest.mark.parametrize(
-    "calls", ["files", "positions", "random_bytes", "pickles", "sockets", "datagrams", "threads"]
-)
+    "calls",
+    ["files", "positions", "large_writes", "random_bytes", "pickles", "sockets", "datagrams",
+     "threads"],
+)  # fmt: skip
 def test_system_calls_read_and_write_memory_that_is_away(succeeds, calls):
     succeeds(calls)
 
@@ -111,7 +113,7 @@ def test_calls_of_processes_that_outlive_the_application_go_on_and_nothing_stays
 ):
     job = as_user("left", stdin=subprocess.PIPE)
     assert job.wait(30) == 0
-    assert len(wait_for(job.processes)) >= 2  # the child, and who answers for the pager
+    wait_for(lambda: len(job.processes()) >= 2)  # the child, and who answers for the pager
     job.stdin.write("1")
     job.stdin.flush()
     read_until(job, "errno 14")  # EFAULT

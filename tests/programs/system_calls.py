@@ -95,6 +95,73 @@ def positions(space):
     check(target, 0)
 
 
+def large_writes(space):
+    """A call of write is as elsewhere: it writes all, or what it can."""
+    source = area(space, 1)
+    part = source[5:]  # from the middle of a page on
+    with tempfile.TemporaryFile(buffering=0) as file:
+        assert file.write(source) == LENGTH
+        assert os.pwrite(file.fileno(), part, 5) == LENGTH - 5
+        read = bytearray(LENGTH)
+        assert os.preadv(file.fileno(), [read], 0) == LENGTH and read == source
+
+    out, into = os.pipe()
+    got = bytearray()
+
+    def reader():
+        while chunk := os.read(out, 30_000):
+            got.extend(chunk)
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    assert os.write(into, part) == LENGTH - 5, "while another thread reads"
+    os.close(into)
+    thread.join()
+    assert got == part
+    os.close(out)
+
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    done = os.write(into, source)
+    assert 0 < done <= 1 << 16 and os.read(out, 1 << 20) == source[:done], "what has room"
+    while True:  # until there is no room
+        try:
+            os.write(into, b"x" * PAGE_SIZE)
+        except BlockingIOError:
+            break
+    refused(errno.EAGAIN, os.write, into, source)
+    os.set_blocking(into, True)
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        os.write(into, source)
+    except Interrupted:  # as Ctrl-C is, at a reader that does not read
+        pass
+    else:
+        sys.exit("a write that waits took no signal")
+    os.close(out)
+    refused(errno.EPIPE, os.write, into, source)
+    os.close(into)
+    refused(errno.EBADF, os.write, into, source)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(number, frame):
+    raise Interrupted
+
+
+def refused(number, call, *arguments):
+    try:
+        done = call(*arguments)
+    except OSError as error:
+        assert error.errno == number, error
+    else:
+        sys.exit(f"{call} has done {done}, where {errno.errorcode[number]} was to come")
+
+
 def random_bytes(space):
     target = area(space)
     all_of(
