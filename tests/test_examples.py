@@ -118,7 +118,7 @@ def test_the_idle_bitmap_where_the_kernel_has_it():
     python = sys.executable
     commands = [
         [python, "-m", "edm.examples.eviction_policy"],  # auto must take it
-        [python, PROGRAMS / "soak.py", "$(mktemp)", 3, "--idle-tracker", "bitmap"],
+        [python, PROGRAMS / "soak.py", "$(mktemp)", 1, "--idle-tracker", "bitmap"],
         [python, "-m", "edm", "doctor"],  # this machine has everything
     ]
     if mpirun := find_mpirun():

@@ -17,9 +17,9 @@ pytestmark = needs_userfaultfd
 
 EDM_RUN = (sys.executable, "-m", "edm", "run", "--resident", "16M")
 WORK = (
-    "import edm; a = edm.space().mmap(64 << 20); a[::4096] = b'x' * (len(a) // 4096); print(sum(a))"
+    "import edm; a = edm.space().mmap(32 << 20); a[::4096] = b'x' * (len(a) // 4096); print(sum(a))"
 )
-DONE = f"{(64 << 20) // 4096 * ord('x')}\n"
+DONE = f"{(32 << 20) // 4096 * ord('x')}\n"
 
 
 def limited(**limits):

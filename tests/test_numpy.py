@@ -71,9 +71,10 @@ def test_pandas_and_scikit_learn_give_the_same_answers_on_four_times_the_residen
 
 def test_numpys_own_tests_of_its_core_give_the_same_passes(run, request):
     """All of test_multiarray with --long: four minutes; else a part of it."""
-    which = [] if request.config.getoption("--long") else ["-k", NUMPYS_OWN]
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
-    tests += ["--pyargs", "numpy._core.tests.test_multiarray"]
+    which = [NUMPYS]
+    if not request.config.getoption("--long"):
+        which = ["-k", "not zeros_big", *(f"{NUMPYS}::{name}" for name in NUMPYS_CLASSES)]
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", *which]
     limits = ["--numpy-threshold", "4K", "--resident", "16M"]
     ended = run(sys.executable, "-m", "edm", "run", *limits, *tests, timeout=900)
     assert ended.returncode == 0, ended.stdout[-5000:]
@@ -84,7 +85,8 @@ def test_numpys_own_tests_of_its_core_give_the_same_passes(run, request):
     assert counts(ended.stdout) == counts(plain(*tests))
 
 
-NUMPYS_OWN = "not zeros_big and (TestResize or TestCreation or TestIO or TestTake or TestPickling)"
+NUMPYS = "numpy._core.tests.test_multiarray"
+NUMPYS_CLASSES = ("TestResize", "TestCreation", "TestIO", "TestTake", "TestPickling")
 
 
 NO_NUMPY = """
