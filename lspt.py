@@ -47,7 +47,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from edm.pins import Pins
 from edm.uffd_ctypes import semaphore
@@ -341,12 +341,16 @@ class LSPT(ByteTable):
                 return range(first, first + count)
         return range(0)
 
-    def located(self, page: int, locations: bytes) -> bytes:
-        """PageStore.locations of the pages from `page` on, by what is HERE. The store alone knows only
-        what it has sent: it may have been asked for ahead, and not be here."""
+    def located(self, page: int, count: int, locations: Callable[[int, int], bytes]) -> bytes:
+        """PageStore.locations of these pages, by what is HERE. The store alone knows only what it has sent:
+        it may have been asked for ahead, and not be here.
+
+        The states are read first: a page that leaves in between is then on the disk, and not nowhere.
+        """
+        states = self.read(page, count)
         return bytes(
             byte if COMING <= state <= LEAVING else byte & ~1 | (state >= HERE)
-            for state, byte in zip(self.read(page, len(locations)), locations, strict=True)
+            for state, byte in zip(states, locations(page, count), strict=True)
         )
 
     def away(self) -> int:

@@ -331,7 +331,7 @@ class Pager:
             for run in m.RUN.iter_unpack(name):
                 self._storer.forget(*run)
         elif what == m.LOCATIONS:
-            return self._lspt.located(page, self._store.locations(page, count))
+            return self._lspt.located(page, count, self._store.locations)
         elif what == m.FIGURES:
             return marshal.dumps(self.figures())
         elif what == m.SYNC:

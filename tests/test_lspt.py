@@ -393,7 +393,21 @@ def test_what_is_here_is_located_here_whatever_the_store_has_sent(make):
         DISK | INSTANCE: (DISK, DISK, DISK | INSTANCE, DISK, DISK | INSTANCE, DISK | INSTANCE),
     }
     for byte, expected in located.items():
-        assert lspt.located(10, bytes((byte,)) * len(states)) == bytes(expected)
+        found = lspt.located(10, len(states), lambda page, count: bytes((byte,)) * count)  # noqa: B023
+        assert found == bytes(expected)
+
+
+def test_a_page_that_leaves_while_it_is_located_is_here_or_on_the_disk(make):
+    INSTANCE, DISK = 1, 2
+    lspt = make()
+    come(lspt, 10)
+
+    def locations(page, count):
+        evict(lspt, page, count)
+        return bytes((DISK,)) * count
+
+    assert lspt.located(10, 1, locations) == bytes((DISK | INSTANCE,))
+    assert lspt.located(10, 1, locations) == bytes((DISK,))
 
 
 def test_the_area_of_a_page_is_known(make):
