@@ -62,7 +62,7 @@ from edm.lspt import (
     runs_of,
 )
 from edm.page_store import CONTENT
-from edm.readahead import Readahead, Stream
+from edm.readahead import Readahead, Stream, bounds
 from edm.uffd_ctypes import (
     PAGE_SIZE,
     UFFD_PAGEFAULT_FLAG_WP,
@@ -181,9 +181,7 @@ class DmHandler:
         while True:
             while self._called:
                 self._bring_called()
-            if self._asked and self.children.uffds:
-                self._serve_children()
-            faults = self._uffd.read_faults() if self._asked else self._next_faults()
+            faults = self._next_faults()
             if not faults and self._asked:
                 self._bring_asked()
             began = time.monotonic_ns()
@@ -195,14 +193,16 @@ class DmHandler:
 
     def _next_faults(self) -> list[tuple[int, int, int]]:
         """Look for LOOK seconds, offering the core at every look: the next fault is often near. Then
-        sleep."""
+        sleep; but not while pages are asked for."""
         until = time.monotonic() + LOOK
-        while time.monotonic() < until:
+        while True:
             if self.children.uffds:
                 self._serve_children()
-            if faults := self._uffd.read_faults():
+            if (faults := self._uffd.read_faults()) or self._asked:
                 return faults
             os.sched_yield()
+            if time.monotonic() > until:
+                break
         for fd, _ in self._poll.poll():
             if fd == self._lspt.for_handler:
                 self._hear()
@@ -306,7 +306,7 @@ class DmHandler:
         asked = [ahead.pop(piece, None) if state != NEW else None for piece in pieces]
         for unused in ahead.values():
             self._store.drop_get(unused)
-        self._readahead.come(min(pages[0], pages[-1]), max(pages[0], pages[-1]) + 1)
+        self._readahead.come(*bounds(pages))
         # What has not come when the application ends is there for Readahead.end.
         for piece, one in zip(pieces, asked, strict=True):
             stream.ahead[piece] = one or self._ask(piece)

@@ -46,14 +46,12 @@ def space_size(most: int) -> tuple[int, str]:
     files of processes that lift() their limits. A kept disk has two places for each page, and a table.
     """
     allowed = [(most, "")]
-    addresses, files = (
-        resource.getrlimit(resource.RLIMIT_AS),
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-    )
-    if addresses[0] != INFINITY:
-        allowed.append((addresses[0] // 2, "ulimit -v"))
-    if files[1] != INFINITY:
-        allowed.append((files[1] // 3, "ulimit -f"))
+    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
+    _, files = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if addresses != INFINITY:
+        allowed.append((addresses // 2, "ulimit -v"))
+    if files != INFINITY:
+        allowed.append((files // 3, "ulimit -f"))
     size, limit = min(allowed)
     return max(size // PAGE_SIZE, 1) * PAGE_SIZE, limit
 

@@ -37,6 +37,11 @@ MAX_STRIDE = 64
 NEAR = 16  # strides: a fault so near after a window continues its stream
 
 
+def bounds(pages: range) -> tuple[int, int]:
+    """The (first, end) of these pages, upward or downward."""
+    return min(pages[0], pages[-1]), max(pages[0], pages[-1]) + 1
+
+
 class Stream:
     def __init__(self, next: int, window: int, stride: int = 1) -> None:
         self.next = next  # the page whose fault would continue it
@@ -53,7 +58,7 @@ class Stream:
 
     def asked(self, wanted: range) -> None:
         """These pages, in the order of need, are being asked for ahead."""
-        self.bounds = min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1]) + 1
+        self.bounds = bounds(wanted)
 
 
 class Readahead:

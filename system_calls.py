@@ -45,18 +45,16 @@ Sources: seccomp(2), seccomp_unotify(2), <linux/seccomp.h>, <linux/bpf_common.h>
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import os
 import select
-import signal
 import stat
-import threading
 import time
 from fcntl import ioctl
 from struct import Struct
 
-from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -92,6 +90,7 @@ CALLS = dict(zip(_NUMBERS, _CALLS.values(), strict=True))
 WRITE, PWRITE = _NUMBERS[1], _NUMBERS[3]
 PIECE = 64  # pages that the pager writes at once to a file; of others each page is waited for
 LOOK = 50  # milliseconds between two looks whether a signal waits for a thread that waits
+SIGPIPE = 13  # signal.SIGPIPE, without importing signal: the application imports this module
 
 # ---------------------------------------------------------------- <linux/seccomp.h>
 
@@ -216,25 +215,23 @@ class SystemCalls:
         with contextlib.suppress(FileNotFoundError):  # ENOENT: its thread was killed meanwhile
             ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
             number, thread, _, *call = seccomp_notif.unpack(message)
-            if not self._has_space(thread):
+            if not (process := self._process_of(thread)):
                 self.hear_children()
-            brought = not self._has_space(thread) or self._bring(thread, call[0], call[3:])
-            if not brought and call[0] in (WRITE, PWRITE) and self._has_space(thread, first=True):
-                with contextlib.suppress(
-                    OSError
-                ):  # EBADF, EPERM: the kernel makes what it can of it
+                process = self._process_of(thread)
+            whole = not process or self._bring(thread, call[0], call[3:])
+            if not whole and call[0] in (WRITE, PWRITE) and process == self._application:
+                # EBADF, EPERM: the kernel makes what it can of it.
+                with contextlib.suppress(OSError):
                     work = number, thread, call[0] == PWRITE, self._descriptor(call[3]), *call[4:7]
-                    threading.Thread(
-                        target=self._write, args=work, daemon=True
-                    ).start()  # it may wait
+                    _thread.start_new_thread(self._write, work)  # it may wait
                     return
             answer = seccomp_notif_resp.pack(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
             ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
 
-    def _has_space(self, thread: int, first: bool = False) -> bool:
-        """first: is it the application's own, and not a forked child's?"""
-        processes = (self._application,) if first else self.processes
-        return any(os.path.exists(f"/proc/{of}/task/{thread}") for of in processes)
+    def _process_of(self, thread: int) -> int:
+        """Which of the processes that have the space has this thread; 0: none."""
+        found = (pid for pid in self.processes if os.path.exists(f"/proc/{pid}/task/{thread}"))
+        return next(found, 0)
 
     def _bring(self, thread: int, number: int, arguments: list[int]) -> bool:
         """Bring the first pages of this call's buffer, and pin them. Is that all of it?"""
@@ -296,7 +293,7 @@ class SystemCalls:
         except OSError as error:
             failed = error.errno if not done else 0
             if error.errno == errno.EPIPE:
-                os.kill(self._application, signal.SIGPIPE)
+                os.kill(self._application, SIGPIPE)
         os.close(fd)
         answer = seccomp_notif_resp.pack(number, done, -failed, 0)
         with contextlib.suppress(FileNotFoundError):  # ENOENT: its thread was killed meanwhile
@@ -304,11 +301,13 @@ class SystemCalls:
 
     def _read(self, begin: int, end: int) -> bytes:
         """What the application has there, counted in bytes from the start of the space."""
+        from edm.lspt import LOST, NO_HOLES  # the application does without
+
         pages = range(begin // PAGE_SIZE, -(-end // PAGE_SIZE))
         while not self._lspt.stopped():
             if self._lspt.is_missing(pages):
                 self._handler.bring(pages, False)
-            taken, _ = self._lspt.take(pages.start, len(pages), l.NO_HOLES)
+            taken, _ = self._lspt.take(pages.start, len(pages), NO_HOLES)
             whole = sum(len(before) for _, before in taken) == len(pages)
             content = os.pread(self._memfd, end - begin, begin) if whole else b""
             self._lspt.stays(taken)
@@ -316,7 +315,7 @@ class SystemCalls:
                 self._uffd.wake(self._start + first * PAGE_SIZE, len(before) * PAGE_SIZE)
             if whole:
                 return content
-            if l.LOST in self._lspt.state[pages.start : pages.stop]:
+            if LOST in self._lspt.state[pages.start : pages.stop]:
                 break
             time.sleep(SETTLE)
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))

@@ -8,7 +8,7 @@ Interface:
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
     mmap_fixed, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, prctl,
-    seccomp
+    pidfd_getfd, seccomp
 
 Rules:
     * A call that fails raises OSError with its errno and its name.

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mpi4py
 import pytest
@@ -127,6 +128,21 @@ def public_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="edm-test-") as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
+
+
+def python_of(ours: str | Path, who: dict[str, Any]) -> str | Path:
+    """This interpreter, or the machine's: one of this version that a user may run. Skips without one.
+
+    who: the user, as options of subprocess.
+    """
+    code = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+    for python in (ours, "/usr/bin/python3"):
+        try:
+            if not subprocess.run([python, "-c", code], check=False, **who).returncode:
+                return python
+        except OSError:  # it is not there, or not for this user
+            continue
+    pytest.skip("there is no Python of this version that nobody may run")
 
 
 def has_mpich() -> bool:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import mpi4py
 import pytest
-from conftest import has_mpich, needs_userfaultfd
+from conftest import has_mpich, needs_userfaultfd, python_of
 
 from edm import doctor
 from edm import uffd_ctypes as u
@@ -131,15 +131,7 @@ def as_nobody(run, package, public_path):
         pytest.skip("becoming nobody needs root")
     nobody = pwd.getpwnam("nobody")
     who = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": [], "cwd": "/"}
-    code = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
-    for base in (Path(sys.executable).resolve(), "/usr/bin/python3"):
-        try:
-            if not subprocess.run([base, "-c", code], check=False, **who).returncode:
-                break
-        except OSError:  # it is not there, or not for nobody
-            continue
-    else:
-        pytest.skip("there is no Python of this version that nobody may run")
+    base = python_of(Path(sys.executable).resolve(), who)
     environment = public_path / "environment"
     subprocess.run([base, "-m", "venv", "--without-pip", environment], check=True)
     ours = Path(sys.prefix)

@@ -10,7 +10,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, TRACKINGS, needs_userfaultfd, read_until, wait_for, wait_until_gone
+from conftest import (
+    PROGRAMS,
+    TRACKINGS,
+    needs_userfaultfd,
+    python_of,
+    read_until,
+    wait_for,
+    wait_until_gone,
+)
 
 from edm import pins as p
 from edm import system_calls as s
@@ -32,15 +40,7 @@ def as_user(start, public_path):
     folders = shutil.ignore_patterns("tests", "bench", ".*", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, packages / "edm", ignore=folders)
     who = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if not os.getuid() else {}
-    code = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
-    for python in (sys.executable, "/usr/bin/python3"):
-        try:
-            if not subprocess.run([python, "-c", code], check=False, **who).returncode:
-                break
-        except OSError:  # it is not there, or not for nobody
-            continue
-    else:
-        pytest.skip("there is no Python of this version that nobody may run")
+    python = python_of(sys.executable, who)
     search = f"PYTHONPATH={packages}{os.pathsep}{sysconfig.get_path('purelib')}"
 
     def as_user(*arguments, **options):
