@@ -335,7 +335,7 @@ class Space:
         length = self.end_addr - self.start_addr + m.SIZE
         try:
             flags = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
-            u.mmap_fixed(self.start_addr, length, u.PROT_READ | u.PROT_WRITE, flags, memfd)
+            u.mmap(self.start_addr, length, u.PROT_READ | u.PROT_WRITE, flags, memfd)
         except OSError as error:
             from edm.limits import limit_of
 
@@ -344,8 +344,7 @@ class Space:
             why = f"overlaps what is mapped, or can't be mapped at all ({reason})"
             raise ValueError(f"{where} {why}; choose other addresses") from None
         u.madvise(self.start_addr, length, u.MADV_DONTFORK)
-        memory = memoryview((ctypes.c_ubyte * m.SIZE).from_address(self.end_addr)).cast("B")
-        self._mailbox = m.Mailbox(memory, self.end_addr)
+        self._mailbox = m.Mailbox(self.end_addr)
 
     def _unmap(self) -> None:
         u.munmap(self.start_addr, self.end_addr - self.start_addr + m.SIZE)
@@ -421,7 +420,7 @@ class Space:
             _closed_by(if_it_fails, lifeline)
             # A signal handler that reads a page before they are registered would fill the memfd.
             flags = u.MAP_PRIVATE | u.MAP_NORESERVE | u.MAP_FIXED_NOREPLACE
-            u.mmap_fixed(*space, u.PROT_NONE, flags, memfd)
+            u.mmap(*space, u.PROT_NONE, flags, memfd)
             u.madvise(*space, u.MADV_DONTFORK)
             self._register(u.Userfaultfd(uffd), "none")
             # The userfaultfd and the lifeline stay open here: the pager may die before it has read this.
@@ -613,7 +612,7 @@ import sys, types
 edm = sys.modules["edm"] = types.ModuleType("edm")
 edm.__path__ = [sys.argv[1]]
 from edm.pager import spawned
-spawned(int(sys.argv[2]))
+spawned()
 """
 
 
@@ -624,12 +623,12 @@ def spawn_pager() -> Any:
     """
     ours, theirs = _socket_pair()
     folder = os.path.dirname(os.path.abspath(__file__))
-    command = [sys.executable, "-I", "-S", "-c", _BOOT, folder, str(theirs.fileno())]
+    command = [sys.executable, "-I", "-S", "-c", _BOOT, folder]
     actions = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
         # dup2(fd, fd) lets the descriptor stay open there: posix_spawn_file_actions_adddup2(3)
-        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in (2, theirs.fileno())),
+        (os.POSIX_SPAWN_DUP2, 2, 2),
     ]
     pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsigmask=[])
     theirs.close()

@@ -12,8 +12,9 @@ hang. With the read end, the pager switches that off if it ends in order: then t
 and the child may never touch its memory again. A child that has become another program by exec is
 killed with the pager, too.
 
-Interface: adopt(fds); faulting(), which of them have faults to be read; let_go() at the end. `uffds` is
-empty if there are no children. fileno() is for polling: there is a fault, or an end.
+Interface: Children(epoll): the DM-Handler's, which wakes at a child's fault, or end. adopt(fds);
+faulting(), which of them have faults to be read; let_go() at the end. `uffds` is empty if there are no
+children.
 
 Rules: the DM-Handler's thread; but adopt is for any thread, one at a time, and let_go for the main one
 when the DM-Handler has ended.
@@ -33,9 +34,8 @@ from edm.uffd_ctypes import Userfaultfd
 class Children:
     FDS = 4  # descriptors that a child sends
 
-    def __init__(self) -> None:
-        self._poll = select.epoll()  # which other threads may add to
-        self.fileno = self._poll.fileno
+    def __init__(self, epoll: select.epoll) -> None:
+        self._epoll = epoll  # which other threads may add to
         self.uffds: dict[int, Userfaultfd] = {}  # by descriptor
         self._sent: dict[int, list[int]] = {}  # by pidfd
 
@@ -49,11 +49,11 @@ class Children:
         process, uffd = fds[:2]
         self._sent[process], self.uffds[uffd] = fds, Userfaultfd(uffd)
         for fd in (uffd, process):  # the pidfd last: the child may have ended
-            self._poll.register(fd, select.EPOLLIN)
+            self._epoll.register(fd, select.EPOLLIN)
 
     def faulting(self) -> list[Userfaultfd]:
         """Those whose faults wait to be read. Those that have ended are forgotten."""
-        ready = [fd for fd, _ in self._poll.poll(0)]
+        ready = [fd for fd, _ in self._epoll.poll(0)]
         for process in self._sent.keys() & set(ready):
             fds = self._sent.pop(process)
             del self.uffds[fds[1]]

@@ -104,11 +104,10 @@ class DmHandler:
         self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
         self._start, self._track_clean, self._came = start_addr, track_clean, came
         self._readahead = Readahead(max_window, store.drop_get)
-        self._poll = select.poll()
-        self._poll.register(uffd, select.POLLIN)
-        self._poll.register(lspt.for_handler, select.POLLIN)
-        self.children = Children()
-        self._poll.register(self.children, select.POLLIN)
+        self._epoll = select.epoll()
+        self._epoll.register(uffd, select.EPOLLIN)
+        self._epoll.register(lspt.for_handler, select.EPOLLIN)
+        self.children = Children(self._epoll)
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # The source of a zero page that is to have the mark, which UFFDIO_ZEROPAGE can't set.
@@ -203,7 +202,7 @@ class DmHandler:
             os.sched_yield()
             if time.monotonic() > until:
                 break
-        for fd, _ in self._poll.poll():
+        for fd, _ in self._epoll.poll():
             if fd == self._lspt.for_handler:
                 self._hear()
         return self._uffd.read_faults()

@@ -219,7 +219,10 @@ def _begin(config: Config) -> Space | None:
     if config.dms and ranks < 2:
         raise ValueError("dms: needs at least 2 MPI ranks; start it as: mpirun -n 2 python ...")
     # If standard streams are closed, no descriptor of EDM's may get their numbers, the lowest.
-    held = [os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) for _ in range(3)]
+    held = []
+    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
+        held.append(fd)
+    os.close(fd)
     try:
         if config.dms or config.dms is None and ranks > 1:
             from edm import log, rank

@@ -16,7 +16,7 @@ One eviction (Lpet._evict) is safe under writers, although nothing is protected 
 
     1. claim    HERE → LEAVING: faults of these pages wait.
     2. take     splice(memfd → pipe): the pipe holds references to the pages. Nothing is copied.
-    3. remove   MADV_REMOVE: the pages leave every page table, and all TLBs. No writer is left now:
+    3. remove   punch a hole: the pages leave every page table, and all TLBs. No writer is left now:
                 what the pipe holds is final.
     4. marks    /proc/PID/pagemap: a page whose mark is still set was clean when it left.
     5. put      the pages are read out of the pipe, and the store writes the dirty ones. Clean pages
@@ -61,7 +61,7 @@ from edm import lspt as l
 from edm.lspt import LSPT, Left, Run, runs, runs_of
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.page_store import Bytes
-from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd, punch_hole
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
@@ -93,7 +93,6 @@ class Lpet:
         self,
         lspt: LSPT,
         store: Any,
-        memory: mmap.mmap,
         memfd: int,
         uffd: int,
         pagemap: Pagemap,
@@ -101,12 +100,12 @@ class Lpet:
         batch: int,
         tracker: str,
     ) -> None:
-        """memory: the pager's mapping of the memfd, which nobody touches. tracker: its name.
+        """memfd: the application's memory. tracker: its name.
 
         batch: pages that are looked at and evicted at once.
         """
         self._lspt, self._store = lspt, store
-        self._memory, self._uffd, self._pagemap = memory, Userfaultfd(uffd), pagemap
+        self._uffd, self._pagemap = Userfaultfd(uffd), pagemap
         self._start = start_addr
         self._memfd = memfd
         self._out, self._in = os.pipe2(os.O_CLOEXEC)
@@ -167,8 +166,7 @@ class Lpet:
         spans = [found.span() for found in _SPAN.finditer(here)]
         self._fill_pipe(page, spans)
         for first, before in left:
-            length = len(before) * PAGE_SIZE
-            self._memory.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, length)
+            punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE)
         return spans, self._pagemap.written(page, here)
 
     def _fill_pipe(self, first: int, spans: Iterable[Span]) -> None:

@@ -42,7 +42,6 @@ Rules:
 from __future__ import annotations
 
 import bisect
-import errno
 import mmap
 import os
 import re
@@ -50,7 +49,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from edm.pins import Pins
-from edm.uffd_ctypes import semaphore
+from edm.uffd_ctypes import MAP_NORESERVE, semaphore
 
 NEW, AWAY, LOST, COMING, LEAVING = range(5)
 HERE, GENERATIONS = 128, 128  # HERE and its generation
@@ -107,48 +106,48 @@ def _here_becomes(state: int) -> bytes:
     return bytes(range(HERE)) + bytes((state,)) * (256 - HERE)
 
 
-def data(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
-    """(begin, length) of what is no hole in a file, between these two places (bytes)."""
-    try:
-        while (at := os.lseek(fd, at, os.SEEK_DATA)) < end:
-            hole = os.lseek(fd, at, os.SEEK_HOLE)
-            yield at, min(hole, end) - at
-            at = hole
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # that is: no data from there on
-            raise
-
-
 class ByteTable:
-    """A byte a page, in shared memory. It is a file: the parts that were never set are its holes,
-    and cost no memory. Reading a hole through the mapping would fill it."""
+    """A byte a page, in shared memory. Parts that were never set are not looked at, and cost a byte each:
+    reading shared memory allocates it."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self._fd = os.memfd_create("edm")
-        os.ftruncate(self._fd, pages)
-        self.state = mmap.mmap(self._fd, pages)
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self.state = mmap.mmap(-1, pages, flags)
+        self._used = mmap.mmap(-1, -(-pages // PART))  # 1 for each part that was ever set
 
     def used(self, page: int, count: int) -> Iterator[Run]:
         """The parts of these pages that were ever set, with some unset neighbours; each has at most
         PART pages."""
-        for first, many in data(self._fd, page, page + count):
-            for at in range(first, first + many, PART):
-                yield at, min(PART, first + many - at)
+        part, end = page // PART, -(-(page + count) // PART)
+        while (part := self._used.find(b"\1", part, end)) >= 0:
+            first, part = max(page, part * PART), part + 1
+            yield first, min(page + count, part * PART) - first
 
     def read(self, page: int, count: int) -> bytes:
-        """The bytes of count pages from page."""
-        return os.pread(self._fd, count, page)
+        """The bytes of count pages from page; fewer at the table's end."""
+        states = bytearray(min(count, self.pages - page))
+        for first, many in self.used(page, len(states)):
+            states[first - page : first - page + many] = self.state[first : first + many]
+        return bytes(states)
 
     def set(self, pages: range, byte: int) -> None:
-        """pages: ascending."""
-        if len(pages) == 1:
+        """pages: ascending, at least one."""
+        if len(pages) == 1:  # as with most faults
+            self._used[pages.start // PART] = 1
             self.state[pages.start] = byte
         else:
+            self._use(pages)
             self.state[pages.start : pages.stop : pages.step] = bytes((byte,)) * len(pages)
 
-    def close(self) -> None:
-        os.close(self._fd)
+    def write(self, page: int, content: bytes) -> None:
+        """Set the bytes of neighbours, from page on."""
+        self._use(range(page, page + len(content)))
+        self.state[page : page + len(content)] = content
+
+    def _use(self, pages: range) -> None:
+        for part in range(pages[0] // PART, pages[-1] // PART + 1):
+            self._used[part] = 1
 
 
 class LSPT(ByteTable):
@@ -173,7 +172,6 @@ class LSPT(ByteTable):
         self.quarter = max(1, high_threshold // QUARTERS)  # pages
 
     def close(self) -> None:
-        super().close()
         os.close(self.for_handler)
         os.close(self.for_lpet)
 
@@ -191,6 +189,7 @@ class LSPT(ByteTable):
                     self.figures[ROOM_WANTED] = time.monotonic_ns()
                     os.eventfd_write(self.for_lpet, 1)
                     return None
+                self._used[page // PART] = 1
                 self.state[page] = COMING
                 self._coming(1)
             return state
@@ -327,7 +326,7 @@ class LSPT(ByteTable):
     def here(self) -> Iterator[Run]:
         """Runs of pages that are HERE, by address; each part as it is when it is asked for."""
         for first, count in self.used(0, self.pages):
-            yield from runs(first, self.read(first, count), HERE_RUN)
+            yield from runs(first, self.state[first : first + count], HERE_RUN)
 
     def is_missing(self, pages: range) -> bool:
         """Is any of these pages, ascending, neither HERE nor LOST?"""
@@ -356,7 +355,7 @@ class LSPT(ByteTable):
     def away(self) -> int:
         """How many pages only the store has; a while ago, some of them."""
         return sum(
-            self.read(first, count).translate(_IS_AWAY).count(1)
+            self.state[first : first + count].translate(_IS_AWAY).count(1)
             for first, count in self.used(0, self.pages)
         )
 

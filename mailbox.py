@@ -3,7 +3,7 @@
 In the picture: the arrow from the application to the pager that is no page fault. A socket would be a
 descriptor in a program that knows nothing of it, and may close it: this has none.
 
-Interface: Mailbox(memory), made by both ends of the same memory.
+Interface: Mailbox(address), made by both ends of the same memory.
     the application     ask(what, page, count, name); call(what, page, count) waits for the answer
     the pager           wait() in a thread of its own; requests(); answer_with(number, ...)
 
@@ -22,6 +22,7 @@ signal handlers while a thread waits here.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from collections.abc import Iterator
 from struct import Struct
@@ -47,9 +48,10 @@ _ASKED, _TAKEN, _ANSWERED, _FREED = range(4)
 
 
 class Mailbox:
-    def __init__(self, memory: memoryview, address: int) -> None:
-        """memory: SIZE bytes that both ends share, at `address` in this process."""
-        self._memory, self._address = memory, address
+    def __init__(self, address: int) -> None:
+        """address: in this process, of SIZE bytes that both ends share."""
+        self._address = address
+        memory = self._memory = memoryview((ctypes.c_ubyte * SIZE).from_address(address)).cast("B")
         self._words = memory[:16].cast("I")
         self._left = 0  # the number of a call whose answer was not waited for to the end
 

@@ -91,7 +91,7 @@ from logging import INFO
 from struct import Struct
 
 from edm import log
-from edm.lspt import ByteTable, Run, data, runs
+from edm.lspt import ByteTable, Run, runs
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, punch_hole, semaphore
 
 # A byte of the SPT: where a page is. INSTANCE | DISK is a page that the instance has and whose bytes on
@@ -164,6 +164,18 @@ def _sealed(content: bytes) -> bytes:
     return content + zlib.crc32(content).to_bytes(CRC, "little")
 
 
+def data(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """(begin, length) of what is no hole in a file, between these two places (bytes)."""
+    try:
+        while (at := os.lseek(fd, at, os.SEEK_DATA)) < end:
+            hole = os.lseek(fd, at, os.SEEK_HOLE)
+            yield at, min(hole, end) - at
+            at = hole
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # that is: no data from there on
+            raise
+
+
 # ---------------------------------------------------------------- the SPT
 
 
@@ -180,8 +192,7 @@ class SPT(ByteTable):
 
     def change(self, page: int, count: int, table: bytes) -> None:
         """Each of these bytes becomes what this table for bytes.translate says."""
-        which = slice(page, page + count)
-        self.state[which] = self.state[which].translate(table)
+        self.write(page, self.state[page : page + count].translate(table))
 
 
 # ---------------------------------------------------------------- the store
@@ -378,7 +389,7 @@ class PageStore:
             return False
         self._words[ROOM_MADE] = self._words[EPOCH] + 1
         for page, count in self.spt.used(0, self.spt.pages):
-            now = self.spt.read(page, count).translate(_PLACE)
+            now = self.spt.state[page : page + count].translate(_PLACE)
             self._punch_spare(page, bytes(map(operator.or_, now, self._was(page, count))))
         return True
 
@@ -417,7 +428,7 @@ class PageStore:
                 self._changed[block] -= 1
                 page, now = block * BLOCK_PAGES, states.translate(_PLACE)
                 was = self._synced.read(page, BLOCK_PAGES)
-                self._synced.state[page : page + len(now)] = now
+                self._synced.write(page, now)
                 freed = (0 if b and not a else UNREADABLE for a, b in zip(now, was, strict=True))
                 self._punch_spare(page, bytes(freed))
 
@@ -444,7 +455,6 @@ class PageStore:
     def close(self) -> None:
         """The end of it. A disk that is not kept is lost with that, if it has no name."""
         for table in filter(None, (self.spt, self._synced)):
-            table.close()
             table.state.close()
         os.close(self.fd)
 
@@ -553,9 +563,9 @@ class PageStore:
             self._changed[block] = SAME if whole else WRITE_TWICE
             if any(places):  # else it needs no memory
                 page = block * BLOCK_PAGES
-                which = slice(page, page + len(places))
-                self.spt.state[which] = self._synced.state[which] = places
-                self._crcs[which] = memoryview(crcs).cast("I")
+                for table in (self.spt, self._synced):
+                    table.write(page, places)
+                self._crcs[page : page + len(places)] = memoryview(crcs).cast("I")
 
     def _read_block(self, table: int, block: int) -> tuple[bytes, bytes]:
         """The places of its pages, and their crc32s."""

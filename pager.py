@@ -9,7 +9,7 @@ In the picture: the box in the middle. Its threads:
     the main one   starts these, and sees to it that everything ends when the application does
 
 Interface: page_for(control, hello, fds, open_store) pages for an application until it has ended.
-spawned(descriptor) is what the process that address_space.py spawns on one machine runs; over MPI the
+spawned() is what the process that address_space.py spawns on one machine runs; over MPI the
 rank is the pager (rank.py). tell(error) says why a process of EDM's ends.
 
 The application and the pager each notice the end of the other: the pager polls a pidfd; the
@@ -42,11 +42,9 @@ from __future__ import annotations
 import _socket
 import bisect
 import contextlib
-import ctypes
 import errno
 import fcntl
 import marshal
-import mmap
 import os
 import select
 import shlex
@@ -60,13 +58,14 @@ from types import SimpleNamespace
 from edm import address_space, limits, log
 from edm import lspt as l
 from edm import mailbox as m
+from edm import uffd_ctypes as u
 from edm.dm_handler import DmHandler
 from edm.lpet import Lpet
 from edm.lspt import LSPT, Run
 from edm.messages import DMSGone
 from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
-from edm.uffd_ctypes import PAGE_SIZE, PR_SET_PDEATHSIG, Userfaultfd, prctl
+from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
@@ -100,11 +99,15 @@ class Pager:
         # read as zeros then.
         *fds, children, self._lifelines_other_end, self._lifeline = fds
         uffd, memfd, pagemap_fd, *listener = fds
+        if listener:  # root does without; later there may be no descriptor left for an import
+            from edm.system_calls import SystemCalls
+        self._tracker = choose_tracker(config.idle_tracker)
         self._config, self._store, self._over_mpi = config, store, instance is not None
         self._title = f"EDM, INSTANCE_{instance or 0}: {shlex.join(hello['command'])}"
         self._application, self._track_clean = hello["pid"], bool(hello["track_clean"])
         self._memfd, self._children = memfd, _socket.socket(fileno=children)
         self._process = os.pidfd_open(self._application)  # readable when it has ended
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed, or a thread has failed
         self._uffd = Userfaultfd(uffd)
         self._pagemap = pagemap = Pagemap(pagemap_fd, config.start_addr)
         pages = (config.end_addr - config.start_addr) // PAGE_SIZE
@@ -113,9 +116,8 @@ class Pager:
             lspt.on_disk(*run)
         space = pages * PAGE_SIZE  # bytes
         os.ftruncate(memfd, space + m.SIZE)  # not by the program, which has its RLIMIT_FSIZE
-        self._memory = memory = mmap.mmap(memfd, space + m.SIZE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory, space))
-        self._mailbox = m.Mailbox(memoryview(memory)[space:], address)
+        access = u.PROT_READ | u.PROT_WRITE
+        self._mailbox = m.Mailbox(u.mmap(0, m.SIZE, access, u.MAP_SHARED, memfd, space))
         self._report = None
         live = config.progress and sys.stderr.isatty()
         if live or config.report:
@@ -128,17 +130,21 @@ class Pager:
         self._handler = DmHandler(uffd, store, lspt, start, window, self._track_clean, came)
         self._system_calls = None
         if listener:
-            from edm.system_calls import SystemCalls  # root does without
-
             unmark = hello["track_clean"] == "events"
-            of_calls = self._application, lspt, self._handler, start, uffd, memfd, unmark
+            of_calls = (
+                self._ended,
+                self._application,
+                lspt,
+                self._handler,
+                start,
+                uffd,
+                memfd,
+                unmark,
+            )
             self._system_calls = SystemCalls(*listener, *of_calls)
             self._system_calls.hear_children = self._hear_children
-        self._tracker = choose_tracker(config.idle_tracker)
-        self._of_lpet = lspt, store, memory, memfd, uffd, pagemap, start, batch, self._tracker
-        self._storer = Lpet(*self._of_lpet)  # for pages that stay
+        self._of_lpet = lspt, store, memfd, uffd, pagemap, start, batch, self._tracker
         self._lpet_pid = os.getpid()
-        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed, or a thread has failed
         self._failure: BaseException | None = None
         self._ended_by = ""  # which signal has come to the pager
         self._hearing = threading.Lock()  # held by who receives from children
@@ -171,8 +177,7 @@ class Pager:
             raise OSError(errno.EAGAIN, str(error)) from None
         self._guarded(self._watch)
         self._lspt.stop()
-        if self._system_calls:
-            self._system_calls.end()
+        os.eventfd_write(self._ended, 1)
         while any(thread.is_alive() for thread in threads):
             self._mailbox.interrupt()
             time.sleep(0.001)
@@ -197,9 +202,8 @@ class Pager:
         parent = os.getpid()
 
         def lpet() -> None:
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            u.prctl(u.PR_SET_PDEATHSIG, signal.SIGKILL)
             os.close(self._lifeline)  # or the application would not be killed when the pager dies
-            self._storer.close()
             if os.getppid() == parent:
                 with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
                     self._run_lpet()
@@ -328,8 +332,9 @@ class Pager:
         elif what == m.PREFETCH:
             self._handler.ask_for(range(first, first + n) for first, n in m.RUN.iter_unpack(name))
         elif what == m.FORGET:
-            for run in m.RUN.iter_unpack(name):
-                self._storer.forget(*run)
+            with contextlib.closing(Lpet(*self._of_lpet)) as evicting:
+                for run in m.RUN.iter_unpack(name):
+                    evicting.forget(*run)
         elif what == m.LOCATIONS:
             return self._lspt.located(page, count, self._store.locations)
         elif what == m.FIGURES:
@@ -355,8 +360,7 @@ class Pager:
                 for at, state in enumerate(before) if l.LOST in before else ():
                     if state == l.LOST:  # only another page replaces the poison in the page table
                         self._uffd.zeropage(self._address(first + at), PAGE_SIZE)
-                length = len(before) * PAGE_SIZE
-                self._memory.madvise(mmap.MADV_REMOVE, first * PAGE_SIZE, length)
+                u.punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE)
             end = self._lspt.freed
         finally:
             end(taken)
@@ -376,7 +380,8 @@ class Pager:
         """
         if not isinstance(self._failure, OSError | None):
             raise OSError(f"EDM has failed in the midst of its work: {self._failure}")
-        pages = self._storer.store(self._track_clean)
+        with contextlib.closing(Lpet(*self._of_lpet)) as storing:
+            pages = storing.store(self._track_clean)
         if in_order and self._lspt.stopped():  # then they may have let go of pages in the midst
             raise OSError("the application has ended")
         self._store.sync()
@@ -465,10 +470,10 @@ def page_for(
     return 0
 
 
-def spawned(descriptor: int) -> NoReturn:
+def spawned() -> NoReturn:
     """What a process that address_space.py has spawned does: be the pager of who holds the other
-    end of this socket."""
-    control = _socket.socket(fileno=descriptor)
+    end of the socket that is its descriptor 0."""
+    control = _socket.socket(fileno=0)
     limits.lift()
     try:
         child = os.fork()

@@ -160,6 +160,7 @@ class SystemCalls:
     def __init__(
         self,
         listener: int,
+        ended: int,
         application: int,
         lspt: LSPT,
         handler: DmHandler,
@@ -168,7 +169,7 @@ class SystemCalls:
         memfd: int,
         unmark: bool,
     ) -> None:
-        """application: its process id. unmark: has the mark of a page that is to be written to be taken
+        """ended: an eventfd, whose writing ends run(). application: its process id. unmark: has the mark of a page that is to be written to be taken
         away here?"""
         self._application, self._memfd, self._unmark = application, memfd, unmark
         self.processes = frozenset((application,))  # which have the space; others' calls just go on
@@ -177,20 +178,15 @@ class SystemCalls:
         self._start, self._uffd = start_addr, u.Userfaultfd(uffd)
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
             ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
-        self._end = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll = select.poll()
-        for fd in (listener, self._end):
+        for fd in (listener, ended):
             self._poll.register(fd, select.POLLIN)
 
     def run(self) -> None:
         """Let system calls go on when their pages are here, until there is nobody left who may make
-        any, or end was called."""
+        any, or it is to end."""
         while self._poll.poll() == [(self._listener, select.POLLIN)]:
             self._let_go_on()
-
-    def end(self) -> None:
-        """End run()."""
-        os.eventfd_write(self._end, 1)
 
     def close(self, leave: bool) -> None:
         """Close the listener, when run() has ended.
@@ -204,7 +200,7 @@ class SystemCalls:
             try:
                 os.dup2(self._listener, 0)
                 os.closerange(1, 1 << 30)
-                SystemCalls(0, 0, self._lspt, self._handler, 0, -1, -1, False).run()
+                SystemCalls(0, 0, 0, self._lspt, self._handler, 0, -1, -1, False).run()
             finally:
                 os._exit(0)
         os.close(self._listener)

@@ -7,7 +7,7 @@ Interface:
     supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
-    mmap_fixed, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, prctl,
+    mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, prctl,
     pidfd_getfd, seccomp
 
 Rules:
@@ -268,15 +268,16 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 PR_SET_PDEATHSIG, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS, PR_SET_PTRACER = 1, 29, 38, 0x59616D61
 
 
-def mmap_fixed(addr: int, length: int, prot: int, flags: int, fd: int = -1, off: int = 0) -> None:
-    """mmap(2) at exactly addr. flags must have MAP_FIXED_NOREPLACE.
+def mmap(addr: int, length: int, prot: int, flags: int, fd: int = -1, off: int = 0) -> int:
+    """mmap(2); where it is mapped. Python's keeps a duplicate of the descriptor.
 
-    Raises OSError: EEXIST where something is mapped already, EPERM below vm.mmap_min_addr, ENOMEM
-    beyond the end of the address space.
+    Raises OSError, with MAP_FIXED_NOREPLACE: EEXIST where something is mapped already, EPERM below
+    vm.mmap_min_addr, ENOMEM beyond the end of the address space.
     """
     got = _libc.mmap(addr, length, prot, flags, fd, off)
     if got == c_void_p(-1).value:
         raise _failed("mmap")
+    return got
 
 
 def munmap(addr: int, length: int) -> None:

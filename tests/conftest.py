@@ -364,3 +364,9 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+def shared_memory():
+    """KiB that this process has of it."""
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("RssShmem")).split()[1])

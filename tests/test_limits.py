@@ -44,7 +44,7 @@ NOTED = "python -m edm run: {} leaves {} MiB for the space\n"
         ({"DATA": 1 << 30}, ""),
         ({"STACK": 1 << 20}, ""),
         ({"MEMLOCK": 0}, ""),
-        ({"NOFILE": 24}, ""),
+        ({"NOFILE": 16}, ""),
         ({"FSIZE": 300 << 20}, NOTED.format("ulimit -f", 100)),
     ],
 )
@@ -76,7 +76,7 @@ def test_an_array_that_is_larger_than_the_whole_space_is_in_ordinary_memory(run)
 @pytest.mark.parametrize(
     ("limit", "options", "told"),
     [
-        ({"NOFILE": 16}, [], "Too many open files; RLIMIT_NOFILE (ulimit -n) is 16"),
+        ({"NOFILE": 12}, [], "Too many open files; RLIMIT_NOFILE (ulimit -n) is 12"),
         ({"AS": 1 << 30}, ["--end-addr", "0x2000000000"], "RLIMIT_AS (ulimit -v) is 1073741824"),
         ({"FSIZE": 64 << 20}, ["--end-addr", "0x2000000000"], "RLIMIT_FSIZE (ulimit -f) is 67108864"),
     ],

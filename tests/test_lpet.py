@@ -139,9 +139,8 @@ class Instance:
         self.store = Store()
         self.pagemap_fd = os.open("/proc/self/pagemap", os.O_RDONLY)
         self.pagemap = FakePagemap(Pagemap(self.pagemap_fd, self.memory.address))
-        self.pagers_map = mmap.mmap(self.memory.memfd, pages * PAGE_SIZE)
         self.lpet = Lpet(
-            self.lspt, self.store, self.pagers_map, self.memory.memfd, -1, self.pagemap,
+            self.lspt, self.store, self.memory.memfd, -1, self.pagemap,
             self.memory.address, batch, UnmapTracker.name,
         )  # fmt: skip
         self.uffd = self.lpet._uffd = FakeUffd(self)

@@ -18,9 +18,9 @@ from pathlib import Path
 from struct import Struct
 
 import pytest
+from conftest import shared_memory
 
 from edm import page_store
-from edm.lspt import data
 from edm.page_store import (
     BLOCK_PAGES,
     BLOCK_SIZE,
@@ -38,6 +38,7 @@ from edm.page_store import (
     SPT,
     TABLE,
     PageStore,
+    data,
 )
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -140,12 +141,6 @@ def small_files():
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def shared_memory():
-    """KiB that this process has of it."""
-    with open("/proc/self/status") as status:
-        return int(next(line for line in status if line.startswith("RssShmem")).split()[1])
 
 
 # ---------------------------------------------------------------- pages come and go
@@ -624,7 +619,7 @@ def test_everything_that_a_store_opened_is_closed_and_for_no_program_that_it_sta
     for keep in (False, True):
         store = PageStore(str(path) if keep else None, START, END, keep)
         opened = set(os.listdir("/proc/self/fd")) - before
-        assert len(opened) >= 2
+        assert opened
         for fd in map(int, opened):
             try:
                 assert not os.get_inheritable(fd)

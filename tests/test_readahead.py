@@ -237,7 +237,7 @@ def handler():
     lspt = LSPT(1000, 1000, 0)
     lspt.areas.append((0, 1000))
     lspt.on_disk(0, 1000)
-    handler = DmHandler(lspt.for_handler, Store(), lspt, 0, 64, False, None)
+    handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False, None)
     handler._uffd = FakeUffd()
     yield handler
     lspt.close()

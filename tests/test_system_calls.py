@@ -1,7 +1,9 @@
 """system_calls.py and pins.py: the system calls of a user who has userfaultfd for user mode only."""
 
 import ctypes
+import functools
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -52,8 +54,8 @@ def as_user(start, public_path):
 
 @pytest.fixture
 def succeeds(as_user):
-    def succeeds(*arguments):
-        job = as_user(*arguments)
+    def succeeds(*arguments, **options):
+        job = as_user(*arguments, **options)
         try:
             output, _ = job.communicate(timeout=60)
         except subprocess.TimeoutExpired:
@@ -63,6 +65,12 @@ def succeeds(as_user):
         return output
 
     return succeeds
+
+
+@needs_userfaultfd
+def test_sixteen_descriptors_are_enough(succeeds):
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (16, 16))
+    succeeds("random_bytes", preexec_fn=limit)
 
 
 @needs_userfaultfd

@@ -57,7 +57,7 @@ def test_a_failed_call_raises_oserror_with_errno_and_the_calls_name():
         "UFFDIO_WAKE": lambda: closed.wake(0, PAGE_SIZE),
         "UFFDIO_POISON": lambda: closed.poison(0, PAGE_SIZE),
         "fallocate": lambda: u.punch_hole(-1, 0, PAGE_SIZE),
-        "mmap": lambda: u.mmap_fixed(PAGE_SIZE, PAGE_SIZE, 0, u.MAP_SHARED, -1),
+        "mmap": lambda: u.mmap(PAGE_SIZE, PAGE_SIZE, 0, u.MAP_SHARED, -1),
     }
     for name, call in calls.items():
         with pytest.raises(OSError, match=name) as caught:
@@ -85,20 +85,20 @@ def memfd():
     os.close(fd)
 
 
-def test_mmap_fixed_never_replaces_what_is_there(memfd):
+def test_mmap_never_replaces_what_is_there(memfd):
     here = mmap.mmap(-1, PAGE_SIZE)
     here[0] = 7
     address = ctypes.addressof(ctypes.c_char.from_buffer(here))
     with pytest.raises(FileExistsError, match="mmap"):
-        u.mmap_fixed(address, PAGE_SIZE, u.PROT_READ, FIXED, memfd)
+        u.mmap(address, PAGE_SIZE, u.PROT_READ, FIXED, memfd)
     assert here[0] == 7
 
 
-def test_mmap_fixed_maps_at_the_address_and_munmap_ends_that(memfd):
+def test_mmap_maps_at_the_address_and_munmap_ends_that(memfd):
     os.pwrite(memfd, b"EDM", PAGE_SIZE)
     address = 0x5000_0000_0000
     for _ in range(2):
-        u.mmap_fixed(address, PAGE_SIZE, u.PROT_READ | u.PROT_WRITE, FIXED, memfd, PAGE_SIZE)
+        u.mmap(address, PAGE_SIZE, u.PROT_READ | u.PROT_WRITE, FIXED, memfd, PAGE_SIZE)
         assert ctypes.string_at(address, 4) == b"EDM\0"
         u.munmap(address, PAGE_SIZE)
 
