@@ -37,7 +37,8 @@ little.
 A socket pair carries the first message to the pager, with the descriptors and HELLO's dictionary, and
 its answer; then it is closed. Calls go by mailbox.py. All that is open in the application is one end of
 another socket pair, by which forked children reach the pager. Two descriptors lie in it, in a message
-that they only peek at: the memfd, and the read end of the lifeline, a pipe.
+that they only peek at: the memfd, and the read end of the lifeline, a pipe. With a report, a memfd for
+lines.py is open, too.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
 
 MAX_HELLO = 1 << 17  # bytes
 MAX_COMMAND = 200  # characters of a word, and words, of the command line that a report begins with
-MAX_FDS = 7  # descriptors that come with a message
+MAX_FDS = 8  # descriptors that come with a message
 HIGH = 512  # a descriptor's number
 FREES = 1e-4  # seconds between two looks whether the pager has freed what is to be used again
 SIGKILL = 9  # signal.SIGKILL, without importing signal
@@ -133,7 +134,8 @@ class Space:
             self._map(memfd)
             if_it_fails.callback(self._unmap)
             uffd, how = u.open_userfaultfd()
-            tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking)
+            lines = _tell_lines() if config.report else []
+            tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
             listener = []
             if how == u.USER_MODE:
@@ -153,13 +155,14 @@ class Space:
             hello = {
                 "config": vars(config), "pid": os.getpid(), "how": how, "track_clean": tracks,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
+                "lines": lines,
             }  # fmt: skip
-            fds = [uffd, memfd, pagemap, *listener, theirs.fileno(), lifeline, pagers_end]
+            fds = [uffd, memfd, pagemap, *listener, *lines, theirs.fileno(), lifeline, pagers_end]
             self._kept, pager = _say_hello(control, hello, fds)
             if_it_fails.pop_all()  # it has not
-        if listener:
+        if listener or lines:
             with contextlib.suppress(OSError):  # EINVAL: without Yama, it may look anyway
-                u.prctl(u.PR_SET_PTRACER, pager)  # at /proc/PID/syscall, see pins.py
+                u.prctl(u.PR_SET_PTRACER, pager)  # at /proc/PID/syscall, see pins.py, lines.py
         # Do read(2) and the like fail with EFAULT on a page that is not here?
         self.user_mode_only = how == u.USER_MODE and not listener
         if how == u.USER_MODE:
@@ -349,9 +352,9 @@ class Space:
     def _unmap(self) -> None:
         u.munmap(self.start_addr, self.end_addr - self.start_addr + m.SIZE)
 
-    def _register(self, uffd: u.Userfaultfd, wanted: str) -> str:
+    def _register(self, uffd: u.Userfaultfd, wanted: str, threads: bool = False) -> str:
         """Ask the kernel for its features, and register the space; how first writes are noticed, if they
-        are, else ""."""
+        are, else "". threads: faults tell which thread has them."""
         supported = u.supported_features()
         ways = {
             "async": u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC,
@@ -359,7 +362,7 @@ class Space:
             "none": 0,
         }
         for way, features in ways.items():
-            needed = u.NEEDED_FEATURES | features
+            needed = u.NEEDED_FEATURES | features | threads * u.UFFD_FEATURE_THREAD_ID
             if wanted in ("auto", way) and not needed & ~supported:
                 uffd.api(needed | u.OTHER_FEATURES & supported)
                 uffd.register(self.start_addr, self.end_addr - self.start_addr, bool(features))
@@ -581,6 +584,20 @@ def _lifeline() -> tuple[int, int]:
     fcntl.fcntl(ours, fcntl.F_SETSIG, SIGKILL)
     fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC)
     return pagers, ours
+
+
+def _tell_lines() -> list[int]:
+    """From now on a thread that gets SIGURG writes its frames to the end of a memfd, see lines.py; its
+    descriptor. Both stay as long as the process. None, if the program has its own handler."""
+    import faulthandler
+    from _signal import SIG_DFL, SIGURG, getsignal
+
+    if getsignal(SIGURG) != SIG_DFL:
+        return []
+    memfd = _high(os.memfd_create("edm lines"))
+    fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
+    faulthandler.register(SIGURG, memfd, all_threads=False)
+    return [memfd]
 
 
 def _users(view: memoryview) -> int:

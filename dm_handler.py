@@ -79,6 +79,8 @@ LOOK = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no le
 FIRST_PIECE, PIECE = 16, 64  # pages of a window that are installed at once
 SETTLE = 100e-6  # seconds that a child waits for a page that is LEAVING, before it tries again
 LATENCY_BUCKET = 1000  # nanoseconds
+PAGES, STORE, ROOM = range(3)
+WAITS = ("waited", "waited_for_store", "waited_for_room")
 
 
 class Stopped(Exception):
@@ -108,6 +110,7 @@ class DmHandler:
         self._epoll.register(uffd, select.EPOLLIN)
         self._epoll.register(lspt.for_handler, select.EPOLLIN)
         self.children = Children(self._epoll)
+        self.lines: Any = None  # a lines.Lines, if somebody wants to know
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # The source of a zero page that is to have the mark, which UFFDIO_ZEROPAGE can't set.
@@ -117,7 +120,8 @@ class DmHandler:
         self._asked: deque[range] = deque()  # pages that ask_for was called for
         self._called: deque[tuple[range, bool]] = deque()  # what bring was called for
         self._brought: SimpleQueue[None] = SimpleQueue()  # and how often that was done
-        self._waited = 0  # nanoseconds
+        self._waited = [0, 0, 0]  # nanoseconds: for pages; of these, for the store, for room
+        self._since = [0, 0, 0]  # when the wait began that is under way, or 0
         self._latencies: Counter[int] = Counter()  # how many faults took so many LATENCY_BUCKETs
 
     def figures(self) -> dict[str, object]:
@@ -128,8 +132,14 @@ class DmHandler:
         return {
             "latency_median": self._latency(0.5),
             "latency_99th": self._latency(0.99),
-            "waited": round(self._waited / 1e9, 3),
+            **{name: self._waits(what) for what, name in enumerate(WAITS)},
         }
+
+    def _waits(self, what: int) -> float:
+        """Seconds, with the wait that is under way: it may be a long one."""
+        since = self._since[what]
+        waited = self._waited[what] + (time.monotonic_ns() - since if since else 0)
+        return round(waited / 1e9, 3)
 
     def _latency(self, share: float) -> float:
         """So many µs at most took this share of the faults."""
@@ -152,6 +162,7 @@ class DmHandler:
         except (ProcessLookupError, Stopped):
             pass  # ESRCH: the application has ended
         finally:
+            self._since = [0, 0, 0]
             self._readahead.end()
 
     def ask_for(self, runs: Iterable[range]) -> None:
@@ -183,14 +194,19 @@ class DmHandler:
             faults = self._next_faults()
             if not faults and self._asked:
                 self._bring_asked()
-            began = time.monotonic_ns()
-            for _, flags, address in faults:
+            began = self._since[PAGES] = time.monotonic_ns()
+            for _, flags, address, thread in faults:
+                if self.lines:  # what it does is no part of the latency
+                    began += self.lines.begins(thread, (address - self._start) // PAGE_SIZE)
                 if self._resolve(flags, address & -PAGE_SIZE):
                     took = time.monotonic_ns() - began
-                    self._waited += took
+                    self._waited[PAGES] += took
                     self._latencies[took // LATENCY_BUCKET + 1] += 1
+                    if self.lines:
+                        self.lines.ended(took)
+            self._since[PAGES] = 0
 
-    def _next_faults(self) -> list[tuple[int, int, int]]:
+    def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """Look for LOOK seconds, offering the core at every look: the next fault is often near. Then
         sleep; but not while pages are asked for."""
         until = time.monotonic() + LOOK
@@ -210,7 +226,7 @@ class DmHandler:
     def _serve_children(self) -> None:
         """Bring what forked children miss as if the application had read it, and let them try again."""
         for child in self.children.faulting():
-            for _, _, address in child.read_faults():
+            for _, _, address, _ in child.read_faults():
                 address &= -PAGE_SIZE
                 page = (address - self._start) // PAGE_SIZE
                 if self._lspt.state[page] == LEAVING:
@@ -249,7 +265,10 @@ class DmHandler:
     def _claim(self, page: int, write: bool) -> bool:
         """A page is missing: see to it that it comes. False if it is here, or is waited for."""
         while (state := self._lspt.expect(page)) is None:
+            began = self._since[ROOM] = time.monotonic_ns()
             self._wait_for_room()
+            self._waited[ROOM] += time.monotonic_ns() - began
+            self._since[ROOM] = 0
         if state <= AWAY:
             self._figures[FIRST_ACCESS if state == NEW else REFETCH] += 1
             if stream := self._readahead.stream(page):
@@ -333,9 +352,10 @@ class DmHandler:
     def _bring(self, pages: range, asked: Any, page: int = -1, write: bool = False) -> None:
         """These pages are COMING, and were asked for: install them. One that can't be read is not
         COMING any more, or is lost if it is the page that has faulted."""
+        take_get = self._store.take_get if self._came is None else self._take_get
         while True:
             try:
-                kind, got, source = self._store.take_get(asked)
+                kind, got, source = take_get(asked)
             except OSError as error:
                 got = 1
                 if pages[0] == page:
@@ -349,6 +369,15 @@ class DmHandler:
                 return
             pages = pages[got:]
             asked = self._ask(pages)
+
+    def _take_get(self, asked: Any) -> tuple[int, int, int]:
+        """The store's, with a note how long it took, if a fault waits for it."""
+        began = self._since[STORE] = time.monotonic_ns() if self._since[PAGES] else 0
+        try:
+            return self._store.take_get(asked)
+        finally:
+            self._waited[STORE] += time.monotonic_ns() - began if began else 0
+            self._since[STORE] = 0
 
     def _install(self, pages: range, source: int, write: bool) -> None:
         """source: where their bytes are, one page behind the other; 0: they are zeros."""

@@ -22,7 +22,9 @@ The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect, faults_other   faults
     fetched                        pages that came, by those faults and by readahead
     latency_median, latency_99th   of the faults, in µs
-    waited                         the sum of them, in seconds
+    waited                         the sum of them, in seconds; with several threads they may overlap
+    waited_for_store               of these, how long the store took; with --progress or --report only
+    waited_for_room                and how long LPET did, at high_threshold
     evicted_dirty, evicted_clean, marked_idle                                 pages
     lpet_runs                      times that LPET was woken
     refused                        pages that the store would not take, each time
@@ -128,6 +130,11 @@ class Pager:
         start, batch = config.start_addr, config.evict_batch
         window = min(config.readahead, config.high_threshold // SHARE)
         self._handler = DmHandler(uffd, store, lspt, start, window, self._track_clean, came)
+        if hello["lines"]:
+            from edm.lines import Lines  # its imports take long, too
+
+            lines = Lines(self._application, *hello["lines"], listener.pop(), lspt)
+            self._handler.lines, self._report.lines = lines, lines.found
         self._system_calls = None
         if listener:
             unmark = hello["track_clean"] == "events"

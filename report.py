@@ -11,11 +11,13 @@ The page is report.html with one JSON object in it, which a script there draws, 
 object has (times in seconds, as time.monotonic; counts in pages, if nothing else is said):
     title, page_size (bytes), start_addr, start_time, summary (what summary() returns)
     place          the size of a place: a part of the address space, by its number from start_addr on
-    samples        until: when it was taken; resident, away: then; the counters FAULTS and EVICTIONS:
-                   from the start until then; came: pages since the sample before it, by place
+    samples        until: when it was taken; resident, away: then; the counters FAULTS, EVICTIONS and
+                   WAITS (seconds): from the start until then; came: pages since the sample before it,
+                   by place
     latencies      [µs at most, faults], ascending
     areas          page: the first, in the space; count; name; mapped, unmapped: when, the latter null
                    if it never was; ended_up: pages, by where they were in the end
+    lines          [line, its array's first page, count of pages, faults, nanoseconds], see lines.py
     areas_in_all   how many areas there were, with those that are left out
 
 Rules: no two threads at a time call sample or write, nor mapped, unmapped or write. The DM-Handler
@@ -44,7 +46,10 @@ AREAS = 200
 
 FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
+WAITS = ("waited", "waited_for_store", "waited_for_room")  # seconds
 WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}  # the others: here
+
+NO_WRAP = "\x1b[?7l{}\x1b[?7h"  # a line that is too long for the terminal ends where that does
 
 Figures = dict[str, object]
 Latencies = Sequence[tuple[float, int]]  # (µs, faults), ascending
@@ -91,9 +96,11 @@ class Report:
         self._title, self._start_addr, self._state, self._live = title, start_addr, state, live
         self._start_time = time.monotonic()
         self._samples: list[dict] = []  # see above
+        self._last_second: deque[dict] = deque([{"until": self._start_time}])  # of the samples
         self._shift = PLACE
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
         self._gone: list[dict] = []  # the largest first
+        self.lines: dict[tuple, list[int]] = {}  # what lines.py has found
         self._areas = 0  # how many there were in all
 
     def mapped(self, page: int, count: int, name: str) -> None:
@@ -101,8 +108,8 @@ class Report:
         if grown := self._here.get(page):
             grown["count"] = count
             return
-        area = {"page": page, "count": count, "name": name}
-        self._here[page] = {**area, "mapped": time.monotonic(), "unmapped": None}
+        times = {"mapped": time.monotonic(), "unmapped": None}
+        self._here[page] = {"page": page, "count": count, "name": name, **times}
         self._areas += 1
 
     def unmapped(self, page: int) -> None:
@@ -119,11 +126,14 @@ class Report:
             page, count = self.came.popleft()
             came[page >> self._shift] += count
         samples = self._samples
-        now = {name: figures[name] for name in (*FAULTS, *EVICTIONS, "resident")}
+        now = {name: figures[name] for name in (*FAULTS, *EVICTIONS, *WAITS, "resident")}
         now |= {"until": time.monotonic(), "came": came, "away": away}
         if self._live:
-            before = samples[-1] if samples else {"until": self._start_time}
-            print(f"\r\x1b[K{_line(before, now)}", end="", file=sys.stderr, flush=True)
+            self._last_second.append(now)
+            while now["until"] - self._last_second[1]["until"] >= 1:
+                self._last_second.popleft()
+            line = NO_WRAP.format(_line(self._last_second[0], now))
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         samples.append(now)
         if len(samples) > COLUMNS:
             ends = [self._start_time, *(sample["until"] for sample in samples)]
@@ -156,6 +166,7 @@ class Report:
             "samples": self._samples,
             "place": 1 << self._shift,
             "latencies": latencies,
+            "lines": [[*key, *found] for key, found in self.lines.copy().items()],
             "areas": _largest([*areas, *self._gone]),
             "areas_in_all": self._areas,
         }
@@ -165,23 +176,23 @@ class Report:
 
     def _ended(self, area: dict) -> dict:
         """The area, with where its pages are now."""
-        ended_up: Counter[str] = Counter()
-        states = self._state[area["page"] : area["page"] + area["count"]]
-        for byte, pages in Counter(states).items():
-            ended_up[WHERE.get(byte, "here")] += pages
-        return {**area, "ended_up": ended_up}
+        states = bytes(self._state[area["page"] : area["page"] + area["count"]])
+        ended_up = {name: states.count(byte) for byte, name in WHERE.items()}
+        return {**area, "ended_up": ended_up | {"here": len(states) - sum(ended_up.values())}}
 
 
 def _line(before: dict, now: dict) -> str:
-    """What --progress tells of the time between two samples."""
+    """What --progress tells of the time between two samples, which is a second."""
 
-    def rate(names: Sequence[str]) -> float:
+    def rate(*names: str) -> float:
         happened = sum(now[name] - before.get(name, 0) for name in names)
         return happened / (now["until"] - before["until"])
 
+    waits, store, room = (f"{max(0, rate(name)):.0%}" for name in WAITS)
     return (
-        f"resident {size(now['resident'])}, on the DMS {size(now['away'])}, "
-        f"{rate(FAULTS):.0f} faults/s, {rate(EVICTIONS):.0f} evictions/s"
+        f"waits {waits} (reading {store}, for room {room}), resident {size(now['resident'])}, "
+        f"on the DMS {size(now['away'])}, {rate(*FAULTS):.0f} faults/s, "
+        f"{rate(*EVICTIONS):.0f} evictions/s"
     )
 
 

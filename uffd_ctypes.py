@@ -7,7 +7,7 @@ Interface:
     supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
-    mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, prctl,
+    mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, tgkill, prctl,
     pidfd_getfd, seccomp
 
 Rules:
@@ -64,7 +64,7 @@ def _IOWR(kind: int, number: int, block: Struct) -> int:
 
 # ---------------------------------------------------------------- <linux/userfaultfd.h>
 
-uffd_msg = Struct("=B7xQQ8x")  # event; of a page fault: flags, address
+uffd_msg = Struct("=B7xQQI4x")  # event; of a page fault: flags, address, thread
 uffdio_api = Struct("=QQQ")  # api, features, ioctls
 uffdio_range = Struct("=QQ")  # start, len
 uffdio_register = Struct("=QQQQ")  # range, mode, ioctls
@@ -90,6 +90,7 @@ UFFDIO_WRITEPROTECT_MODE_WP = 1 << 0
 
 UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
 UFFD_FEATURE_MISSING_SHMEM = 1 << 5
+UFFD_FEATURE_THREAD_ID = 1 << 8
 UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12  # Linux 5.19
 UFFD_FEATURE_POISON = 1 << 14  # Linux 6.6
 UFFD_FEATURE_WP_ASYNC = 1 << 15  # Linux 6.7
@@ -100,8 +101,8 @@ UFFD_PAGEFAULT_FLAG_WP = 1 << 1
 UFFD_USER_MODE_ONLY = 1
 USER_MODE = "user mode only"  # open_userfaultfd's word for it
 
-# System calls that the C library has no function for, by machine: userfaultfd, futex, seccomp.
-_NUMBERS = {"x86_64": (323, 202, 317), "aarch64": (282, 98, 277)}
+# System calls that the C library has no function for, by machine: userfaultfd, futex, seccomp, tgkill.
+_NUMBERS = {"x86_64": (323, 202, 317, 234), "aarch64": (282, 98, 277, 131)}
 
 # What EDM can't do without: page faults of shared memory. And what tells that a page was written.
 NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM
@@ -123,7 +124,7 @@ _libc.syscall.restype = c_long
 _machine = os.uname().machine
 if _machine not in _NUMBERS:
     raise OSError(errno.ENOSYS, f"EDM does not know this machine, {_machine}")
-_NR_userfaultfd, _NR_futex, _NR_seccomp = _NUMBERS[_machine]
+_NR_userfaultfd, _NR_futex, _NR_seccomp, _NR_tgkill = _NUMBERS[_machine]
 _NR_pidfd_getfd = 438  # on every machine
 
 
@@ -251,8 +252,11 @@ class Userfaultfd:
         """Make this range (bytes) raise SIGBUS when touched, and wake. Linux 6.6."""
         self._call("UFFDIO_POISON", UFFDIO_POISON, uffdio_poison, start, length, 0, 0)
 
-    def read_faults(self) -> list[tuple[int, int, int]]:
-        """(event, flags, address) of the faults that wait, at most MESSAGES; none: []."""
+    def read_faults(self) -> list[tuple[int, int, int, int]]:
+        """(event, flags, address, thread) of the faults that wait, at most MESSAGES; none: [].
+
+        thread: its id, with UFFD_FEATURE_THREAD_ID, or 0.
+        """
         try:
             return list(uffd_msg.iter_unpack(os.read(self.fd, uffd_msg.size * self.MESSAGES)))
         except BlockingIOError:
@@ -333,6 +337,12 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     if got < 0:
         raise _failed("pidfd_getfd")
     return got
+
+
+def tgkill(process: int, thread: int, number: int) -> None:
+    """tgkill(2): send a signal to this thread."""
+    if _libc.syscall(_NR_tgkill, process, thread, number):
+        raise _failed("tgkill")
 
 
 def prctl(option: int, value: int) -> None:

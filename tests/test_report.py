@@ -15,12 +15,12 @@ from conftest import needs_userfaultfd
 
 from edm import report
 from edm.lspt import AWAY, GENERATIONS, HERE, LEAVING, LOST, NEW
-from edm.report import AREAS, CELLS, COLUMNS, EVICTIONS, FAULTS, Report
+from edm.report import AREAS, CELLS, COLUMNS, EVICTIONS, FAULTS, WAITS, Report
 from edm.uffd_ctypes import PAGE_SIZE
 
 FIGURES = dict.fromkeys((*FAULTS, *EVICTIONS), 0) | {
     "resident": 10, "peak_resident": 20, "bytes_sent": 5000, "bytes_received": 1 << 30,
-    "waited": 1.5, "latency_median": 30.0, "latency_99th": 400.0, "fetched": 7,
+    "waited": 1.5, "waited_for_store": 0.5, "waited_for_room": 0.25, "latency_median": 30.0, "latency_99th": 400.0, "fetched": 7,
 }  # fmt: skip
 START = 0x10_0000_0000
 BEGAN = 100.0  # seconds
@@ -156,7 +156,7 @@ def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
     assert page["latencies"] == [[20.0, 3], [3000.0, 1]]
     assert page["place"] == 256
     assert page["samples"][1] == {
-        **dict.fromkeys((*FAULTS, *EVICTIONS), 0),
+        **dict.fromkeys((*FAULTS, *EVICTIONS), 0), **{name: FIGURES[name] for name in WAITS},
         "until": BEGAN + 2, "faults_refetch": 6, "resident": 10, "away": 2, "came": {"2": 5},
     }  # fmt: skip
     assert page["areas"] == [
@@ -166,7 +166,7 @@ def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
         },
         {
             "page": 600, "count": 4, "name": "ended", "mapped": BEGAN + 20,
-            "unmapped": BEGAN + 21, "ended_up": {"new": 1, "away": 2, "lost": 1},
+            "unmapped": BEGAN + 21, "ended_up": {"new": 1, "away": 2, "lost": 1, "here": 0},
         },
     ]  # fmt: skip
     assert page["summary"] == report.summary(FIGURES)
@@ -200,6 +200,8 @@ def test_a_browser_draws_it(clock, tmp_path, run, idle):
         made._samples[0]["came"].clear()
     made.mapped(0, 512, HOSTILE)
     made.mapped(600, 4, "ended")
+    if not idle:
+        made.lines = {("few.py:1 in f", 0, 0): [5, 10**8], (HOSTILE, 0, 512): [70, 2 * 10**9]}
     clock[0] += 1
     made.unmapped(600)
     page = tmp_path / "page.html"
@@ -215,7 +217,7 @@ def test_a_browser_draws_it(clock, tmp_path, run, idle):
     assert "Uncaught" not in ended.stdout
     assert html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]) == HOSTILE
     rows = [html.unescape(re.sub("<[^>]*>", "|", r)) for r in re.findall(r"<tr>.*?</tr>", dom)]
-    row = next(row for row in rows if "0x1000000000" in row)
+    row = next(row for row in rows if "0x1000000000" in row and " s to " in row)
     assert HOSTILE in row and f"{len(made._samples)}.00 s to the end" in row
     assert "here 512 KiB, on the DMS 512 KiB, never accessed 512 KiB, lost 512 KiB" in row
     assert any("|ended|" in row and "0x1000258000" in row and "16 KiB" in row for row in rows)
@@ -223,6 +225,8 @@ def test_a_browser_draws_it(clock, tmp_path, run, idle):
     sentences = "There was no fault." in dom, "No page came." in dom
     assert sentences == (idle, idle)
     if not idle:
+        hot, other = (row.replace("|", "") for row in rows if row.endswith(("|2.00||", "|0.10||")))
+        assert hot == f"{HOSTILE}2.0 MiB at 0x1000000000702.00" and other == "few.py:1 in f50.10"
         for words in ("3 faults", "23 µs", "2.9 ms", "20 s", "120 KiB"):
             assert f">{words}</text>" in dom or f">{words}</title>" in dom, words
         assert dom.count("<svg") == 5 and "NaN" not in dom and "undefined" not in dom
@@ -258,17 +262,25 @@ def test_the_template_is_package_data():
     assert "report.html" in data.split()
 
 
-def test_progress_is_a_line_with_what_happened_since_the_line_before(clock, capsys):
+def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capsys):
     made = begun(live=True)
-    for faults in (10, 40):
-        clock[0] += 2
-        made.sample(FIGURES | {"faults_refetch": faults, "evicted_clean": 2 * faults}, away=256)
+    for faults in (10, 40, 45, 50):
+        clock[0] += 0.5
+        waited = faults / 100
+        figures = {
+            "faults_refetch": faults, "evicted_clean": 2 * faults, "waited": waited,
+            "waited_for_store": waited / 2, "waited_for_room": waited / 5,
+        }  # fmt: skip
+        made.sample(FIGURES | figures, away=256)
     made.write(None, FIGURES, ())
-    assert capsys.readouterr().err.split("\r\x1b[K") == [
-        "",
-        "resident 40 KiB, on the DMS 1.0 MiB, 5 faults/s, 10 evictions/s",
-        "resident 40 KiB, on the DMS 1.0 MiB, 15 faults/s, 30 evictions/s",
-        "",
+    begin, *lines, end = capsys.readouterr().err.split("\r\x1b[K")
+    assert begin == end == ""
+    memory = "resident 40 KiB, on the DMS 1.0 MiB"
+    assert [re.sub(r"\x1b\[\?7[lh]", "", line) for line in lines] == [
+        f"waits 20% (reading 10%, for room 4%), {memory}, 20 faults/s, 40 evictions/s",
+        f"waits 40% (reading 20%, for room 8%), {memory}, 40 faults/s, 80 evictions/s",
+        f"waits 35% (reading 18%, for room 7%), {memory}, 35 faults/s, 70 evictions/s",
+        f"waits 10% (reading 5%, for room 2%), {memory}, 10 faults/s, 20 evictions/s",
     ]
 
 

@@ -200,12 +200,12 @@ def write(memory, value):
 def test_a_read_fault_is_resolved_by_copy_and_its_first_write_raises_a_wp_fault(make):
     memory = make(u.WP_FEATURES)
     reader, got = read(memory)
-    assert memory.fault() == [(UFFD_EVENT_PAGEFAULT, 0, memory.address)]
+    assert memory.fault() == [(UFFD_EVENT_PAGEFAULT, 0, memory.address, 0)]
     memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE, write_protect=True)
     reader.join(10)
     assert got.raw == PAGE.raw
     writer = write(memory, 1)
-    [(_, flags, address)] = memory.fault()
+    [(_, flags, address, _)] = memory.fault()
     assert flags == u.UFFD_PAGEFAULT_FLAG_WP | u.UFFD_PAGEFAULT_FLAG_WRITE
     assert address == memory.address
     memory.uffd.writeprotect(memory.address, PAGE_SIZE, False)
@@ -248,7 +248,7 @@ def test_the_mark_stays_when_the_page_has_gone_and_a_page_that_was_written_has_n
 @needs_userfaultfd
 def test_a_write_fault_is_resolved_by_zeropage(memory):
     writer = write(memory, 7)
-    [(_, flags, _)] = memory.fault()
+    [(_, flags, _, _)] = memory.fault()
     assert flags & u.UFFD_PAGEFAULT_FLAG_WRITE
     memory.uffd.zeropage(memory.address, PAGE_SIZE)
     writer.join(10)
@@ -256,11 +256,32 @@ def test_a_write_fault_is_resolved_by_zeropage(memory):
 
 
 @needs_userfaultfd
+def test_with_its_feature_a_fault_tells_the_thread_which_can_be_signalled(make):
+    memory = make(u.UFFD_FEATURE_THREAD_ID)
+    came = []
+    before = signal.signal(signal.SIGURG, lambda *_: came.append(True))
+    try:
+        toucher = write(memory, 1)
+        [(_, _, _, thread)] = memory.fault()
+        assert thread == toucher.native_id != os.getpid()
+        u.tgkill(os.getpid(), thread, signal.SIGURG)
+        [(_, _, address, again)] = memory.fault()
+        assert (address, again) == (memory.address, thread), "it has not tried again"
+        memory.uffd.zeropage(memory.address, PAGE_SIZE)
+        toucher.join(10)
+        assert came, "no handler ran"
+    finally:
+        signal.signal(signal.SIGURG, before)
+    with pytest.raises(ProcessLookupError, match="tgkill"):
+        u.tgkill(os.getpid(), thread, signal.SIGURG)
+
+
+@needs_userfaultfd
 def test_wake_lets_the_fault_be_tried_again(memory):
     writer = write(memory, 7)
     memory.fault()
     memory.uffd.wake(memory.address, PAGE_SIZE)
-    [(_, _, again)] = memory.fault()
+    [(_, _, again, _)] = memory.fault()
     assert again == memory.address
     memory.uffd.zeropage(memory.address, PAGE_SIZE)
     writer.join(10)

@@ -1,0 +1,126 @@
+"""Which Python lines fault: samples of the application's frames, for --report.
+
+In the picture: in the pager, beside the DM-Handler. It sends SIGURG to a thread that sleeps in a fault.
+The handler in the application is the C code of Python's faulthandler (address_space.py registers it),
+which runs no Python and takes no GIL: it writes the thread's frames to a memfd, which is read here.
+
+Interface: begins(thread, page) and ended(took) are called around a fault that is resolved. `found` is
+the table: {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
+
+A sample is a fault by chance, about one in INTERVAL. It stands for all faults since the sample before
+it, and each of them is taken to be as long as the last ones of the same array, on average: the fault
+itself takes longer, as it is a sample. The signal is sent before the page comes: it ends the thread's sleep, the thread answers,
+and faults again at the same instruction. So when it faults again the answer is there, and whole.
+
+The default action of SIGURG is to ignore it, so it can't end a process that has no such handler any
+more: Python has come to its end, or the process has become another program. No signal is sent to
+    * a thread in a system call: the kernel would not let it sleep in its faults until that has ended
+    * a thread that blocks the signal
+    * a thread that has not answered once: it runs no Python, or the program has a handler of its own
+    * any thread, if the program has closed the memfd: its descriptor may be another file now
+What the first three wait for counts without a line.
+
+Rules: the DM-Handler's thread; the others may copy `found`. Memory is bounded: `found` has at most
+LINES lines, those that came first.
+
+Sources: faulthandler in Python's documentation, signal(7), proc_pid_syscall(5), userfaultfd(2) on
+UFFD_FEATURE_THREAD_ID.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from signal import SIGURG
+
+from edm.lspt import LSPT
+from edm.uffd_ctypes import tgkill
+
+INTERVAL = 10_000_000  # nanoseconds
+MOST = 128  # faults from a sample to the next, on average
+LINES = 10_000
+MEAN_OF = 16  # faults of an array, about
+ARRAYS = 1021  # that have a mean of their own; of more, some share one
+ANSWER = 1 << 16  # bytes; there are 100 frames at most
+NO_LINE = "a thread that tells no line"
+
+FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)\n')
+STANDARD_LIBRARY, HERE = os.path.dirname(os.__file__), os.path.dirname(__file__)
+LIBRARIES = STANDARD_LIBRARY, f"{HERE}/numpy_mem_handler", "-packages/", "<frozen ", "<__array_"
+
+
+class Lines:
+    def __init__(self, process: int, its_end: int, memfd: int, lspt: LSPT) -> None:
+        """process: the application. its_end: the descriptor that the memfd has there."""
+        self._process, self._memfd, self._lspt = process, memfd, lspt
+        self._its_end = f"/proc/{process}/fd/{its_end}"
+        self.found: dict[tuple[str, int, int], list[int]] = {}
+        self._silent: set[int] = set()  # threads that have not answered
+        self._took = [0] * ARRAYS  # nanoseconds: the mean of the last faults
+        self._faults = self._skip = 0  # since the last sample, and until the next one
+        self._asked, self._when = 0, time.monotonic_ns()  # a thread that is to be heard
+
+    def begins(self, thread: int, page: int) -> int:
+        """This thread waits for a page. Returns how many nanoseconds the sample has taken, if it is one."""
+        self._area = self._lspt.area(page)
+        if self._skip:
+            self._skip -= 1
+            return 0
+        now = time.monotonic_ns()
+        if not self._asked:
+            self._sample(thread, now)
+        elif thread == self._asked or now - self._when > INTERVAL:
+            self._hear(thread)
+        return time.monotonic_ns() - now
+
+    def ended(self, took: int) -> None:
+        """The page has come, in so many nanoseconds."""
+        self._faults += 1
+        mean = self._took[self._area.start % ARRAYS] or took
+        self._took[self._area.start % ARRAYS] = mean + (took - mean) // MEAN_OF
+
+    def _sample(self, thread: int, now: int) -> None:
+        """Ask the thread for its line, if that may be."""
+        mean = min(MOST, self._faults * INTERVAL // (now - self._when))
+        self._skip = random.randrange(2 * mean + 2)
+        of_thread = f"/proc/{self._process}/task/{thread}"
+        instead = NO_LINE if thread in self._silent else ""
+        try:
+            if os.stat(self._its_end).st_ino != os.fstat(self._memfd).st_ino:
+                return
+            with open(f"{of_thread}/syscall") as call, open(f"{of_thread}/status") as status:
+                if call.read(3) != "-1 ":
+                    instead = "a system call"
+                elif int(re.search(r"SigBlk:\t(\w+)", status.read())[1], 16) >> SIGURG - 1 & 1:
+                    instead = NO_LINE
+            os.ftruncate(self._memfd, 0)  # an answer may have come too late
+            if not instead:
+                tgkill(self._process, thread, SIGURG)
+        except OSError:  # the thread has ended, the memfd is closed, or this user may not look
+            return
+        self._of_sample = self._area, self._faults, self._took[self._area.start % ARRAYS]
+        self._asked, self._when, self._faults = thread, now, 0
+        if instead:
+            self._count(instead)
+
+    def _hear(self, thread: int) -> None:
+        """The thread that was asked has answered, if it is this one, or it had the time to."""
+        frames = FRAME.findall(os.pread(self._memfd, ANSWER, 0).decode(errors="replace"))
+        own = [frame for frame in frames if not any(part in frame[0] for part in LIBRARIES)]
+        if frames:
+            file, number, function = (own or frames)[0]  # the innermost
+            self._count(f"{file}:{number} in {function}")
+        elif thread == self._asked:
+            self._silent.add(thread)
+            self._count(NO_LINE)
+        self._asked = 0  # else it is too late
+
+    def _count(self, line: str) -> None:
+        area, faults, took = self._of_sample
+        key = line, area.start, len(area)
+        if key in self.found or len(self.found) < LINES:
+            before, waited = self.found.get(key, (0, 0))
+            self.found[key] = [before + faults, waited + faults * took]
+        self._asked = 0
