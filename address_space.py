@@ -359,14 +359,17 @@ class Space:
         ways = {
             "async": u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC,
             "events": u.WP_FEATURES,
-            "none": 0,
+            # Nothing is marked. But with it the kernel maps no neighbours of a page that is touched
+            # (fault-around), and those count as used then.
+            "none": u.WP_FEATURES & supported,
         }
         for way, features in ways.items():
             needed = u.NEEDED_FEATURES | features | threads * u.UFFD_FEATURE_THREAD_ID
             if wanted in ("auto", way) and not needed & ~supported:
                 uffd.api(needed | u.OTHER_FEATURES & supported)
-                uffd.register(self.start_addr, self.end_addr - self.start_addr, bool(features))
-                return way if features else ""
+                protects = features & u.WP_FEATURES == u.WP_FEATURES
+                uffd.register(self.start_addr, self.end_addr - self.start_addr, protects)
+                return "" if way == "none" else way
         lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
         raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
 
