@@ -259,7 +259,7 @@ class DmHandler:
         else:
             resolved = self._claim(page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE))
         if self._info:
-            self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n")
+            self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n\n")
         return resolved
 
     def _claim(self, page: int, write: bool) -> bool:
@@ -290,6 +290,7 @@ class DmHandler:
     def _wait_for_room(self) -> None:
         if self._info:
             self._log.info("reached high threshold, waking up lpet")
+            self._log.debug("avoid memory flood- dmhandler goes to sleep")
         self._hear()
 
     def _bring_asked(self) -> None:

@@ -85,6 +85,7 @@ class Config(SimpleNamespace):
     readahead: pages at most that are fetched at once for sequential access; 1: never
     evict_batch: pages at most that are evicted at once
     clean_tracking: how first writes are noticed, by the kernel alone, by events, or not
+    plain: go the wiki's way: readahead 1, evict_batch 1, clean_tracking none, and faults wait for LPET
     dms: how many MPI ranks are DMSs (default: 1 under mpirun -n 2 or more, else 0)
     stats: whether a table at the end tells what EDM did
     progress: whether a live line tells what EDM does, where stderr is a terminal
@@ -104,6 +105,7 @@ class Config(SimpleNamespace):
     readahead: int = 256
     evict_batch: int = 256
     clean_tracking: str = "auto"
+    plain: bool = False
     dms: int | None = None
     stats: bool = False
     progress: bool = False
@@ -119,6 +121,8 @@ class Config(SimpleNamespace):
         vars(self).update(settings, start_addr=start_addr, end_addr=end_addr)
         if self.low_threshold is None:
             vars(self)["low_threshold"] = self.high_threshold - max(1, self.high_threshold // 8)
+        if self.plain:
+            vars(self).update(readahead=1, evict_batch=1, clean_tracking="none")
         for is_wrong, text in self._mistakes():
             if is_wrong:
                 raise ValueError(text)

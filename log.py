@@ -13,7 +13,11 @@ Rules: a box asks its logger once, when it starts, which levels are on, and keep
 a silent log costs a fault one test of a boolean and formats nothing. One call is one write, so
 that lines of several ranks don't mix.
 
-Source of the format: the output of the wiki's "End to End Examples".
+A page is followed through all boxes with --log-level debug --plain: nothing else comes or goes with it.
+
+Source of the format: the output of the wiki's "End to End Examples", and of the lines around an
+eviction, the original's tests_output/simple_eviction_page_test_debug.txt. Words that are spelled wrong
+there are spelled right here.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ def start(level: str) -> None:
 def spt_table(rows: Iterable[tuple[int, str]]) -> str:
     """The SPT as the wiki prints it, from (address, location) of every page that was accessed."""
     lines = [f"address : {address:#x}  location : {location}" for address, location in rows]
-    return "\n".join(["Print SPT STATE", "-----START SPT ----", *lines, "------END SPT-----"])
+    return "\n".join(["DMS- Print SPT STATE", "-----START SPT ----", *lines, "------END SPT-----"])
 
 
 def lspt_table(rows: Iterable[tuple[int, int, bool]]) -> str:

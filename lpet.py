@@ -128,7 +128,9 @@ class Lpet:
     def run(self) -> None:
         """Evict whenever woken, until told to stop."""
         while self._lspt.lpet_waits():
-            if not self._evict_until_low_threshold():
+            pages = self._evict_until_low_threshold()
+            self._lspt.run_ended()
+            if not pages:
                 time.sleep(min(self._rest(), 0.05))  # short, as it may be told to stop
 
     def close(self) -> None:
@@ -147,6 +149,8 @@ class Lpet:
         if not left:
             return 0
         here = _in_hand(page, count, left)
+        leave = list(pages_in(runs(page, here, _RUN_OF_255))) if self._info else []
+        self._say("[LPET] sending eviction request for page in addr %#x", leave)
         spans, written = self._take_out(page, left, here)  # 2, 3, 4
         gone = [(first, len(before)) for first, before in left]
         moved = self._moved(page, spans, written)
@@ -156,9 +160,10 @@ class Lpet:
             self._put_back(page, left, here)
             self._refused(error, here.count(255))
             return 0
+        self._say("[Lpet] - received ack for eviction of page in address : %#x", leave)
         self._lspt.gone(left)  # 6
         self._wake(left)
-        return self._count(page, here, written)
+        return self._count(here, written)
 
     def _take_out(self, page: int, left: list[Left], here: bytes) -> tuple[list[Span], bytes]:
         """Steps 2 to 4: the pages are in the pipe, and nowhere else. (In which spans of the range; what
@@ -213,7 +218,7 @@ class Lpet:
         self._lspt.stays(left, generation)
         self._wake(left)
 
-    def _count(self, first: int, here: bytes, written: bytes) -> int:
+    def _count(self, here: bytes, written: bytes) -> int:
         pages, dirty = here.count(255), written.count(255)
         figures = self._lspt.figures
         figures[l.EVICTED_DIRTY] += dirty
@@ -221,10 +226,12 @@ class Lpet:
         figures[l.SENT] += dirty * PAGE_SIZE
         if dirty:
             self._refused_since, self._most = math.inf, min(2 * self._most, self._batch)
-        if self._info:
-            for page in pages_in(runs(first, here, _RUN_OF_255)):
-                self._log.info("evict page in address: %#x", self._start + page * PAGE_SIZE)
         return pages
+
+    def _say(self, words: str, pages: Iterable[int]) -> None:
+        """Tell the log of each of these pages."""
+        for page in pages if self._info else ():
+            self._banner.info(words, self._start + page * PAGE_SIZE)
 
     # ------------------------------------------------------------ refusals
 
@@ -266,12 +273,12 @@ class Lpet:
         if self._info:
             self._banner.info("\n-----------------START LPET-----------------\n")
             self._show_lspt()
-        if self._lspt.high <= l.SMALL:
+        if self._lspt.as_the_wiki_does:
             pages = self._evict_as_the_wiki_does(needed)
         else:
             pages = self._evict_by_age(needed)
         if self._info:
-            self._banner.info("\n-----------------FINISH LPET-----------------\n")
+            self._banner.info("\n-----------------END LPET-----------------\n")
         return pages
 
     def _evict_by_age(self, needed: int) -> int:
@@ -324,6 +331,7 @@ class Lpet:
                 break
             (chosen if page in idle else hot).append(page)
             self._hand = page + 1
+        self._say("[LPET] checking if page in addr %#x is idle", order[: len(chosen) + len(hot)])
         if len(chosen) < needed and hot:  # every page was passed: now in order
             in_order, hot = hot[: needed - len(chosen)], hot[needed - len(chosen) :]
             self._hand = in_order[-1] + 1
@@ -369,7 +377,8 @@ class Lpet:
         here = list(self._lspt.here())
         pages = list(pages_in(here))
         if pages:
-            self._log.info("start address: %#x", self._start + pages[0] * PAGE_SIZE)
+            first = pages[bisect.bisect_left(pages, self._hand) % len(pages)]
+            self._log.info("start address: %#x", self._start + first * PAGE_SIZE)
         idle = self._tracker.idle(here)
         rows = [
             (self._start + page * PAGE_SIZE, self._pagemap.pfns(page, 1)[0], page in idle)

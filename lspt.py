@@ -151,11 +151,14 @@ class ByteTable:
 
 
 class LSPT(ByteTable):
-    def __init__(self, pages: int, high_threshold: int, low_threshold: int) -> None:
+    def __init__(
+        self, pages: int, high_threshold: int, low_threshold: int, plain: bool = False
+    ) -> None:
         """A table for a space of so many pages, of which at most high_threshold may be here.
 
         With more than SMALL LPET is woken halfway between the thresholds, so that a fault hardly ever
-        finds no room; else when a fault finds none.
+        finds no room; else when a fault finds none. plain: always so, and the fault waits until LPET has
+        ended its run.
         """
         super().__init__(pages)
         self.high, self.low = high_threshold, low_threshold
@@ -166,8 +169,9 @@ class LSPT(ByteTable):
         self.for_handler = os.eventfd(0, os.EFD_CLOEXEC)
         self.for_lpet = os.eventfd(0, os.EFD_CLOEXEC)
         self.areas: list[Run] = []  # of the application, sorted
+        self._plain, self.as_the_wiki_does = plain, plain or high_threshold <= SMALL
         self._wake_at = high_threshold + 1
-        if high_threshold > SMALL:
+        if not self.as_the_wiki_does:
             self._wake_at = (high_threshold + low_threshold) // 2
         self.quarter = max(1, high_threshold // QUARTERS)  # pages
 
@@ -300,9 +304,18 @@ class LSPT(ByteTable):
 
     def _room(self, pages: int) -> None:
         self.figures[RESIDENT] -= pages
-        if pages and self.figures[ROOM_WANTED]:
+        if pages and not self._plain:
+            self._tell_of_room()
+
+    def _tell_of_room(self) -> None:
+        if self.figures[ROOM_WANTED] and self.figures[RESIDENT] < self.high:
             self.figures[ROOM_WANTED] = 0
             os.eventfd_write(self.for_handler, 1)
+
+    def run_ended(self) -> None:
+        """LPET's: it has evicted what it could."""
+        with self.lock:
+            self._tell_of_room()
 
     # ------------------------------------------------------------ freeing
 

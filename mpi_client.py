@@ -25,6 +25,7 @@ import select
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from logging import DEBUG
 
 from mpi4py import MPI
 
@@ -66,6 +67,7 @@ class MpiStore:
         self._comm, self._dms, self._start = comm, dms, start_addr
         self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._log = log.logger("MpiClient")
+        self._debug = self._log.isEnabledFor(DEBUG)
         self._slots: list[Slot] = []  # those that are free
         self._taken: Slot | None = None  # what take_get gave is in there
         self._tags = itertools.count()
@@ -87,7 +89,8 @@ class MpiStore:
         """See PageStore."""
         slot = self._slot()
         slot.address = self._start + pages.start * PAGE_SIZE
-        self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
+        if self._debug:
+            self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
         slot.send(m.GET, len(pages), pages.start, pages.step)
         return slot
 
@@ -97,8 +100,9 @@ class MpiStore:
             self._slots.append(self._taken)
         self._taken = asked
         kind, got = self._answer(asked, patient=False)
-        self._log.debug("get DMS's response for the page in address %#x", asked.address)
-        self._log.debug("RequestPageFromDMS succeeded. ")
+        if self._debug:
+            self._log.debug("get DMS's response for the page in address %#x", asked.address)
+            self._log.debug("RequestPageFromDMS succeeded. ")
         return kind, got, asked.content_address
 
     def drop_get(self, asked: Slot) -> None:
@@ -115,8 +119,12 @@ class MpiStore:
             return
         page, end = (gone or written)[0][0], sum((gone or written)[-1])
         table, parts = b"".join(m.RUN.pack(*run) for run in written), [part for _, part in dirty]
-        kind = m.EVICT if gone else m.STORE
+        kind, address = m.EVICT if gone else m.STORE, self._start + page * PAGE_SIZE
+        if gone:
+            self._log.debug("send lpet's request to evict page in address %#x", address)
         self._request(kind, end - page, page, len(dirty), table, *parts)
+        if gone:
+            self._log.debug("got ack for evict page of lpet in address %#x Ack message : ", address)
 
     def take_from(self, pipe: int, page: int, content: memoryview) -> bool:
         """See PageStore. It never does, as the bytes go into a message."""

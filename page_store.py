@@ -232,7 +232,7 @@ class PageStore:
         self._lock = semaphore() if keep else nullcontext()
         self._taken = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # what take_get has read
         self._taken_at = ctypes.addressof(ctypes.c_char.from_buffer(self._taken))
-        self._log = log.logger("DMS")
+        self._log, self._banner = log.logger("DMS"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         try:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
@@ -315,17 +315,24 @@ class PageStore:
 
         Raises OSError if it can't be done; then none of them has gone.
         """
+        addresses = [
+            self._start + first * PAGE_SIZE + at
+            for first, content in (dirty if self._info else ())
+            for at in range(0, len(content), PAGE_SIZE)
+        ]
+        for address in addresses if gone else ():
+            self._log.debug("Handle page eviction in address %#x", address)
         with self._lock:
             if self.kept:
                 self._check_sync()
             self._write(dirty)
             for page, count in gone:
                 self.spt.change(page, count, _DROPPED)
+        for address in addresses:
+            self._log.info("page in address %#x stored in disk", address)
         if self._info:
-            for first, content in dirty:
-                for at in range(0, len(content), PAGE_SIZE):
-                    address = self._start + first * PAGE_SIZE + at
-                    self._log.info("page in address: %#x written to disk", address)
+            if gone:
+                self._log.debug("Page evicted successfully, sending ack")
             self._show()
 
     def take_from(self, pipe: int, page: int, content: memoryview) -> bool:
@@ -460,7 +467,7 @@ class PageStore:
 
     def _show(self) -> None:
         self._log.debug("SPT updated. Current state: ")
-        self._log.info(self.table())
+        self._banner.info(self.table())
 
     # ------------------------------------------------------------ the disk file
 

@@ -113,7 +113,7 @@ class Pager:
         self._uffd = Userfaultfd(uffd)
         self._pagemap = pagemap = Pagemap(pagemap_fd, config.start_addr)
         pages = (config.end_addr - config.start_addr) // PAGE_SIZE
-        self._lspt = lspt = LSPT(pages, config.high_threshold, config.low_threshold)
+        self._lspt = lspt = LSPT(pages, config.high_threshold, config.low_threshold, config.plain)
         for run in store.runs_on_disk():
             lspt.on_disk(*run)
         space = pages * PAGE_SIZE  # bytes
@@ -458,7 +458,7 @@ def page_for(
         config.report = f"{name}.{instance}{ending}"
     log.start(config.log_level)
     client_log = log.logger("EDM CLIENT")
-    client_log.debug("INIT")
+    client_log.debug(" INIT")
     client_log.info("userfaultfd permitted by: %s", hello["how"])
     try:
         store = open_store(config)

@@ -7,7 +7,7 @@ mpirun -n 2 python -m edm.examples.eviction       with a DMS, as in the wiki
 import sys
 
 import edm
-from edm.examples.layout import Layout, parse_arguments
+from edm.examples.layout import Layout, check, parse_arguments
 from edm.log import logger
 
 AREA_1, AREA_2 = 0x1D4C000, 0x1D5C000
@@ -40,12 +40,6 @@ def user_code(space: edm.Space) -> None:
     if not same:
         sys.exit("compare pages FAILURE")
     logger().info("compare pages SUCCESS")
-
-
-def check(space: edm.Space, step: int, address: int, expected: list[str]) -> None:
-    found = space.locations(address, len(expected) * edm.PAGE_SIZE)
-    if found != expected:
-        sys.exit(f"step {step}: the SPT says {found} from {address:#x}, not {expected}")
 
 
 if __name__ == "__main__":

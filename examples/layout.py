@@ -7,6 +7,7 @@ with one picture a step where a file is named.
 from __future__ import annotations
 
 import argparse
+import sys
 from html import escape
 
 import edm
@@ -16,11 +17,18 @@ COLOURS = {"instance": "#4c9a5f", "disk": "#c8813c", "never touched": "#e8e8e8"}
 
 
 def parse_arguments(doc: str, **defaults: object) -> tuple[argparse.Namespace, edm.Config]:
-    """As edm.parse_arguments, with the wiki's addresses and log, and --layout."""
+    """As edm.parse_arguments, with the wiki's addresses and log, its plain way, and --layout."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--layout", metavar="FILE.svg", help="draw the steps into this file too")
-    wikis = {"start_addr": 0x1B58000, "end_addr": 0x1F40000, "log_level": "info"}
+    wikis = {"start_addr": 0x1B58000, "end_addr": 0x1F40000, "log_level": "info", "plain": True}
     return edm.parse_arguments(parser, **wikis, **defaults)
+
+
+def check(space: edm.Space, step: int, address: int, expected: list[str]) -> None:
+    """End the program if these are not the places of the pages from this address on."""
+    found = space.locations(address, len(expected) * edm.PAGE_SIZE)
+    if found != expected:
+        sys.exit(f"step {step}: the SPT says {found} from {address:#x}, not {expected}")
 
 
 class Layout:

@@ -19,7 +19,7 @@ def user_code(space: edm.Space) -> None:
     layout.step("mapped: nothing has touched area 1 yet")
     area_1[0] = ord("x")  # the page fault
     layout.step("written: area 1 has its page")
-    logger("Usercode").info("area_1[0] %c", area_1[0])
+    logger("Usercode").debug("area_1[0] %c", area_1[0])
     rest_is_zero = not any(area_1[1:])
     if area_1[0] != ord("x") or not rest_is_zero:
         sys.exit("zero page FAILURE")

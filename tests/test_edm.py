@@ -66,6 +66,11 @@ def test_settings_have_names_and_do_not_change():
         Config(kept=True)
 
 
+def test_the_plain_way_reads_nothing_ahead_and_has_no_batches_and_no_marks():
+    config = Config(plain=True, readahead=64, evict_batch=64, clean_tracking="async")
+    assert (config.readahead, config.evict_batch, config.clean_tracking) == (1, 1, "none")
+
+
 @pytest.mark.parametrize("high", [2, 4, 16, 1000])
 def test_the_low_threshold_follows_the_high_one(high):
     assert 0 < Config(high_threshold=high).low_threshold < high
@@ -77,7 +82,7 @@ def test_every_setting_has_an_option_and_its_help(monkeypatch, tmp_path):
         "program", "--start-addr", "0x1B58000", "--end-addr", "0x1F40000", "--high-threshold", "4",
         "--low-threshold", "2", "--disk", "/tmp/x", "--keep", "--idle-tracker", "unmap",
         "--log-level", "debug", "--readahead", "16", "--evict-batch", "8",
-        "--clean-tracking", "events", "--dms", "1", "--stats", "--progress", "--report", report,
+        "--clean-tracking", "events", "--plain", "--dms", "1", "--stats", "--progress", "--report", report,
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     parser = argparse.ArgumentParser()
@@ -85,7 +90,7 @@ def test_every_setting_has_an_option_and_its_help(monkeypatch, tmp_path):
     assert config == Config(
         start_addr=0x1B58000, end_addr=0x1F40000, high_threshold=4, low_threshold=2,
         disk="/tmp/x", keep=True, idle_tracker="unmap", readahead=16, evict_batch=8,
-        clean_tracking="events", dms=1, stats=True, progress=True, report=report,
+        clean_tracking="events", plain=True, dms=1, stats=True, progress=True, report=report,
         log_level="debug",
     )  # fmt: skip
     for name in Config.__annotations__:

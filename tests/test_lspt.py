@@ -43,8 +43,8 @@ def make():
     """Make an LSPT that is closed with the test."""
     made = []
 
-    def make(pages=100, high=100, low=0):
-        made.append(LSPT(pages, high, low))
+    def make(pages=100, high=100, low=0, plain=False):
+        made.append(LSPT(pages, high, low, plain))
         return made[-1]
 
     yield make
@@ -499,6 +499,21 @@ def test_what_makes_no_room_does_not_tell_the_handler(make):
     lspt.gone([])
     lspt.freed(lspt.freeing(20, 4)[0])
     assert lspt.room_wanted_since() and not rings(lspt)
+
+
+def test_in_the_plain_way_there_is_room_when_lpet_has_ended_its_run(make):
+    lspt = make(pages=4 * SMALL, high=2 * SMALL, low=SMALL, plain=True)
+    come(lspt, 0, 2 * SMALL)
+    assert lspt.as_the_wiki_does
+    assert not rings(lspt, "for_lpet"), "it is not woken before a fault finds no room"
+    lspt.expect(3 * SMALL)
+    lspt.run_ended()
+    assert not rings(lspt), "nothing has left"
+    evict(lspt, 0, 1)
+    assert not rings(lspt) and lspt.room_wanted_since(), "others may leave yet"
+    lspt.run_ended()
+    assert rings(lspt) and not lspt.room_wanted_since()
+    assert lspt.expect(3 * SMALL) == NEW
 
 
 def test_lpet_sleeps_until_a_fault_finds_no_room(make, start):

@@ -646,10 +646,10 @@ def test_the_log_has_the_wikis_lines_in_the_wikis_order(caplog):
 
     def table(location):
         row = [f"address : {where}  location : {location}"] if location else []
-        return ["Print SPT STATE", "-----START SPT ----", *row, "------END SPT-----"]
+        return ["DMS- Print SPT STATE", "-----START SPT ----", *row, "------END SPT-----"]
 
     def spt(location):
-        return ["[DMS] SPT updated. Current state: ", "[DMS] " + "\n".join(table(location))]
+        return ["[DMS] SPT updated. Current state: ", "[edm] " + "\n".join(table(location))]
 
     for said in (
         "page accessed first time, set info - new_page",
@@ -663,7 +663,12 @@ def test_the_log_has_the_wikis_lines_in_the_wikis_order(caplog):
             f"[DMS] page in address: {where} sent to app",
         ]
         write(store, 7, content(1))
-        assert lines() == [f"[DMS] page in address: {where} written to disk", *spt("DISK")]
+        assert lines() == [
+            f"[DMS] Handle page eviction in address {where}",
+            f"[DMS] page in address {where} stored in disk",
+            "[DMS] Page evicted successfully, sending ack",
+            *spt("DISK"),
+        ]
     store.free(7, 1)
     assert lines() == spt("")
 
@@ -673,7 +678,7 @@ def test_the_spt_is_printed_as_the_wiki_prints_it():
     get(store, range(2, 3))
     write(store, 4, content(1))
     assert store.table() == (
-        "Print SPT STATE\n"
+        "DMS- Print SPT STATE\n"
         "-----START SPT ----\n"
         "address : 0x1d4c000  location : INSTANCE_0\n"
         "address : 0x1d4e000  location : DISK\n"
