@@ -4,7 +4,7 @@ In the picture: nothing; it tries each arrow of it once, by itself.
 
 Interface: main() prints a line for each check, and returns the exit status: 0 if EDM can run. A line
 begins with "ok", with "missing" (EDM can't run), or with "without" (EDM runs, but has to do without).
-What follows "try:" is a command to type.
+The last ones are about the tests: those that need what is not there are skipped. What follows "try:" is a command to type.
 
 Rules: what may hang, or end its process, is tried in another process. MPI is imported there only, as it
 may be what is missing.
@@ -19,6 +19,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
+from importlib import metadata
 
 from edm import uffd_ctypes as u
 from edm.page_idle import bitmap_missing, pfns_missing, unmap_missing
@@ -186,6 +188,29 @@ def disk() -> Finding:
     return "ok", found, ""
 
 
+# ---------------------------------------------------------------- the tests
+
+PACKAGES = (
+    "pytest", "hypothesis", "numpy", "pandas", "scikit-learn", "ipykernel", "jupyter_client", "ruff",
+)  # fmt: skip
+
+
+def package_for_tests(name: str) -> Finding:
+    try:
+        return "ok", metadata.version(name), ""
+    except metadata.PackageNotFoundError:
+        return "without", "not installed", f"{PIP_INSTALL} {name}"
+
+
+def command_for_tests(*names: str, remedy: str) -> Finding:
+    found = next(filter(None, map(shutil.which, names)), "")
+    return ("ok", found, "") if found else ("without", f"no {' or '.join(names)} on PATH", remedy)
+
+
+def root_for_tests() -> Finding:
+    return ("without", "this user is not root", "") if os.getuid() else ("ok", "this user is", "")
+
+
 CHECKS = {
     "kernel": kernel,
     "userfaultfd": userfaultfd,
@@ -196,4 +221,10 @@ CHECKS = {
     "MPI": mpi,
     "two ranks": two_ranks,
     "disk": disk,
+    **{f"tests, {name}": partial(package_for_tests, name) for name in PACKAGES},
+    "tests, C compiler": partial(command_for_tests, "cc", remedy="sudo apt install gcc"),
+    "tests, browser": partial(
+        command_for_tests, "chromium", "google-chrome", remedy="sudo apt install chromium"
+    ),
+    "tests, root": root_for_tests,
 }

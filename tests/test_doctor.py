@@ -1,5 +1,6 @@
 """python -m edm doctor: that it finds what is there, and names what is not."""
 
+import configparser
 import errno
 import os
 import pwd
@@ -41,6 +42,39 @@ def test_on_a_machine_that_has_everything_it_says_so(run, mpirun_command):
     for name in ("kernel", "its features", "a page fault", "MPI", "two ranks"):
         assert states[name] == "ok", ended.stdout
     assert "EDM can run here." in ended.stdout
+
+
+def test_it_names_what_the_tests_need(monkeypatch, capsys):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]["test"].split()
+    assert {*doctor.PACKAGES, "mpich"} == set(extras)
+    tests = {name: check for name, check in doctor.CHECKS.items() if name.startswith("tests, ")}
+    monkeypatch.setattr(doctor, "CHECKS", tests)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert doctor.main() == 0, "EDM runs without them"
+    told = capsys.readouterr().out
+    assert found(told)["tests, pytest"] == "ok"
+    for name in ("C compiler", "browser", "root"):
+        assert found(told)[f"tests, {name}"] == "without"
+    assert "try: sudo apt install gcc" in told
+    missing = doctor.package_for_tests("edm-has-no-such-package")
+    assert missing[0] == "without" and missing[2].endswith("pip install edm-has-no-such-package")
+
+
+def test_every_test_file_is_named_with_what_it_proves():
+    tests = Path(__file__).parent
+    table = (tests / "README.md").read_text()
+    named = re.findall(r"^\| `(test_\w+\.py)` \| [^|]{10,} \|$", table, re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in tests.glob("test_*.py"))
+
+
+def test_every_module_has_its_rule_in_contributing():
+    root = Path(__file__).parent.parent
+    modules = {path.name for path in root.glob("*.py")} - {"__init__.py", "__main__.py", "setup.py"}
+    text = (root / "CONTRIBUTING.md").read_text()
+    assert [name for name in sorted(modules) if f"`{name}`" not in text] == []
 
 
 def test_it_is_there_from_the_folder_itself_too(run):
