@@ -7,21 +7,41 @@ with one picture a step where a file is named.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import sys
 from html import escape
 
 import edm
 
 NEVER = "NEW"
+ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
 COLOURS = {"instance": "#4c9a5f", "disk": "#c8813c", "never touched": "#e8e8e8"}
 
 
 def parse_arguments(doc: str, **defaults: object) -> tuple[argparse.Namespace, edm.Config]:
     """As edm.parse_arguments, with the wiki's addresses and log, its plain way, and --layout."""
+    _leave_the_wikis_addresses_free()
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--layout", metavar="FILE.svg", help="draw the steps into this file too")
     wikis = {"start_addr": 0x1B58000, "end_addr": 0x1F40000, "log_level": "info", "plain": True}
     return edm.parse_arguments(parser, **wikis, **defaults)
+
+
+def _leave_the_wikis_addresses_free() -> None:
+    """Start this program anew if its heap may get in the way.
+
+    A Python that is not position-independent (Debian's) has its heap at low addresses, a random
+    distance behind its code; without the distance it ends before the wiki's. Source: personality(2).
+    """
+    with open("/proc/self/maps") as maps:
+        heap = [int(line.split("-")[0], 16) for line in maps if line.endswith("[heap]\n")]
+    libc = ctypes.CDLL(None)
+    persona = libc.personality(0xFFFFFFFF)  # this only asks
+    if not heap or heap[0] >= 1 << 32 or persona & ADDR_NO_RANDOMIZE:
+        return
+    if libc.personality(persona | ADDR_NO_RANDOMIZE) >= 0:  # a container may forbid it
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def check(space: edm.Space, step: int, address: int, expected: list[str]) -> None:

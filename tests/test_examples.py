@@ -184,6 +184,24 @@ def test_an_array_eight_times_the_resident_limit_ends_with_every_byte_right(way,
     assert int(peak) <= int(allowed) == 512
 
 
+def test_a_python_that_is_not_position_independent_keeps_its_heap_from_the_wikis_addresses(
+    run, tmp_path
+):
+    python = Path("/usr/bin/python3").resolve()
+    if not python.exists() or python.read_bytes()[16:18] != b"\2\0":  # ET_EXEC
+        pytest.skip(f"{python} is none, or is position-independent")
+    (tmp_path / "edm").symlink_to(Path(__file__).parent.parent)
+    code = (
+        "from edm.examples import layout\n"
+        "layout.parse_arguments('an example')\n"
+        "heap = next(line for line in open('/proc/self/maps') if line.endswith('[heap]\\n'))\n"
+        "print(all(int(end, 16) < 0x1B58000 for end in heap.split()[0].split('-')))"
+    )
+    for _ in range(3):  # at random it would be so in one run of fifty
+        ended = run("/usr/bin/env", f"PYTHONPATH={tmp_path}", python, "-c", code)
+        assert ended.stdout == "True\n"
+
+
 EXAMPLES = ["zero_page", "eviction", "eviction_policy", "flow", "end_to_end"]
 
 
