@@ -19,8 +19,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
-from importlib import metadata
+from importlib.util import find_spec
 
 from edm import uffd_ctypes as u
 from edm.page_idle import bitmap_missing, pfns_missing, unmap_missing
@@ -191,24 +192,22 @@ def disk() -> Finding:
 # ---------------------------------------------------------------- the tests
 
 PACKAGES = (
-    "pytest", "hypothesis", "numpy", "pandas", "scikit-learn", "ipykernel", "jupyter_client", "ruff",
+    "hypothesis", "ipykernel", "jupyter_client", "numpy", "pandas", "pytest", "ruff", "sklearn",
 )  # fmt: skip
 
-
-def package_for_tests(name: str) -> Finding:
-    try:
-        return "ok", metadata.version(name), ""
-    except metadata.PackageNotFoundError:
-        return "without", "not installed", f"{PIP_INSTALL} {name}"
-
-
-def command_for_tests(*names: str, remedy: str) -> Finding:
-    found = next(filter(None, map(shutil.which, names)), "")
-    return ("ok", found, "") if found else ("without", f"no {' or '.join(names)} on PATH", remedy)
+FOR_TESTS: dict[str, tuple[Callable[[], object], str]] = {  # is it there, and what gives it
+    **{name: (partial(find_spec, name), f"{PIP_INSTALL} -e '.[test]'") for name in PACKAGES},
+    "C compiler": (lambda: shutil.which("cc"), "sudo apt install gcc"),
+    "browser": (
+        lambda: any(map(shutil.which, ("chromium", "google-chrome"))),
+        "sudo apt install chromium",
+    ),
+    "root": (lambda: not os.getuid(), ""),
+}
 
 
-def root_for_tests() -> Finding:
-    return ("without", "this user is not root", "") if os.getuid() else ("ok", "this user is", "")
+def needed_by_tests(is_there: Callable[[], object], remedy: str) -> Finding:
+    return ("ok", "there", "") if is_there() else ("without", "not there", remedy)
 
 
 CHECKS = {
@@ -221,10 +220,5 @@ CHECKS = {
     "MPI": mpi,
     "two ranks": two_ranks,
     "disk": disk,
-    **{f"tests, {name}": partial(package_for_tests, name) for name in PACKAGES},
-    "tests, C compiler": partial(command_for_tests, "cc", remedy="sudo apt install gcc"),
-    "tests, browser": partial(
-        command_for_tests, "chromium", "google-chrome", remedy="sudo apt install chromium"
-    ),
-    "tests, root": root_for_tests,
+    **{f"tests, {name}": partial(needed_by_tests, *need) for name, need in FOR_TESTS.items()},
 }
