@@ -31,9 +31,9 @@ be old (tests/test_order.py has both wrong orders, which fail).
 Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
 where it stopped. Pages that came AGE generations ago leave, neighbours together; if a turn of the
 clock does not find enough, younger ones do. A page that the kernel's idle bitmap says was used is
-passed. While the LSPT is small (lspt.SMALL) the wiki's algorithm is followed in full: every page is
-asked, idle ones leave, the others are marked and passed, and if that was not enough, they leave in
-order. A page that a system call of an ordinary user is about to touch is passed always (pins.py).
+passed. While the LSPT is small (lspt.SMALL), or if the settings are plain, the wiki's algorithm is
+followed in full: every page is asked, idle ones leave, the others are marked and passed, and if that was
+not enough, they leave in order. A page that a system call of an ordinary user is about to touch is passed always (pins.py).
 
 When the store refuses, because its disk is full or fails, LPET evicts clean pages only for a while,
 and then tries again with half as many at once. If a fault has waited for GRACE seconds of refusals
