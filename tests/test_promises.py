@@ -490,6 +490,10 @@ def test_four_threads_lose_no_update_and_nothing_grows_with_a_kept_disk(
     soak(way, tmp_path, 300 if long else 2, *options, "--keep", "--disk", tmp_path / "disk")
 
 
+def test_four_threads_lose_no_update_in_the_plain_way(way, tmp_path):
+    soak(way, tmp_path, 2, "--plain")
+
+
 def test_malformed_messages_are_refused_and_the_dms_goes_on_serving(mpirun):
     ended = mpirun(PROGRAMS / "malformed.py")
     assert ended.returncode == 0 and "malformed SUCCESS" in ended.stdout, ended.stdout[-3000:]
