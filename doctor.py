@@ -4,7 +4,7 @@ In the picture: nothing; it tries each arrow of it once, by itself.
 
 Interface: main() prints a line for each check, and returns the exit status: 0 if EDM can run. A line
 begins with "ok", with "missing" (EDM can't run), or with "without" (EDM runs, but has to do without).
-The last ones are about the tests: those that need what is not there are skipped. What follows "try:" is a command to type.
+The last one is about the tests. What follows "try:" is a command to type.
 
 Rules: what may hang, or end its process, is tried in another process. MPI is imported there only, as it
 may be what is missing.
@@ -19,8 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 
 from edm import uffd_ctypes as u
@@ -195,19 +193,19 @@ PACKAGES = (
     "hypothesis", "ipykernel", "jupyter_client", "numpy", "pandas", "pytest", "ruff", "sklearn",
 )  # fmt: skip
 
-FOR_TESTS: dict[str, tuple[Callable[[], object], str]] = {  # is it there, and what gives it
-    **{name: (partial(find_spec, name), f"{PIP_INSTALL} -e '.[test]'") for name in PACKAGES},
-    "C compiler": (lambda: shutil.which("cc"), "sudo apt install gcc"),
-    "browser": (
-        lambda: any(map(shutil.which, ("chromium", "google-chrome"))),
-        "sudo apt install chromium",
-    ),
-    "root": (lambda: not os.getuid(), ""),
-}
 
-
-def needed_by_tests(is_there: Callable[[], object], remedy: str) -> Finding:
-    return ("ok", "there", "") if is_there() else ("without", "not there", remedy)
+def for_tests() -> Finding:
+    missing = [name for name in PACKAGES if not find_spec(name)]
+    remedy = f"{PIP_INSTALL} -e '.[test]'" if missing else ""
+    if not shutil.which("cc"):
+        missing.append("a C compiler")
+    if not (shutil.which("chromium") or shutil.which("google-chrome")):
+        missing.append("chromium")
+    if os.getuid():
+        missing.append("root")
+    if missing:
+        return "without", f"those that need {', '.join(missing)} are skipped", remedy
+    return "ok", "all that they need is here", ""
 
 
 CHECKS = {
@@ -220,5 +218,5 @@ CHECKS = {
     "MPI": mpi,
     "two ranks": two_ranks,
     "disk": disk,
-    **{f"tests, {name}": partial(needed_by_tests, *need) for name, need in FOR_TESTS.items()},
+    "the tests": for_tests,
 }

@@ -8,9 +8,9 @@ Interface: begins(thread, page) and ended(took) are called around a fault that i
 the table: {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
 
 A sample is a fault by chance, about one in INTERVAL. It stands for all faults since the sample before
-it, and each of them is taken to be as long as the last ones of the same array, on average: the fault
-itself takes longer, as it is a sample. The signal is sent before the page comes: it ends the thread's sleep, the thread answers,
-and faults again at the same instruction. So when it faults again the answer is there, and whole.
+it. Each of them counts as long as the last ones of the same array, on average: the sampled fault itself
+takes longer. The signal is sent before the page comes: it ends the thread's sleep, the thread answers, and
+faults again at the same instruction. So when it faults again the answer is there, and whole.
 
 The default action of SIGURG is to ignore it, so it can't end a process that has no such handler any
 more: Python has come to its end, or the process has become another program. No signal is sent to
