@@ -34,11 +34,11 @@ has closed EDM's descriptor, vm.overcommit_memory=2), touching it is a SIGSEGV.
 This module, and what it imports, is all that a program under `edm run` gets to carry: it imports
 little.
 
-A socket pair carries the first message to the pager, with the descriptors and HELLO's dictionary, and
-its answer; then it is closed. Calls go by mailbox.py. All that is open in the application is one end of
-another socket pair, by which forked children reach the pager. Two descriptors lie in it, in a message
-that they only peek at: the memfd, and the read end of the lifeline, a pipe. With a report, a memfd for
-lines.py is open, too.
+A socket pair carries the first message to the pager, with the descriptors and HELLO's dictionary, its
+answer, and the listener of system_calls.py, if there is one; then it is closed. Calls go by
+mailbox.py. All that is open in the application is one end of another socket pair, by which forked
+children reach the pager. Two descriptors lie in it, in a message that they only peek at: the memfd,
+and the read end of the lifeline, a pipe.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ if TYPE_CHECKING:
 
 MAX_HELLO = 1 << 17  # bytes
 MAX_COMMAND = 200  # characters of a word, and words, of the command line that a report begins with
-MAX_FDS = 8  # descriptors that come with a message
+MAX_FDS = 7  # descriptors that come with a message
 HIGH = 512  # a descriptor's number
+# Flags of sendmsg(2) that nobody else uses. MSG_CONFIRM has no meaning here. See system_calls.py.
+UNFILTERED = _socket.MSG_NOSIGNAL | _socket.MSG_CONFIRM
 FREES = 1e-4  # seconds between two looks whether the pager has freed what is to be used again
 SIGKILL = 9  # signal.SIGKILL, without importing signal
 
@@ -109,9 +111,11 @@ def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
 class Space:
     """A range of addresses whose memory is not limited by this machine's."""
 
-    def __init__(self, config: Any, control: Any, instance: int = 0) -> None:
+    def __init__(self, config: Any, control: Any, instance: int = 0, lasts: bool = False) -> None:
         """Reserve the space, make userfaultfd and memfd, and send them to the pager on the other end
         of the socket `control`, a _socket.socket, which is closed; wait until it serves.
+
+        lasts: until the process ends; nobody calls close.
 
         Raises ValueError if the range can't be had, and what the pager raised.
         """
@@ -137,13 +141,6 @@ class Space:
             lines = _tell_lines() if config.report else []
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
-            listener = []
-            if how == u.USER_MODE:
-                from edm import system_calls  # root does without
-
-                # EBUSY: EDM in EDM. EPERM, EINVAL, ENOSYS: a sandbox.
-                with contextlib.suppress(OSError):
-                    listener = [closed(system_calls.listener(self.start_addr, self.end_addr))]
             ours, theirs = _socket_pair()
             at_the_end.callback(theirs.close)
             self._socket = _closed_by(if_it_fails, _high(ours.detach()))
@@ -157,12 +154,20 @@ class Space:
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
                 "lines": lines,
             }  # fmt: skip
-            fds = [uffd, memfd, pagemap, *listener, *lines, theirs.fileno(), lifeline, pagers_end]
+            fds = [uffd, memfd, pagemap, *lines, theirs.fileno(), lifeline, pagers_end]
             self._kept, pager = _say_hello(control, hello, fds)
             if_it_fails.pop_all()  # it has not
-        if listener or lines:
             with contextlib.suppress(OSError):  # EINVAL: without Yama, it may look anyway
-                u.prctl(u.PR_SET_PTRACER, pager)  # at /proc/PID/syscall, see pins.py, lines.py
+                u.prctl(u.PR_SET_PTRACER, pager)  # at /proc/PID/syscall and mem
+            listener = []
+            if how == u.USER_MODE:
+                from edm import system_calls  # root does without
+
+                # EBUSY: EDM in EDM. EPERM, EINVAL, ENOSYS: a sandbox.
+                with contextlib.suppress(OSError):
+                    bounds = self.start_addr, self.end_addr
+                    listener = [closed(system_calls.listener(*bounds, lasts))]
+            _send(control, b"listener", listener)  # which calls wait for already
         # Do read(2) and the like fail with EFAULT on a page that is not here?
         self.user_mode_only = how == u.USER_MODE and not listener
         if how == u.USER_MODE:
@@ -679,7 +684,7 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[boo
 
 def _send(control: Any, content: bytes, fds: list[int]) -> None:
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
-    control.sendmsg([content], ancillary, _socket.MSG_NOSIGNAL)
+    control.sendmsg([content], ancillary, UNFILTERED)
 
 
 def receive(control: Any, flags: int = 0) -> tuple[bytes, list[int]]:
@@ -711,4 +716,3 @@ def send_refusal(control: Any, error: ValueError | OSError) -> None:
 def _answer(control: Any, *answer: Any) -> None:
     with contextlib.suppress(ConnectionError):  # it has ended meanwhile
         control.send(marshal.dumps(answer))
-    control.close()

@@ -206,7 +206,7 @@ def start(config: Config | None = None) -> Space:
 
     Raises as run. Under an MPI launcher, the DMS's rank does not return.
     """
-    started = _begin(config or Config())
+    started = _begin(config or Config(), lasts=True)
     if started is None:  # this rank was the DMS
         from edm import rank
 
@@ -214,7 +214,7 @@ def start(config: Config | None = None) -> Space:
     return started
 
 
-def _begin(config: Config) -> Space | None:
+def _begin(config: Config, lasts: bool = False) -> Space | None:
     """None in a rank that was a DMS."""
     global _space
     if _space is not None:
@@ -237,7 +237,7 @@ def _begin(config: Config) -> Space | None:
                 return None
         else:
             connected = spawn_pager(), 0
-        _space = Space(config, *connected)
+        _space = Space(config, *connected, lasts)
         return _space
     except OSError as error:
         from edm.limits import limit_of

@@ -100,9 +100,7 @@ class Pager:
         # on, and the application must be dying when its userfaultfd is closed, as missing pages
         # read as zeros then.
         *fds, children, self._lifelines_other_end, self._lifeline = fds
-        uffd, memfd, pagemap_fd, *listener = fds
-        if listener:  # root does without; later there may be no descriptor left for an import
-            from edm.system_calls import SystemCalls
+        uffd, memfd, pagemap_fd, *lines = fds
         self._tracker = choose_tracker(config.idle_tracker)
         self._config, self._store, self._over_mpi = config, store, instance is not None
         self._title = f"EDM, INSTANCE_{instance or 0}: {shlex.join(hello['command'])}"
@@ -130,26 +128,20 @@ class Pager:
         start, batch = config.start_addr, config.evict_batch
         window = min(config.readahead, config.high_threshold // SHARE)
         self._handler = DmHandler(uffd, store, lspt, start, window, self._track_clean, came)
-        if hello["lines"]:
+        if lines:
             from edm.lines import Lines  # its imports take long, too
 
-            lines = Lines(self._application, *hello["lines"], listener.pop(), lspt)
-            self._handler.lines, self._report.lines = lines, lines.found
-        self._system_calls = None
-        if listener:
+            told = Lines(self._application, *hello["lines"], *lines, lspt)
+            self._handler.lines, self._report.lines = told, told.found
+        self._closed, self._system_calls = False, None  # has the application closed its space?
+        if hello["how"] == u.USER_MODE:  # root does without
+            # Not later: then there may be no descriptor left for an import.
+            from edm.system_calls import SystemCalls
+
             unmark = hello["track_clean"] == "events"
-            of_calls = (
-                self._ended,
-                self._application,
-                lspt,
-                self._handler,
-                start,
-                uffd,
-                memfd,
-                unmark,
-            )
-            self._system_calls = SystemCalls(*listener, *of_calls)
-            self._system_calls.hear_children = self._hear_children
+            of_calls = self._ended, self._application, lspt, self._handler
+            of_calls += start, uffd, memfd, unmark
+            self._serve_calls = lambda listener: SystemCalls(listener, *of_calls)
         self._of_lpet = lspt, store, memfd, uffd, pagemap, start, batch, self._tracker
         self._lpet_pid = os.getpid()
         self._failure: BaseException | None = None
@@ -160,8 +152,10 @@ class Pager:
 
     # ------------------------------------------------------------ from start to end
 
-    def run(self) -> None:
+    def run(self, listener: list[int]) -> None:
         """Serve until the application has ended. Raises what a thread failed of, or LPET.
+
+        listener: what tells of system calls, see system_calls.py, if there is one.
 
         The process is to end then: the descriptors, but for the application's ones, stay open.
         """
@@ -174,7 +168,9 @@ class Pager:
             self._fork_lpet()
             lpet = self._wait_for_lpet
         bodies = [self._handler.run, lpet, self._answer]
-        if self._system_calls:
+        if listener:
+            self._system_calls = self._serve_calls(*listener)
+            self._system_calls.hear_children = self._hear_children
             bodies.append(self._system_calls.run)
         threads = [threading.Thread(target=self._guarded, args=(body,)) for body in bodies]
         try:
@@ -198,7 +194,7 @@ class Pager:
         self._let_go_of_children()
         fcntl.fcntl(self._lifelines_other_end, fcntl.F_SETFL, 0)  # its end is no accident
         if self._system_calls:
-            self._system_calls.close(leave=select.select([self._process], [], [], 0)[0] != [])
+            self._system_calls.close(leave=not self._closed)
         os.close(self._lifeline)
         self._children.close()  # the application may wait for it
         if self._failure:
@@ -318,6 +314,7 @@ class Pager:
                         raise
                     self._mailbox.refuse(number, error)
                 if what == m.CLOSE:
+                    self._closed = True
                     os.eventfd_write(self._ended, 1)
 
     def _do(self, what: int, number: int, page: int, count: int, name: bytes) -> bytes:
@@ -469,8 +466,10 @@ def page_for(
             store.close()
         return 0
     address_space.send_ready(control, store.kept)
+    _, listener = address_space.receive(control)
+    control.close()
     try:
-        pager.run()
+        pager.run(listener)
     except OSError as error:
         return tell(error)
     client_log.debug("SHUTDOWN!")

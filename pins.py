@@ -5,7 +5,7 @@ In the picture: beside the LSPT, in memory that the pager and LPET share.
 Interface: LSPT.pins is a Pins. system_calls.py calls pin, for a call that has not begun. LPET calls
 drop_ended before it evicts, and LSPT.leaving without().
 
-A thread has at most one pin. It holds while /proc/TID/syscall shows that the thread is in this call,
+A thread has at most one pin, of all pages of a call. It holds while /proc/TID/syscall shows that the thread is in this call,
 with these arguments. If the file shows no more than "running", it holds until the thread has used the
 processor for RUNNING since then: what is done with the pages takes less. (If it held for a time, a
 recv_into that waits would lose its pages.) Nobody tells that a call has ended: that is asked when the
@@ -24,10 +24,11 @@ import mmap
 from _multiprocessing import SemLock
 from struct import Struct
 
-SLOTS = 256
+SLOTS = 1024
 RUNNING = 50_000_000  # nanoseconds
 
-# First page, count of pages, thread, when it was pinned (_used_by), and the call: number, six arguments.
+# A pin has one of these for each run of its pages: first page, count of pages, thread, when it was pinned
+# (_used_by), and the call: number, six arguments.
 PIN = Struct("=4Q7Q")
 Pin = tuple[int, ...]
 
@@ -39,23 +40,23 @@ class Pins:
         self._table = mmap.mmap(-1, SLOTS * PIN.size)
         self._used = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # how many there are
 
-    def pin(self, wanted: range, least: int, thread: int, call: tuple[int, ...]) -> range:
+    def pin(
+        self, wanted: list[range], least: int, thread: int, call: tuple[int, ...]
+    ) -> list[range]:
         """Pin these pages; or as many, from the first on, as this pin may have: a quarter of the room that
         is left, and at least `least`. Returns those; none, if there is no room.
 
         What this thread had pinned is not pinned any more.
         """
-        if self._room(thread) < 4 * len(wanted):
+        if self._room(thread) < 4 * sum(map(len, wanted)):
             self.drop_ended(0, 1 << 63)
         used = _used_by(thread)
         with self._lock:
             pins, room = [pin for pin in self._pins() if pin[2] != thread], self._room(thread)
-            pages = wanted[: max(min(least, self.most), room // 4)]
-            if len(pages) > room or len(pins) == SLOTS:
-                pages = wanted[:0]
-            if pages:
-                pins.append((pages.start, len(pages), thread, used, *call))
-            self._keep(pins)
+            pages = first_of(wanted, max(min(least, self.most), room // 4))
+            if sum(map(len, pages)) > room or len(pins) + len(pages) > SLOTS:
+                pages = []
+            self._keep(pins + [(run.start, len(run), thread, used, *call) for run in pages])
         return pages
 
     def drop_ended(self, page: int, count: int) -> None:
@@ -65,9 +66,9 @@ class Pins:
                 pins = [
                     pin for pin in self._pins() if pin[0] < page + count and page < sum(pin[:2])
                 ]
-            if ended := [pin for pin in pins if not _goes_on(*pin)]:
+            if ended := {call for call in {pin[2:] for pin in pins} if not _goes_on(*call)}:
                 with self._lock:
-                    self._keep([pin for pin in self._pins() if pin not in ended])
+                    self._keep([pin for pin in self._pins() if pin[2:] not in ended])
 
     def without(self, page: int, chosen: bytes) -> bytes:
         """`chosen`, which has a byte for each page from `page` on, with 0 for those that are pinned.
@@ -89,7 +90,17 @@ class Pins:
         self._used[0] = len(pins)
 
 
-def _goes_on(page: int, count: int, thread: int, used: int, number: int, *arguments: int) -> bool:
+def first_of(runs: list[range], count: int) -> list[range]:
+    """So many of these pages, from the first on."""
+    some = []
+    for run in runs:
+        if count > 0:
+            some.append(run[:count])
+            count -= len(run)
+    return some
+
+
+def _goes_on(thread: int, used: int, number: int, *arguments: int) -> bool:
     try:
         with open(f"/proc/{thread}/syscall", "rb", 0) as file:
             now = file.read().decode().split()[:7]

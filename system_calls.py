@@ -10,7 +10,7 @@ returns the descriptor that tells of them. SystemCalls is the pager's: run() is 
 One call, `write(fd, array)`:
 
     1. The seccomp filter sees that the buffer begins in the space. The thread sleeps, and the listener
-       has a message. All other calls go on, and take 0.05 to 0.1 µs more. (A signal that has a handler
+       has a message. Other calls go on, and take 0.05 to 0.1 µs more. (A signal that has a handler
        and comes before step 2 makes the call fail with EINTR, also a file's. Python makes the call again;
        fwrite(3) does not.)
     2. SystemCalls pins the first pages of the buffer, AT_ONCE or what there is room for (pins.py).
@@ -25,17 +25,27 @@ buffer is more than was pinned is made by the pager, piece by piece, on the prog
 pidfd_getfd(2) gives it. Such a call returns when all is written, or what was written until an error or a
 signal came.
 
-What does not work so, and gives EFAULT as before: calls that are not in _CALLS, like those that have
-their buffers' addresses in memory (readv, writev, sendmsg, recvmsg), where the filter can't look;
-io_uring and O_DIRECT; datagrams that are larger than what is pinned. A raw file's readinto, recv with
-MSG_WAITALL, and in forked children a raw file's write may do less than they are asked for, where they
-would do all elsewhere. Where first
-writes are events, a sync at the very moment of a call that writes memory may mark its pages again.
+readv, writev, sendmsg, recvmsg and their kin have their buffers' addresses in memory, where the filter
+can't look. So all of these calls are stopped, one after the other, of every process that has the filter.
+Each takes 25 to 30 µs more. If it is of a process that has the space, step 2 reads the addresses from
+/proc/TID/mem; AT_ONCE counts for all buffers together. If that file can't be opened (Yama: of forked
+children), the call just goes on. Under edm.run, where the space ends before its process does, these
+calls are not stopped: they would fail for good when the pager is gone.
+
+What does not work so, and gives EFAULT as before: calls that are not in _CALLS, like sendmmsg;
+io_uring and O_DIRECT; datagrams that are larger than what is pinned. What may do less than it is asked
+for, where it would do all elsewhere: readv, writev and their kin; a raw file's readinto; recv with
+MSG_WAITALL; and in forked children a raw file's write. Where first writes are events, a sync at the very
+moment of a call that writes memory may mark its pages again.
 
 The filter is inherited, and for ever. Calls of processes that do not have the space just go on. Nobody is
 at the listener's other end when the pager is gone: then matching calls would fail with ENOSYS. So if such
-processes are left when the application has ended, the pager leaves a process behind that lets their calls
-go on, until the last of them has ended (SystemCalls.close).
+processes are left when the application has ended, or has become another program, the pager leaves a
+process behind that lets their calls go on, until the last of them has ended (SystemCalls.close). Where
+the pager was killed, nobody does that; the application is killed with it.
+
+EDM's own messages are not stopped: the one that brings the pager the listener would wait for itself.
+Their flags tell, UNFILTERED.
 
 Rules: the filter takes privileges from the program (PR_SET_NO_NEW_PRIVS): sudo and the like can't work
 in it. A process has one listener at most (EBUSY), and so have its children: EDM in EDM does without.
@@ -51,11 +61,14 @@ import errno
 import os
 import select
 import stat
+import struct
 import time
 from fcntl import ioctl
 from struct import Struct
 
 from edm import uffd_ctypes as u
+from edm.address_space import UNFILTERED
+from edm.pins import first_of
 from edm.uffd_ctypes import PAGE_SIZE
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
@@ -75,15 +88,21 @@ AGAIN = 1e-3  # seconds between two looks whether there is some
 # received is what TCP has joined, 17 times 32 KiB (MAX_SKB_FRAGS). By whether the call writes memory.
 LEAST = {False: (64 << 10) // PAGE_SIZE + 1, True: (576 << 10) // PAGE_SIZE + 1}
 
-# name: which argument is the buffer, with its length behind it; does the call write there?
+# What an argument is: a buffer, with its length behind it; the address of an array of struct iovec, with
+# their count behind it; the address of a struct msghdr, which has such an address.
+BUFFER, VECTOR, MESSAGE = range(3)
+# name: which argument; does the call write to the buffers? What is it?
 _CALLS = {
-    "read": (1, True), "write": (1, False), "pread64": (1, True), "pwrite64": (1, False),
-    "recvfrom": (1, True), "sendto": (1, False), "getrandom": (0, True),
+    "read": (1, True, BUFFER), "write": (1, False, BUFFER), "pread64": (1, True, BUFFER),
+    "pwrite64": (1, False, BUFFER), "recvfrom": (1, True, BUFFER), "sendto": (1, False, BUFFER),
+    "getrandom": (0, True, BUFFER), "readv": (1, True, VECTOR), "writev": (1, False, VECTOR),
+    "preadv": (1, True, VECTOR), "pwritev": (1, False, VECTOR), "preadv2": (1, True, VECTOR),
+    "pwritev2": (1, False, VECTOR), "recvmsg": (1, True, MESSAGE), "sendmsg": (1, False, MESSAGE),
 }  # fmt: skip
 # By machine: AUDIT_ARCH, and the numbers of these calls.
 _MACHINES = {
-    "x86_64": (0xC000003E, (0, 1, 17, 18, 45, 44, 318)),
-    "aarch64": (0xC00000B7, (63, 64, 67, 68, 207, 206, 278)),
+    "x86_64": (0xC000003E, (0, 1, 17, 18, 45, 44, 318, 19, 20, 295, 296, 327, 328, 47, 46)),
+    "aarch64": (0xC00000B7, (63, 64, 67, 68, 207, 206, 278, 65, 66, 69, 70, 286, 287, 212, 211)),
 }
 AUDIT_ARCH, _NUMBERS = _MACHINES[os.uname().machine]
 CALLS = dict(zip(_NUMBERS, _CALLS.values(), strict=True))
@@ -91,6 +110,9 @@ WRITE, PWRITE = _NUMBERS[1], _NUMBERS[3]
 PIECE = 64  # pages that the pager writes at once to a file; of others each page is waited for
 LOOK = 50  # milliseconds between two looks whether a signal waits for a thread that waits
 SIGPIPE = 13  # signal.SIGPIPE, without importing signal: the application imports this module
+
+iovec, msghdr = Struct("=QQ"), Struct("=16xQQ")  # base, len; of its fields iov, iovlen
+IOV_MAX = 1024  # limits.h(0p)
 
 # ---------------------------------------------------------------- <linux/seccomp.h>
 
@@ -110,9 +132,10 @@ _LOAD, _IF_EQUAL, _IF_GREATER, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x25, 0x35, 0
 _NR, _ARCH, _ARGS = 0, 4, 16  # where they are in struct seccomp_data
 
 
-def listener(start: int, end: int) -> int:
+def listener(start: int, end: int, lasts: bool = False) -> int:
     """From now on, the calls in _CALLS whose buffer begins in this space (bytes) wait for SystemCalls at
-    the descriptor that this returns.
+    the descriptor that this returns. If it lasts as long as this process, so do those that have their
+    buffers' addresses in memory, wherever these are.
 
     For all threads of this process, and what it forks and executes. Raises OSError as u.seccomp does.
     """
@@ -123,18 +146,23 @@ def listener(start: int, end: int) -> int:
         | u.SECCOMP_FILTER_FLAG_TSYNC_ESRCH
         | u.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
     )
-    return u.seccomp(flags, b"".join(sock_filter.pack(*step) for step in _filter(start, end)))
+    steps = _filter(start, end, lasts)
+    return u.seccomp(flags, b"".join(sock_filter.pack(*step) for step in steps))
 
 
-def _filter(start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    allow = _RETURN, 0, 0, SECCOMP_RET_ALLOW
+def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, int]]:
+    allow, notify = (_RETURN, 0, 0, SECCOMP_RET_ALLOW), (_RETURN, 0, 0, SECCOMP_RET_USER_NOTIF)
     yield _LOAD, 0, 0, _ARCH
     yield _IF_EQUAL, 1, 0, AUDIT_ARCH
     yield allow
     yield _LOAD, 0, 0, _NR
-    for number, (buffer, _) in CALLS.items():
-        from_end_on = [*_at_least(buffer, end, 1, 0), (_RETURN, 0, 0, SECCOMP_RET_USER_NOTIF)]
-        call = [*_at_least(buffer, start, 0, len(from_end_on)), *from_end_on, allow]
+    for number, (argument, _, kind) in CALLS.items():
+        call = [notify if lasts else allow]
+        if kind == BUFFER:
+            from_end_on = [*_at_least(argument, end, 1, 0), notify]
+            call = [*_at_least(argument, start, 0, len(from_end_on)), *from_end_on, allow]
+        elif kind == MESSAGE:
+            call = [(_LOAD, 0, 0, _ARGS + 8 * 2), (_IF_EQUAL, 0, 1, UNFILTERED), allow, *call]
         yield _IF_EQUAL, 0, len(call), number
         yield from call
     yield allow
@@ -191,8 +219,8 @@ class SystemCalls:
     def close(self, leave: bool) -> None:
         """Close the listener, when run() has ended.
 
-        leave: the application has ended. If other processes are left that have the filter, one is forked
-        that lets their calls go on. There is no other thread.
+        leave: the space lasts as long as the application. If processes are left that have the filter, one
+        is forked that lets their calls go on. There is no other thread.
         """
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -230,30 +258,49 @@ class SystemCalls:
         return next(found, 0)
 
     def _bring(self, thread: int, number: int, arguments: list[int]) -> bool:
-        """Bring the first pages of this call's buffer, and pin them. Is that all of it?"""
-        lspt, (buffer, writes) = self._lspt, CALLS[number]
-        begin, length = arguments[buffer] - self._start, min(arguments[buffer + 1], AT_ONCE)
-        end = min(begin + length, lspt.pages * PAGE_SIZE)
-        wanted = range(begin // PAGE_SIZE, -(-end // PAGE_SIZE))
-        pages = self._pin(wanted, LEAST[writes], thread, (number, *arguments))
-        while lspt.is_missing(pages) and not lspt.stopped():
-            self._handler.bring(pages, writes)
-            if lspt.is_missing(pages):
-                time.sleep(SETTLE)
-        if pages and writes and self._unmark:
-            start = self._start + pages.start * PAGE_SIZE
-            # ENOENT, ESRCH: the application is ending.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                self._uffd.writeprotect(start, len(pages) * PAGE_SIZE, False)
-        return begin + arguments[buffer + 1] <= pages.stop * PAGE_SIZE
+        """Bring the first pages of this call's buffers, and pin them. Is that all of it, if it has one?"""
+        argument, writes, kind = CALLS[number]
+        address, length = arguments[argument : argument + 2]
+        buffers = [(address, length)] if kind == BUFFER else _buffers(thread, kind, address, length)
+        wanted = self._pages_of(buffers)
+        pages = self._pin(wanted, LEAST[writes], thread, (number, *arguments)) if wanted else []
+        for run in pages:
+            while self._lspt.is_missing(run) and not self._lspt.stopped():
+                self._handler.bring(run, writes)
+                if self._lspt.is_missing(run):
+                    time.sleep(SETTLE)
+            if writes and self._unmark:
+                start = self._start + run.start * PAGE_SIZE
+                # ENOENT, ESRCH: the application is ending.
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    self._uffd.writeprotect(start, len(run) * PAGE_SIZE, False)
+        return address % PAGE_SIZE + length <= sum(map(len, pages)) * PAGE_SIZE
 
-    def _pin(self, wanted: range, least: int, thread: int, call: tuple[int, ...]) -> range:
+    def _pages_of(self, buffers: list[tuple[int, int]]) -> list[range]:
+        """The pages of those of these buffers (address, bytes) that begin in the space, AT_ONCE in all, in
+        the order in which a call touches them."""
+        runs: list[range] = []
+        room, space = AT_ONCE // PAGE_SIZE, self._lspt.pages * PAGE_SIZE
+        for address, length in buffers:
+            begin = address - self._start
+            if length and 0 <= begin < space and room > 0:
+                end = min(begin + min(length, AT_ONCE), space)
+                first, stop = begin // PAGE_SIZE, -(-end // PAGE_SIZE)
+                if runs and first in (runs[-1].stop - 1, runs[-1].stop):
+                    first = runs.pop().start
+                runs.append(range(first, stop))
+                room = AT_ONCE // PAGE_SIZE - sum(map(len, runs))
+        return runs
+
+    def _pin(
+        self, wanted: list[range], least: int, thread: int, call: tuple[int, ...]
+    ) -> list[range]:
         """As Pins.pin, but wait for room. If all of it is of calls that wait, too, as recv_into does, this
         one goes without: very likely its pages are still here when it touches them."""
         pins, give_up = self._lspt.pins, time.monotonic() + ROOM
-        while not (pages := pins.pin(wanted, least, thread, call)) and wanted:
+        while not (pages := pins.pin(wanted, least, thread, call)):
             if time.monotonic() > give_up:
-                return wanted[: min(least, pins.most)]
+                return first_of(wanted, min(least, pins.most))
             time.sleep(AGAIN)
         return pages
 
@@ -315,6 +362,19 @@ class SystemCalls:
                 break
             time.sleep(SETTLE)
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+
+def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int, int]]:
+    """(address, bytes) of the buffers of a call that has them in memory; none if that can't be read: the
+    call finds out itself."""
+    wrong = OSError, OverflowError, struct.error
+    with contextlib.suppress(*wrong), open(f"/proc/{thread}/mem", "rb", 0) as file:
+        memory = file.fileno()
+        if kind == MESSAGE:
+            address, count = msghdr.unpack(os.pread(memory, msghdr.size, address))
+        content = os.pread(memory, min(count, IOV_MAX) * iovec.size, address)
+        return list(iovec.iter_unpack(content))
+    return []
 
 
 def _wait_for_room(fd: int, thread: int) -> None:

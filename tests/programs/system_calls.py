@@ -5,10 +5,13 @@
 Root may have both kinds, so this takes the lesser one.
 """
 
+import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -162,6 +165,171 @@ def refused(number, call, *arguments):
         sys.exit(f"{call} has done {done}, where {errno.errorcode[number]} was to come")
 
 
+def vectors(space):
+    """readv, writev, preadv, pwritev: whole, or a part, whose rest can be asked for."""
+    source, target = area(space, 0), area(space)
+    with tempfile.TemporaryFile() as file:
+        fd = file.fileno()
+        for write, read in (
+            (lambda parts, at: os.writev(fd, parts), lambda parts, at: os.readv(fd, parts)),
+            (
+                lambda parts, at: os.pwritev(fd, parts, at),
+                lambda parts, at: os.preadv(fd, parts, at),
+            ),
+        ):
+            target[:] = bytes(LENGTH)
+            assert all_of_parts(write, source) >= 400 << 10
+            os.lseek(fd, 0, os.SEEK_SET)
+            assert all_of_parts(read, target) >= 400 << 10
+            check(target, 0)
+            os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
+
+
+def all_of_parts(call, buffer):
+    """Call this for what is left of the buffer, cut in two, until nothing is. What was most at once."""
+    at, most = 0, 0
+    while at < LENGTH:
+        middle = min(at + (300 << 10) + 5, LENGTH)
+        done = call([buffer[at:middle], bytearray(), buffer[middle:]], at)
+        assert done > 0, done
+        at, most = at + done, max(most, done)
+    return most
+
+
+def messages(space):
+    """sendmsg and recvmsg, of streams, datagrams, and without waiting."""
+    for kind in (socket.AF_UNIX, socket.AF_INET):
+        ours, theirs = socket.socketpair() if kind == socket.AF_UNIX else tcp()
+        ours.setblocking(False)
+        source, target = area(space, 0), area(space)
+        receive = lambda parts, at, theirs=theirs: theirs.recvmsg_into(parts)[0]
+        thread = threading.Thread(target=all_of_parts, args=(receive, target))
+        thread.start()
+
+        def send(parts, at, ours=ours):
+            while True:
+                select.select([], [ours], [])
+                with contextlib.suppress(BlockingIOError):
+                    return ours.sendmsg(parts)
+
+        all_of_parts(send, source)
+        thread.join()
+        check(target, 0)
+        ours.close()
+        theirs.close()
+    source, target = area(space, 0), area(space)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for at in range(0, LENGTH, 1 << 16):
+        middle, end = at + 1000, at + (1 << 16)
+        assert ours.sendmsg([source[at:middle], source[middle:end]]) == 1 << 16
+        assert theirs.recvmsg_into([target[at:middle], target[middle:end]])[0] == 1 << 16
+    check(target, 0)
+
+
+def scattered(space):
+    """Buffers that are far from each other, that touch, and that lie elsewhere."""
+    source, target = area(space, 0), area(space)
+    ours, theirs = socket.socketpair()
+    starts = range(0, LENGTH, 64 * PAGE_SIZE)
+    parts = [source[at : at + 100] for at in starts]
+    assert ours.sendmsg([b"begin", *parts, bytearray(b"end")]) == 8 + 100 * len(starts)
+    begin, end = bytearray(5), bytearray(3)
+    into = [target[at : at + 100] for at in starts]
+    assert theirs.recvmsg_into([begin, *into, end])[0] == 8 + 100 * len(starts)
+    assert begin == b"begin" and end == b"end" and parts == into
+    records = [source[at : at + 64] for at in range(0, 1000 * 64, 64)]
+    assert ours.sendmsg(records) == 64000
+    assert theirs.recv(64000, socket.MSG_WAITALL) == source[:64000]
+
+
+def wrong(space):
+    """What the kernel says of wrong addresses it says here, too."""
+    made, call = area(space, 0), libc.writev
+    out, into = os.pipe()
+    vector = (ctypes.c_uint64 * 2)(space.start_addr, 10)
+    for arguments, number in (
+        ((into, ctypes.c_void_p(1), 1), errno.EFAULT),
+        ((into, ctypes.c_void_p(-1), 1), errno.EFAULT),
+        ((into, ctypes.byref(vector), -1), errno.EINVAL),
+        ((into, ctypes.byref(vector), 1 << 30), errno.EINVAL),
+        ((-1, ctypes.byref(vector), 1), errno.EBADF),
+        ((into, ctypes.c_void_p(space.end_addr - PAGE_SIZE), 1), errno.EFAULT),  # it is away
+    ):
+        assert call(*arguments) == -1 and ctypes.get_errno() == number, arguments
+    for message in (0, 1, -1, space.end_addr - PAGE_SIZE):
+        assert libc.sendmsg(into, ctypes.c_void_p(message), 0) == -1
+    end = (
+        uffd_ctypes.mmap(0, 2 * PAGE_SIZE, 3, uffd_ctypes.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        + PAGE_SIZE
+    )
+    uffd_ctypes.munmap(end, PAGE_SIZE)
+    assert libc.sendmsg(into, ctypes.c_void_p(end - 20), 0) == -1
+    assert call(into, ctypes.c_void_p(end - 20), 2) == -1 and ctypes.get_errno() == errno.EFAULT
+    vector[0] = (1 << 64) - PAGE_SIZE
+    assert call(into, ctypes.byref(vector), 1) == -1 and ctypes.get_errno() == errno.EFAULT
+    assert os.writev(into, [made[:10]]) == 10 and os.read(out, 10) == page(0, 0)[:10]
+
+
+def streams(space):
+    """asyncio: what is written in lines comes as it was."""
+    import asyncio
+
+    source = area(space, 0)
+
+    async def work():
+        got, done = bytearray(), asyncio.Event()
+
+        async def serve(reader, writer):
+            while content := await reader.read(1 << 20):
+                got.extend(content)
+            writer.close()
+            done.set()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        lines = [source[at : at + 50_000] for at in range(0, LENGTH, 50_000)]
+        for at in range(0, len(lines), 40):
+            writer.writelines(lines[at : at + 40])
+            await writer.drain()
+        writer.close()
+        await done.wait()
+        server.close()
+        assert got == source
+
+    asyncio.run(work())
+
+
+def others(space):
+    """Modules that write and read arrays their own ways."""
+    import multiprocessing
+
+    source, target = area(space, 0), area(space)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(LENGTH)
+        mapped = mmap.mmap(file.fileno(), LENGTH)
+        mapped.write(source)
+        assert mapped[:] == source
+        file.seek(0)
+        ours, theirs = socket.socketpair()
+        thread = threading.Thread(target=all_of, args=(theirs.recv_into, target))
+        thread.start()
+        assert ours.sendfile(file) == LENGTH
+        thread.join()
+        check(target, 0)
+        mapped.close()
+    target[:] = bytes(LENGTH)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    thread = threading.Thread(target=sender.send_bytes, args=(source,))
+    thread.start()
+    assert receiver.recv_bytes_into(target) == LENGTH
+    thread.join()
+    check(target, 0)
+    some = source[: 1 << 20]  # it is written in parts of 512 bytes
+    printed = subprocess.run(["cat"], input=some, stdout=subprocess.PIPE, check=True).stdout
+    assert printed == some
+
+
 def random_bytes(space):
     target = area(space)
     all_of(
@@ -220,7 +388,16 @@ def arrays(space):
         assert np.array_equal(np.load(f"{folder}/numbers.npy"), numbers)
         assert np.array_equal(np.fromfile(f"{folder}/numbers", np.int64), numbers)
         with open(f"{folder}/pickled", "rb") as file:
-            assert np.array_equal(pickle.load(file), numbers)
+            array = pickle.load(file)
+        np.savez(f"{folder}/zipped", array=array)
+        assert np.array_equal(np.load(f"{folder}/zipped.npz")["array"], numbers)
+        buffers = []
+        pickled = pickle.dumps(array, protocol=5, buffer_callback=buffers.append)
+        with open(f"{folder}/buffers", "wb") as file:
+            file.writelines(buffers)
+        with open(f"{folder}/buffers", "rb") as file:
+            array = pickle.loads(pickled, buffers=[file.read()])
+        assert np.array_equal(array, numbers)
 
 
 def threads(space):
@@ -271,7 +448,7 @@ def children(space):
     pid = libc.fork()  # which Python does not see
     if not pid:
         signal.alarm(20)
-        os.write(1, b"a child writes\n")
+        os.writev(1, [b"a child ", b"writes\n"])
         assert libc.write(1, ctypes.c_void_p(space.start_addr), ctypes.c_size_t(1)) == -1
         os._exit(ctypes.get_errno())
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == errno.EFAULT
@@ -308,15 +485,30 @@ def left(space):
     if not os.fork():
         os.read(0, 1)  # this process has ended
         assert libc.write(1, ctypes.c_void_p(space.start_addr), ctypes.c_size_t(1)) == -1
-        print("errno", ctypes.get_errno(), flush=True)
+        os.writev(1, [b"a child has ", b"errno %d\n" % ctypes.get_errno()])
         os.read(0, 1)
         os._exit(0)
+
+
+def replaced(space):
+    """This process becomes another program, which outlives the pager."""
+    code = """
+import os, sys, time
+give_up = time.monotonic() + 20
+with open(os.devnull, "wb") as nowhere:
+    while os.path.exists("/proc/" + sys.argv[1]):
+        assert os.writev(nowhere.fileno(), [b"1"]) == 1 and time.monotonic() < give_up
+os.writev(1, [b"replaced ", b"SUCCESS"])
+"""
+    pager = str(space.figures()["pager_pid"])
+    os.execv(sys.executable, [sys.executable, "-c", code, pager])
 
 
 def again():
     """A process has a space a second time, after the first one has ended."""
     for _ in range(2):
         run(files, config())
+        os.writev(1, [b"what a process ", b"does behind them, too\n"])
 
 
 uffd_ctypes.open_userfaultfd = open_userfaultfd
