@@ -9,6 +9,8 @@ Interface: PageStore(path, start_addr, end_addr, ...)
     get                  the same for the DMS, in one step
     put                  pages go, or only their bytes
     free, sync, locations, runs_on_disk, table, close
+    offers, start        of a kept store that has only a share of the pages: the syncs it can go on from
+    sync_steps           sync, of several stores as one: all do the first step, then all the next one
     SPT                  a byte a page: where it is now
     disk_folder          where a disk without a path is
 
@@ -56,11 +58,19 @@ no recovery. The table of now is in memory only: 6 bytes for each page that was 
     sync    1. writes the blocks that have changed to the copy of the table that does not count. Those
                are the blocks that changed since the last sync, or in the interval before it.
             2. fsync: pages and table are durable.
-            3. writes the first header with the next epoch, fsync, then writes the second header.
+            3. writes the first header with the next epoch, fsync.
+            4. writes the second header.
     start   takes the newer one of the headers that are whole. If the two differ, it first makes both
-            the same and durable, as step 3 does.
+            the same and durable, as steps 3 and 4 do.
 
 If step 2 or 3 fails, it is not known which epoch counts. Then nothing is written any more.
+
+Several stores, each with a Share of the pages (stripes.py), sync as one. Their client lets all of them
+do steps 1 to 3, and step 4 only when all have. Meanwhile nothing is put, freed or synced, so between the
+two a disk has two whole epochs, which its headers name: it offers both. At the start the client takes
+the newest epoch that all offer. That is one of the last sync that returned, or of the one under way:
+if one disk does not offer the newer epoch, no disk has done step 4, and all have the older one still;
+if all offer it, it is whole. Going back is a start from headers that differ, as after any crash.
 
 A block is damaged if its crc32 is wrong, its number is not its own, or its epoch is later than the
 header's. Its pages can't be read until they are written or freed.
@@ -92,6 +102,7 @@ from struct import Struct
 
 from edm import log
 from edm.lspt import ByteTable, Run, runs
+from edm.stripes import ALL, Share
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, punch_hole, semaphore
 
 # A byte of the SPT: where a page is. INSTANCE | DISK is a page that the instance has and whose bytes on
@@ -110,7 +121,9 @@ AT_ONCE = 128 << 10
 
 # The disk file's format.
 MAGIC, FORMAT = b"EDM disk", 3
-HEADER = Struct("<8sII IQQ Q")  # magic, format, kept; page size, start_addr, end_addr; epoch
+# magic, format; the share: which, of (0: not kept), stripe (pages; 0 if it has all of them); page size,
+# start_addr, end_addr; epoch
+HEADER = Struct("<8sH HHH IQQ Q")
 HEADER_COPY = 64 << 10  # bytes from one copy to the other; divisible by every page size
 TABLE = 2 * HEADER_COPY
 BLOCK_PAGES = 816
@@ -123,7 +136,8 @@ UNREADABLE = DISK | FIRST | SECOND
 # and then SAME. 0: it was never used.
 SAME, WRITE_TWICE = 1, 3
 
-EPOCH, SYNC_FAILED, ROOM_MADE = 0, 1, 2  # words: of the last sync; errno or 0; for which epoch
+# Words: of the last sync; errno, if nothing may be written (EBUSY: a sync is under way); for which epoch.
+EPOCH, NO_WRITES, ROOM_MADE = 0, 1, 2
 
 # What becomes of an SPT byte, as tables for bytes.translate.
 _DROPPED = bytes(byte & ~INSTANCE for byte in range(256))
@@ -206,21 +220,23 @@ class PageStore:
         end_addr: int,
         keep: bool = False,
         instance: int = 0,
+        share: Share = ALL,
     ) -> None:
         """Without a path, the disk is a file without a name in disk_folder().
 
         keep: it outlives the job, and what an earlier one has left there counts. instance: its number,
-        for the log. Raises ValueError, which names the file, if it is not one to use; OSError when it
-        can't be made.
+        for the log. share: the pages that it has, and numbers; if not all, a kept disk waits for start.
+        Raises ValueError, which names the file, if it is not one to use; OSError when it can't be made.
         """
         if path:
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         else:
             self.fd, name = tempfile.mkstemp(prefix="edm-", dir=disk_folder())
             os.unlink(name)
-        self.kept, self._start = keep, start_addr
-        self._geometry = PAGE_SIZE, start_addr, end_addr
-        pages = (end_addr - start_addr) // PAGE_SIZE
+        self.kept, self._start, self._share = keep, start_addr, share
+        stripes = (*share[:2], share.stripe if share.of > 1 else 0) if keep else (0, 0, 0)
+        self._geometry = *stripes, PAGE_SIZE, start_addr, end_addr
+        pages = max(share.below((end_addr - start_addr) // PAGE_SIZE), 1)
         self._blocks = -(-pages // BLOCK_PAGES) if keep else 0  # in a copy of the table
         self._data = -(-self._block_place(2, 0) // HEADER_COPY) * HEADER_COPY  # the first places
         self.spt, self._instance = SPT(pages), instance
@@ -234,6 +250,9 @@ class PageStore:
         self._taken_at = ctypes.addressof(ctypes.c_char.from_buffer(self._taken))
         self._log, self._banner = log.logger("DMS"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
+        self.offers = range(0)  # the epochs to start from, until it has
+        self._durable: dict[int, bytes] = {}  # blocks, between the last two steps of a sync
+        self.sync_steps = self._changed_blocks, self._make_durable, self._make_current
         try:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
         except (OSError, ValueError):
@@ -241,6 +260,10 @@ class PageStore:
             raise
 
     # ------------------------------------------------------------ pages come
+
+    def together(self, pages: range) -> int:
+        """How many of these pages, from the first on, one ask_get can be about. pages may descend."""
+        return len(pages)
 
     def ask_get(self, pages: range) -> range:
         """Ask for these pages, at most PAGES_AT_ONCE, and wait for nothing. pages may have a step.
@@ -282,7 +305,7 @@ class PageStore:
                 return self.get(pages[: got // 2], into)
         self.spt.set(pages, byte | INSTANCE)
         if self._info:
-            address = self._start + pages.start * PAGE_SIZE
+            address = self._address(pages.start)
             self._log.info("get request to send content of page in address: %#x", address)
             if byte & DISK:
                 self._log.debug("read page address: %#x from disk", address)
@@ -316,15 +339,15 @@ class PageStore:
         Raises OSError if it can't be done; then none of them has gone.
         """
         addresses = [
-            self._start + first * PAGE_SIZE + at
+            self._address(page)
             for first, content in (dirty if self._info else ())
-            for at in range(0, len(content), PAGE_SIZE)
+            for page in range(first, first + len(content) // PAGE_SIZE)
         ]
         for address in addresses if gone else ():
             self._log.debug("Handle page eviction in address %#x", address)
         with self._lock:
             if self.kept:
-                self._check_sync()
+                self._check_writable()
             self._write(dirty)
             for page, count in gone:
                 self.spt.change(page, count, _DROPPED)
@@ -409,7 +432,7 @@ class PageStore:
                 self.spt.set(range(first, first + many), NEW)
                 for block in self._blocks_of(first, many):
                     self._changed[block] = self._changed[block] and WRITE_TWICE
-                if not self._words[SYNC_FAILED]:
+                if not self._words[NO_WRITES]:
                     self._punch_spare(first, self._was(first, many))
         if self._info:
             self._show()
@@ -421,23 +444,8 @@ class PageStore:
         ever after once the file system has failed to sync, as what it has lost it does not tell again.
         """
         with self._lock:
-            self._check_sync()
-            blocks = self._write_table()
-            try:
-                os.fsync(self.fd)
-                if self.kept:
-                    self._words[EPOCH] += 1
-                    self._write_headers()
-            except OSError as error:
-                self._words[SYNC_FAILED] = error.errno or errno.EIO
-                raise
-            for block, states in blocks.items():
-                self._changed[block] -= 1
-                page, now = block * BLOCK_PAGES, states.translate(_PLACE)
-                was = self._synced.read(page, BLOCK_PAGES)
-                self._synced.write(page, now)
-                freed = (0 if b and not a else UNREADABLE for a, b in zip(now, was, strict=True))
-                self._punch_spare(page, bytes(freed))
+            self._make_durable()
+            self._make_current()
 
     def locations(self, page: int, count: int) -> bytes:
         """Of each of count pages from page: NEW, or INSTANCE, DISK, or both of these. Bit 0: INSTANCE."""
@@ -453,7 +461,7 @@ class PageStore:
         instance = f"INSTANCE_{self._instance}"
         names = {INSTANCE: instance, DISK: "DISK", INSTANCE | DISK: instance}
         return log.spt_table(
-            (self._start + (first + at) * PAGE_SIZE, names[byte])
+            (self._address(first + at), names[byte])
             for first, count in self.spt.used(0, self.spt.pages)
             for at, byte in enumerate(self.locations(first, count))
             if byte
@@ -464,6 +472,9 @@ class PageStore:
         for table in filter(None, (self.spt, self._synced)):
             table.state.close()
         os.close(self.fd)
+
+    def _address(self, page: int) -> int:
+        return self._start + self._share.page(page) * PAGE_SIZE
 
     def _show(self) -> None:
         self._log.debug("SPT updated. Current state: ")
@@ -495,14 +506,12 @@ class PageStore:
             raise ValueError(f"disk: {path} is in use by another job") from None
         # Else it is new, or its making was interrupted before its header was written.
         begun = any(data(self.fd, 0, os.fstat(self.fd).st_size))
-        agree = begun and self._read_header(path)
+        self.offers = self._read_header(path) if begun else range(1)
         os.fchmod(self.fd, 0o600)
         os.ftruncate(self.fd, self._size if self.kept else 0)
         os.ftruncate(self.fd, self._size)
-        if not agree:
-            # Both are whole from here on, and have their blocks, however full the disk gets; and what
-            # this job goes on from is durable, as it writes over what the sync before that needs.
-            self._write_headers()
+        if not self.kept or self._share.of == 1:
+            self.start(self.offers[-1])
         if not begun:
             with suppress(OSError):  # a folder that is not for us to read, or can't be synced
                 folder = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY)
@@ -510,18 +519,28 @@ class PageStore:
                     os.fsync(folder)
                 finally:
                     os.close(folder)
+
+    def start(self, epoch: int) -> None:
+        """Go on from the sync of this epoch, one of offers. Raises ValueError if it is none of them."""
+        if epoch not in self.offers:
+            raise ValueError(f"it can't start from sync {epoch}, only from one of {self.offers}")
+        self._words[EPOCH], header = epoch, self._header(epoch)
+        if any(os.pread(self.fd, len(header), at) != header for at in (0, HEADER_COPY)):
+            # Both are whole from here on, and have their blocks, however full the disk gets; and what
+            # this job goes on from is durable, as it writes over what the other sync needs.
+            _write_all(self.fd, header, 0)
+            os.fsync(self.fd)
+            _write_all(self.fd, header, HEADER_COPY)
         self._load_table()
+        self.offers = range(0)
 
-    def _write_headers(self) -> None:
-        header = HEADER.pack(MAGIC, FORMAT, self.kept, *self._geometry, self._words[EPOCH])
-        _write_all(self.fd, _sealed(header), 0)
-        os.fsync(self.fd)
-        _write_all(self.fd, _sealed(header), HEADER_COPY)
+    def _header(self, epoch: int) -> bytes:
+        return _sealed(HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch))
 
-    def _read_header(self, path: str) -> bool:
-        """Take the epoch from the newer whole copy. Do both say the same, for this job too?
+    def _read_header(self, path: str) -> range:
+        """The epochs that this job can go on from, by the copies that are whole.
 
-        Then it is durable, as the second one is written after that.
+        If they say the same, it is durable, as the second one is written after that.
         """
         copies = [os.pread(self.fd, HEADER.size + CRC, at) for at in (0, HEADER_COPY)]
         ours = [copy for copy in copies if copy.startswith(MAGIC)]
@@ -530,9 +549,12 @@ class PageStore:
         whole = [HEADER.unpack(copy[:-CRC]) for copy in ours if copy == _sealed(copy[:-CRC])]
         if not whole:
             raise ValueError(f"disk: the header of {path} is damaged; no job can use it")
-        _, version, kept, *geometry, self._words[EPOCH] = max(whole, key=operator.itemgetter(-1))
-        size, right = os.fstat(self.fd).st_size, self._size
-        other = "is of another geometry: pages of {} bytes, start_addr {:#x}, end_addr {:#x}"
+        _, version, *geometry, epoch = max(whole, key=operator.itemgetter(-1))
+        size, right, kept = os.fstat(self.fd).st_size, self._size, geometry[1] > 0
+        other = (
+            "is of another geometry: DMS {} of {}, stripes of {} pages, pages of {} bytes, "
+            "start_addr {:#x}, end_addr {:#x}"
+        )
         for wrong, how in (
             (version != FORMAT, f"has version {version} of the format; this EDM knows {FORMAT}"),
             (kept < self.kept, "was not kept by its job; remove it"),
@@ -542,9 +564,9 @@ class PageStore:
         ):
             if wrong:
                 raise ValueError(f"disk: {path} {how}")
-        if len(whole) < 2 and self._words[EPOCH]:  # at 0, its making may have been interrupted
+        if len(whole) < 2 and epoch:  # at 0, its making may have been interrupted
             self._log.warning("%s: one of the two copies of its header is damaged", path)
-        return self.kept and len(whole) == 2 and whole[0] == whole[1]
+        return range(min(fields[-1] for fields in whole), epoch + 1)
 
     # ------------------------------------------------------------ the table of a kept disk
 
@@ -584,24 +606,55 @@ class PageStore:
             return bytes((UNREADABLE,)) * count, bytes(4 * count)
         return places[:count], crcs[: 4 * count]
 
-    def _write_table(self) -> dict[int, bytes]:
-        """Write to the other copy the blocks that differ there; the bytes of their pages in the SPT.
+    # ------------------------------------------------------------ a sync's steps
 
-        Raises OSError if a page is TORN.
+    def _changed_blocks(self) -> dict[int, bytes]:
+        """The blocks that differ in the other copy; the bytes of their pages in the SPT.
+
+        Raises OSError if they can't be synced: a page is TORN, or nothing may be written.
         """
-        epoch = self._words[EPOCH] + 1
+        self._check_writable()
         blocks = {
             block: self.spt.read(block * BLOCK_PAGES, BLOCK_PAGES)
             for block, _ in runs(0, bytes(self._changed[: self._blocks]), _TO_WRITE)
         }
         if torn := sum(len(states.translate(None, _WHOLE)) for states in blocks.values()):
             raise OSError(errno.EIO, f"{torn} pages could not be written")
-        for block, states in blocks.items():
+        return blocks
+
+    def _make_durable(self) -> None:
+        """Steps 1 to 3. Until _make_current, nothing may be written."""
+        self._durable, epoch = self._changed_blocks(), self._words[EPOCH] + 1
+        for block, states in self._durable.items():
             crcs = self._crcs[block * BLOCK_PAGES :][:BLOCK_PAGES].tobytes()
             whole = _sealed(BLOCK.pack(block, epoch, states.translate(_PLACE), crcs))
             _write_all(self.fd, whole, self._block_place(epoch % 2, block))
-        return blocks
+        try:
+            os.fsync(self.fd)
+            if self.kept:
+                _write_all(self.fd, self._header(epoch), 0)
+                os.fsync(self.fd)
+                self._words[NO_WRITES] = errno.EBUSY
+        except OSError as error:
+            self._words[NO_WRITES] = error.errno or errno.EIO
+            raise
 
-    def _check_sync(self) -> None:
-        if failed := self._words[SYNC_FAILED]:
-            raise OSError(failed, os.strerror(failed))
+    def _make_current(self) -> None:
+        """Step 4, and what is only of use to the sync before it goes."""
+        if self.kept:
+            if self._words[NO_WRITES] != errno.EBUSY:
+                raise OSError(errno.EINVAL, "there is no sync to make current")
+            _write_all(self.fd, self._header(self._words[EPOCH] + 1), HEADER_COPY)
+            self._words[EPOCH] += 1
+            self._words[NO_WRITES] = 0
+        for block, states in self._durable.items():
+            self._changed[block] -= 1
+            page, now = block * BLOCK_PAGES, states.translate(_PLACE)
+            was = self._synced.read(page, BLOCK_PAGES)
+            self._synced.write(page, now)
+            freed = (0 if b and not a else UNREADABLE for a, b in zip(now, was, strict=True))
+            self._punch_spare(page, bytes(freed))
+
+    def _check_writable(self) -> None:
+        if why := self._words[NO_WRITES]:
+            raise OSError(why, os.strerror(why))

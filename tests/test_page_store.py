@@ -1261,7 +1261,7 @@ def test_a_file_that_is_no_disk_is_refused_and_left_as_it_is(path, text, keep):
 @BOTH
 def test_a_kept_disk_of_another_version_of_the_format_is_refused_with_one_line(path, keep):
     for version in (2, 99):
-        fields = HEADER.pack(MAGIC, version, True, PAGE_SIZE, START, END, 7)
+        fields = HEADER.pack(MAGIC, version, 0, 1, 0, PAGE_SIZE, START, END, 7)
         header = fields + zlib.crc32(fields).to_bytes(CRC, "little")
         path.write_bytes(header.ljust(HEADER_COPY, b"\0") + header + bytes(1 << 20))
         refused(path, f"has version {version} of the format; this EDM knows 3$", keep=keep)
