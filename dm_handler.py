@@ -307,6 +307,7 @@ class DmHandler:
                     break
                 claimed.append(pages[0])
         runs = [range(first, first + count) for first, count in runs_of(claimed)]
+        runs = [piece for run in runs for piece in self._pieces(run, PIECE)]
         for run in runs:
             self._readahead.come(run.start, run.stop)
         for run, asked in [(run, self._ask(run)) for run in runs]:
@@ -320,7 +321,7 @@ class DmHandler:
         """This page is COMING: let those come with it that the stream wants."""
         wanted = stream.wanted(page, self._lspt.area(page))
         pages = wanted[: 1 + len(self._lspt.expect_more(wanted[1:], state))]
-        pieces, ahead, stream.ahead = list(_pieces(pages)), stream.ahead, {}
+        pieces, ahead, stream.ahead = list(self._pieces(pages)), stream.ahead, {}
         # What was asked for ahead of a page that is NEW now was asked before it was freed.
         asked = [ahead.pop(piece, None) if state != NEW else None for piece in pieces]
         for unused in ahead.values():
@@ -335,6 +336,14 @@ class DmHandler:
             if piece is pieces[0]:  # the application works on it meanwhile
                 self._ask_ahead(stream)
 
+    def _pieces(self, pages: range, count: int = FIRST_PIECE) -> Iterator[range]:
+        """Parts of these pages, which are in the order of need; each part ascending. count: the pages of
+        the first one."""
+        while part := pages[:count]:
+            part = part[: self._store.together(part)]
+            yield part if part.step > 0 else part[::-1]
+            pages, count = pages[len(part) :], PIECE
+
     def _ask(self, pages: range) -> Any:
         if self._info:
             address = self._start + pages.start * PAGE_SIZE
@@ -347,7 +356,7 @@ class DmHandler:
         wanted = self._lspt.alike(wanted, AWAY)
         if len(wanted) > 1:
             stream.asked(wanted)
-            for piece in _pieces(wanted):
+            for piece in self._pieces(wanted):
                 stream.ahead[piece] = self._store.ask_get(piece)
 
     def _bring(self, pages: range, asked: Any, page: int = -1, write: bool = False) -> None:
@@ -425,11 +434,3 @@ class DmHandler:
                 f"page in address {address:#x} can't be brought back: {reason}; and this kernel "
                 "can't tell the application so (UFFDIO_POISON: Linux 6.6)",
             ) from None
-
-
-def _pieces(pages: range) -> Iterator[range]:
-    """Parts of these pages, which are in the order of need; each part ascending."""
-    at, count = 0, FIRST_PIECE
-    while part := pages[at : at + count]:
-        yield part if part.step > 0 else part[::-1]
-        at, count = at + count, PIECE

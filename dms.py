@@ -1,6 +1,7 @@
 """DMS, the disk manager server: serves a PageStore to each instance, over MPI.
 
-In the picture: the box on the right, rank 0 of the job, if that has many machines.
+In the picture: the box on the right, rank 0 of the job, if that has many machines. Of several DMSs, the
+ranks from 0 on, each has a share of every instance's pages (stripes.py).
 
 Interface: DMS(comm, ...).serve() answers the instances' requests until the last has said BYE.
 
@@ -29,6 +30,7 @@ from mpi4py import MPI
 from edm import log
 from edm import messages as m
 from edm.page_store import CONTENT, PageStore
+from edm.stripes import ALL, Share
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 
 EAGER = 500e-6  # seconds after a message in which the DMS does not sleep
@@ -38,20 +40,22 @@ SHORTEST_NAP, LONGEST_NAP = 50e-6, 2e-3  # seconds between two looks
 
 class DMS:
     def __init__(
-        self, comm: MPI.Comm, path: str | None, start_addr: int, end_addr: int, keep: bool = False
-    ) -> None:
-        """The server of every other rank of comm.
+        self, comm: MPI.Comm, path: str | None, start_addr: int, end_addr: int, keep: bool = False,
+        share: Share = ALL,
+    ) -> None:  # fmt: skip
+        """The server of every rank of comm that is no DMS.
 
-        path: the disk file of rank 1's instance; a further one's has its number added. keep: as
-        Config's. Raises OSError when a disk can't be made, ValueError when it is not to be used.
+        path: the disk file of the first instance; a further one's has its number added. keep: as
+        Config's. share: the pages that it has. Raises OSError when a disk can't be made, ValueError
+        when it is not to be used.
         """
-        self._comm = comm
-        self._geometry = (m.VERSION, PAGE_SIZE, start_addr, end_addr)
-        self._pages = (end_addr - start_addr) // PAGE_SIZE
+        self._comm, self._first = comm, share.of  # the first rank that is an instance
+        self._geometry = (m.VERSION, PAGE_SIZE, start_addr, end_addr, *share[1:])
         self._stores = []
-        for instance in range(comm.size - 1):
+        for instance in range(comm.size - share.of):
             own = path if path is None or instance == 0 else f"{path}.{instance}"
-            self._stores.append(PageStore(own, start_addr, end_addr, keep, instance))
+            self._stores.append(PageStore(own, start_addr, end_addr, keep, instance, share))
+        self._pages = share.below((end_addr - start_addr) // PAGE_SIZE)
         self._question, self._answer = m.MessageBuffer(), m.MessageBuffer()
         self._sending: list[tuple[MPI.Request, m.MessageBuffer]] = []  # answers under way
         self._log = log.logger("DMS")
@@ -61,7 +65,8 @@ class DMS:
             m.GET: (self._get, PAGES_AT_ONCE, m.MAX_STRIDE, 0),
             m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
-            m.SYNC: (lambda store, *_: store.sync(), 0, 0, 0),
+            m.START: (lambda store, _, body, *__: store.start(*m.EPOCH.unpack(body)), 0, 0, 8),
+            m.SYNC: (self._sync, 0, m.SYNC_STEPS - 1, 0),
             m.FREE: (lambda store, pages, *_: store.free(pages[0], len(pages)), self._pages, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
             m.BYE: (lambda store, *_: self._left.append(store), 0, 0, 0),
@@ -78,7 +83,7 @@ class DMS:
             signal.signal(ending, signal.SIG_IGN)
         self._log.debug("DMS ready for serving requests")
         status = MPI.Status()
-        while len(self._left) < self._comm.size - 1:
+        while len(self._left) < len(self._stores):
             self._wait(status)
             source, tag = status.Get_source(), status.Get_tag()
             length = self._receive(status.Get_count(MPI.BYTE), source, tag)
@@ -117,7 +122,7 @@ class DMS:
                 whole = bytearray(length)
         except (MemoryError, ValueError):  # ValueError: of MPI_UNDEFINED, which is negative
             self._comm.Mprobe(source, tag)  # no probe finds it again
-            self._log.warning("a message of INSTANCE_%d was dropped: no room for it", source - 1)
+            self._log.warning("a message of INSTANCE_%d was dropped: no room", source - self._first)
             return None
         self._comm.Recv([whole, MPI.BYTE], source, tag)
         return length
@@ -131,11 +136,13 @@ class DMS:
             if not m.HEADER.size <= length <= m.MAX_MESSAGE:
                 raise ValueError(f"a message of {length} bytes is none of the EDM's")
             kind, more, count, page = m.HEADER.unpack_from(self._question.whole)
-            store = self._stores[source - 1]
+            store = self._stores[source - self._first]
             if store in self._left:
                 raise ValueError("it has said BYE")
             if kind not in self._requests:
                 raise ValueError(f"there is no request of kind {kind}")
+            if store.offers and kind not in (m.HELLO, m.START, m.BYE):
+                raise ValueError("its disk waits for START")
             action, *most = self._requests[kind]
             body = self._question.body[: length - m.HEADER.size]
             if not min(1, most[0]) <= count <= most[0] or more > most[1] or len(body) > most[2]:
@@ -151,7 +158,7 @@ class DMS:
             reason = m.reason(error)
             if reason != self._refused:  # a full disk refuses again and again
                 told = m.error_of(reason).strerror
-                self._log.warning("request of INSTANCE_%d refused: %s", source - 1, told)
+                self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, told)
             self._refused = reason
             return self._reply(m.ERROR, reason)
 
@@ -163,10 +170,16 @@ class DMS:
     # ------------------------------------------------------------ the requests
 
     def _hello(self, store: PageStore, pages: range, body: memoryview, *_: int) -> int:
-        theirs, fields = m.GEOMETRY.unpack(body), "(version, page size, start_addr, end_addr)"
+        theirs = m.GEOMETRY.unpack(body)
+        fields = "(version, page size, start_addr, end_addr, DMSs, stripe)"
         if theirs != self._geometry:
             raise ValueError(f"instance and DMS differ in {fields}: {theirs} and {self._geometry}")
-        return self._reply(m.OK, m.WELCOME.pack(store.kept, os.getpid(), *m.pids_are_of()))
+        offers = store.offers.start, store.offers.stop
+        welcome = m.WELCOME.pack(store.kept, *offers, os.getpid(), *m.pids_are_of())
+        return self._reply(m.OK, welcome)
+
+    def _sync(self, store: PageStore, pages: range, body: memoryview, step: int, _: int) -> None:
+        store.sync_steps[step]()
 
     def _get(self, store: PageStore, pages: range, *_: Any) -> int:
         try:

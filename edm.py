@@ -12,11 +12,12 @@
        (calls: mailbox.py)                 dm_handler.py, readahead.py, children.py
                                            lpet.py, page_idle.py
 
-     many machines               mpirun -n 3 python -m edm run --dms 1 script.py
+     many machines               mpirun -n 4 python -m edm run --dms 2 script.py
 
                                          pager ── MPI ──► DMS (rank 0): a PageStore for each instance
-                                         pager ── MPI ──►
-                                           rank.py, mpi_client.py, messages.py, dms.py
+                                               ╲╱         with every second stripe of its pages
+                                         pager ── MPI ──► DMS (rank 1): likewise
+                                           rank.py, mpi_client.py, messages.py, dms.py, stripes.py
 
 Interface:
     Config                     the settings
@@ -30,7 +31,7 @@ Interface:
 `python -m edm run` (launch.py) runs a program that knows nothing of all this.
 
 Rules: the application is the process that calls run or start. On one machine that spawns the pager.
-Under an MPI launcher rank 0 is the DMS, and every other rank forks *before* MPI is initialised: the
+Under an MPI launcher the first ranks are DMSs, and every other rank forks *before* MPI is initialised: the
 child is the application, and goes on with the program; the parent is the pager, and ends with the
 application's status. So such a program must not import mpi4py.MPI first.
 """
@@ -55,7 +56,7 @@ TYPE_CHECKING = False  # for type checkers it is true; typing takes long to impo
 if TYPE_CHECKING:
     import argparse
     import contextlib
-    from typing import Any
+    from typing import Any, NoReturn
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
 
@@ -86,7 +87,7 @@ class Config(SimpleNamespace):
     evict_batch: pages at most that are evicted at once
     clean_tracking: how first writes are noticed, by the kernel alone, by events, or not
     plain: go the wiki's way: readahead 1, evict_batch 1, clean_tracking none, and faults wait for LPET
-    dms: how many MPI ranks are DMSs (default: 1 under mpirun -n 2 or more, else 0)
+    dms: how many MPI ranks, the first ones, are DMSs (default: 1 under mpirun -n 2 or more, else 0)
     stats: whether a table at the end tells what EDM did
     progress: whether a live line tells what EDM does, where stderr is a terminal
     report: path of an HTML page to write, of what EDM did
@@ -146,7 +147,7 @@ class Config(SimpleNamespace):
         yield self.keep and not self.disk, "keep: needs a disk with a name; give its path as disk"
         no_folder = self.report and not os.path.isdir(folder)
         yield no_folder, f"report: there is no folder for {self.report}; make it first"
-        yield self.dms not in (None, 0, 1), f"dms: {self.dms} ranks; 0 or 1"
+        yield (self.dms or 0) < 0, f"dms: {self.dms} ranks; 0 or more"
         for name in ("readahead", "evict_batch"):
             value = getattr(self, name)
             yield not 1 <= value <= most, f"{name}: {value} pages; from 1 to {most}"
@@ -219,9 +220,13 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     global _space
     if _space is not None:
         raise RuntimeError("edm.start: this process is an application of EDM's already")
-    _, ranks = launched()
-    if config.dms and ranks < 2:
-        raise ValueError("dms: needs at least 2 MPI ranks; start it as: mpirun -n 2 python ...")
+    number, ranks = launched()
+    if config.dms and ranks <= config.dms:
+        if number:  # one rank tells it
+            time.sleep(TELLING)
+            sys.exit(2)
+        n = config.dms + 1  # with one that is an instance
+        raise ValueError(f"dms: needs at least {n} MPI ranks: mpirun -n {n} python ...")
     # If standard streams are closed, no descriptor of EDM's may get their numbers, the lowest.
     held = []
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
@@ -298,10 +303,15 @@ def parse_arguments(
     try:
         return args, Config(**{name: getattr(args, name) for name in Config.__annotations__})
     except ValueError as error:
-        if launched()[0]:
-            time.sleep(TELLING)
-            parser.exit(2)
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        refuse(parser, error)
+
+
+def refuse(parser: argparse.ArgumentParser, error: ValueError) -> NoReturn:
+    """End this rank for a mistake in the command line, which one rank alone tells."""
+    if launched()[0]:
+        time.sleep(TELLING)
+        parser.exit(2)
+    parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def add_settings(

@@ -1,7 +1,7 @@
 """python -m edm run: an ordinary Python program, with more memory than the machine has.
 
     python -m edm run --resident 12G script.py ...                       on one machine
-    mpirun -n 3 python -m edm run --dms 1 --resident 12G script.py ...   rank 0 is the DMS
+    mpirun -n 3 python -m edm run --dms 1 --resident 12G script.py ...   rank 0 is a DMS
 
 In the picture: starts it all. The process that the user started checks the command line, and then
 replaces itself by `python script.py ...`. On its way to the script, that interpreter imports
@@ -27,7 +27,7 @@ import re
 import sys
 
 from edm import limits
-from edm.edm import PAGE_SIZE, Config, add_settings, launched
+from edm.edm import PAGE_SIZE, Config, add_settings, launched, refuse
 
 PROG = "python -m edm run"
 SPACE = 256 << 30  # bytes
@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
     try:
         return args, _config(args), _as_python_takes_it(program)
     except ValueError as error:
-        parser.error(str(error))
+        refuse(parser, error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         help="arrays from this size on (1M)",
     )  # fmt: skip
     parser.add_argument(
-        "--dms", type=int, choices=(0, 1), default=0,
-        help="so many ranks of an MPI job keep the pages of the others, and run no program (0)",
+        "--dms", type=int, default=0,
+        help="so many ranks of an MPI job, the first ones, keep the pages of the others (0)",
     )  # fmt: skip
     add_settings(parser, ("high_threshold", "low_threshold", "dms"), end_addr=None)
     return parser
@@ -113,8 +113,9 @@ def size_in_bytes(text: str) -> int:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    if args.dms and launched()[1] < 2:
-        raise ValueError(f"dms: needs MPI ranks; start it as: mpirun -n 3 {PROG} --dms 1 ...")
+    if args.dms and launched()[1] <= args.dms:
+        how = f"mpirun -n {args.dms + 2} {PROG} --dms {args.dms} ..."
+        raise ValueError(f"dms: needs more MPI ranks; start it as: {how}")
     if args.resident is None:
         free = _memory()[1] // _instances_here(args.dms)
         args.resident = max(min(free * SHARE // 100, free - OTHERS), free * LEAST // 100)
@@ -169,7 +170,7 @@ def _instances_here(dms: int) -> int:
     """How many instances share this machine's memory, as far as an MPI launcher tells."""
     here = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
     ranks = os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
-    return max(1, int(here or 1) - (dms if here == ranks else 0))  # all are here: the DMS too
+    return max(1, int(here or 1) - (dms if here == ranks else 0))  # all are here: the DMSs too
 
 
 def _memory() -> tuple[int, int]:

@@ -9,6 +9,7 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
 
     from the instance                          from the DMS
     HELLO      GEOMETRY                        OK, with WELCOME
+    START      EPOCH: one that it offers       OK: a kept disk goes on from there
     GET        count pages from page on,       NEW_PAGES: they were never accessed
                `more` pages apart              CONTENT: their bytes follow
                                                (either for the first count of them)
@@ -16,7 +17,8 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
                `more` runs of them are dirty,
                then the bytes of these
     STORE      as EVICT; the pages stay        OK: likewise
-    SYNC                                       OK: what was written survives a crash
+    SYNC       `more`: PageStore.sync_steps    OK: this step is done; after the last one,
+                                               what was written survives a crash
     FREE       count pages from page           OK: they are as never accessed
     LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
     BYE                                        OK: the DMS forgets the instance
@@ -26,8 +28,9 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
 
 What a question has no use for is 0 in its header.
 
-A page is named by its number in the space: (address - start_addr) / PAGE_SIZE. Instead of any of
-these answers the DMS may send ERROR with a reason; then every page is where it was. To a GET it says
+A page is named by the number that this DMS has for it (stripes.py); with one DMS, this is
+(address - start_addr) / PAGE_SIZE. START is sent only to several DMSs, if their disks are kept, and
+before all requests that are about pages. Instead of any of these answers the DMS may send ERROR with a reason; then every page is where it was. To a GET it says
 that the first page can't be read.
 
 A question and its answer have the same MPI tag, and no other question has that tag meanwhile. The
@@ -43,16 +46,19 @@ from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-VERSION = 4
+VERSION = 5
 MAX_STRIDE = 64  # pages at most from one page of a GET to the next
 MAX_LOCATIONS = 1 << 16  # at most so many pages in one LOCATIONS
+SYNC_STEPS = 3
 
-HELLO, GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE = range(1, 9)
+HELLO, GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE, START = range(1, 10)
 OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18
 
 HEADER = Struct("<HHIQ")
-GEOMETRY = Struct("<IIQQ")  # version, page size, start_addr, end_addr
-WELCOME = Struct("<IiQ36s")  # 1 if the disk is kept; of the DMS: pid, then what pids_are_of gives
+GEOMETRY = Struct("<IIQQIQ")  # version, page size, start_addr, end_addr; of the Share: of, stripe
+EPOCH = Struct("<Q")
+# 1 if the disk is kept; the epochs that it offers: range(a, b); of the DMS: pid, what pids_are_of gives
+WELCOME = Struct("<IQQ iQ36s")
 RUN = Struct("<QI")
 ERRNO = Struct("<I")
 
@@ -60,7 +66,7 @@ MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (RUN.size + PAGE_SIZE)  # bytes
 
 
 class DMSGone(Exception):
-    """The DMS's process has ended, and will answer no more."""
+    """A DMS's process has ended, and will answer no more."""
 
 
 def pids_are_of() -> tuple[int, bytes]:

@@ -1,15 +1,22 @@
-"""MpiStore: the pager's store over MPI. Each method of PageStore's is a message to the DMS.
+"""MpiStore: the pager's store over MPI. Each method of PageStore's is a message to each DMS concerned.
 
-In the picture: between the pager's threads and the DMS.
+In the picture: between the pager's threads and the DMSs.
 
 Interface: MpiStore(comm, dms, start_addr, end_addr), with the methods that a pager calls of a PageStore,
-and what they say there holds here. Each raises OSError with the DMS's errno and reason if it refuses;
-and DMSGone if its process has ended, as far as that can be told: of one on another machine, the
+and what they say there holds here. Each raises OSError with the DMS's errno and reason if one refuses;
+and DMSGone if the process of one has ended, as far as that can be told: of one on another machine, the
 launcher tells.
 
+The pages are striped over the DMSs (stripes.py). A get is about pages of one stripe: who wants more asks
+for all of them before it takes the first. The other methods ask every DMS concerned, and then wait.
+
+    HELLO    to all; kept disks of several DMSs then START from the newest epoch that all offer
+    sync     every DMS does the first of PageStore.sync_steps, then every DMS the next one
+
 Rules: any thread may call any method, but one alone calls take_get. A request has a slot to itself,
-which is an MPI tag and the buffers for a question and its answer, until it is done with: so no lock,
-and an answer can only reach who asked. As many slots are made as there are requests at once.
+which is an MPI tag and the buffers for a question and its answer, until it is done with: so
+an answer can only reach who asked. As many slots are made as there are requests at once.
+With kept disks, put, free and sync hold a lock, as in a PageStore: nothing changes while a sync goes on.
 
 Waiting: MPI has no wait that sleeps. Who waits for a page tests in a loop and offers its core
 (sched_yield) after every test, because an answer takes microseconds. Who is patient, because nobody
@@ -22,9 +29,10 @@ import ctypes
 import itertools
 import os
 import select
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from logging import DEBUG
 
 from mpi4py import MPI
@@ -33,57 +41,82 @@ from edm import log
 from edm import messages as m
 from edm.lspt import Run, runs
 from edm.page_store import ON_DISK, Bytes
+from edm.stripes import Share, shares
 from edm.uffd_ctypes import PAGE_SIZE
 
 PATIENCE = 50e-6  # seconds that who is patient sleeps between two tests
 TESTS = 256  # after so many, it looks whether there still is a DMS
 LAST_WORDS = 0.5  # seconds for what the DMS has sent before its end: it need not have died
 
+Body = Sequence[bytes | memoryview]  # of a message, in parts
+
 
 class Slot:
     """An MPI tag, and memory for a question and for its answer."""
 
-    def __init__(self, comm: MPI.Comm, dms: int, tag: int) -> None:
+    def __init__(self, comm: MPI.Comm, tag: int) -> None:
         self.question, self.answer = m.MessageBuffer(), m.MessageBuffer()
         self.content_address = ctypes.addressof(ctypes.c_char.from_buffer(self.answer.body))
         self.address = 0  # of the first page that was asked for
-        self._comm, self._dms, self._tag = comm, dms, tag
+        self._comm, self._tag = comm, tag
 
-    def send(self, kind: int, count: int, page: int, more: int, length: int = 0) -> None:
-        """Send the question, whose body is so long (bytes); wait for nothing."""
+    def send(self, dms: int, kind: int, count: int, page: int, more: int, body: Body = ()) -> None:
+        """Send this DMS the question; wait for nothing. body: its parts."""
+        self.dms, length = dms, 0
+        for part in body:
+            self.question.body[length : length + len(part)] = part
+            length += len(part)
         self.question.head(kind, count, page, more)
-        self.receiving = self._comm.Irecv([self.answer.whole, MPI.BYTE], self._dms, self._tag)
+        self.receiving = self._comm.Irecv([self.answer.whole, MPI.BYTE], dms, self._tag)
         message = [self.question.message(length), MPI.BYTE]
-        self.sending = self._comm.Isend(message, self._dms, self._tag)
+        self.sending = self._comm.Isend(message, dms, self._tag)
 
 
 class MpiStore:
     def __init__(self, comm: MPI.Comm, dms: int, start_addr: int, end_addr: int) -> None:
-        """The pages of this rank's instance that rank dms of comm has.
+        """The pages of this rank's instance that the DMSs have: so many, the first ranks of comm.
 
-        Says HELLO. Raises OSError if it is refused, because the two differ in their settings; then it
-        has said BYE, too.
+        Says HELLO. Raises OSError if it is refused, because the two differ in their settings; and
+        ValueError if the kept disks do not belong together. Then it has said BYE, too.
         """
-        self._comm, self._dms, self._start = comm, dms, start_addr
+        self._comm, self._start, self._shares = comm, start_addr, shares(dms)
         self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._log = log.logger("MpiClient")
         self._debug = self._log.isEnabledFor(DEBUG)
+        self.came = [0] * dms  # pages that take_get has taken, of each DMS
         self._slots: list[Slot] = []  # those that are free
         self._taken: Slot | None = None  # what take_get gave is in there
         self._tags = itertools.count()
-        self._process = -1  # the DMS's pidfd, if it is on this machine
+        self._processes: list[int] = []  # the pidfds of those DMSs that are on this machine
         self._ended_since = 0.0  # seconds of the clock
-        geometry = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, start_addr, end_addr)
+        geometry = m.VERSION, PAGE_SIZE, start_addr, end_addr, *self._shares[0][1:]
         try:
-            kept, pid, *there = m.WELCOME.unpack(self._request(m.HELLO, 0, 0, 0, geometry))
-        except OSError:
+            self._say_hello(m.GEOMETRY.pack(*geometry))
+        except (OSError, ValueError):
             self.close()
             raise
-        self.kept = bool(kept)
-        if tuple(there) == m.pids_are_of():
-            self._process = os.pidfd_open(pid)
+        self._lock = threading.Lock() if self.kept else nullcontext()
+
+    def _say_hello(self, geometry: bytes) -> None:
+        offers = []
+        for welcome in self._request(m.HELLO, body=[geometry]).values():
+            self.kept, begin, end, pid, *there = m.WELCOME.unpack(welcome)
+            offers.append(set(range(begin, end)))
+            if tuple(there) == m.pids_are_of():
+                self._processes.append(os.pidfd_open(pid))
+        if any(offers):
+            by_all = set.intersection(*offers)
+            if not by_all:
+                raise ValueError(f"disk: no sync is on the disks of all DMSs, but these: {offers}")
+            self._request(m.START, body=[m.EPOCH.pack(max(by_all))])
 
     # ------------------------------------------------------------ what a PageStore does
+
+    def together(self, pages: range) -> int:
+        """See PageStore."""
+        stripe = self._shares[0].stripe
+        begin = pages[0] // stripe * stripe
+        return len(range(pages[0], begin + stripe if pages.step > 0 else begin - 1, pages.step))
 
     def ask_get(self, pages: range) -> Slot:
         """See PageStore."""
@@ -91,7 +124,8 @@ class MpiStore:
         slot.address = self._start + pages.start * PAGE_SIZE
         if self._debug:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
-        slot.send(m.GET, len(pages), pages.start, pages.step)
+        share = self._shares[pages.start // self._shares[0].stripe % len(self._shares)]
+        slot.send(share.which, m.GET, len(pages), share.below(pages.start), pages.step)
         return slot
 
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
@@ -100,6 +134,7 @@ class MpiStore:
             self._slots.append(self._taken)
         self._taken = asked
         kind, got = self._answer(asked, patient=False)
+        self.came[asked.dms] += got
         if self._debug:
             self._log.debug("get DMS's response for the page in address %#x", asked.address)
             self._log.debug("RequestPageFromDMS succeeded. ")
@@ -114,15 +149,15 @@ class MpiStore:
     def put(self, gone: Sequence[Run], dirty: Sequence[Bytes]) -> None:
         """See PageStore. What lies between the ranges goes too: that is only where the SPT says that a
         page is, and LSPT.located knows better."""
-        written = [(first, len(part) // PAGE_SIZE) for first, part in dirty]
-        if not (gone or written):
+        ends = list(gone) or [(first, len(part) // PAGE_SIZE) for first, part in dirty]
+        if not ends:
             return
-        page, end = (gone or written)[0][0], sum((gone or written)[-1])
-        table, parts = b"".join(m.RUN.pack(*run) for run in written), [part for _, part in dirty]
-        kind, address = m.EVICT if gone else m.STORE, self._start + page * PAGE_SIZE
+        page, count, kind = ends[0][0], sum(ends[-1]) - ends[0][0], m.EVICT if gone else m.STORE
+        address = self._start + page * PAGE_SIZE
         if gone:
             self._log.debug("send lpet's request to evict page in address %#x", address)
-        self._request(kind, end - page, page, len(dirty), table, *parts)
+        with self._lock:
+            self._request(kind, page, count, dirty=dirty)
         if gone:
             self._log.debug("got ack for evict page of lpet in address %#x Ack message : ", address)
 
@@ -134,19 +169,25 @@ class MpiStore:
 
     def free(self, page: int, count: int) -> None:
         """See PageStore."""
-        self._request(m.FREE, count, page)
+        with self._lock:
+            self._request(m.FREE, page, count)
 
     def sync(self) -> None:
         """See PageStore."""
-        self._request(m.SYNC)
+        with self._lock:
+            for step in range(m.SYNC_STEPS):
+                self._request(m.SYNC, more=step)
 
     def locations(self, page: int, count: int) -> bytes:
         """See PageStore."""
-        parts = []
+        found = bytearray(count)
         for at in range(page, page + count, m.MAX_LOCATIONS):
             many = min(m.MAX_LOCATIONS, page + count - at)
-            parts.append(self._request(m.LOCATIONS, many, at))
-        return b"".join(parts)
+            for share, states in self._request(m.LOCATIONS, at, many).items():
+                for own, first, length in share.runs(at, many):
+                    part = states[own - share.below(at) :][:length]
+                    found[first - page : first - page + length] = part
+        return bytes(found)
 
     def runs_on_disk(self) -> Iterator[Run]:
         """See PageStore."""
@@ -157,8 +198,8 @@ class MpiStore:
     def close(self) -> None:
         """The last request: BYE, this instance has ended."""
         self._request(m.BYE)
-        if self._process >= 0:
-            os.close(self._process)
+        for process in self._processes:
+            os.close(process)
 
     # ------------------------------------------------------------ asking and waiting
 
@@ -166,26 +207,38 @@ class MpiStore:
         try:
             return self._slots.pop()
         except IndexError:
-            return Slot(self._comm, self._dms, next(self._tags))
+            return Slot(self._comm, next(self._tags))
 
     def _request(
-        self, kind: int, count: int = 0, page: int = 0, more: int = 0, *body: bytes | memoryview
-    ) -> bytes:
-        """Send this, wait patiently for the answer: its body."""
-        slot, length = self._slot(), 0
-        for part in body:
-            slot.question.body[length : length + len(part)] = part
-            length += len(part)
-        slot.send(kind, count, page, more, length)
-        try:
-            _, length = self._answer(slot)
-            return bytes(slot.answer.body[:length])
-        finally:
+        self, kind: int, page: int = 0, count: int = 0, more: int = 0,
+        body: Body = (), dirty: Sequence[Bytes] = (),
+    ) -> dict[Share, bytes]:  # fmt: skip
+        """Ask every DMS, or if this is about pages, those that have some of them; wait patiently for the
+        answers: their bodies. If there are errors, raises one of them."""
+        asked, bodies, failed = {}, {}, None
+        for share in self._shares:
+            own = share.own(page, count)
+            if own or not count:
+                runs, parts = _of_share(share, dirty)
+                asked[share] = slot = self._slot()
+                whole = (*body, *runs, *parts)
+                slot.send(share.which, kind, len(own), own.start, more or len(runs), whole)
+        # A large message travels only while both ends look after it: no sleeping before that.
+        for slot in asked.values():
+            self._wait(slot.sending, False)
+        for share, slot in asked.items():
+            try:
+                _, length = self._answer(slot)
+                bodies[share] = bytes(slot.answer.body[:length])
+            except OSError as error:
+                failed = error
             self._slots.append(slot)
+        if failed:
+            raise failed
+        return bodies
 
     def _answer(self, slot: Slot, patient: bool = True) -> tuple[int, int]:
         """Wait for the answer: its kind and its count."""
-        # A large message travels only while both ends look after it: no sleeping here.
         self._wait(slot.sending, False)
         self._wait(slot.receiving, patient)
         kind, _, count, _ = m.HEADER.unpack_from(slot.answer.whole)
@@ -201,15 +254,26 @@ class MpiStore:
                 time.sleep(PATIENCE)
             else:
                 os.sched_yield()
-            if tests % TESTS == 0 and self._process >= 0:
+            if tests % TESTS == 0 and self._processes:
                 self._check_dms()
 
     def _check_dms(self) -> None:
-        """Raises DMSGone if the DMS's process has ended, and this has been known for LAST_WORDS."""
+        """Raises DMSGone if a DMS's process has ended, and this has been known for LAST_WORDS."""
         poll = select.poll()  # one of its own: another thread may be in here too
-        poll.register(self._process, select.POLLIN)
+        for process in self._processes:
+            poll.register(process, select.POLLIN)
         if poll.poll(0):
             now = time.monotonic()
             self._ended_since = self._ended_since or now
             if now - self._ended_since > LAST_WORDS:
-                raise m.DMSGone("the DMS has died")
+                raise m.DMSGone("a DMS has died")
+
+
+def _of_share(share: Share, dirty: Sequence[Bytes]) -> tuple[list[bytes], list[memoryview]]:
+    """What it has of these pages: the runs, and the bytes of each."""
+    runs, parts = [], []
+    for page, content in dirty:
+        for own, first, count in share.runs(page, len(content) // PAGE_SIZE):
+            runs.append(m.RUN.pack(own, count))
+            parts.append(content[(first - page) * PAGE_SIZE :][: count * PAGE_SIZE])
+    return runs, parts

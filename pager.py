@@ -30,6 +30,7 @@ The figures that Space.figures() returns, counted since the start:
     refused                        pages that the store would not take, each time
     bytes_sent, bytes_received     page content, to and from the store
     resident, peak_resident        pages
+    from_each_dms                  over MPI: pages that came, of each DMS by rank
     idle_tracker                   its name
     pager_pid, lpet_pid            process ids
 
@@ -64,7 +65,6 @@ from edm import uffd_ctypes as u
 from edm.dm_handler import DmHandler
 from edm.lpet import Lpet
 from edm.lspt import LSPT, Run
-from edm.messages import DMSGone
 from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
@@ -430,6 +430,7 @@ class Pager:
             "idle_tracker": self._tracker,
             "pager_pid": os.getpid(),
             "lpet_pid": self._lpet_pid,
+            "from_each_dms": getattr(self._store, "came", []),  # a PageStore is none
         }
 
 
@@ -509,7 +510,7 @@ def _run_process(body: Callable[[], object]) -> NoReturn:
 
 def tell(error: BaseException) -> int:
     """Say on stderr why this process ends. Its exit status: 2; or 1 if it is a mistake of EDM's."""
-    if not isinstance(error, (OSError, DMSGone)):
+    if not isinstance(error, OSError):
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
     if words := str(getattr(error, "strerror", "") or error):  # else LPET has told them

@@ -1,16 +1,20 @@
-"""A rank of an MPI job: the DMS, or the pager of an instance.
+"""A rank of an MPI job: a DMS, or the pager of an instance.
 
 In the picture: what starts both ends of the MPI arrow.
 
 Interface: fork_application(config) is called by every rank of the job, before MPI is initialised. It
-returns in the application process of an instance, and in the DMS's rank when the job has ended. The
+returns in the application process of an instance, and in a DMS's rank when the job has ended. The
 parent of an application becomes its pager, and exits with the application's status. end(status) ends a
-rank that runs no program.
+rank that runs no program. The first ranks are the DMSs, as many as Config.dms says.
 
 Rules: a mistake is told in one line, by one process of the job, before any application starts: either
-by the application (edm.py), which hears of it from its pager, or by the DMS's rank. Signals of a
+by the application (edm.py), which hears of it from its pager, or by a DMS's rank. Signals of a
 launcher come to the rank, which hands them on (pager.py); so the application has a process group of
 its own.
+
+What a DMS's rank has forked tells when that rank has died. It is in the rank's process group, which a
+launcher kills as a whole: so it tells of none that the launcher has ended. MPICH's learns of the death
+only when this process has ended, too: its line is there before the job ends.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ READ = 0.3  # seconds that a launcher has to read a message, at most
 def fork_application(config: Config) -> tuple[Any, int] | None:
     """In the application: the socket that reaches its pager, and the instance's number.
 
-    None in the DMS's rank, when every instance has ended.
+    None in a DMS's rank, when every instance has ended.
     """
     if "mpi4py.MPI" in sys.modules:
         raise ValueError("edm: mpi4py.MPI is imported already; import it after edm.run, if ever")
@@ -49,11 +53,23 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
         _run(config, application, theirs)
         return None
     theirs.close()
+    told = ours.recv(1000).decode()
+    if not told:
+        os._exit(0)  # this rank has told why it can't be what it is to be
+    if not told.isdigit():
+        _watch(ours, told)
     os.setpgid(0, 0)
-    instance = ours.recv(1)
-    if not instance:
-        os._exit(0)  # this rank is the DMS, or has told why it can't be what it is to be
-    return ours, instance[0]
+    return ours, int(told)
+
+
+def _watch(rank: Any, words: str) -> NoReturn:
+    """Say so when the DMS that has the other end of this socket has died. If it ends in order, it kills
+    this process before."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    rank.recv(1)
+    print(f"edm: error: {words}", file=sys.stderr, flush=True)
+    os._exit(0)
 
 
 def _run(config: Config, application: int, control: Any) -> None:
@@ -65,48 +81,59 @@ def _run(config: Config, application: int, control: Any) -> None:
 
     from edm.pager import tell  # nor is the application to have what this imports
 
-    world = MPI.COMM_WORLD
+    world, dms = MPI.COMM_WORLD, config.dms or 1
     try:
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise OSError("this MPI library has no MPI_THREAD_MULTIPLE; install one that has")
-        if world.rank == 0:
-            control.close()  # the child that was forked here has nothing to do
-            os.waitpid(application, 0)
-            return _serve_pages(world.Dup(), config)
-        status = _page(world.Dup(), application, control)
+        comm = world.Dup()
+        hosts = comm.allgather(os.uname().nodename)[:dms]
+        if comm.rank < dms:
+            return _serve_pages(comm, config, hosts, application, control)
+        status = _page(comm, dms, application, control)
     except BaseException as error:  # noqa: BLE001 - it ends this process
         if isinstance(error, MPI.Exception):
-            error = DMSGone(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
-        _abort(world, tell(error))  # another rank may be waiting for this one
+            error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
+        # What the DMS's rank has forked has told that. And another rank may be waiting for this one.
+        _abort(world, 2 if isinstance(error, DMSGone) else tell(error))
     end(status)
 
 
-def _serve_pages(comm: Any, config: Config) -> None:
-    """Be the DMS."""
+def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, control: Any) -> None:
+    """Be a DMS."""
     from edm.dms import DMS
+    from edm.stripes import shares
 
-    dms = None
+    dms, wrong, path, here = None, None, config.disk, hosts[comm.rank]
+    if path and here in hosts[: comm.rank]:
+        path += f".dms{comm.rank}"
+    share = shares(len(hosts))[comm.rank]
     try:
-        dms = DMS(comm, config.disk, config.start_addr, config.end_addr, config.keep)
+        dms = DMS(comm, path, config.start_addr, config.end_addr, config.keep, share)
     except (ValueError, OSError) as error:
-        print(f"edm: error: {error}", file=sys.stderr, flush=True)
-    _begin_with_all(comm, dms is not None)
-    dms.serve()
+        wrong = str(error)
+    _begin_with_all(comm, wrong)
+    control.send(f"the DMS of rank {comm.rank} on host {here} has died".encode())
+    try:
+        dms.serve()
+    finally:
+        os.kill(watching, signal.SIGKILL)
+        os.waitpid(watching, 0)
 
 
-def _page(comm: Any, application: int, control: Any) -> int:
+def _page(comm: Any, dms: int, application: int, control: Any) -> int:
     """Be the pager of an instance. The exit status: its application's, or 2 if the pager has failed."""
     from edm.mpi_client import MpiStore
     from edm.pager import page_for
 
     def open_store(config: Any) -> MpiStore:
-        _begin_with_all(comm, True, application)
-        return MpiStore(comm, 0, config.start_addr, config.end_addr)
+        _begin_with_all(comm, None, application)
+        return MpiStore(comm, dms, config.start_addr, config.end_addr)
 
-    control.send(bytes([comm.rank - 1]))
-    failed = page_for(control, open_store, comm.rank - 1)
+    instance = comm.rank - dms
+    control.send(b"%d" % instance)
+    failed = page_for(control, open_store, instance)
     if failed is None:  # the application has ended, and has told why
-        _begin_with_all(comm, False, application)
+        _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])
     if status < 0 and not failed:
         name = signal.Signals(-status).name
@@ -115,11 +142,17 @@ def _page(comm: Any, application: int, control: Any) -> int:
     return failed or status
 
 
-def _begin_with_all(comm: Any, ready: bool, application: int = 0) -> None:
-    """Return if every rank is ready. If one is not, it has told why, and all ranks end."""
-    if not all(comm.allgather(ready)):
+def _begin_with_all(comm: Any, wrong: str | None, application: int = 0) -> None:
+    """Return if every rank is ready. If one is not, it is told what is wrong, and all ranks end.
+
+    wrong: with this rank; None: nothing; "": that was told.
+    """
+    of_each = comm.allgather(wrong)
+    if any(words is not None for words in of_each):
+        if wrong and not any(of_each[: comm.rank]):  # one line, whatever the others say
+            print(f"edm: error: {wrong}", file=sys.stderr, flush=True)
         if application:
-            if ready:  # it waits for an answer, and would tell that there is none
+            if wrong is None:  # it waits for an answer, and would tell that there is none
                 os.kill(application, signal.SIGKILL)
             os.waitpid(application, 0)
         time.sleep(TELLING)

@@ -66,6 +66,7 @@ def size(pages: float) -> str:
 
 def summary(f: Figures) -> dict[str, str]:
     """What the figures of pager.py say: {what: in words}."""
+    each = ", ".join(map(str, f.get("from_each_dms", ())))
     return {
         "faults": f"{sum(f[name] for name in FAULTS)}: {f['faults_first_access']} first accesses, "
         f"{f['faults_refetch']} refetches, {f['faults_write_protect']} first writes",
@@ -77,6 +78,7 @@ def summary(f: Figures) -> dict[str, str]:
         "to the DMS": size(f["bytes_sent"] / PAGE_SIZE),
         "from it": f"{size(f['bytes_received'] / PAGE_SIZE)}; {f['fetched']} pages came, new ones "
         "and those read ahead included",
+        **({"from each": f"{each} pages, of the DMSs by rank"} if "," in each else {}),
         "resident": f"{size(f['peak_resident'])} at most",
     }
 

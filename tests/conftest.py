@@ -209,13 +209,18 @@ class Job(subprocess.Popen):
             lpets = [pid for pid, parent in processes.items() if parent in pagers]
             names = ("application", "pager", *(["LPET"] if lpets else []))
             return dict(zip(names, [self.pid, *pagers, *lpets], strict=True)) if pagers else {}
-        ranks = {rank: pid for pid in processes if (rank := self._rank(pid)) is not None}
+        ranks = self.ranks()
         if not {0, 1} <= ranks.keys():
             return {}
         applications = [pid for pid, parent in processes.items() if parent == ranks[1]]
         if not applications:
             return {}
         return {"DMS": ranks[0], "pager": ranks[1], "application": applications[0]}
+
+    def ranks(self) -> dict[int, int]:
+        """{rank: process id} of an MPI job."""
+        processes = self.processes()
+        return {rank: pid for pid in processes if (rank := self._rank(pid)) is not None}
 
     @staticmethod
     def _rank(pid: int) -> int | None:

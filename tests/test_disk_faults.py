@@ -1,25 +1,35 @@
-"""A kept PageStore under faults at any of its system calls, against a model of what it has promised.
+"""A kept disk under faults at any of its system calls, against a model of what it has promised.
+
+It is a PageStore's, or several DMSs have a part of it each. Those are the real ones, and so is their client
+(mpi_client.py); between them is a Wire, which delivers messages in any order and kills all at once.
 
 A kept disk is written, freed and synced at random. Meanwhile the process is
 killed at a system call, or the machine loses power, which leaves any of the sectors written since the
 last fsync; system calls fail, with a part of their work done; and bits flip.
 """
 
+import contextlib
 import errno
 import os
 import random
 from pathlib import Path
 from struct import Struct
+from types import SimpleNamespace
 
 import pytest
-from test_page_store import START, Kept, content, put, quick_path
+from test_page_store import START, Kept, content, get, put, quick_path
 
-from edm.page_store import FIRST, SECOND
+from edm.dms import DMS
+from edm.mpi_client import MpiStore
+from edm.page_store import CONTENT, FIRST, SECOND
+from edm.stripes import Share, shares
 from edm.uffd_ctypes import PAGE_SIZE
 
 __all__ = ["quick_path"]  # a fixture
 
 PAGES, SECTOR = 12, 512
+END = START + PAGES * PAGE_SIZE
+STRIPE = 2
 BLOCK_PAGES, BLOCK = 3, Struct("<IQ3s12s993x")  # so that there are some, each of two sectors
 BLOCK_SIZE = 1024
 
@@ -28,18 +38,89 @@ class Killed(BaseException):
     """Where the process ended."""
 
 
-class Machine:
-    """The disk file, and what the model knows of it: each page's content, as a seed; None: never
-    written."""
+class Wire:
+    """The communicator of an instance whose DMSs are in this process. Where one of them is killed, the
+    others have done what they were asked, or a part of that, or nothing."""
 
-    def __init__(self, path, dice, monkeypatch):
-        self.path, self.dice = path, dice
+    def __init__(self, machine, dms):
+        self.machine, self.dms = machine, dms
+        self.asked, self.answers = [], {}
+
+    def Isend(self, message, dms, tag):
+        self.asked.append((dms, tag, bytes(message[0])))
+        return SimpleNamespace(Test=lambda: True)
+
+    def Irecv(self, message, dms, tag):
+        def test():
+            self.deliver()
+            answer = self.answers.pop((dms, tag))
+            message[0][: len(answer)] = answer
+            return True
+
+        return SimpleNamespace(Test=test)
+
+    def deliver(self):
+        dice, killed = self.machine.dice, None
+        dice.shuffle(self.asked)
+        while self.asked:
+            dms, tag, question = self.asked.pop()
+            server = self.dms[dms]
+            server._question.whole[: len(question)] = question
+            try:
+                length = server._handle(len(self.dms), len(question))
+            except Killed as error:
+                killed = error
+            else:
+                self.answers[dms, tag] = bytes(server._answer.message(length))
+            if killed and self.asked:
+                self.asked = self.asked[dice.randrange(len(self.asked) + 1) :]
+                if dice.random() < 0.5:
+                    self.machine.fault, self.machine.countdown = killed, dice.randrange(9)
+        if killed:
+            raise killed
+
+
+class Striped:
+    """The kept disks of several DMSs: as Kept."""
+
+    def __init__(self, path, count, machine):
+        self.shares, self.dms = shares(count), []
+        try:
+            for share in self.shares:
+                comm, own = SimpleNamespace(size=count + 1), f"{path}.dms{share.which}"
+                self.dms.append(DMS(comm, own, START, END, True, share))
+            self.store = MpiStore(Wire(machine, self.dms), count, START, END)
+        except BaseException:
+            self.close()
+            raise
+        self.free, self.sync = self.store.free, self.store.sync
+
+    def read(self, page):
+        kind, got = get(self.store, range(page, page + 1))
+        return got if kind == CONTENT else None
+
+    def place(self, page):
+        """Its store, that store's share, and its number there."""
+        share = self.shares[page // self.shares[0].stripe % len(self.shares)]
+        return self.dms[share.which]._stores[0], share, share.below(page)
+
+    def close(self):
+        for dms in self.dms:
+            dms._stores[0].close()
+
+
+class Machine:
+    """The disk files, and what the model knows of them: each page's content, as a seed; None: never
+    written. count: of DMSs; 0: there is none."""
+
+    def __init__(self, path, dice, monkeypatch, count=0):
+        self.path, self.dice, self.count = path, dice, count
         self.now, self.synced = [None] * PAGES, [None] * PAGES
         self.syncing = None  # what a sync that is under way will leave
         self.dirty = {}  # pages that the disk has not taken yet
         self.flipped = set()  # pages of which a bit was flipped at some time: reading may fail
         self.fault, self.countdown = None, 0
-        self.durable = b""
+        self.durable = {}  # of each file
         real_pwrite, real_fallocate = os.pwrite, os.posix_fallocate
 
         def pwrite(fd, data, at):
@@ -55,7 +136,8 @@ class Machine:
         def fsync(fd):
             if error := self.happens():
                 raise error
-            self.durable = path.read_bytes()
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            self.durable[path] = Path(path).read_bytes()
 
         def posix_fallocate(fd, at, length):
             if error := self.happens():
@@ -74,7 +156,13 @@ class Machine:
         monkeypatch.setattr("edm.page_store.BLOCK_PAGES", BLOCK_PAGES)
         monkeypatch.setattr("edm.page_store.BLOCK", BLOCK)
         monkeypatch.setattr("edm.page_store.BLOCK_SIZE", BLOCK_SIZE)
-        self.disk = Kept(path, START, START + PAGES * PAGE_SIZE)
+        monkeypatch.setattr("edm.stripes.STRIPE", STRIPE)
+        self.disk = self.opened()
+
+    def opened(self):
+        if self.count:
+            return Striped(self.path, self.count, self)
+        return Kept(self.path, START, END)
 
     def happens(self):
         """The fault that was planned, if its time has come."""
@@ -130,36 +218,49 @@ class Machine:
 
     def flip(self):
         """A bit of a page's bytes, or of a block of the table."""
-        page, store = self.dice.randrange(PAGES), self.disk.store
+        page = own = self.dice.randrange(PAGES)
+        store, share = self.disk.store, Share()
+        if self.count:
+            store, share, own = self.disk.place(page)
         if self.dice.random() < 0.7:
-            block = page // BLOCK_PAGES
+            block = own // BLOCK_PAGES
             at = store._block_place(self.dice.randrange(2), block) + self.dice.randrange(BLOCK_SIZE)
-            self.flipped.update(range(block * BLOCK_PAGES, (block + 1) * BLOCK_PAGES))
+            of_it = range(block * BLOCK_PAGES, (block + 1) * BLOCK_PAGES)
+            self.flipped.update(map(share.page, of_it))
         else:
-            at = store._place(page, self.dice.choice((FIRST, SECOND)))
+            at = store._place(own, self.dice.choice((FIRST, SECOND)))
             at += self.dice.randrange(PAGE_SIZE)
             self.flipped.add(page)
-        with self.path.open("r+b") as file:
+        with open(f"/proc/self/fd/{store.fd}", "r+b") as file:
             file.seek(at)
             byte = file.read(1)[0]
             file.seek(at)
             file.write(bytes((byte ^ 1 << self.dice.randrange(8),)))
 
     def lose_power(self):
-        file = bytearray(self.path.read_bytes())
-        for at in range(0, len(file), SECTOR):
-            sector = slice(at, at + SECTOR)
-            if file[sector] != self.durable[sector] and self.dice.random() < 0.5:
-                file[sector] = self.durable[sector]
-        self.path.write_bytes(file)
+        for path in self.path.parent.glob(f"{self.path.name}*"):
+            file, durable = bytearray(path.read_bytes()), self.durable.get(str(path), b"")
+            for at in range(0, len(file), SECTOR):
+                sector = slice(at, at + SECTOR)
+                if file[sector] != durable[sector] and self.dice.random() < 0.5:
+                    file[sector] = durable[sector]
+            path.write_bytes(file)
 
     def crash(self, power=False):
         """And resume: all pages are as at the last sync, or at the one that was under way."""
         self.fault = None
         self.disk.close()
-        if power:
-            self.lose_power()
-        self.disk = Kept(self.path, START, START + PAGES * PAGE_SIZE)
+        while True:
+            if power:
+                self.lose_power()
+            if self.count and self.dice.random() < 0.3:  # and once more, while it starts
+                self.fault, self.countdown = Killed(), self.dice.randrange(4 * self.count)
+            try:
+                self.disk = self.opened()
+                break
+            except Killed:
+                self.close_files()  # of a store that was not made
+        self.fault = None
         found = self.read()
         left = [
             state for state in (self.synced, self.syncing) if state and self.agrees(found, state)
@@ -167,6 +268,13 @@ class Machine:
         assert left, (found, self.synced, self.syncing)
         self.now, self.synced, self.syncing = left[-1].copy(), left[-1], None
         self.dirty.clear()
+
+    def close_files(self):
+        """As the kernel does at a process's end."""
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # the listing's own
+                if os.readlink(f"/proc/self/fd/{fd}").startswith(str(self.path)):
+                    os.close(int(fd))
 
     def read(self):
         """The content of each page; "unreadable" where that is told."""
@@ -200,16 +308,18 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("count", range(4), ids=["no DMS", "one", "two", "three"])
 @pytest.mark.parametrize("flips", [False, True], ids=["", "flips"])
 @pytest.mark.parametrize("power", [False, True], ids=["", "power"])
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS.keys())
 def test_whatever_fails_and_whenever_it_ends_the_disk_keeps_its_promise(
-    quick_path, monkeypatch, request, faults, power, flips
+    quick_path, monkeypatch, request, faults, power, flips, count
 ):
-    for seed in range(300 if request.config.getoption("--long") else 6):
+    seeds = 2 if count else 6
+    for seed in range(300 if request.config.getoption("--long") else seeds):
         dice = random.Random(seed)
         with monkeypatch.context() as patched:
-            machine = Machine(Path(f"{quick_path}{seed}"), dice, patched)
+            machine = Machine(Path(f"{quick_path}-{seed}-"), dice, patched, count)
             actions = [machine.write] * 6 + [machine.free] * 2 + [machine.sync] * 3
             actions += [lambda crash=machine.crash: crash(power)]
             if flips:
@@ -227,3 +337,38 @@ def test_whatever_fails_and_whenever_it_ends_the_disk_keeps_its_promise(
                     machine.crash(power)
                 machine.check()
             machine.disk.close()
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["", "power"])
+@pytest.mark.parametrize("count", [1, 2, 3], ids=["one", "two", "three"])
+def test_killed_at_each_call_of_a_sync_all_disks_go_back_to_the_same_one(
+    quick_path, monkeypatch, request, count, power
+):
+    seeds = 30 if request.config.getoption("--long") else 3
+    for number in range(1000):  # of the call
+        survived = 0
+        for seed in range(seeds):  # what the others have done meanwhile differs
+            with monkeypatch.context() as patched:
+                dice, path = random.Random(seed), Path(f"{quick_path}-{number}-{seed}-")
+                machine = Machine(path, dice, patched, count)
+                for _ in range(dice.randint(0, 3)):
+                    machine.write()
+                    machine.sync()
+                for _ in range(3):
+                    machine.write()
+                machine.free()
+                machine.fault, machine.countdown = Killed(), number
+                try:
+                    machine.sync()
+                    survived += 1
+                except Killed:
+                    pass
+                machine.crash(power)
+                for _ in range(2):  # it goes on from there
+                    machine.write()
+                    machine.sync()
+                    machine.crash(power)
+                machine.disk.close()
+        if survived == seeds:
+            break
+    assert 3 * count <= number < 1000

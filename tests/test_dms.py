@@ -12,6 +12,7 @@ from mpi4py import MPI
 from edm import messages as m
 from edm.dms import DMS
 from edm.page_store import CONTENT, DISK, INSTANCE, NEW, NEW_PAGES
+from edm.stripes import Share
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 PAGES = 1000
@@ -161,14 +162,15 @@ def test_freed_pages_read_as_new(dms):
     assert ask(dms, m.GET, page=0, count=8)[:2] == (NEW_PAGES, 8)
 
 
-GEOMETRY = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE)
+GEOMETRY = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE, *Share()[1:])
 
 
 def test_hello_is_welcome_only_with_the_same_geometry(dms):
     kind, count, welcome = ask(dms, m.HELLO, body=GEOMETRY)
     assert (kind, count) == (m.OK, m.WELCOME.size)
-    assert m.WELCOME.unpack(welcome) == (dms._stores[0].kept, os.getpid(), *m.pids_are_of())
-    other = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, START, START + 4 * PAGE_SIZE)
+    found = m.WELCOME.unpack(welcome)
+    assert found == (dms._stores[0].kept, 0, 0, os.getpid(), *m.pids_are_of())
+    other = m.GEOMETRY.pack(m.VERSION, PAGE_SIZE, START, START + 4 * PAGE_SIZE, *Share()[1:])
     number, reason = refused(ask(dms, m.HELLO, body=other))
     assert number == errno.EINVAL and "start_addr" in reason
 
@@ -186,7 +188,8 @@ WRONG = {
     "no pages": {"kind": m.GET, "page": 1, "count": 0},
     "too many pages": {"kind": m.GET, "page": 1, "count": PAGES_AT_ONCE + 1},
     "a GET with a body": {"kind": m.GET, "page": 1, "count": 1, "body": b"x"},
-    "the kind of a doorbell": {"kind": 9},
+    "a START of a disk that has": {"kind": m.START, "body": m.EPOCH.pack(0)},
+    "a SYNC of a step that there is not": {"kind": m.SYNC, "more": m.SYNC_STEPS},
     "a short HELLO": {"kind": m.HELLO, "body": GEOMETRY[:-1]},
     "a FREE outside": {"kind": m.FREE, "page": 999, "count": 2},
     "LOCATIONS of none": {"kind": m.LOCATIONS, "page": 1, "count": 0},
@@ -260,7 +263,7 @@ def test_random_bytes_never_end_the_dms(dms):
         length = dice.choice((0, 1, 15, 16, 17, 40, 200, 5000))
         dms._question.whole[:length] = dice.randbytes(length)
         if length >= 2:  # a kind that there is, most of the time
-            kind, more = dice.choice((*range(1, 9), 99)), dice.randrange(3)
+            kind, more = dice.choice((*range(1, 10), 99)), dice.randrange(3)
             dms._question.whole[0:4] = bytes((kind, 0, more, 0))
         dms._handle(1, length)
         dms._left.clear()  # after a BYE it would refuse the rest

@@ -29,7 +29,7 @@ WRONG = {
     "evict_batch": [{"evict_batch": 0}, {"evict_batch": PAGES_AT_ONCE + 1}],
     "idle_tracker": [{"idle_tracker": "psychic"}],
     "clean_tracking": [{"clean_tracking": "perhaps"}],
-    "dms": [{"dms": 2}, {"dms": -1}],
+    "dms": [{"dms": -1}],
     "keep": [{"keep": True}],
     "report": [{"report": "/nowhere/report.html"}],
     "log_level": [{"log_level": "loud"}],

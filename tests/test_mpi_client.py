@@ -6,24 +6,33 @@ from conftest import PROGRAMS
 ended = {}  # what each job of stores.py has printed: mpirun takes longer than the most of them
 
 
-def succeeds(mpirun, what, disk="-"):
+def succeeds(mpirun, what, disk="-", dms=1):
     actions = ("same", "lost") if disk != "-" else ("same", "threads", "unread", "idle", "refused")
-    job = (disk != "-", actions if what in actions else (what,))
+    if dms > 1:
+        actions = ("same",) if disk != "-" else ("same", "threads")
+    job = (dms, disk != "-", actions if what in actions else (what,))
     if job not in ended:
         ended[job] = None
-        ended[job] = mpirun(PROGRAMS / "stores.py", disk, *job[1])
+        ended[job] = mpirun(PROGRAMS / "stores.py", disk, *job[2], ranks=dms + 1)
     assert ended[job], "see the first test with this job"
     assert f"{what} SUCCESS" in ended[job].stdout, ended[job].stdout[-5000:]
     assert what == "killed" or ended[job].returncode == 0
 
 
+SOME = pytest.mark.parametrize("dms", [1, 2, 3], ids=["one DMS", "two", "three"])
+
+
+@SOME
 @pytest.mark.parametrize("keep", [False, True], ids=["scratch", "kept"])
-def test_the_same_operations_have_the_same_results_as_with_a_page_store(mpirun, tmp_path, keep):
-    succeeds(mpirun, "same", tmp_path / "disk" if keep else "-")
+def test_the_same_operations_have_the_same_results_as_with_a_page_store(
+    mpirun, tmp_path, keep, dms
+):
+    succeeds(mpirun, "same", tmp_path / "disk" if keep else "-", dms)
 
 
-def test_several_threads_use_one_store_at_once(mpirun):
-    succeeds(mpirun, "threads")
+@SOME
+def test_several_threads_use_one_store_at_once(mpirun, dms):
+    succeeds(mpirun, "threads", "-", dms)
 
 
 def test_an_answer_that_nobody_takes_keeps_nobody_from_being_served(mpirun):

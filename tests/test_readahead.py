@@ -188,6 +188,9 @@ class Store:
         self.asked = []
         self.unreadable = set()
 
+    def together(self, pages):
+        return len(pages)
+
     def ask_get(self, pages):
         assert len(pages) <= 64
         self.asked.append(Asked(pages, [self.version[page] for page in pages]))

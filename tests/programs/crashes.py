@@ -1,4 +1,5 @@
-"""Writes and syncs without end, and is killed in the midst of it. argv: the kept disk.
+"""Writes and syncs without end, and is killed in the midst of it. argv: the kept disk, and of several
+DMSs, how many; then each line begins with the rank that tells it.
 
 Every step writes some pages with bytes that the step's number determines; page 0 has the number of
 the last step before a sync. A resumed run first compares the whole memory with what the steps up to
@@ -9,7 +10,10 @@ import random
 import sys
 
 import edm
+from edm.edm import launched
 
+disk, *dms = sys.argv[1:]
+who = launched()[:1] if dms else ()
 PAGE = edm.PAGE_SIZE
 PAGES = 150
 
@@ -32,7 +36,7 @@ def app(space):
     for page in range(1, PAGES):
         if area[page * PAGE : (page + 1) * PAGE] != expected.get(page, bytes(PAGE)):
             sys.exit(f"page {page} is not as it was after step {done}")
-    print("found", done, flush=True)
+    print(*who, "found", done, flush=True)
     step = done
     while True:
         step += 1
@@ -41,7 +45,7 @@ def app(space):
         if step % 3 == 0:
             area[:8].cast("Q")[0] = step
             space.sync()
-            print("synced", step, flush=True)
+            print(*who, "synced", step, flush=True)
 
 
 START = 0x10_0000_0000
@@ -52,7 +56,8 @@ edm.main(
         START + PAGES * PAGE,
         high_threshold=24,
         low_threshold=12,
-        disk=sys.argv[1],
+        disk=disk,
         keep=True,
+        dms=int(dms[0]) if dms else None,
     ),
 )

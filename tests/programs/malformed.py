@@ -10,6 +10,7 @@ from mpi4py import MPI
 from edm import messages as m
 from edm.dms import DMS
 from edm.page_store import CONTENT, NEW_PAGES
+from edm.stripes import Share
 from edm.uffd_ctypes import PAGE_SIZE
 
 START, PAGES, TAG = 0x1B58000, 1000, 5
@@ -30,7 +31,7 @@ def request(kind, page=0, count=0, more=0, body=b""):
 
 
 PAGE = bytes(PAGE_SIZE)
-GEOMETRY = (m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE)
+GEOMETRY = (m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE, *Share()[1:])
 RUN = m.RUN.pack(1, 1)
 EVICTION = {"page": 1, "count": 1, "more": 1, "body": RUN + PAGE}
 # One right request of each kind, in an order in which each of them can be done.
@@ -47,7 +48,7 @@ RIGHT = {
 # What is wrong in each field, and words of the reason.
 WRONG = {
     "kind": (
-        (0, 9, 10, m.OK, NEW_PAGES, CONTENT, m.ERROR, 20, 0x7FFF, 0xFFFF),
+        (0, 10, 11, m.OK, NEW_PAGES, CONTENT, m.ERROR, 20, 0x7FFF, 0xFFFF),
         "no request of kind",
     ),
     "more": ((65, 1000, 0x7FFF, 0xFFFF), "`more` of|a body of|dirty pages"),

@@ -1,4 +1,4 @@
-"""Rank 1 uses the DMS on rank 0 through MpiStore. What it does: see the functions at the end.
+"""The last rank uses the DMSs, all other ranks, through MpiStore. What it does: see the functions at the end.
 
 stores.py DISK WHAT ...        the disk is a kept one; with "-" for DISK it has no name
 """
@@ -21,6 +21,7 @@ from edm.dms import DMS
 from edm.messages import HELLO, DMSGone
 from edm.mpi_client import MpiStore
 from edm.page_store import CONTENT, DISK, INSTANCE, PageStore
+from edm.stripes import shares
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 START, PAGES = 0x1B58000, 1000
@@ -80,6 +81,7 @@ def one_operation(dice, first, pages):
     def do(store):
         if what in ("get", "drop"):
             pages = range(page, min(page + count * stride, first + pages_in_all), stride)
+            pages = pages[: over_mpi.together(pages)]
             found = get(store, pages)
             if (
                 what == "drop"
@@ -94,7 +96,7 @@ def one_operation(dice, first, pages):
     return do
 
 
-# ---------------------------------------------------------------- what rank 1 does
+# ---------------------------------------------------------------- what the last rank does
 
 
 def same(store):
@@ -134,7 +136,7 @@ def threads(store):
     for thread in working:
         thread.join()
     assert not failed
-    assert 2 <= len(store._slots) <= 2 * 5  # as many as there were requests at once
+    assert 2 <= len(store._slots) <= 2 * 5 * DMSS  # as many as there were requests at once
     store.free(0, PAGES)
 
 
@@ -205,7 +207,7 @@ def refused(store):
     assert get(store, range(7, 8)) == (CONTENT, 1, content(7))
     error = told(store.free, PAGES - 1, 2)
     assert error.errno == errno.EINVAL and "in a space of 1000 pages" in error.strerror
-    error = told(MpiStore, comm, 0, START, END + PAGE_SIZE)
+    error = told(MpiStore, comm, DMSS, START, END + PAGE_SIZE)
     store.close = lambda: None
     assert error.errno == errno.EINVAL and "differ in" in error.strerror
 
@@ -232,14 +234,14 @@ def killed(store):
         thread.start()
     for thread in waiting:
         thread.join()
-    assert [words for words, _ in heard] == ["the DMS has died"] * len(requests), heard
+    assert [words for words, _ in heard] == ["a DMS has died"] * len(requests), heard
     assert max(seconds for _, seconds in heard) < 1, heard
     print("killed SUCCESS", flush=True)
     comm.send(None, 0, ASIDE)
     os._exit(0)  # MPI would wait for what was asked
 
 
-# ---------------------------------------------------------------- the two ranks
+# ---------------------------------------------------------------- the ranks
 
 
 def silent():
@@ -265,18 +267,21 @@ def silent():
 comm = MPI.COMM_WORLD
 disk = None if sys.argv[1] == "-" else sys.argv[1]
 actions = [globals()[name] for name in sys.argv[2:]]
-if comm.rank == 0:
+DMSS = comm.size - 1
+if comm.rank < DMSS:
     if killed in actions:
         silent()
-    comm.isend(os.getpid(), 1, ASIDE)
-    DMS(comm, disk, START, END, bool(disk)).serve()
+    if comm.rank == 0:
+        comm.isend(os.getpid(), DMSS, ASIDE)
+    own = disk and f"{disk}{comm.rank or ''}"
+    DMS(comm, own, START, END, bool(disk), shares(DMSS)[comm.rank]).serve()
 else:
-    store = MpiStore(comm, 0, START, END)
+    over_mpi = MpiStore(comm, DMSS, START, END)
     dms = comm.recv(source=0, tag=ASIDE)
     try:
         for action in actions:
             began = time.monotonic()
-            action(store)
+            action(over_mpi)
             print(f"{action.__name__} SUCCESS in {time.monotonic() - began:.2f} s", flush=True)
     finally:
-        store.close()
+        over_mpi.close()
