@@ -108,8 +108,8 @@ def run_once(system: str, load: Load, folder: Path) -> dict:
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
-        if system == OVER_MPI:
-            words = [mpirun(), "-n", "2", *words]
+        if system in OVER_MPI:
+            words = [mpirun(), "-n", str(OVER_MPI[system] + 1), *words]
         elif system in (SWAP, SWAP_4, MAPPED):
             own = (1 << 20) + 4 * load.pages  # the process's own memory, with the versions
             words.append(stack.enter_context(memory_cgroup((load.resident << 20) + own)))
@@ -147,7 +147,7 @@ def why_not(system: str, size: int, folder: Path) -> str:
         return "needs root, for a memory cgroup"
     if system in (SWAP, SWAP_4) and not shutil.which("swapon"):
         return "there is no swapon"
-    if system == OVER_MPI and not mpirun():
+    if system in OVER_MPI and not mpirun():
         return "there is no mpirun"
     needed = 2 * size + 1024  # the swap file stays; the floor has each page twice
     what, free = "disk in /var/tmp", shutil.disk_usage(folder).free >> 20

@@ -23,10 +23,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 PATTERNS = ("seq write", "seq read", "random read", "random write", "zipf", "strided")
-EDM, EDM_4, OVER_MPI = "EDM", "EDM, 4 threads", "EDM over MPI"
+EDM, EDM_4 = "EDM", "EDM, 4 threads"
+OVER_MPI = {"EDM over MPI, 1 DMS": 1, "EDM over MPI, 2 DMS": 2}  # how many DMSs it has
 SWAP, SWAP_4, MAPPED = "swap", "swap, 4 threads", "mapped file"
 POLL, SPIN = "C floor, poll", "C floor, spin"
-SYSTEMS = (EDM, OVER_MPI, EDM_4, SWAP, SWAP_4, MAPPED, POLL, SPIN)
+SYSTEMS = (EDM, *OVER_MPI, EDM_4, SWAP, SWAP_4, MAPPED, POLL, SPIN)
 LARGEST_SCAN = 131072  # pages that are read in order, at most
 IDLE = 5  # seconds without a page fault, in which the pager's CPU time is measured
 
@@ -152,7 +153,7 @@ def run_kernel(load: Load, workload: Workload, in_file: bool, cgroup: str) -> di
     return {"patterns": workload.measure(ctypes.addressof(ctypes.c_char.from_buffer(memory)))}
 
 
-def run_edm(load: Load, workload: Workload, with_pager: bool) -> None:
+def run_edm(system: str, load: Load, workload: Workload) -> None:
     import edm
 
     def app(space: edm.Space) -> None:
@@ -163,7 +164,7 @@ def run_edm(load: Load, workload: Workload, with_pager: bool) -> None:
             figures = space.figures()
             return figures["faults_first_access"] + figures["faults_refetch"]
 
-        if with_pager:
+        if system == EDM:
             figures = space.figures()
             pids = {figures[key] for key in ("pager_pid", "lpet_pid")}
             found = measure_pager(pids, lambda: workload.measure(base, faults=faults))
@@ -171,7 +172,7 @@ def run_edm(load: Load, workload: Workload, with_pager: bool) -> None:
             found = {"patterns": workload.measure(base)}
         print(json.dumps(found), flush=True)
 
-    edm.run(app, edm.Config(high_threshold=load.resident * 256))
+    edm.run(app, edm.Config(high_threshold=load.resident * 256, dms=OVER_MPI.get(system)))
 
 
 def measure_pager(pids: Collection[int], measure: Callable[[], dict]) -> dict:
@@ -193,7 +194,7 @@ def main(system: str, load: str, library: str, cgroup: str = "") -> None:
     todo = Load(**json.loads(load))
     workload = Workload(system, todo, library)
     if system.startswith("EDM"):
-        run_edm(todo, workload, system == EDM)
+        run_edm(system, todo, workload)
     elif cgroup:
         print(json.dumps(run_kernel(todo, workload, system == MAPPED, cgroup)))
     else:

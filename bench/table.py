@@ -23,7 +23,7 @@ from bench.system import (
     Load,
 )
 
-BESIDE = {EDM: SWAP, OVER_MPI: SWAP, EDM_4: SWAP_4}
+BESIDE = {EDM: SWAP, EDM_4: SWAP_4, **dict.fromkeys(OVER_MPI, SWAP)}
 # Which row, which pattern, beside which row; at most so many times its time: must, aim. Beside the
 # floor it is the time of a fault: the floor never evicts, so the same accesses meet fewer faults.
 RATIOS = (
