@@ -75,7 +75,7 @@ def summary(f: Figures) -> dict[str, str]:
         "waiting": f"{f['waited']:.2f} s, the application for its pages",
         "evictions": f"{f['evicted_dirty']} pages with their bytes, "
         f"{f['evicted_clean']} clean ones without",
-        "to the DMS": size(f["bytes_sent"] / PAGE_SIZE),
+        "to the store": size(f["bytes_sent"] / PAGE_SIZE),
         "from it": f"{size(f['bytes_received'] / PAGE_SIZE)}; {f['fetched']} pages came, new ones "
         "and those read ahead included",
         **({"from each": f"{each} pages, of the DMSs by rank"} if "," in each else {}),
@@ -121,7 +121,7 @@ class Report:
             self._gone = _largest([*self._gone, self._ended(area)])
 
     def sample(self, figures: Figures, away: int) -> None:
-        """Note what has happened since this was last called. away: pages that the DMS has and this
+        """Note what has happened since this was last called. away: pages that the store has and this
         instance has not."""
         came: Counter[int] = Counter()
         for _ in range(len(self.came)):
@@ -193,7 +193,7 @@ def _line(before: dict, now: dict) -> str:
     waits, store, room = (f"{max(0, rate(name)):.0%}" for name in WAITS)
     return (
         f"waits {waits} (reading {store}, for room {room}), resident {size(now['resident'])}, "
-        f"on the DMS {size(now['away'])}, {rate(*FAULTS):.0f} faults/s, "
+        f"in the store {size(now['away'])}, {rate(*FAULTS):.0f} faults/s, "
         f"{rate(*EVICTIONS):.0f} evictions/s"
     )
 

@@ -178,7 +178,7 @@ def test_an_array_eight_times_the_resident_limit_ends_with_every_byte_right(way,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout
     assert "every byte is right: SUCCESS" in ended.stdout
-    for figure in ("faults", "evictions", "to the DMS", "from it", "latency"):
+    for figure in ("faults", "evictions", "to the store", "from it", "latency"):
         assert re.search(rf"^{figure} +\d+", ended.stdout, re.MULTILINE), figure
     peak, allowed = re.search(r"at most (\d+) pages, of (\d+) allowed", ended.stdout).groups()
     assert int(peak) <= int(allowed) == 512

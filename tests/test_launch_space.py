@@ -167,7 +167,7 @@ def test_stats_prints_one_table_at_the_end(run):
         "latency": r"\d+ µs median, \d+ µs 99th",
         "waiting": r"\d+\.\d\d s",
         "evictions": r"\d+ pages with their bytes, \d+ clean",
-        "to the DMS": r"\d+ \wiB",
+        "to the store": r"\d+ \wiB",
         "from it": r"\d+.* \wiB",
         "resident": r"(\d+) MiB at most",
     }.items():
@@ -177,7 +177,7 @@ def test_stats_prints_one_table_at_the_end(run):
 
 PROGRESS = (
     r"\x1b\[\?7lwaits (\d+)% \(reading (\d+)%, for room (\d+)%\), "
-    r"resident [\d.]+ \w+, on the DMS [\d.]+ \w+, \d+ faults/s, \d+ evictions/s\x1b\[\?7h"
+    r"resident [\d.]+ \w+, in the store [\d.]+ \w+, \d+ faults/s, \d+ evictions/s\x1b\[\?7h"
 )
 
 

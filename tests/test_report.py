@@ -219,7 +219,7 @@ def test_a_browser_draws_it(clock, tmp_path, run, idle):
     rows = [html.unescape(re.sub("<[^>]*>", "|", r)) for r in re.findall(r"<tr>.*?</tr>", dom)]
     row = next(row for row in rows if "0x1000000000" in row and " s to " in row)
     assert HOSTILE in row and f"{len(made._samples)}.00 s to the end" in row
-    assert "here 512 KiB, on the DMS 512 KiB, never accessed 512 KiB, lost 512 KiB" in row
+    assert "here 512 KiB, in the store 512 KiB, never accessed 512 KiB, lost 512 KiB" in row
     assert any("|ended|" in row and "0x1000258000" in row and "16 KiB" in row for row in rows)
     assert any("30 µs median" in row for row in rows)
     sentences = "There was no fault." in dom, "No page came." in dom
@@ -275,7 +275,7 @@ def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capsy
     made.write(None, FIGURES, ())
     begin, *lines, end = capsys.readouterr().err.split("\r\x1b[K")
     assert begin == end == ""
-    memory = "resident 40 KiB, on the DMS 1.0 MiB"
+    memory = "resident 40 KiB, in the store 1.0 MiB"
     assert [re.sub(r"\x1b\[\?7[lh]", "", line) for line in lines] == [
         f"waits 20% (reading 10%, for room 4%), {memory}, 20 faults/s, 40 evictions/s",
         f"waits 40% (reading 20%, for room 8%), {memory}, 40 faults/s, 80 evictions/s",
