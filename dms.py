@@ -5,15 +5,18 @@ ranks from 0 on, each has a share of every instance's pages (stripes.py).
 
 Interface: DMS(comm, ...).serve() answers the instances' requests until the last has said BYE.
 
-Rules: one thread, one process, no locks. A request is checked before anything is changed, and one
-that is wrong is answered with ERROR and a reason; nothing that arrives ends the DMS, SIGTERM and
-SIGINT neither: the instances end it, when they have written back what they hold. An eviction is
-acknowledged when its bytes are written to the disk file. Which pages an instance has, it knows
-itself: an EVICT of a page that is elsewhere in the SPT has overtaken the GET.
+Rules: A request is checked before anything is changed, and one that is wrong is answered with ERROR
+and a reason; nothing that arrives ends the DMS, SIGTERM and SIGINT neither: the instances end it, when
+they have written back what they hold. An eviction is acknowledged when its bytes are written to the
+disk file. Which pages an instance has, it knows itself: an EVICT of a page that is elsewhere in the SPT
+has overtaken the GET.
+
+Nobody waits for another instance. One thread receives, answers and sends, and is never blocked in any of
+these: a message that is under way stays so while others are served, however long its other end takes. A
+sync takes as long as the disk does, so each has a thread of its own, which calls no MPI.
 
 Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next one without pause
-for a moment, offering its core at every look. Then it naps between looks, longer and longer. It
-waits for nobody who is slow to receive an answer: it goes on serving, and has another buffer for that.
+for a moment, offering its core at every look. Then it naps between looks, longer and longer.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ from __future__ import annotations
 import os
 import signal
 import struct
+import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from mpi4py import MPI
@@ -36,6 +42,28 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 EAGER = 500e-6  # seconds after a message in which the DMS does not sleep
 LOOK = 10e-6  # seconds that a look takes
 SHORTEST_NAP, LONGEST_NAP = 50e-6, 2e-3  # seconds between two looks
+
+# Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
+# default of 5 ms is what an instance would wait while a sync computes.
+SWITCH_INTERVAL = 50e-6
+
+
+class Exchange:
+    """A question and its answer: memory for both, and how far they are."""
+
+    def __init__(self) -> None:
+        self.question, self.answer = m.MessageBuffer(), m.MessageBuffer()
+        self.failure: Exception | None = None  # a thread's, which ends the DMS
+
+    def receives(self, source: int, tag: int, length: int, receiving: MPI.Request) -> None:
+        """The question is under way. length: of it (bytes)."""
+        self.source, self.tag, self.length, self.moving = source, tag, length, receiving
+
+    def reply(self, kind: int, body: bytes) -> int:
+        """Write the answer; its body's length."""
+        self.answer.body[: len(body)] = body
+        self.answer.head(kind, len(body))
+        return len(body)
 
 
 class DMS:
@@ -56,8 +84,11 @@ class DMS:
             own = path if path is None or instance == 0 else f"{path}.{instance}"
             self._stores.append(PageStore(own, start_addr, end_addr, keep, instance, share))
         self._pages = share.below((end_addr - start_addr) // PAGE_SIZE)
-        self._question, self._answer = m.MessageBuffer(), m.MessageBuffer()
-        self._sending: list[tuple[MPI.Request, m.MessageBuffer]] = []  # answers under way
+        self._syncs = {store: threading.Lock() for store in self._stores}
+        self._receiving: list[Exchange] = []  # their questions are under way
+        self._working: list[tuple[Exchange, threading.Thread]] = []
+        self._sending: list[Exchange] = []  # their answers are under way
+        self._unused: list[Exchange] = []
         self._log = log.logger("DMS")
         # What does each request; at most, how many pages, which `more`, and how long a body (bytes).
         self._requests: dict[int, tuple[Callable[..., int | None], int, int, int]] = {
@@ -65,7 +96,7 @@ class DMS:
             m.GET: (self._get, PAGES_AT_ONCE, m.MAX_STRIDE, 0),
             m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
-            m.START: (lambda store, _, body, *__: store.start(*m.EPOCH.unpack(body)), 0, 0, 8),
+            m.START: (self._start, 0, 0, m.EPOCH.size),
             m.SYNC: (self._sync, 0, m.SYNC_STEPS - 1, 0),
             m.FREE: (lambda store, pages, *_: store.free(pages[0], len(pages)), self._pages, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
@@ -82,60 +113,90 @@ class DMS:
         for ending in (signal.SIGTERM, signal.SIGINT):
             signal.signal(ending, signal.SIG_IGN)
         self._log.debug("DMS ready for serving requests")
-        status = MPI.Status()
-        while len(self._left) < len(self._stores):
-            self._wait(status)
-            source, tag = status.Get_source(), status.Get_tag()
-            length = self._receive(status.Get_count(MPI.BYTE), source, tag)
-            if length is not None:
-                message = [self._answer.message(self._handle(source, length)), MPI.BYTE]
-                self._send(self._comm.Isend(message, source, tag))
-        MPI.Request.Waitall([sending for sending, _ in self._sending])
-        for store in self._stores:
-            store.close()
-
-    def _send(self, sending: MPI.Request) -> None:
-        """Let this answer travel, and find a buffer for the next one."""
-        self._sending.append((sending, self._answer))
-        done = [buffer for sending, buffer in self._sending if sending.Test()]
-        self._sending = [under_way for under_way in self._sending if under_way[0]]
-        self._answer = done[0] if done else m.MessageBuffer()
-
-    def _wait(self, status: MPI.Status) -> None:
-        until, nap = time.monotonic() + EAGER, SHORTEST_NAP
-        while not self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
-            if time.monotonic() < until:
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        status, until, nap = MPI.Status(), 0.0, SHORTEST_NAP
+        while len(self._left) < len(self._stores) or self._working:
+            if self._look(status):
+                until, nap = time.monotonic() + EAGER, SHORTEST_NAP
+            elif time.monotonic() < until:
                 os.sched_yield()
             else:  # one look may not find what has come: MPI moves on a little at every look
                 time.sleep(nap)
                 until, nap = time.monotonic() + LOOK, min(2 * nap, LONGEST_NAP)
+        MPI.Request.Waitall([exchange.moving for exchange in self._sending])
+        for store in self._stores:
+            store.close()
 
-    def _receive(self, length: int, source: int, tag: int) -> int | None:
-        """Receive the message that was found, and throw away what is too long to be any; its length.
+    def _look(self, status: MPI.Status) -> bool:
+        """Receive, do and send what can be now. Is there anything?"""
+        if found := self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
+            self._receive(status.Get_count(MPI.BYTE), status.Get_source(), status.Get_tag())
+        here, self._receiving = _divide(self._receiving, lambda exchange: exchange.moving.Test())
+        for exchange in here:
+            self._begin(exchange)
+        done, self._working = _divide(self._working, lambda work: not work[1].is_alive())
+        for exchange, _ in done:
+            if exchange.failure:
+                raise exchange.failure
+            self._send(exchange)
+        return bool(found or here or done)
 
-        None: there is no memory for it, or MPI can't count so far. It was dropped, as to receive
-        less than all of it writes behind the buffer with some MPI.
+    def _receive(self, length: int, source: int, tag: int) -> None:
+        """Begin to receive the message that was found. What is too long to be any is thrown away.
+
+        It is dropped if there is no memory for it, or MPI can't count so far, as to receive less than
+        all of it writes behind the buffer with some MPI.
         """
-        whole: bytearray | memoryview = self._question.whole
+        exchange = self._unused.pop() if self._unused else Exchange()
+        whole: bytearray | memoryview = exchange.question.whole
         try:
             if not 0 <= length <= len(whole):
                 whole = bytearray(length)
         except (MemoryError, ValueError):  # ValueError: of MPI_UNDEFINED, which is negative
             self._comm.Mprobe(source, tag)  # no probe finds it again
             self._log.warning("a message of INSTANCE_%d was dropped: no room", source - self._first)
-            return None
-        self._comm.Recv([whole, MPI.BYTE], source, tag)
-        return length
+            return
+        receiving = self._comm.Irecv([whole, MPI.BYTE], source, tag)
+        exchange.receives(source, tag, length, receiving)
+        self._receiving.append(exchange)
 
-    def _handle(self, source: int, length: int) -> int:
-        """Do what the message of source asks. The answer is in _answer; returns its body's length.
+    def _begin(self, exchange: Exchange) -> None:
+        """Do what the question asks, and send the answer. A sync is done by a thread."""
+        kind, *_ = m.HEADER.unpack_from(exchange.question.whole)  # if it is whole: _handle sees
+        if kind == m.SYNC:
+            work = threading.Thread(target=self._work, args=(exchange,))
+            with suppress(RuntimeError):  # there can't be one now: then all wait for it
+                work.start()
+                self._working.append((exchange, work))
+                return
+        self._handle(exchange)
+        self._send(exchange)
+
+    def _work(self, exchange: Exchange) -> None:
+        """A thread."""
+        try:
+            self._handle(exchange)
+        except Exception as error:  # noqa: BLE001 - _look raises it
+            exchange.failure = error
+
+    def _send(self, exchange: Exchange) -> None:
+        """Let this answer travel."""
+        answer = [exchange.answer.message(exchange.length), MPI.BYTE]
+        exchange.moving = self._comm.Isend(answer, exchange.source, exchange.tag)
+        self._sending.append(exchange)
+        sent, self._sending = _divide(self._sending, lambda exchange: exchange.moving.Test())
+        self._unused += sent
+
+    def _handle(self, exchange: Exchange) -> None:
+        """Do what the question asks, and write the answer. `length` is then its body's.
 
         A request that can't be done changes nothing, and is answered with the reason.
         """
+        source, length, question = exchange.source, exchange.length, exchange.question
         try:
             if not m.HEADER.size <= length <= m.MAX_MESSAGE:
                 raise ValueError(f"a message of {length} bytes is none of the EDM's")
-            kind, more, count, page = m.HEADER.unpack_from(self._question.whole)
+            kind, more, count, page = m.HEADER.unpack_from(question.whole)
             store = self._stores[source - self._first]
             if store in self._left:
                 raise ValueError("it has said BYE")
@@ -144,7 +205,7 @@ class DMS:
             if store.offers and kind not in (m.HELLO, m.START, m.BYE):
                 raise ValueError("its disk waits for START")
             action, *most = self._requests[kind]
-            body = self._question.body[: length - m.HEADER.size]
+            body = question.body[: length - m.HEADER.size]
             if not min(1, most[0]) <= count <= most[0] or more > most[1] or len(body) > most[2]:
                 has = f"a count of {count}, `more` of {more} and a body of {len(body)} bytes"
                 raise ValueError(f"{has}, where at most {most} may be")
@@ -152,44 +213,58 @@ class DMS:
             pages = range(page, page + count * step, step)
             if pages and pages[-1] >= self._pages:
                 raise ValueError(f"page {pages[-1]}, in a space of {self._pages} pages")
-            self._answer.head(m.OK)
-            return action(store, pages, body, more, kind) or 0
+            exchange.answer.head(m.OK)
+            exchange.length = action(store, pages, exchange, body, more, kind) or 0
         except (ValueError, struct.error, OSError, MemoryError) as error:
             reason = m.reason(error)
             if reason != self._refused:  # a full disk refuses again and again
                 told = m.error_of(reason).strerror
                 self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, told)
             self._refused = reason
-            return self._reply(m.ERROR, reason)
-
-    def _reply(self, kind: int, body: bytes) -> int:
-        self._answer.body[: len(body)] = body
-        self._answer.head(kind, len(body))
-        return len(body)
+            exchange.length = exchange.reply(m.ERROR, reason)
 
     # ------------------------------------------------------------ the requests
 
-    def _hello(self, store: PageStore, pages: range, body: memoryview, *_: int) -> int:
+    def _hello(
+        self, store: PageStore, pages: range, exchange: Exchange, body: memoryview, *_: int
+    ) -> int:
         theirs = m.GEOMETRY.unpack(body)
         fields = "(version, page size, start_addr, end_addr, DMSs, stripe)"
         if theirs != self._geometry:
             raise ValueError(f"instance and DMS differ in {fields}: {theirs} and {self._geometry}")
         offers = store.offers.start, store.offers.stop
         welcome = m.WELCOME.pack(store.kept, *offers, os.getpid(), *m.pids_are_of())
-        return self._reply(m.OK, welcome)
+        return exchange.reply(m.OK, welcome)
 
-    def _sync(self, store: PageStore, pages: range, body: memoryview, step: int, _: int) -> None:
-        store.sync_steps[step]()
+    def _start(
+        self, store: PageStore, pages: range, exchange: Exchange, body: memoryview, *_: int
+    ) -> None:
+        store.start(*m.EPOCH.unpack(body))
 
-    def _get(self, store: PageStore, pages: range, *_: Any) -> int:
+    def _sync(self, store: PageStore, pages: range, *rest: Any) -> None:
+        """In a thread."""
+        _, _, step, _ = rest
+        with self._syncs[store]:  # should an instance ask twice at once
+            store.sync_steps[step]()
+
+    def _get(self, store: PageStore, pages: range, exchange: Exchange, *_: Any) -> int:
+        answer = exchange.answer
         try:
-            kind, got = store.get(pages, self._answer.body)
+            kind, got = store.get(pages, answer.body)
         except OSError as error:
             raise OSError(error.errno, f"page {pages[0]}: {error.strerror}") from None
-        self._answer.head(kind, got, pages[0])
+        answer.head(kind, got, pages[0])
         return got * PAGE_SIZE if kind == CONTENT else 0
 
-    def _put(self, store: PageStore, pages: range, body: memoryview, runs: int, kind: int) -> None:
+    def _put(
+        self,
+        store: PageStore,
+        pages: range,
+        exchange: Exchange,
+        body: memoryview,
+        runs: int,
+        kind: int,
+    ) -> None:
         at, dirty = runs * m.RUN.size, []
         for first, count in m.RUN.iter_unpack(body[:at]):
             if not pages.start <= first < first + count <= pages.stop:
@@ -201,5 +276,14 @@ class DMS:
         gone = [(pages.start, len(pages))] if kind == m.EVICT else []
         store.put(gone, dirty)
 
-    def _locations(self, store: PageStore, pages: range, *_: Any) -> int:
-        return self._reply(m.LOCATIONS, store.locations(pages.start, len(pages)))
+    def _locations(self, store: PageStore, pages: range, exchange: Exchange, *_: Any) -> int:
+        return exchange.reply(m.LOCATIONS, store.locations(pages.start, len(pages)))
+
+
+def _divide(all_of: list, is_one: Callable[[Any], object]) -> tuple[list, list]:
+    """Those of which this is true, and the others."""
+    ones: list = []
+    others: list = []
+    for each in all_of:
+        (ones if is_one(each) else others).append(each)
+    return ones, others
