@@ -286,3 +286,19 @@ def test_a_job_ends_too_where_nobody_reads_why():
     code += "; print('the reason', file=rank.sys.stderr); rank._abort(World(), 7)"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as job:
         assert job.wait(20) == 7
+
+
+def test_an_application_learns_an_instances_number_of_any_size():
+    """Over the socket that a rank and its application share."""
+    code = """
+import sys
+from edm import rank
+def be(config, application, control):
+    control.send(b"%d" % 70000)
+    rank.os.waitpid(application, 0)
+    rank.os._exit(0)
+rank._run = be
+print(rank.fork_application(None)[1], flush=True)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert ended.stdout == "70000\n", ended.stderr
