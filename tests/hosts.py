@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import has_mpich
+from conftest import PROGRAMS, has_mpich
 
 from edm.doctor import find_mpirun
 
@@ -39,7 +39,7 @@ echo ready
 exec cat
 """
 
-UP = "timeout 5 sh -c 'until grep -q up /sys/class/net/{}/operstate; do sleep 0.005; done'"
+UP = "timeout 5 sh -c 'until grep -q -e up -e unknown /sys/class/net/{}/operstate; do sleep 0.005; done'"
 
 AGENT = """#!/bin/sh
 # In place of ssh: AGENT [option ...] HOST COMMAND ...
@@ -60,11 +60,14 @@ def missing() -> str:
 
 
 class Hosts:
-    def __init__(self, folder: Path, count: int) -> None:
-        """Raises OSError, or CalledProcessError, if this machine can't do it; so does `with`."""
+    def __init__(self, folder: Path, count: int, wire: tuple[float, float] | None = None) -> None:
+        """wire: between two hosts, its delay of one way (seconds), and which part of the frames is lost.
+
+        Raises OSError, or CalledProcessError, if this machine can't do it; so does `with`."""
         self.folder, self.local = folder, folder / "local"
         self.names = [f"edm-{letter}" for letter in "abcdefgh"[:count]]
         self.pids: list[int] = []
+        self._wire = wire
         self._holders: list[subprocess.Popen] = []
         self.local.mkdir()
         others = [f"{NETWORK}.{n}.2 {name}\n" for n, name in enumerate(self.names) if n]
@@ -79,13 +82,12 @@ class Hosts:
                 self._hold(name)
             self._run(0, "echo 1 >/proc/sys/net/ipv4/ip_forward")
             for n in range(1, len(self.names)):
-                here, there, link = f"{NETWORK}.{n}.1", f"{NETWORK}.{n}.2", f"e{n}"
-                ends = ("netns", self.pids[0], "type", "veth", "peer", "name", "e0")
-                _call("ip", "link", "add", link, *ends, "netns", self.pids[n])
+                here, there = f"{NETWORK}.{n}.1", f"{NETWORK}.{n}.2"
+                link, end = self._lay_wire(*self._wire) if self._wire else self._link(n)
                 self._run(0, f"ip addr add {here}/24 dev {link} && ip link set {link} up")
-                self._run(n, f"ip addr add {there}/24 dev e0 && ip link set e0 up")
+                self._run(n, f"ip addr add {there}/24 dev {end} && ip link set {end} up")
                 self._run(n, f"ip route add default via {here}")
-                for host, name in (0, link), (n, "e0"):  # MPI does not use it before
+                for host, name in (0, link), (n, end):  # MPI does not use it before
                     self._run(host, UP.format(name))
         except BaseException:
             self.__exit__()
@@ -110,13 +112,32 @@ class Hosts:
         self.pids.append(int(children.read_text()))
         (self.folder / f"pid-{name}").write_text(f"{self.pids[-1]}")
 
+    def _link(self, n: int) -> tuple[str, str]:
+        """Connect this host to the first one; what the two ends are called."""
+        ends = ("netns", self.pids[0], "type", "veth", "peer", "name", "e0")
+        _call("ip", "link", "add", f"e{n}", *ends, "netns", self.pids[n])
+        return f"e{n}", "e0"
+
+    def _lay_wire(self, *how: float) -> tuple[str, str]:
+        program = [sys.executable, PROGRAMS / "wire.py", *self.pids, *how]
+        pipe = subprocess.PIPE
+        wire = subprocess.Popen(list(map(str, program)), stdin=pipe, stdout=pipe, text=True)
+        self._holders.append(wire)
+        if wire.stdout.readline() != "ready\n":
+            raise OSError("a wire can't be made")
+        return "tap0", "tap0"
+
     def _run(self, host: int, script: str) -> None:
-        _call("nsenter", "--target", self.pids[host], "--all", "sh", "-c", script)
+        _call(*self.enter(host), "sh", "-c", script)
+
+    def enter(self, host: int) -> list[str]:
+        """What a command line begins with that runs a command there."""
+        return ["nsenter", "--target", f"{self.pids[host]}", "--all", f"--wd={os.getcwd()}"]
 
     def command(self, *arguments: object, on: list[str]) -> list[object]:
         """The command line that runs `python ...` with a rank on each of these hosts, in this order."""
         ranks = ["-n", len(on), sys.executable, *arguments]
-        into = ["nsenter", "--target", self.pids[0], "--all", f"--wd={os.getcwd()}", find_mpirun()]
+        into = [*self.enter(0), find_mpirun()]
         agent = self.folder / "agent"
         if has_mpich():
             options = ["-launcher", "ssh", "-launcher-exec", agent]

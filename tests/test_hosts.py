@@ -8,6 +8,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -153,6 +155,52 @@ def test_while_a_dms_is_stopped_its_job_waits_and_then_it_goes_on(start, hosts, 
         os.kill(dms, signal.SIGCONT)
     rest, _ = job.communicate(timeout=60)
     assert job.returncode == 0 and words in rest, output + rest
+
+
+# ---------------------------------------------------------------- a slow link
+
+DELAY, LOSS = 0.002, 0.01  # seconds, there and back; part of the frames
+SEND = """
+import socket, sys, time
+def received(peer):
+    count = 0
+    while part := peer.recv(1 << 20):
+        count += len(part)
+    return count
+if sys.argv[1] == "receive":
+    with socket.create_server(("", 7000)) as server:
+        print("ready", flush=True)
+        peer = server.accept()[0]
+        began, count = time.monotonic(), received(peer)
+        print(count / (time.monotonic() - began))
+else:
+    with socket.create_connection((sys.argv[1], 7000)) as peer:
+        peer.sendall(bytes(16 << 20))
+"""
+
+
+def rate(hosts):
+    """Bytes a second that come through TCP from edm-b."""
+    python = [[*hosts.enter(n), sys.executable, "-c", SEND] for n in (0, 1)]
+    with subprocess.Popen([*python[0], "receive"], stdout=subprocess.PIPE, text=True) as receiver:
+        assert receiver.stdout.readline() == "ready\n"
+        subprocess.run([*python[1], A], check=True, timeout=100)
+        return float(receiver.stdout.read())
+
+
+@needs_hosts
+def test_a_slow_link_delays_random_reads_and_readahead_hides_it_from_sequential_ones(
+    run, tmp_path, needs_long
+):
+    with Hosts(tmp_path, 2, (DELAY / 2, LOSS)) as slow:
+        link = rate(slow)
+        ended = run(*slow.command(PROGRAMS / "link.py", on=[B, A]), timeout=200)
+    assert ended.returncode == 0, ended.stdout
+    figures = ast.literal_eval(ended.stdout.splitlines()[-1])
+    figures["link"] = link
+    print(figures)
+    assert DELAY <= figures["random"] < 10 * DELAY, figures
+    assert figures["sequential"] > link / 10, figures
 
 
 # ---------------------------------------------------------------- who is slow harms nobody else
