@@ -241,9 +241,16 @@ class DMS:
     ) -> None:
         store.start(*m.EPOCH.unpack(body))
 
-    def _sync(self, store: PageStore, pages: range, *rest: Any) -> None:
+    def _sync(
+        self,
+        store: PageStore,
+        pages: range,
+        exchange: Exchange,
+        body: memoryview,
+        step: int,
+        _: int,
+    ) -> None:
         """In a thread."""
-        _, _, step, _ = rest
         with self._syncs[store]:  # should an instance ask twice at once
             store.sync_steps[step]()
 
