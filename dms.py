@@ -59,6 +59,10 @@ class Exchange:
         """The question is under way. length: of it (bytes)."""
         self.source, self.tag, self.length, self.moving = source, tag, length, receiving
 
+    def asks(self, kind: int, more: int, pages: range, body: memoryview) -> None:
+        """What the question says: see messages.py."""
+        self.kind, self.more, self.pages, self.body = kind, more, pages, body
+
     def reply(self, kind: int, body: bytes) -> int:
         """Write the answer; its body's length."""
         self.answer.body[: len(body)] = body
@@ -98,9 +102,9 @@ class DMS:
             m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.START: (self._start, 0, 0, m.EPOCH.size),
             m.SYNC: (self._sync, 0, m.SYNC_STEPS - 1, 0),
-            m.FREE: (lambda store, pages, *_: store.free(pages[0], len(pages)), self._pages, 0, 0),
+            m.FREE: (self._free, self._pages, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
-            m.BYE: (lambda store, *_: self._left.append(store), 0, 0, 0),
+            m.BYE: (self._bye, 0, 0, 0),
         }
         self._left: list[PageStore] = []  # of the instances that have said BYE
         self._refused = b""  # the last reason
@@ -213,8 +217,9 @@ class DMS:
             pages = range(page, page + count * step, step)
             if pages and pages[-1] >= self._pages:
                 raise ValueError(f"page {pages[-1]}, in a space of {self._pages} pages")
+            exchange.asks(kind, more, pages, body)
             exchange.answer.head(m.OK)
-            exchange.length = action(store, pages, exchange, body, more, kind) or 0
+            exchange.length = action(store, exchange) or 0
         except (ValueError, struct.error, OSError, MemoryError) as error:
             reason = m.reason(error)
             if reason != self._refused:  # a full disk refuses again and again
@@ -225,54 +230,33 @@ class DMS:
 
     # ------------------------------------------------------------ the requests
 
-    def _hello(
-        self, store: PageStore, pages: range, exchange: Exchange, body: memoryview, *_: int
-    ) -> int:
-        theirs = m.GEOMETRY.unpack(body)
+    def _hello(self, store: PageStore, asked: Exchange) -> int:
+        theirs = m.GEOMETRY.unpack(asked.body)
         fields = "(version, page size, start_addr, end_addr, DMSs, stripe)"
         if theirs != self._geometry:
             raise ValueError(f"instance and DMS differ in {fields}: {theirs} and {self._geometry}")
         offers = store.offers.start, store.offers.stop
         welcome = m.WELCOME.pack(store.kept, *offers, os.getpid(), *m.pids_are_of())
-        return exchange.reply(m.OK, welcome)
+        return asked.reply(m.OK, welcome)
 
-    def _start(
-        self, store: PageStore, pages: range, exchange: Exchange, body: memoryview, *_: int
-    ) -> None:
-        store.start(*m.EPOCH.unpack(body))
+    def _start(self, store: PageStore, asked: Exchange) -> None:
+        store.start(*m.EPOCH.unpack(asked.body))
 
-    def _sync(
-        self,
-        store: PageStore,
-        pages: range,
-        exchange: Exchange,
-        body: memoryview,
-        step: int,
-        _: int,
-    ) -> None:
+    def _sync(self, store: PageStore, asked: Exchange) -> None:
         """In a thread."""
         with self._syncs[store]:  # should an instance ask twice at once
-            store.sync_steps[step]()
+            store.sync_steps[asked.more]()
 
-    def _get(self, store: PageStore, pages: range, exchange: Exchange, *_: Any) -> int:
-        answer = exchange.answer
+    def _get(self, store: PageStore, asked: Exchange) -> int:
         try:
-            kind, got = store.get(pages, answer.body)
+            kind, got = store.get(asked.pages, asked.answer.body)
         except OSError as error:
-            raise OSError(error.errno, f"page {pages[0]}: {error.strerror}") from None
-        answer.head(kind, got, pages[0])
+            raise OSError(error.errno, f"page {asked.pages[0]}: {error.strerror}") from None
+        asked.answer.head(kind, got, asked.pages[0])
         return got * PAGE_SIZE if kind == CONTENT else 0
 
-    def _put(
-        self,
-        store: PageStore,
-        pages: range,
-        exchange: Exchange,
-        body: memoryview,
-        runs: int,
-        kind: int,
-    ) -> None:
-        at, dirty = runs * m.RUN.size, []
+    def _put(self, store: PageStore, asked: Exchange) -> None:
+        pages, body, at, dirty = asked.pages, asked.body, asked.more * m.RUN.size, []
         for first, count in m.RUN.iter_unpack(body[:at]):
             if not pages.start <= first < first + count <= pages.stop:
                 raise ValueError(f"{count} dirty pages from page {first}, where {pages} leave")
@@ -280,11 +264,16 @@ class DMS:
             at += count * PAGE_SIZE
         if len(body) != at:
             raise ValueError(f"a body of {len(body)} bytes, where {at} belong")
-        gone = [(pages.start, len(pages))] if kind == m.EVICT else []
-        store.put(gone, dirty)
+        store.put([(pages.start, len(pages))] if asked.kind == m.EVICT else [], dirty)
 
-    def _locations(self, store: PageStore, pages: range, exchange: Exchange, *_: Any) -> int:
-        return exchange.reply(m.LOCATIONS, store.locations(pages.start, len(pages)))
+    def _free(self, store: PageStore, asked: Exchange) -> None:
+        store.free(asked.pages[0], len(asked.pages))
+
+    def _locations(self, store: PageStore, asked: Exchange) -> int:
+        return asked.reply(m.LOCATIONS, store.locations(asked.pages.start, len(asked.pages)))
+
+    def _bye(self, store: PageStore, asked: Exchange) -> None:
+        self._left.append(store)
 
 
 def _divide(all_of: list, is_one: Callable[[Any], object]) -> tuple[list, list]:
