@@ -33,7 +33,7 @@ from struct import Struct
 from typing import Any, NoReturn
 
 from edm import log
-from edm.edm import TELLING, Config
+from edm.edm import TELLING, Config, launched
 from edm.messages import DMSGone
 
 # <linux/pidfd.h>
@@ -61,12 +61,13 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
         _run(config, application, theirs)
         return None
     theirs.close()
+    if launched()[0] >= (config.dms or 1):
+        os.setpgid(0, 0)
     told = ours.recv(1000).decode()
     if not told:
         os._exit(0)  # this rank has told why it can't be what it is to be
     if not told.isdigit():
         _watch(ours, told)
-    os.setpgid(0, 0)
     return ours, int(told)
 
 
