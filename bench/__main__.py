@@ -1,5 +1,7 @@
 """python -m bench: every system in turn, several times; tables of medians, and a chart.
 
+`python -m bench programs` is another benchmark, of whole programs: programs.py.
+
 Needs a C compiler; for the kernel's swap and the mapped file, root and memory cgroups.
 """
 
@@ -9,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import mmap
 import os
 import shutil
 import signal
@@ -17,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 from bench.chart import bar_chart
+from bench.surroundings import available, memory_cgroup, swap_file, warm
 from bench.system import (
     EDM,
     MAPPED,
@@ -38,7 +39,6 @@ from bench.table import machine, medians, section
 
 HERE = Path(__file__).parent
 SIZES = ((512, 128), (6144, 1536))  # MiB of memory, and of it resident
-WARM = 16384  # MiB touched before a run, at most
 KILLED = 5  # tries: in a small cgroup the kernel may find no page that can leave at once, and kills
 STARTS = 7  # of the program of ten lines, with EDM and without
 PROGRAM = """
@@ -55,43 +55,6 @@ assert primes[-1] == 997
 
 
 # ---------------------------------------------------------------- running a system
-
-
-@contextlib.contextmanager
-def memory_cgroup(limit: int) -> Iterator[Path]:
-    """A cgroup whose processes may have limit bytes; version 1 or 2, whichever there is."""
-    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    parent, setting = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
-    group = parent / f"edm-bench-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / setting).write_text(str(limit))
-        yield group
-    finally:
-        deadline = time.monotonic() + 10
-        while True:  # a process that has just ended still counts for a moment
-            try:
-                group.rmdir()
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def swap_file(path: Path, size: int) -> Iterator[None]:
-    """The kernel swaps to this file, of size MiB, which stays for the next run."""
-    if not path.exists():
-        with open(path, "wb") as file:
-            os.chmod(path, 0o600)
-            file.writelines(bytes(1 << 20) for _ in range(size))
-        subprocess.run(["mkswap", path], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(["swapon", path], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["swapoff", path], check=True)
 
 
 def mpirun() -> str | None:
@@ -125,20 +88,6 @@ def run_once(system: str, load: Load, folder: Path) -> dict:
             print(f"{system}: killed by the kernel; once more", file=sys.stderr)
     ended.check_returncode()
     return json.loads(ended.stdout)
-
-
-def available() -> int:
-    """MiB of memory that programs can still have: proc(5), "MemAvailable"."""
-    with open("/proc/meminfo") as file:
-        lines = dict(line.split(":") for line in file)
-    return int(lines["MemAvailable"].split()[0]) >> 10
-
-
-def warm(size: int) -> None:
-    """Touch and free so many MiB: a hypervisor may have taken free memory back, and giving it again
-    costs a page many times as much as the kernel's own work (14 µs for 3 were seen)."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    mmap.mmap(-1, min(size, WARM, available() * 3 // 4) << 20, flags=flags).close()
 
 
 def why_not(system: str, size: int, folder: Path) -> str:
@@ -191,6 +140,10 @@ def measure(
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["programs"]:
+        from bench import programs  # needs NumPy
+
+        return programs.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     sizes = ", then ".join(f"{size} and {resident}" for size, resident in SIZES)
     parser.add_argument("--size", type=int, help=f"MiB of memory ({sizes} resident)")
