@@ -47,6 +47,7 @@ class Stream:
         self.next = next  # the page whose fault would continue it
         self.window = window  # pages to fetch then
         self.stride = stride  # between them; -1: downward
+        self.near = range(0)  # pages whose fault continues it
         self.ahead: dict[range, Any] = {}  # pages → what the store's ask_get gave
         self.bounds = (0, 0)  # a range that has all pages of ahead
 
@@ -82,8 +83,13 @@ class Readahead:
             if stride in (1, -1) or stride > 1 and before - stride in recent:
                 recent.remove(before)
                 window = min(FIRST_WINDOW, self.max_window)
-                self._streams.append(Stream(page + stride, window, stride))
-                self._watch()
+                stream = Stream(page + stride, window, stride)
+                self._streams.append(stream)
+                self._watch(stream)
+                if len(self._streams) > STREAMS:
+                    ended = self._streams.pop(0)
+                    self._drop_ahead(ended)
+                    self._unwatch(ended)
                 return
         if len(recent) == REMEMBERED:
             recent.clear()
@@ -97,18 +103,21 @@ class Readahead:
         stream.window = min(2 * stream.window, most)
         self._streams.remove(stream)
         self._streams.append(stream)
-        self._watch()
+        self._watch(stream)
 
-    def _watch(self) -> None:
-        """End the streams that are more than STREAMS, and note whose fault continues which one."""
-        while len(self._streams) > STREAMS:
-            self._drop_ahead(self._streams.pop(0))
+    def _watch(self, stream: Stream) -> None:
+        """Note whose fault continues this stream, in place of what was noted of it before."""
+        # Only its own entries change: to note all streams anew takes longer than a fault.
+        self._unwatch(stream)
         # Pages that were here already do not end a stream. NEAR, as random faults that hit an old
         # stream would bring a window each.
-        self._near.clear()
-        for stream in self._streams:
-            near = range(stream.next, stream.next + NEAR * stream.stride, stream.stride)
-            self._near.update(dict.fromkeys(near, stream))
+        stream.near = range(stream.next, stream.next + NEAR * stream.stride, stream.stride)
+        self._near.update(dict.fromkeys(stream.near, stream))
+
+    def _unwatch(self, stream: Stream) -> None:
+        for page in stream.near:
+            if self._near.get(page) is stream:
+                del self._near[page]
 
     def _drop_ahead(self, stream: Stream) -> None:
         while stream.ahead:
