@@ -136,6 +136,7 @@ class Lpet:
     def close(self) -> None:
         os.close(self._out)
         os.close(self._in)
+        del self._tracker  # it refers to this Lpet, which would keep its memory until a collection
 
     # ------------------------------------------------------------ one eviction
 

@@ -28,7 +28,9 @@ def lines_of_code(source: str) -> int:
         if token.type not in NO_CODE:
             code.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
             code.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(code)
 

@@ -291,14 +291,14 @@ def test_a_job_ends_too_where_nobody_reads_why():
 def test_an_application_learns_an_instances_number_of_any_size():
     """Over the socket that a rank and its application share."""
     code = """
-import sys
 from edm import rank
+from edm.edm import Config
 def be(config, application, control):
     control.send(b"%d" % 70000)
     rank.os.waitpid(application, 0)
     rank.os._exit(0)
 rank._run = be
-print(rank.fork_application(None)[1], flush=True)
+print(rank.fork_application(Config())[1], flush=True)
 """
     ended = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert ended.stdout == "70000\n", ended.stderr

@@ -377,8 +377,10 @@ def test_killed_at_any_moment_two_instances_find_what_their_last_sync_had_on_two
         wait_for(lambda job=job: len(job.ranks()) == 4, 20)
         output = ""
         if crash % 3 < 2 or crash == crashes:  # else it is killed while it begins
+            deadline = time.monotonic() + 30
             while not {"2", "3"} <= set(re.findall(r"(\d) found \d+\n", output)):
                 output += read_until(job, "\n")
+                assert time.monotonic() < deadline, output[-2000:]
         moment = time.monotonic() + dice.random() * 0.6
         while (left := moment - time.monotonic()) > 0:
             if select.select([job.stdout], [], [], left)[0]:
