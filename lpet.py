@@ -61,7 +61,7 @@ from edm import lspt as l
 from edm.lspt import LSPT, Left, Run, runs, runs_of
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.page_store import Bytes
-from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd, punch_hole
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Lpet:
         spans = [found.span() for found in _SPAN.finditer(here)]
         self._fill_pipe(page, spans)
         for first, before in left:
-            punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE)
+            punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE, WITH_GIL)
         return spans, self._pagemap.written(page, here)
 
     def _fill_pipe(self, first: int, spans: Iterable[Span]) -> None:

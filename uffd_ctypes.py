@@ -118,6 +118,8 @@ _libc.munmap.argtypes = (c_void_p, c_size_t)
 _libc.mprotect.argtypes = (c_void_p, c_size_t, c_int)
 _libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
 _libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
+WITH_GIL = ctypes.PyDLL(None, use_errno=True)
+WITH_GIL.fallocate.argtypes = _libc.fallocate.argtypes
 _libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 _libc.syscall.restype = c_long
 
@@ -302,9 +304,9 @@ def madvise(addr: int, length: int, advice: int) -> None:
         raise _failed("madvise")
 
 
-def punch_hole(fd: int, offset: int, length: int) -> None:
+def punch_hole(fd: int, offset: int, length: int, libc: ctypes.CDLL = _libc) -> None:
     """fallocate(2) with PUNCH_HOLE: give back the file's memory or disk there (bytes)."""
-    if _libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length):
+    if libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length):
         raise _failed("fallocate")
 
 
