@@ -139,6 +139,8 @@ class DMS:
         """Receive, do and send what can be now. Is there anything?"""
         if found := self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
             self._receive(status.Get_count(MPI.BYTE), status.Get_source(), status.Get_tag())
+        if not (self._receiving or self._working):
+            return found
         here, self._receiving = _divide(self._receiving, lambda exchange: exchange.moving.Test())
         for exchange in here:
             self._begin(exchange)
