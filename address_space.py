@@ -173,7 +173,7 @@ class Space:
         if how == u.USER_MODE:
             sys.excepthook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY])
         os.register_at_fork(after_in_child=self._forked)
-        atexit.register(self._end)
+        atexit.register(self._end, config.stats)
 
     # ------------------------------------------------------------ the API
 
@@ -385,8 +385,12 @@ class Space:
         except OSError:  # EBADF
             return False
 
-    def _end(self) -> None:
-        """At the interpreter's end: what the pager prints comes before the shell's prompt."""
+    def _end(self, tells: bool) -> None:
+        """At the interpreter's end: what the pager prints comes before the shell's prompt, and if it `tells`
+        a table, behind what the program has printed."""
+        if tells and sys.stdout is not None:
+            with contextlib.suppress(Exception):  # Python tries again, and says what is wrong
+                sys.stdout.flush()
         # RuntimeError: there is no space, or a signal handler ends the process in the midst of a call
         with contextlib.suppress(OSError, RuntimeError):
             self._call(m.END)
