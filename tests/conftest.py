@@ -43,6 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --long, over MPI one clean_tracking is tried: how first writes are noticed is the same."""
+    for item in items if not config.getoption("--long") else ():
+        of_test = item.callspec.params if hasattr(item, "callspec") else {}
+        if of_test.get("way") == "mpi" and of_test.get("tracking") in ("events", "none"):
+            item.add_marker(pytest.mark.skip(reason="over MPI, with --long only"))
+
+
 needs_userfaultfd = pytest.mark.skipif(bool(_userfaultfd_missing()), reason=_userfaultfd_missing())
 TRACKERS = [
     "unmap",

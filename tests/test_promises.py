@@ -533,7 +533,7 @@ def test_four_threads_lose_no_update_and_nothing_of_edms_grows(
     way, tmp_path, tracker, tracking, long
 ):
     options = ["--idle-tracker", tracker, "--clean-tracking", tracking]
-    soak(way, tmp_path, 300 if long else 2, *options)
+    soak(way, tmp_path, 300 if long else 1, *options)
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)
@@ -541,7 +541,7 @@ def test_four_threads_lose_no_update_and_nothing_grows_with_a_kept_disk(
     way, tmp_path, tracker, long
 ):
     options = ["--idle-tracker", tracker, "--high-threshold", "8", "--low-threshold", "6"]
-    soak(way, tmp_path, 300 if long else 2, *options, "--keep", "--disk", tmp_path / "disk")
+    soak(way, tmp_path, 300 if long else 1, *options, "--keep", "--disk", tmp_path / "disk")
 
 
 def test_four_threads_lose_no_update_in_the_plain_way(way, tmp_path):
