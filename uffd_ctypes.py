@@ -15,8 +15,8 @@ Rules:
     * Addresses and lengths are bytes, whole pages.
     * A Userfaultfd holds one argument block, so each thread makes its own around the descriptor.
     * The descriptor acts on the address space of the process that made it, whoever holds it.
-    * Every call lets go of the GIL. fcntl.ioctl is a microsecond faster than ctypes, so the ioctls
-      use it, with the arguments packed by struct.
+    * Every call lets go of the GIL, but for those by WITH_GIL. fcntl.ioctl is a microsecond faster than
+      ctypes, so the ioctls use it, with the arguments packed by struct.
 
 Sources: userfaultfd(2), ioctl_userfaultfd(2), <linux/userfaultfd.h>, <asm-generic/ioctl.h>,
 Documentation/admin-guide/mm/userfaultfd.rst.
@@ -118,6 +118,7 @@ _libc.munmap.argtypes = (c_void_p, c_size_t)
 _libc.mprotect.argtypes = (c_void_p, c_size_t, c_int)
 _libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
 _libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
+# Keeps the GIL: for calls that take less time than to get it back from another thread.
 WITH_GIL = ctypes.PyDLL(None, use_errno=True)
 WITH_GIL.fallocate.argtypes = _libc.fallocate.argtypes
 _libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
