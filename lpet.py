@@ -33,7 +33,8 @@ where it stopped. Pages that came AGE generations ago leave, neighbours together
 clock does not find enough, younger ones do. A page that the kernel's idle bitmap says was used is
 passed. While the LSPT is small (lspt.SMALL), or if the settings are plain, the wiki's algorithm is
 followed in full: every page is asked, idle ones leave, the others are marked and passed, and if that was
-not enough, they leave in order. A page that a system call of an ordinary user is about to touch is passed always (pins.py).
+not enough, they leave in order. A page that a system call of an ordinary user is about to touch is passed
+always (pins.py).
 
 When the store refuses, because its disk is full or fails, LPET evicts clean pages only for a while,
 and then tries again with half as many at once. If a fault has waited for GRACE seconds of refusals

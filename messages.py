@@ -30,8 +30,8 @@ What a question has no use for is 0 in its header.
 
 A page is named by the number that this DMS has for it (stripes.py); with one DMS, this is
 (address - start_addr) / PAGE_SIZE. START is sent only to several DMSs, if their disks are kept, and
-before all requests that are about pages. Instead of any of these answers the DMS may send ERROR with a reason; then every page is where it was. To a GET it says
-that the first page can't be read.
+before all requests that are about pages. Instead of any of these answers the DMS may send ERROR with a
+reason; then every page is where it was. To a GET it says that the first page can't be read.
 
 A question and its answer have the same MPI tag, and no other question has that tag meanwhile. The
 order of messages of different tags means nothing: an EVICT may overtake the GET of its page.

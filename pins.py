@@ -5,8 +5,8 @@ In the picture: beside the LSPT, in memory that the pager and LPET share.
 Interface: LSPT.pins is a Pins. system_calls.py calls pin, for a call that has not begun. LPET calls
 drop_ended before it evicts, and LSPT.leaving without().
 
-A thread has at most one pin, of all pages of a call. It holds while /proc/TID/syscall shows that the thread is in this call,
-with these arguments. If the file shows no more than "running", it holds until the thread has used the
+A thread has at most one pin, of all pages of a call. It holds while /proc/TID/syscall shows that the
+thread is in this call, with these arguments. If the file shows no more than "running", it holds until the thread has used the
 processor for RUNNING since then: what is done with the pages takes less. (If it held for a time, a
 recv_into that waits would lose its pages.) Nobody tells that a call has ended: that is asked when the
 pages are wanted, or the room for another pin.

@@ -197,8 +197,8 @@ class SystemCalls:
         memfd: int,
         unmark: bool,
     ) -> None:
-        """ended: an eventfd, whose writing ends run(). application: its process id. unmark: has the mark of a page that is to be written to be taken
-        away here?"""
+        """ended: an eventfd, whose writing ends run(). application: its process id. unmark: has the mark of a
+        page that is to be written to be taken away here?"""
         self._application, self._memfd, self._unmark = application, memfd, unmark
         self.processes = frozenset((application,))  # which have the space; others' calls just go on
         self.hear_children: Callable[[], object] = bool  # called when a process is unknown
