@@ -255,7 +255,7 @@ class PageStore:
         self.sync_steps = self._changed_blocks, self._make_durable, self._make_current
         try:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
-        except (OSError, ValueError):
+        except BaseException:
             self.close()
             raise
 

@@ -310,3 +310,5 @@ def test_an_instance_with_any_number_has_a_store(tmp_path):
         exchange.receives(rank, 0, m.HEADER.size + len(body["body"]), MPI.REQUEST_NULL)
         dms._handle(exchange)
         assert content(rank) in (tmp_path / f"disk{f'.{rank - 1}' * (rank > 1)}").read_bytes()
+    for store in dms._stores:
+        store.close()
