@@ -80,7 +80,7 @@ FIRST_PIECE, PIECE = 16, 64  # pages of a window that are installed at once
 SETTLE = 100e-6  # seconds that a child waits for a page that is LEAVING, before it tries again
 LATENCY_BUCKET = 1000  # nanoseconds
 PAGES, STORE, ROOM = range(3)
-WAITS = ("waited", "waited_for_store", "waited_for_room")
+WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in seconds
 
 
 class Stopped(Exception):

@@ -36,6 +36,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from edm.dm_handler import WAITS
 from edm.lspt import AWAY, LOST, NEW
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -46,7 +47,6 @@ AREAS = 200
 
 FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
-WAITS = ("waited", "waited_for_store", "waited_for_room")  # seconds
 WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}  # the others: here
 
 NO_WRAP = "\x1b[?7l{}\x1b[?7h"  # a line that is too long for the terminal ends where that does
