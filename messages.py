@@ -93,7 +93,7 @@ def error_of(reason: bytes) -> OSError:
 
 
 class MessageBuffer:
-    """Memory for one message, made once: the header, then a body that begins at a page boundary."""
+    """Memory for one message: the header, then a body that begins at a page boundary."""
 
     def __init__(self) -> None:
         begin = PAGE_SIZE - HEADER.size
@@ -101,10 +101,9 @@ class MessageBuffer:
         self.whole = memory[begin:]
         self.body = memory[PAGE_SIZE:]
 
-    def head(self, kind: int, count: int = 0, page: int = 0, more: int = 0) -> None:
-        """Write the header."""
+    def message(
+        self, kind: int, count: int = 0, page: int = 0, more: int = 0, length: int = 0
+    ) -> memoryview:
+        """Write the header. Returns the message, which has the first `length` bytes of the body."""
         HEADER.pack_into(self.whole, 0, kind, more, count, page)
-
-    def message(self, body_length: int = 0) -> memoryview:
-        """The header and the first body_length bytes of the body."""
-        return self.whole[: HEADER.size + body_length]
+        return self.whole[: HEADER.size + length]

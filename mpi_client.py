@@ -66,10 +66,9 @@ class Slot:
         for part in body:
             self.question.body[length : length + len(part)] = part
             length += len(part)
-        self.question.head(kind, count, page, more)
+        message = self.question.message(kind, count, page, more, length)
         self.receiving = self._comm.Irecv([self.answer.whole, MPI.BYTE], dms, self._tag)
-        message = [self.question.message(length), MPI.BYTE]
-        self.sending = self._comm.Isend(message, dms, self._tag)
+        self.sending = self._comm.Isend([message, MPI.BYTE], dms, self._tag)
 
 
 class MpiStore:

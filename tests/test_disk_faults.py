@@ -19,7 +19,8 @@ from types import SimpleNamespace
 import pytest
 from test_page_store import START, Kept, content, get, put, quick_path
 
-from edm.dms import DMS, Exchange
+from edm.dms import DMS
+from edm.messages import MessageBuffer
 from edm.mpi_client import MpiStore
 from edm.page_store import CONTENT, FIRST, SECOND
 from edm.stripes import Share, shares
@@ -64,15 +65,11 @@ class Wire:
         dice.shuffle(self.asked)
         while self.asked:
             dms, tag, question = self.asked.pop()
-            exchange = Exchange()
-            exchange.question.whole[: len(question)] = question
-            exchange.receives(len(self.dms), tag, len(question), None)
             try:
-                self.dms[dms]._handle(exchange)
+                answer = self.dms[dms]._handle(len(self.dms), memoryview(question), MessageBuffer())
+                self.answers[dms, tag] = bytes(answer)
             except Killed as error:
                 killed = error
-            else:
-                self.answers[dms, tag] = bytes(exchange.answer.message(exchange.length))
             if killed and self.asked:
                 self.asked = self.asked[dice.randrange(len(self.asked) + 1) :]
                 if dice.random() < 0.5:

@@ -251,9 +251,9 @@ def silent():
         server = DMS(comm, None, START, END)
         action, *most = server._requests[HELLO]
 
-        def hello(store, *request):
-            server._left.append(store)
-            return action(store, *request)
+        def hello(asked):
+            server._left.append(asked.store)
+            return action(asked)
 
         server._requests[HELLO] = hello, *most
         with mock.patch("os.getpid", return_value=process.pid):
