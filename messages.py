@@ -48,7 +48,9 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 VERSION = 5
 MAX_STRIDE = 64  # pages at most from one page of a GET to the next
-MAX_LOCATIONS = 1 << 16  # at most so many pages in one LOCATIONS
+MAX_LOCATIONS = (
+    1 << 16
+)  # pages at most in one LOCATIONS: no application asks for more, see mailbox.py
 SYNC_STEPS = 3
 
 HELLO, GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE, START = range(1, 10)

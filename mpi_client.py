@@ -48,7 +48,7 @@ PATIENCE = 50e-6  # seconds that who is patient sleeps between two tests
 TESTS = 256  # after so many, it looks whether there still is a DMS
 LAST_WORDS = 0.5  # seconds for what the DMS has sent before its end: it need not have died
 
-Body = Sequence[bytes | memoryview]  # of a message, in parts
+Part = bytes | memoryview  # of a message's body
 
 
 class Slot:
@@ -60,8 +60,8 @@ class Slot:
         self.address = 0  # of the first page that was asked for
         self._comm, self._tag = comm, tag
 
-    def send(self, dms: int, kind: int, count: int, page: int, more: int, body: Body = ()) -> None:
-        """Send this DMS the question; wait for nothing. body: its parts."""
+    def send(self, dms: int, kind: int, count: int, page: int, more: int, *body: Part) -> None:
+        """Send this DMS the question; wait for nothing."""
         self.dms, length = dms, 0
         for part in body:
             self.question.body[length : length + len(part)] = part
@@ -98,7 +98,7 @@ class MpiStore:
 
     def _say_hello(self, geometry: bytes) -> None:
         offers = []
-        for welcome in self._request(m.HELLO, body=[geometry]).values():
+        for welcome in self._request(m.HELLO, body=geometry).values():
             self.kept, begin, end, pid, *there = m.WELCOME.unpack(welcome)
             offers.append(set(range(begin, end)))
             if tuple(there) == m.pids_are_of():
@@ -107,7 +107,7 @@ class MpiStore:
             by_all = set.intersection(*offers)
             if not by_all:
                 raise ValueError(f"disk: no sync is on the disks of all DMSs, but these: {offers}")
-            self._request(m.START, body=[m.EPOCH.pack(max(by_all))])
+            self._request(m.START, body=m.EPOCH.pack(max(by_all)))
 
     # ------------------------------------------------------------ what a PageStore does
 
@@ -178,14 +178,11 @@ class MpiStore:
                 self._request(m.SYNC, more=step)
 
     def locations(self, page: int, count: int) -> bytes:
-        """See PageStore."""
+        """See PageStore. count: at most MAX_LOCATIONS."""
         found = bytearray(count)
-        for at in range(page, page + count, m.MAX_LOCATIONS):
-            many = min(m.MAX_LOCATIONS, page + count - at)
-            for share, states in self._request(m.LOCATIONS, at, many).items():
-                for own, first, length in share.runs(at, many):
-                    part = states[own - share.below(at) :][:length]
-                    found[first - page : first - page + length] = part
+        for share, states in self._request(m.LOCATIONS, page, count).items():
+            for own, first, many in share.runs(page, count):
+                found[first - page : first - page + many] = states[own - share.below(page) :][:many]
         return bytes(found)
 
     def runs_on_disk(self) -> Iterator[Run]:
@@ -209,8 +206,8 @@ class MpiStore:
             return Slot(self._comm, next(self._tags))
 
     def _request(
-        self, kind: int, page: int = 0, count: int = 0, more: int = 0,
-        body: Body = (), dirty: Sequence[Bytes] = (),
+        self, kind: int, page: int = 0, count: int = 0, more: int = 0, body: bytes = b"",
+        dirty: Sequence[Bytes] = (),
     ) -> dict[Share, bytes]:  # fmt: skip
         """Ask every DMS, or if this is about pages, those that have some of them; wait patiently for the
         answers: their bodies. If there are errors, raises one of them."""
@@ -219,9 +216,10 @@ class MpiStore:
             own = share.own(page, count)
             if own or not count:
                 runs, parts = _of_share(share, dirty)
-                asked[share] = slot = self._slot()
-                whole = (*body, *runs, *parts)
-                slot.send(share.which, kind, len(own), own.start, more or len(runs), whole)
+                asked[share] = self._slot()
+                asked[share].send(
+                    share.which, kind, len(own), own.start, more or len(runs), body, *runs, *parts
+                )
         # A large message travels only while both ends look after it: no sleeping before that.
         for slot in asked.values():
             self._wait(slot.sending, False)
@@ -253,7 +251,7 @@ class MpiStore:
                 time.sleep(PATIENCE)
             else:
                 os.sched_yield()
-            if tests % TESTS == 0 and self._processes:
+            if tests % TESTS == 0:
                 self._check_dms()
 
     def _check_dms(self) -> None:
