@@ -111,11 +111,10 @@ def _run(config: Config, application: int, control: Any) -> None:
 
     from edm.pager import tell  # nor is the application to have what this imports
 
-    world, dms = MPI.COMM_WORLD, config.dms or 1
+    comm, dms = MPI.COMM_WORLD, config.dms or 1
     try:
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise OSError("this MPI library has no MPI_THREAD_MULTIPLE; install one that has")
-        comm = world.Dup()
         hosts = comm.allgather(os.uname().nodename)[:dms]
         if comm.rank < dms:
             return _serve_pages(comm, config, hosts, application, control)
@@ -124,7 +123,7 @@ def _run(config: Config, application: int, control: Any) -> None:
         if isinstance(error, MPI.Exception):
             error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
         # What the DMS's rank has forked has told that. And another rank may be waiting for this one.
-        _abort(world, 2 if isinstance(error, DMSGone) else tell(error))
+        _abort(comm, 2 if isinstance(error, DMSGone) else tell(error))
     end(status)
 
 
@@ -202,11 +201,11 @@ def end(status: int) -> NoReturn:
     ctypes.CDLL(None).exit(status)
 
 
-def _abort(world: Any, status: int) -> NoReturn:
+def _abort(comm: Any, status: int) -> NoReturn:
     """End the whole job, but not before the launcher has read why."""
     sys.stderr.flush()
     _let_be_read()
-    world.Abort(status)
+    comm.Abort(status)
     os._exit(status)  # a launcher that was told not to clean up lets Abort return
 
 
@@ -216,14 +215,10 @@ def _let_be_read() -> None:
     What is in its pipes when a rank ends, MPICH's may throw away (measured: in 21 jobs of 250 that
     MPI_Abort ended, with both cores taken; in 1 of 46 whose DMS on another host was killed).
     """
-    from pathlib import Path
-
     deadline = time.monotonic() + READ
-    pipes = [fd for fd in (1, 2) if Path(f"/proc/self/fd/{fd}").is_fifo()]
-    while time.monotonic() < deadline and any(map(_unread, pipes)):
-        time.sleep(0.001)
-
-
-def _unread(pipe: int) -> bool:
-    """Is there anything in this pipe that nobody has read yet?"""
-    return any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))
+    for pipe in (1, 2):
+        with contextlib.suppress(OSError):  # ENOTTY: it is none
+            while any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.001)
