@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
 
-# Seconds. When one rank ends with an error, Open MPI's mpirun kills the others: who has nothing to
-# tell leaves that much to the one that has.
+# Seconds that ranks with nothing to tell leave to the one that has: Open MPI's mpirun kills all when one
+# ends with an error.
 TELLING = 0.3
 
 CHOICES = {
@@ -220,11 +220,9 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     global _space
     if _space is not None:
         raise RuntimeError("edm.start: this process is an application of EDM's already")
-    number, ranks = launched()
+    _, ranks = launched()
     if config.dms and ranks <= config.dms:
-        if number:  # one rank tells it
-            time.sleep(TELLING)
-            sys.exit(2)
+        leave_to_rank_0()
         n = config.dms + 1  # with one that is an instance
         raise ValueError(f"dms: needs at least {n} MPI ranks: mpirun -n {n} python ...")
     # If standard streams are closed, no descriptor of EDM's may get their numbers, the lowest.
@@ -287,6 +285,13 @@ def launched() -> tuple[int, int]:
     return 0, 1
 
 
+def leave_to_rank_0() -> None:
+    """Return in rank 0, which tells a mistake that all ranks have found. The others end with status 2."""
+    if launched()[0]:
+        time.sleep(TELLING)
+        sys.exit(2)
+
+
 # ---------------------------------------------------------------- command-line programs
 
 
@@ -308,9 +313,7 @@ def parse_arguments(
 
 def refuse(parser: argparse.ArgumentParser, error: ValueError) -> NoReturn:
     """End this rank for a mistake in the command line, which one rank alone tells."""
-    if launched()[0]:
-        time.sleep(TELLING)
-        parser.exit(2)
+    leave_to_rank_0()
     parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
