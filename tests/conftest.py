@@ -245,6 +245,19 @@ class Job(subprocess.Popen):
                     return int(variable.removeprefix(name))
         return None
 
+    def waits(self) -> str:
+        """In which system call, and where in the kernel, each thread of the job waits now: proc_pid_wchan(5),
+        proc_pid_syscall(5)."""
+        lines = []
+        for pid in self.processes():
+            with contextlib.suppress(OSError):  # it has ended
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                lines.append(f"{pid}: {command}")
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    where = [(thread / name).read_text().strip() for name in ("wchan", "syscall")]
+                    lines.append(f"    {thread.name}: {' '.join(where)}")
+        return "\n".join(lines)
+
     def kill_all(self) -> None:
         """By SIGKILL: SIGTERM does not reach a process in a hung page fault."""
         while processes := self.processes():
@@ -292,9 +305,10 @@ def run(start: Callable[..., Job]) -> Run:
         try:
             output, _ = job.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
+            waits = job.waits()
             job.kill_all()
             output, _ = job.communicate()
-            pytest.fail(f"still running after {timeout} s:\n{output}")
+            pytest.fail(f"still running after {timeout} s:\n{output}\n{waits}")
         return subprocess.CompletedProcess(job.args, job.returncode, output)
 
     return run
