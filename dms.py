@@ -23,7 +23,6 @@ from __future__ import annotations
 import os
 import signal
 import struct
-import sys
 import threading
 import time
 from collections import namedtuple
@@ -44,10 +43,6 @@ LOOK = 10e-6  # seconds that a look takes
 # A nap is this part of the silence so far. An instance that asks two DMSs in turn may find the first one in
 # a nap: the second one's is no longer then. With naps that doubled, a random read of two DMSs took 1300 µs.
 NAPS, LONGEST_NAP = 16, 2e-3  # of a silence; seconds
-
-# Seconds for which a thread may keep the GIL when another one wants it. With the default of 5 ms, an
-# instance would wait so long while a sync computes.
-SWITCH_INTERVAL = 50e-6
 
 ENDED = True  # next(exchange, ENDED) of an exchange that has come to its end
 
@@ -100,7 +95,6 @@ class DMS:
         for ending in (signal.SIGTERM, signal.SIGINT):
             signal.signal(ending, signal.SIG_IGN)
         self._log.debug("DMS ready for serving requests")
-        sys.setswitchinterval(SWITCH_INTERVAL)
         status, last, until = MPI.Status(), time.monotonic(), 0.0
         under_way: list[Iterator[None]] = []
         while len(self._left) < len(self._stores) or under_way:

@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
 
-# Seconds that ranks with nothing to tell leave to the one that has: Open MPI's mpirun kills all when one
-# ends with an error.
+# Seconds that a rank with nothing to tell waits before it ends with an error: Open MPI's mpirun then kills
+# the others, of which one may still be telling.
 TELLING = 0.3
 
 CHOICES = {
@@ -72,9 +72,9 @@ CHOICES = {
 
 
 class Config(SimpleNamespace):
-    """The settings, given by name; start_addr and end_addr may do without. They can't be changed.
+    """The settings. They are keyword arguments, except for start_addr and end_addr, and can't be changed.
 
-    A program's --help (parse_arguments) has these lines:
+    parse_arguments takes the help of the options from these lines:
 
     start_addr: where the address space begins (an address, whole pages)
     end_addr: where it ends (an address, whole pages; not part of it)
@@ -93,7 +93,7 @@ class Config(SimpleNamespace):
     report: path of an HTML page to write, of what EDM did
     log_level: the least level of log lines shown
 
-    Raises ValueError, which names the setting, for what can't be.
+    Raises ValueError, which names the setting, for a value that is not allowed.
     """
 
     start_addr: int = 0x10_0000_0000
@@ -134,7 +134,7 @@ class Config(SimpleNamespace):
     __delattr__ = __setattr__
 
     def _mistakes(self) -> Iterator[tuple[object, str]]:
-        """Whether there is one, and its text, of each that there may be."""
+        """Each mistake that can be made: whether it was, and the message."""
         start, end, most = self.start_addr, self.end_addr, PAGES_AT_ONCE
         pages, high, low = (end - start) // PAGE_SIZE, self.high_threshold, self.low_threshold
         folder = os.path.dirname(self.report or "") or "."
@@ -164,20 +164,19 @@ _space: Space | None = None  # of this process, if it is an application
 def run(app: Callable[[Space], object], config: Config | None = None) -> None:
     """Run app(space), with a space that begins and ends with it.
 
-    What app raises, run raises. Raises ValueError for settings that can't be (the range overlaps
-    what the process has there, ...) and OSError for what this machine lacks or what failed, before
-    app is called.
+    Raises what app raises. Before app is called, raises ValueError for settings that are not possible
+    here (the range overlaps another mapping of the process, ...), and OSError for what this machine
+    lacks or what failed.
 
-    Under mpirun -n 2 or more every rank calls this. A rank that is a DMS returns when the
-    applications have ended; of the others, the application process does.
+    Under mpirun -n 2 or more every rank calls this. It returns in a DMS when the applications have
+    ended, and in each application.
     """
     config = config or Config()
     _run(app, config, _begin(config))
 
 
 def main(app: Callable[[Space], object], config: Config) -> None:
-    """run(), for a command: what it raises before app is called is told in one line, and the status
-    is 2."""
+    """run(), for a command: an error before app is called is told in one line, with status 2."""
     try:
         started = _begin(config)
     except (ValueError, OSError) as error:
@@ -203,9 +202,9 @@ def _run(app: Callable[[Space], object], config: Config, started: Space | None) 
 
 
 def start(config: Config | None = None) -> Space:
-    """Make this interpreter an application; its Space, which lasts as long as the process.
+    """Make this interpreter an application. Returns its Space, which lasts as long as the process.
 
-    Raises as run. Under an MPI launcher, the DMS's rank does not return.
+    Raises as run. Under an MPI launcher, this does not return in a DMS.
     """
     started = _begin(config or Config(), lasts=True)
     if started is None:  # this rank was the DMS
@@ -216,7 +215,7 @@ def start(config: Config | None = None) -> Space:
 
 
 def _begin(config: Config, lasts: bool = False) -> Space | None:
-    """None in a rank that was a DMS."""
+    """Begin a space. None in a DMS, when the applications have ended."""
     global _space
     if _space is not None:
         raise RuntimeError("edm.start: this process is an application of EDM's already")
@@ -225,7 +224,7 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
         leave_to_rank_0()
         n = config.dms + 1  # with one that is an instance
         raise ValueError(f"dms: needs at least {n} MPI ranks: mpirun -n {n} python ...")
-    # If standard streams are closed, no descriptor of EDM's may get their numbers, the lowest.
+    # If standard streams are closed, EDM's descriptors would get their numbers, the lowest ones.
     held = []
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
         held.append(fd)
@@ -254,16 +253,16 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
 
 
 def space() -> Space:
-    """The Space of the application that this is. Raises RuntimeError elsewhere."""
+    """The Space of this application. Raises RuntimeError in a process that is none."""
     if _space is None:
         raise RuntimeError("edm.space: this process is not an application of EDM's")
     return _space
 
 
 def numpy_allocator(threshold: int = 1 << 20) -> contextlib.AbstractContextManager[None]:
-    """A context manager: NumPy arrays made meanwhile, from threshold bytes on, live in the space.
+    """A context manager: NumPy arrays that are made within, from threshold bytes on, live in the space.
 
-    Raises RuntimeError where there is no space, ImportError where there is no NumPy from 1.22 on.
+    Raises RuntimeError without a space, ImportError without NumPy 1.22 or later.
     """
     from edm import numpy_mem_handler  # the only one that needs NumPy
 
@@ -273,8 +272,8 @@ def numpy_allocator(threshold: int = 1 << 20) -> contextlib.AbstractContextManag
 def launched() -> tuple[int, int]:
     """(rank, ranks), if an MPI launcher has started this process; else (0, 1).
 
-    Known before MPI is initialised. MPICH's variables count only while its descriptor is open: they
-    are inherited by processes that are no ranks.
+    This does not need MPI to be initialised. MPICH's variables count only while its descriptor is open,
+    because processes that are no ranks inherit them too.
     """
     names = ("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
     for rank, ranks in (*names, ("PMIX_RANK", "SLURM_STEP_NUM_TASKS")):
@@ -286,7 +285,7 @@ def launched() -> tuple[int, int]:
 
 
 def leave_to_rank_0() -> None:
-    """Return in rank 0, which tells a mistake that all ranks have found. The others end with status 2."""
+    """Return in rank 0, which tells the mistake that all ranks have found. End the others with status 2."""
     if launched()[0]:
         time.sleep(TELLING)
         sys.exit(2)
@@ -300,7 +299,7 @@ def parse_arguments(
 ) -> tuple[argparse.Namespace, Config]:
     """Add an option for every setting of Config to the parser, and parse the command line.
 
-    defaults: settings of this program that differ from Config's. A mistake is told in one line, by
+    defaults: this program's defaults that differ from Config's. A mistake is told in one line, by
     one rank, and ends the program with status 2.
     """
     add_settings(parser, **defaults)
@@ -312,7 +311,7 @@ def parse_arguments(
 
 
 def refuse(parser: argparse.ArgumentParser, error: ValueError) -> NoReturn:
-    """End this rank for a mistake in the command line, which one rank alone tells."""
+    """End this rank for a mistake in the command line, which rank 0 tells."""
     leave_to_rank_0()
     parser.exit(2, f"{parser.prog}: error: {error}\n")
 
@@ -320,7 +319,7 @@ def refuse(parser: argparse.ArgumentParser, error: ValueError) -> NoReturn:
 def add_settings(
     parser: argparse.ArgumentParser, leave_out: Iterable[str] = (), **defaults: Any
 ) -> None:
-    """Add an option for every setting of Config, but for those to leave out."""
+    """Add an option for every setting of Config, except for those to leave out."""
     import argparse
 
     group = parser.add_argument_group("EDM")
@@ -338,7 +337,7 @@ def add_settings(
 
 
 def number(text: str) -> int:
-    """What makes an int of an option, and argparse calls it so. Raises ValueError."""
+    """The int that an option has, in any base; argparse's errors have this function's name."""
     return int(text, 0)
 
 

@@ -1,9 +1,8 @@
 """The MPI messages between an instance and the DMS.
 
-In the picture: the arrow marked MPI. What travels along it, byte by byte; who sends is
-mpi_client.py, who answers is dms.py.
+In the picture: the arrow marked MPI. mpi_client.py sends the questions, dms.py the answers.
 
-A message is a header of 16 bytes and what belongs to it, and is as long as MPI says that it is.
+A message is a header of 16 bytes and a body, if it has one. MPI tells its length.
 
     header   u16 kind, u16 more, u32 count, u64 page           (little-endian)
 
@@ -12,7 +11,7 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
     START      EPOCH: one that it offers       OK: a kept disk goes on from there
     GET        count pages from page on,       NEW_PAGES: they were never accessed
                `more` pages apart              CONTENT: their bytes follow
-                                               (either for the first count of them)
+                                               (of the first count of them)
     EVICT      count pages from page on leave: OK: what was sent is written
                `more` runs of them are dirty,
                then the bytes of these
@@ -26,15 +25,15 @@ A message is a header of 16 bytes and what belongs to it, and is as long as MPI 
     run      u64 page, u32 count
     reason   u32 errno, then words in UTF-8
 
-What a question has no use for is 0 in its header.
+The unused fields of a question's header are 0.
 
-A page is named by the number that this DMS has for it (stripes.py); with one DMS, this is
+Pages have the numbers that this DMS gives them (stripes.py); with one DMS, this is
 (address - start_addr) / PAGE_SIZE. START is sent only to several DMSs, if their disks are kept, and
 before all requests that are about pages. Instead of any of these answers the DMS may send ERROR with a
-reason; then every page is where it was. To a GET it says that the first page can't be read.
+reason; then every page is where it was. ERROR to a GET says that the first page can't be read.
 
-A question and its answer have the same MPI tag, and no other question has that tag meanwhile. The
-order of messages of different tags means nothing: an EVICT may overtake the GET of its page.
+A question and its answer have the same MPI tag. No other question has that tag until the answer is there.
+Messages of different tags have no order: an EVICT may overtake the GET of its page.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18
 HEADER = Struct("<HHIQ")
 GEOMETRY = Struct("<IIQQIQ")  # version, page size, start_addr, end_addr; of the Share: of, stripe
 EPOCH = Struct("<Q")
-# 1 if the disk is kept; the epochs that it offers: range(a, b); of the DMS: pid, what pids_are_of gives
+# 1 if the disk is kept; the epochs that it offers, range(a, b); the DMS's pid, and its pids_are_of()
 WELCOME = Struct("<IQQ iQ36s")
 RUN = Struct("<QI")
 ERRNO = Struct("<I")
@@ -72,14 +71,16 @@ class DMSGone(Exception):
 
 
 def pids_are_of() -> tuple[int, bytes]:
-    """Where this process's pids mean something: the inode of its pid namespace, and the boot id of its
-    machine. Source: namespaces(7), proc(5)."""
+    """Where this process's pids are valid: the inode of its pid namespace, and the boot id of its machine.
+
+    Source: namespaces(7), proc(5).
+    """
     with open("/proc/sys/kernel/random/boot_id", "rb") as file:
         return os.stat("/proc/self/ns/pid").st_ino, file.read(36)
 
 
 def reason(error: Exception) -> bytes:
-    """What ERROR says."""
+    """The body of an ERROR."""
     number, text = errno.EINVAL, str(error) or type(error).__name__
     if isinstance(error, OSError):
         number, text = error.errno or errno.EIO, error.strerror or text
@@ -89,7 +90,7 @@ def reason(error: Exception) -> bytes:
 
 
 def error_of(reason: bytes) -> OSError:
-    """The error that this was made of; an OSError in any case."""
+    """The error of which reason() has made this, as an OSError."""
     text = reason[ERRNO.size :].decode(errors="replace")
     return OSError(ERRNO.unpack_from(reason)[0], text)
 

@@ -1,26 +1,25 @@
-"""MpiStore: the pager's store over MPI. Each method of PageStore's is a message to each DMS concerned.
+"""MpiStore: the pager's store over MPI. Each method of PageStore is a message to each DMS concerned.
 
 In the picture: between the pager's threads and the DMSs.
 
-Interface: MpiStore(comm, dms, start_addr, end_addr), with the methods that a pager calls of a PageStore,
-and what they say there holds here. Each raises OSError with the DMS's errno and reason if one refuses;
-and DMSGone if the process of one has ended, as far as that can be told: of one on another machine, the
-launcher tells.
+Interface: MpiStore(comm, dms, start_addr, end_addr), with the methods of PageStore that a pager calls, and
+their contracts. Each raises OSError with the DMS's errno and reason if a DMS refuses; and DMSGone if the
+process of a DMS on this machine has ended. Of a DMS on another machine only the launcher can tell.
 
-The pages are striped over the DMSs (stripes.py). A get is about pages of one stripe: who wants more asks
-for all of them before it takes the first. The other methods ask every DMS concerned, and then wait.
+The pages are striped over the DMSs (stripes.py). A get is about pages of one stripe: a caller that wants
+more asks for all of them before it takes the first. The other methods ask every DMS concerned, and wait.
 
     HELLO    to all; kept disks of several DMSs then START from the newest epoch that all offer
     sync     every DMS does the first of PageStore.sync_steps, then every DMS the next one
 
-Rules: any thread may call any method, but one alone calls take_get. A request has a slot to itself,
-which is an MPI tag and the buffers for a question and its answer, until it is done with: so
-an answer can only reach who asked. As many slots are made as there are requests at once.
-With kept disks, put, free and sync hold a lock, as in a PageStore: nothing changes while a sync goes on.
+Rules: any thread may call any method, except that one thread alone calls take_get. Each request has a slot:
+an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.
+There are as many slots as there were requests at once. With kept disks, put, free and sync hold a lock, as
+in a PageStore: nothing changes during a sync.
 
-Waiting: MPI has no wait that sleeps. Who waits for a page tests in a loop and offers its core
-(sched_yield) after every test, because an answer takes microseconds. Who is patient, because nobody
-waits for it, sleeps between tests.
+Waiting: MPI has no wait that sleeps. A thread that waits for a page tests in a loop, and offers its core
+(sched_yield) after every test, because an answer takes microseconds. A patient one, which delays no fault,
+sleeps between tests.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ from edm.page_store import ON_DISK, Bytes
 from edm.stripes import Share, shares
 from edm.uffd_ctypes import PAGE_SIZE
 
-PATIENCE = 50e-6  # seconds that who is patient sleeps between two tests
-TESTS = 256  # after so many, it looks whether there still is a DMS
-LAST_WORDS = 0.5  # seconds for what the DMS has sent before its end: it need not have died
+PATIENCE = 50e-6  # seconds between two tests of a patient thread
+TESTS = 256  # between two looks whether the DMSs still run
+LAST_WORDS = 0.5  # seconds for what a DMS has sent before it ended, perhaps in order
 
 Part = bytes | memoryview  # of a message's body
 
@@ -73,21 +72,21 @@ class Slot:
 
 class MpiStore:
     def __init__(self, comm: MPI.Comm, dms: int, start_addr: int, end_addr: int) -> None:
-        """The pages of this rank's instance that the DMSs have: so many, the first ranks of comm.
+        """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs.
 
-        Says HELLO. Raises OSError if it is refused, because the two differ in their settings; and
-        ValueError if the kept disks do not belong together. Then it has said BYE, too.
+        Says HELLO. Raises OSError if a DMS refuses it, because their settings differ, and ValueError if
+        the kept disks do not belong together; then it has said BYE, too.
         """
         self._comm, self._start, self._shares = comm, start_addr, shares(dms)
         self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._log = log.logger("MpiClient")
         self._debug = self._log.isEnabledFor(DEBUG)
-        self.came = [0] * dms  # pages that take_get has taken, of each DMS
-        self._slots: list[Slot] = []  # those that are free
-        self._taken: Slot | None = None  # what take_get gave is in there
+        self.came = [0] * dms  # pages that take_get has taken, from each DMS
+        self._slots: list[Slot] = []  # the free ones
+        self._taken: Slot | None = None  # has what take_get gave
         self._tags = itertools.count()
-        self._processes: list[int] = []  # the pidfds of those DMSs that are on this machine
-        self._ended_since = 0.0  # seconds of the clock
+        self._processes: list[int] = []  # pidfds of the DMSs on this machine
+        self._ended_since = 0.0  # when one of them was found to have ended; seconds of the clock
         geometry = m.VERSION, PAGE_SIZE, start_addr, end_addr, *self._shares[0][1:]
         try:
             self._say_hello(m.GEOMETRY.pack(*geometry))
@@ -141,13 +140,13 @@ class MpiStore:
 
     def drop_get(self, asked: Slot) -> None:
         """See PageStore."""
-        with suppress(OSError):  # it could not be read: so what
+        with suppress(OSError):  # it can't be read, but is not needed
             self._answer(asked, patient=False)
         self._slots.append(asked)
 
     def put(self, gone: Sequence[Run], dirty: Sequence[Bytes]) -> None:
-        """See PageStore. What lies between the ranges goes too: that is only where the SPT says that a
-        page is, and LSPT.located knows better."""
+        """See PageStore. The pages between the ranges go, too: this only changes where the SPT says that
+        they are, and LSPT.located knows better."""
         ends = list(gone) or [(first, len(part) // PAGE_SIZE) for first, part in dirty]
         if not ends:
             return
@@ -161,7 +160,7 @@ class MpiStore:
             self._log.debug("got ack for evict page of lpet in address %#x Ack message : ", address)
 
     def take_from(self, pipe: int, page: int, content: memoryview) -> bool:
-        """See PageStore. It never does, as the bytes go into a message."""
+        """See PageStore. Always False, as the bytes go into a message."""
         if os.readv(pipe, [content]) < len(content):
             raise RuntimeError("readv: the pipe has less than was put into it")
         return False
@@ -192,7 +191,7 @@ class MpiStore:
             yield from runs(at, states, ON_DISK)
 
     def close(self) -> None:
-        """The last request: BYE, this instance has ended."""
+        """Say BYE: this instance has ended. Nothing else may be called then."""
         self._request(m.BYE)
         for process in self._processes:
             os.close(process)
@@ -209,8 +208,8 @@ class MpiStore:
         self, kind: int, page: int = 0, count: int = 0, more: int = 0, body: bytes = b"",
         dirty: Sequence[Bytes] = (),
     ) -> dict[Share, bytes]:  # fmt: skip
-        """Ask every DMS, or if this is about pages, those that have some of them; wait patiently for the
-        answers: their bodies. If there are errors, raises one of them."""
+        """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
+        answers; returns their bodies. Raises one of the errors, if there are any."""
         asked, bodies, failed = {}, {}, None
         for share in self._shares:
             own = share.own(page, count)
@@ -220,7 +219,7 @@ class MpiStore:
                 asked[share].send(
                     share.which, kind, len(own), own.start, more or len(runs), body, *runs, *parts
                 )
-        # A large message travels only while both ends look after it: no sleeping before that.
+        # A large message travels only while both ends call MPI: no sleep before it is sent.
         for slot in asked.values():
             self._wait(slot.sending, False)
         for share, slot in asked.items():
@@ -235,7 +234,7 @@ class MpiStore:
         return bodies
 
     def _answer(self, slot: Slot, patient: bool = True) -> tuple[int, int]:
-        """Wait for the answer: its kind and its count."""
+        """Wait for the answer; its kind and its count. Raises OSError if it is ERROR."""
         self._wait(slot.sending, False)
         self._wait(slot.receiving, patient)
         kind, _, count, _ = m.HEADER.unpack_from(slot.answer.whole)
@@ -255,8 +254,8 @@ class MpiStore:
                 self._check_dms()
 
     def _check_dms(self) -> None:
-        """Raises DMSGone if a DMS's process has ended, and this has been known for LAST_WORDS."""
-        poll = select.poll()  # one of its own: another thread may be in here too
+        """Raise DMSGone if a DMS's process has ended, and this has been known for LAST_WORDS."""
+        poll = select.poll()  # not shared: another thread may be in poll() too
         for process in self._processes:
             poll.register(process, select.POLLIN)
         if poll.poll(0):
@@ -267,7 +266,7 @@ class MpiStore:
 
 
 def _of_share(share: Share, dirty: Sequence[Bytes]) -> tuple[list[bytes], list[memoryview]]:
-    """What it has of these pages: the runs, and the bytes of each."""
+    """The runs that this share has of these pages, packed; and the bytes of each."""
     runs, parts = [], []
     for page, content in dirty:
         for own, first, count in share.runs(page, len(content) // PAGE_SIZE):

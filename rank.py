@@ -5,17 +5,17 @@ In the picture: what starts both ends of the MPI arrow.
 Interface: fork_application(config) is called by every rank of the job, before MPI is initialised. It
 returns in the application process of an instance, and in a DMS's rank when the job has ended. The
 parent of an application becomes its pager, and exits with the application's status. end(status) ends a
-rank that runs no program. The first ranks are the DMSs, as many as Config.dms says.
+rank that runs no program. The first Config.dms ranks are the DMSs.
 
 Rules: a mistake is told in one line, by one process of the job, before any application starts: either
-by the application (edm.py), which hears of it from its pager, or by a DMS's rank. Signals of a
-launcher come to the rank, which hands them on (pager.py); so the application has a process group of
-its own.
+by the application (edm.py), which hears of it from its pager, or by a DMS's rank. The launcher's signals
+come to the rank, which passes them on (pager.py). So the application has a process group of its own.
 
-What a DMS's rank has forked tells when that rank has died. It is in the rank's process group, which a
-launcher kills as a whole: so it tells of none that the launcher has ended. Neither does it tell of one
-that has exited: it has told why, or its MPI has, which Open MPI's does when another rank has died. MPICH's
-launcher learns of the death only when this process has ended, too: its line is there before the job ends.
+The child that a DMS's rank forks is no application: it tells when its parent, the DMS, has been killed. It
+is in the parent's process group. A launcher kills that as a whole, so a DMS that the launcher ends is not
+reported; nor is one that has exited: either it has told why, or its MPI has, as Open MPI does when another
+rank has died. MPICH's launcher waits for the end of this process too: its line is there before the job
+ends.
 """
 
 from __future__ import annotations
@@ -41,19 +41,18 @@ PIDFD_INFO = Struct("=Q52xi")  # mask, exit_code
 PIDFD_INFO_EXIT = 1 << 3
 PIDFD_GET_INFO = 3 << 30 | PIDFD_INFO.size << 16 | 0xFF << 8 | 11
 
-READ = 0.3  # seconds that a launcher has to read a message, at most
+READ = 0.3  # seconds at most that a launcher gets to read a message
 
 
 def fork_application(config: Config) -> tuple[Any, int] | None:
-    """In the application: the socket that reaches its pager, and the instance's number.
-
-    None in a DMS's rank, when every instance has ended.
+    """In the application, returns the socket that reaches its pager, and the instance's number; in a
+    DMS's rank None, when all instances have ended. Raises ValueError if MPI is initialised already.
     """
     if "mpi4py.MPI" in sys.modules:
         raise ValueError("edm: mpi4py.MPI is imported already; import it after edm.run, if ever")
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()  # else both would write it
+            stream.flush()  # else both processes would write what is buffered
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     application = os.fork()
     if application:
@@ -65,15 +64,15 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
         os.setpgid(0, 0)
     told = ours.recv(1000).decode()
     if not told:
-        os._exit(0)  # this rank has told why it can't be what it is to be
+        os._exit(0)  # the rank has told why it can't begin
     if not told.isdigit():
         _watch(ours, told)
     return ours, int(told)
 
 
 def _watch(rank: Any, words: str) -> NoReturn:
-    """Say so when the DMS that has the other end of this socket, our parent, has been killed. If it ends
-    in order, it kills this process before."""
+    """Print these words if the DMS, our parent, is killed. It has the other end of this socket. When it ends
+    in order, it kills this process first."""
     pidfd = os.pidfd_open(parent := os.getppid())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -85,10 +84,10 @@ def _watch(rank: Any, words: str) -> NoReturn:
 
 
 def _was_killed(pid: int, pidfd: int) -> bool:
-    """By a signal; of a process that has closed its files. True also if that can't be told.
+    """Was this process, which has closed its files, killed by a signal? True also if that is unknown.
 
-    Source: exit_code in proc_pid_stat(5), until its parent has waited for it; after that, from Linux 6.15
-    on, PIDFD_GET_INFO in <linux/pidfd.h>.
+    Source: exit_code in proc_pid_stat(5), until the parent has waited for the process; after that
+    PIDFD_GET_INFO in <linux/pidfd.h>, from Linux 6.15 on.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:
@@ -103,14 +102,15 @@ def _was_killed(pid: int, pidfd: int) -> bool:
 
 
 def _run(config: Config, application: int, control: Any) -> None:
-    """Be this rank. Returns if it was the DMS, and the job has ended as it should."""
+    """Be this rank. Returns in a DMS, when all instances have ended."""
     from edm.limits import lift
 
     lift()
     from mpi4py import MPI  # this initialises MPI: not before the fork
 
-    from edm.pager import tell  # nor is the application to have what this imports
+    from edm.pager import SWITCH_INTERVAL, tell  # the application does not need what this imports
 
+    sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
     comm, dms = MPI.COMM_WORLD, config.dms or 1
     try:
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
@@ -122,7 +122,7 @@ def _run(config: Config, application: int, control: Any) -> None:
     except BaseException as error:  # noqa: BLE001 - it ends this process
         if isinstance(error, MPI.Exception):
             error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
-        # What the DMS's rank has forked has told that. And another rank may be waiting for this one.
+        # DMSGone has been told by the DMS's child. The other ranks may be waiting for this one.
         _abort(comm, 2 if isinstance(error, DMSGone) else tell(error))
     end(status)
 
@@ -150,7 +150,7 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
 
 
 def _page(comm: Any, dms: int, application: int, control: Any) -> int:
-    """Be the pager of an instance. The exit status: its application's, or 2 if the pager has failed."""
+    """Be the pager of an instance. Returns the application's exit status, or 2 if the pager has failed."""
     from edm.mpi_client import MpiStore
     from edm.pager import page_for
 
@@ -172,16 +172,16 @@ def _page(comm: Any, dms: int, application: int, control: Any) -> int:
 
 
 def _begin_with_all(comm: Any, wrong: str | None, application: int = 0) -> None:
-    """Return if every rank is ready. If one is not, it is told what is wrong, and all ranks end.
+    """Return if all ranks are ready. If one is not, tell what is wrong, and end all ranks.
 
-    wrong: with this rank; None: nothing; "": that was told.
+    wrong: what is wrong with this rank; None if nothing is, "" if that was told.
     """
     of_each = comm.allgather(wrong)
     if any(words is not None for words in of_each):
-        if wrong and not any(of_each[: comm.rank]):  # one line, whatever the others say
+        if wrong and not any(of_each[: comm.rank]):  # the first one tells
             print(f"edm: error: {wrong}", file=sys.stderr, flush=True)
         if application:
-            if wrong is None:  # it waits for an answer, and would tell that there is none
+            if wrong is None:  # it waits for the pager's answer, and would report its end
                 os.kill(application, signal.SIGKILL)
             os.waitpid(application, 0)
         time.sleep(TELLING)
@@ -189,10 +189,10 @@ def _begin_with_all(comm: Any, wrong: str | None, application: int = 0) -> None:
 
 
 def end(status: int) -> NoReturn:
-    """End this rank as MPI wants it, and Python does not notice.
+    """End this rank's MPI, and the process without Python's exit functions.
 
-    By exit(3), and not _exit(2): MPICH's launcher kills the other ranks now and then if the library's
-    exit functions have not run (measured: 5 jobs of 12).
+    By exit(3), not _exit(2): if the exit functions of the MPI library do not run, MPICH's launcher
+    sometimes kills the other ranks (measured: in 5 jobs of 12).
     """
     from mpi4py import MPI
 
@@ -202,22 +202,22 @@ def end(status: int) -> NoReturn:
 
 
 def _abort(comm: Any, status: int) -> NoReturn:
-    """End the whole job, but not before the launcher has read why."""
+    """End the whole job, once the launcher has read why."""
     sys.stderr.flush()
     _let_be_read()
     comm.Abort(status)
-    os._exit(status)  # a launcher that was told not to clean up lets Abort return
+    os._exit(status)  # Abort returns if the launcher was told not to clean up
 
 
 def _let_be_read() -> None:
-    """Wait until the launcher has read what this process wrote.
+    """Wait until the launcher has read what this process wrote, at most READ seconds.
 
-    What is in its pipes when a rank ends, MPICH's may throw away (measured: in 21 jobs of 250 that
-    MPI_Abort ended, with both cores taken; in 1 of 46 whose DMS on another host was killed).
+    MPICH's launcher may drop what is in its pipes when a rank ends (measured, on two busy cores: in 21
+    jobs of 250 that MPI_Abort ended; in 1 of 46 whose DMS on another host was killed).
     """
     deadline = time.monotonic() + READ
     for pipe in (1, 2):
-        with contextlib.suppress(OSError):  # ENOTTY: it is none
+        with contextlib.suppress(OSError):  # ENOTTY, EBADF: nobody reads there
             while any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))):
                 if time.monotonic() > deadline:
                     break
