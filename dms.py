@@ -35,6 +35,7 @@ from mpi4py import MPI
 from edm import log
 from edm import messages as m
 from edm.page_store import CONTENT, PageStore
+from edm.readahead import MAX_STRIDE
 from edm.stripes import ALL, Share
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 
@@ -75,7 +76,7 @@ class DMS:
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes).
         self._requests: dict[int, tuple[Callable[[Asked], Any], int, int, int]] = {
             m.HELLO: (self._hello, 0, 0, m.GEOMETRY.size),
-            m.GET: (self._get, PAGES_AT_ONCE, m.MAX_STRIDE, 0),
+            m.GET: (self._get, PAGES_AT_ONCE, MAX_STRIDE, 0),
             m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.START: (self._start, 0, 0, m.EPOCH.size),

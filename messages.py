@@ -11,7 +11,7 @@ A message is a header of 16 bytes and a body, if it has one. MPI tells its lengt
     START      EPOCH: one that it offers       OK: a kept disk goes on from there
     GET        count pages from page on,       NEW_PAGES: they were never accessed
                `more` pages apart              CONTENT: their bytes follow
-                                               (of the first count of them)
+                                               (each of the first count of them)
     EVICT      count pages from page on leave: OK: what was sent is written
                `more` runs of them are dirty,
                then the bytes of these
@@ -46,7 +46,6 @@ from struct import Struct
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 VERSION = 5
-MAX_STRIDE = 64  # pages at most from one page of a GET to the next
 MAX_LOCATIONS = (
     1 << 16
 )  # pages at most in one LOCATIONS: no application asks for more, see mailbox.py

@@ -259,9 +259,8 @@ class MpiStore:
         for process in self._processes:
             poll.register(process, select.POLLIN)
         if poll.poll(0):
-            now = time.monotonic()
-            self._ended_since = self._ended_since or now
-            if now - self._ended_since > LAST_WORDS:
+            self._ended_since = self._ended_since or time.monotonic()
+            if time.monotonic() - self._ended_since > LAST_WORDS:
                 raise m.DMSGone("a DMS has died")
 
 

@@ -12,6 +12,7 @@ from mpi4py import MPI
 from edm import messages as m
 from edm.dms import DMS
 from edm.page_store import CONTENT, DISK, INSTANCE, NEW, NEW_PAGES
+from edm.readahead import MAX_STRIDE
 from edm.stripes import Share
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
@@ -92,8 +93,8 @@ def test_get_takes_every_so_maniest_page(dms):
     where = ask(dms, m.LOCATIONS, page=0, count=40)[2]
     assert [p for p in range(40) if where[p] == INSTANCE | DISK] == [3, 10, 17, 24]
     assert ask(dms, m.GET, page=31, count=6, more=7)[:2] == (NEW_PAGES, 6)
-    last = PAGES - 1 - 3 * m.MAX_STRIDE
-    assert ask(dms, m.GET, page=last, count=4, more=m.MAX_STRIDE)[:2] == (NEW_PAGES, 4)
+    last = PAGES - 1 - 3 * MAX_STRIDE
+    assert ask(dms, m.GET, page=last, count=4, more=MAX_STRIDE)[:2] == (NEW_PAGES, 4)
 
 
 def test_a_clean_page_goes_back_without_its_bytes_to_where_it_was(dms):
@@ -183,7 +184,7 @@ WRONG = {
     "a stride where none belongs": {"kind": m.FREE, "page": 1, "count": 1, "more": 5},
     "a stride that leaves the space": {"kind": m.GET, "page": 1, "count": 21, "more": 50},
     "no stride": {"kind": m.GET, "page": 1, "count": 2, "more": 0},
-    "too large a stride": {"kind": m.GET, "page": 1, "count": 2, "more": m.MAX_STRIDE + 1},
+    "too large a stride": {"kind": m.GET, "page": 1, "count": 2, "more": MAX_STRIDE + 1},
     "a page outside": {"kind": m.GET, "page": PAGES, "count": 1},
     "a page far outside": {"kind": m.GET, "page": 2**64 - 1, "count": 2},
     "a range that leaves the space": {"kind": m.GET, "page": PAGES - 1, "count": 2},
