@@ -4,7 +4,10 @@ import errno
 import os
 import random
 import resource
+import threading
+import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from mpi4py import MPI
@@ -258,6 +261,51 @@ def test_a_message_that_no_memory_can_take_is_dropped_and_told(dms, length, capl
     dms._comm = SimpleNamespace(Mprobe=lambda source, tag: dropped.append((source, tag)))
     assert not list(dms._exchange(1, 3, length))
     assert dropped == [(1, 3)] and "a message of INSTANCE_0 was dropped" in caplog.text
+
+
+class OneMessage:
+    """The communicator of a DMS that gets this question; `answered` is what it sends."""
+
+    def __init__(self, question):
+        self.question, self.answered = question, b""
+
+    def Irecv(self, message, source, tag):
+        message[0][: len(self.question)] = self.question
+        return SimpleNamespace(Test=lambda: True)
+
+    def Isend(self, message, source, tag):
+        self.answered = bytes(message[0])
+        return SimpleNamespace(Test=lambda: True)
+
+
+def sync_alone(dms):
+    """The kind of the answer to a SYNC that is the only message."""
+    dms._comm = OneMessage(m.HEADER.pack(m.SYNC, 0, 0, 0))
+    for _ in dms._exchange(1, 3, m.HEADER.size):
+        time.sleep(0.001)
+    return m.HEADER.unpack_from(dms._comm.answered)[0]
+
+
+def test_a_sync_has_a_thread_of_its_own_or_does_without_where_there_can_be_none(dms, monkeypatch):
+    threads = []
+    real = dms._requests[m.SYNC]
+
+    def sync(asked):
+        threads.append(threading.current_thread())
+        return real[0](asked)
+
+    dms._requests[m.SYNC] = sync, *real[1:]
+    assert sync_alone(dms) == m.OK and threads[0] is not threading.main_thread()
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError))
+    assert sync_alone(dms) == m.OK and threads[1] is threading.main_thread()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_in_a_sync_ends_the_dms_and_is_no_answer(dms):
+    dms._stores[0].sync_steps = [mock.Mock(side_effect=TypeError("a mistake"))]
+    with pytest.raises(TypeError, match="a mistake"):
+        sync_alone(dms)
+    assert not dms._comm.answered
 
 
 def test_random_bytes_never_end_the_dms(dms):
