@@ -71,7 +71,7 @@ class DMS:
             self._stores.append(PageStore(own, start_addr, end_addr, keep, instance, share))
         self._pages = share.below((end_addr - start_addr) // PAGE_SIZE)
         self._syncs = {store: threading.Lock() for store in self._stores}
-        self._unused: list[tuple[m.MessageBuffer, m.MessageBuffer]] = []
+        self._unused: list[m.MessageBuffer] = []
         self._log = log.logger("DMS")
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes).
         self._requests: dict[int, tuple[Callable[[Asked], Any], int, int, int]] = {
@@ -122,8 +122,8 @@ class DMS:
         A message that is too long is received whole, and refused: some MPIs write behind a buffer that
         is too small. It is dropped if there is no memory for it, or MPI can't count so far.
         """
-        buffers = self._unused.pop() if self._unused else (m.MessageBuffer(), m.MessageBuffer())
-        question, answer = buffers[0].whole, buffers[1]
+        buffer = self._unused.pop() if self._unused else m.MessageBuffer()
+        question = buffer.whole
         try:
             if not 0 <= length <= len(question):
                 question = memoryview(bytearray(length))
@@ -137,7 +137,7 @@ class DMS:
         replies: list[memoryview] = []
 
         def handle() -> None:
-            replies.append(self._handle(source, question[:length], answer))
+            replies.append(self._handle(source, question[:length], buffer))
 
         kind, *_ = m.HEADER.unpack_from(question)
         if kind == m.SYNC:
@@ -151,10 +151,10 @@ class DMS:
         sending = self._comm.Isend([replies[0], MPI.BYTE], source, tag)
         while not sending.Test():
             yield
-        self._unused.append(buffers)
+        self._unused.append(buffer)
 
     def _handle(self, source: int, question: memoryview, answer: m.MessageBuffer) -> memoryview:
-        """Do what the question asks; the answer.
+        """Do what the question asks; the answer. It may be written over the question.
 
         A request that can't be done changes nothing, and is answered with the reason.
         """

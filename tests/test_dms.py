@@ -44,7 +44,9 @@ def ask(dms, kind, page=0, count=0, more=None, body=b""):
 
 
 def handle(dms, question, source=1):
-    answer = dms._handle(source, memoryview(question), m.MessageBuffer())
+    buffer = m.MessageBuffer()
+    buffer.whole[: len(question)] = question
+    answer = dms._handle(source, buffer.whole[: len(question)], buffer)
     kind, zero, count, _ = m.HEADER.unpack_from(answer)
     assert zero == 0
     return kind, count, bytes(answer[m.HEADER.size :])
