@@ -111,10 +111,11 @@ def _run(config: Config, application: int, control: Any) -> None:
     from edm.pager import SWITCH_INTERVAL, tell  # the application does not need what this imports
 
     sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
-    comm, dms = MPI.COMM_WORLD, config.dms or 1
+    world, dms = MPI.COMM_WORLD, config.dms or 1
     try:
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise OSError("this MPI library has no MPI_THREAD_MULTIPLE; install one that has")
+        comm = world.Dup()  # the program may use COMM_WORLD in the DMSs when they have ended
         hosts = comm.allgather(os.uname().nodename)[:dms]
         if comm.rank < dms:
             return _serve_pages(comm, config, hosts, application, control)
@@ -123,7 +124,7 @@ def _run(config: Config, application: int, control: Any) -> None:
         if isinstance(error, MPI.Exception):
             error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
         # DMSGone has been told by the DMS's child. The other ranks may be waiting for this one.
-        _abort(comm, 2 if isinstance(error, DMSGone) else tell(error))
+        _abort(world, 2 if isinstance(error, DMSGone) else tell(error))
     end(status)
 
 
@@ -201,11 +202,11 @@ def end(status: int) -> NoReturn:
     ctypes.CDLL(None).exit(status)
 
 
-def _abort(comm: Any, status: int) -> NoReturn:
+def _abort(world: Any, status: int) -> NoReturn:
     """End the whole job, once the launcher has read why."""
     sys.stderr.flush()
     _let_be_read()
-    comm.Abort(status)
+    world.Abort(status)
     os._exit(status)  # Abort returns if the launcher was told not to clean up
 
 
