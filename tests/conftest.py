@@ -269,15 +269,20 @@ class Job(subprocess.Popen):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_shared_memory_is_left() -> Iterator[None]:
-    """MPI's, of ranks that were killed. Files that a process has mapped are somebody else's."""
+    """MPI's, of ranks that were killed. Files that a process has mapped are somebody else's.
+
+    They are listed before the processes are looked at: a job that starts meanwhile, of another session,
+    would hang in MPI_Init for ever if one rank found the file, and the next one did not.
+    """
     shm = Path("/dev/shm")
     before = set(shm.iterdir())
     yield
+    left = set(shm.iterdir()) - before
     mapped = ""
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             mapped += maps.read_text()
-    for path in set(shm.iterdir()) - before:
+    for path in left:
         if path.name.startswith(("mpich_shm_", "sm_segment.")) and f"{path}" not in mapped:
             path.unlink(missing_ok=True)
 
