@@ -62,8 +62,6 @@ SMALL = 1024  # with no higher high_threshold, LPET follows the wiki's algorithm
 ANY_HERE = bytes(2 if byte >= HERE else byte <= AWAY for byte in range(256))
 NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
 _SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
-_IS_AWAY = bytes(byte == AWAY for byte in range(256))
-_IS_HERE = bytes(byte >= HERE for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
 _RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # of what is to leave, with holes
 _NEW_RUN, _AWAY_RUN = re.compile(rb"\x00*"), re.compile(rb"\x01*")
@@ -81,8 +79,8 @@ FIGURES = (
 )  # fmt: skip
 (
     RESIDENT, PEAK, FIRST_ACCESS, REFETCH, WRITE_PROTECT, OTHER, FETCHED, RECEIVED, EVICTED_DIRTY,
-    EVICTED_CLEAN, MARKED_IDLE, LPET_RUNS, REFUSED, SENT, ROOM_WANTED, LPET_AWAKE, STOPPED,
-) = range(17)  # fmt: skip
+    EVICTED_CLEAN, MARKED_IDLE, LPET_RUNS, REFUSED, SENT, ROOM_WANTED, STOPPED,
+) = range(16)  # fmt: skip
 
 
 def runs_of(pages: list[int]) -> list[Run]:
@@ -170,9 +168,7 @@ class LSPT(ByteTable):
         self.for_lpet = os.eventfd(0, os.EFD_CLOEXEC)
         self.areas: list[Run] = []  # of the application, sorted
         self._plain, self.as_the_wiki_does = plain, plain or high_threshold <= SMALL
-        self._wake_at = high_threshold + 1
-        if not self.as_the_wiki_does:
-            self._wake_at = (high_threshold + low_threshold) // 2
+        self._wake_at = self.high + 1 if self.as_the_wiki_does else (self.high + self.low) // 2
         self.quarter = max(1, high_threshold // QUARTERS)  # pages
 
     def close(self) -> None:
@@ -213,8 +209,7 @@ class LSPT(ByteTable):
         figures[FETCHED] += pages
         figures[RESIDENT] = resident = figures[RESIDENT] + pages
         figures[PEAK] = max(figures[PEAK], resident)
-        if resident >= self._wake_at and not figures[LPET_AWAKE]:
-            figures[LPET_AWAKE] = 1
+        if resident - pages < self._wake_at <= resident:
             os.eventfd_write(self.for_lpet, 1)
 
     def alike(self, wanted: range, state: int) -> range:
@@ -300,11 +295,11 @@ class LSPT(ByteTable):
             for first, before in left:
                 self.state[first : first + len(before)] = before.translate(becomes)
                 if becomes[HERE] < HERE:
-                    self._room(before.translate(_IS_HERE).count(1))
+                    self._room(before.translate(NO_HOLES).count(2))
 
     def _room(self, pages: int) -> None:
         self.figures[RESIDENT] -= pages
-        if pages and not self._plain:
+        if not self._plain:
             self._tell_of_room()
 
     def _tell_of_room(self) -> None:
@@ -368,7 +363,7 @@ class LSPT(ByteTable):
     def away(self) -> int:
         """How many pages only the store has; a while ago, some of them."""
         return sum(
-            self.state[first : first + count].translate(_IS_AWAY).count(1)
+            self.state[first : first + count].count(AWAY)
             for first, count in self.used(0, self.pages)
         )
 
@@ -381,12 +376,11 @@ class LSPT(ByteTable):
     def lpet_waits(self) -> bool:
         """LPET's: sleep until there is something to evict. False once stop was called."""
         while not self.stopped():
-            with self.lock:
-                full = self.figures[RESIDENT] >= self._wake_at
-                self.figures[LPET_AWAKE] = awake = full or self.figures[ROOM_WANTED] > 0
-            if awake:
+            if self.figures[RESIDENT] >= self._wake_at or self.figures[ROOM_WANTED]:
                 return True
-            os.eventfd_read(self.for_lpet)  # or what is left of a call that was seen already
+            os.eventfd_read(
+                self.for_lpet
+            )  # returns at once if this was written since the last read
         return False
 
     def stopped(self) -> bool:

@@ -97,7 +97,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from logging import INFO
+from logging import DEBUG, INFO
 from struct import Struct
 
 from edm import log
@@ -144,12 +144,13 @@ _DROPPED = bytes(byte & ~INSTANCE for byte in range(256))
 _LOCATION = bytes(byte & (INSTANCE | DISK) for byte in range(256))
 _TORN = bytes(byte | TORN for byte in range(256))
 _WHOLE = bytes(range(TORN))  # the bytes of pages that are not TORN
-_PLACE = bytes(byte & UNREADABLE for byte in range(256))
+_PLACE = bytes(byte & UNREADABLE if byte < TORN else 0 for byte in range(256))
 ON_DISK = re.compile(rb"[\2\3]+")  # of PageStore.locations
 _TO_WRITE = re.compile(rb"[\2\3]")
 # {place: the pages that are written there, by their places at the last sync}. No page is written to the
 # place that it has there.
 _TARGETS = {DISK | FIRST: re.compile(rb"[^\x06]+"), DISK | SECOND: re.compile(rb"\x06+")}
+_NOWHERE = re.compile(rb"\0+")  # of the places at a sync
 # {place: the pages that do not use it, by the places that they use}.
 _SPARE = {FIRST: re.compile(rb"[\x00\x0a]+"), SECOND: re.compile(rb"[\x00\x06]+")}
 
@@ -239,9 +240,11 @@ class PageStore:
         pages = max(share.below((end_addr - start_addr) // PAGE_SIZE), 1)
         self._blocks = -(-pages // BLOCK_PAGES) if keep else 0  # in a copy of the table
         self._data = -(-self._block_place(2, 0) // HEADER_COPY) * HEADER_COPY  # the first places
+        self._synced = SPT(
+            pages
+        )  # the place of each page at the last sync; 0 if the disk is not kept
         self.spt, self._instance = SPT(pages), instance
         self._size = self._place(pages, SECOND if keep else FIRST)
-        self._synced = SPT(pages) if keep else None  # the place of each page at the last sync
         self._crcs = memoryview(mmap.mmap(-1, 4 * pages if keep else 4)).cast("I")
         self._changed = memoryview(mmap.mmap(-1, max(1, self._blocks)))  # a byte a block, see SAME
         self._words = memoryview(mmap.mmap(-1, 24)).cast("Q")
@@ -338,21 +341,15 @@ class PageStore:
 
         Raises OSError if it can't be done; then none of them has gone.
         """
-        addresses = [
-            self._address(page)
-            for first, content in (dirty if self._info else ())
-            for page in range(first, first + len(content) // PAGE_SIZE)
-        ]
-        for address in addresses if gone else ():
-            self._log.debug("Handle page eviction in address %#x", address)
+        if gone:
+            self._say(DEBUG, "Handle page eviction in address %#x", dirty)
         with self._lock:
             if self.kept:
                 self._check_writable()
             self._write(dirty)
             for page, count in gone:
                 self.spt.change(page, count, _DROPPED)
-        for address in addresses:
-            self._log.info("page in address %#x stored in disk", address)
+        self._say(INFO, "page in address %#x stored in disk", dirty)
         if self._info:
             if gone:
                 self._log.debug("Page evicted successfully, sending ack")
@@ -365,11 +362,10 @@ class PageStore:
         A kept disk needs the bytes for their checksums; and put tells the log of each page.
         """
         place, done = self._place(page, FIRST), 0
-        if not self.kept and not self._info:
-            with suppress(OSError):
-                while done < len(content):
-                    part = min(AT_ONCE, len(content) - done)
-                    done += os.splice(pipe, self.fd, part, offset_dst=place + done)
+        with suppress(OSError):
+            while not self.kept and not self._info and done < len(content):
+                part = min(AT_ONCE, len(content) - done)
+                done += os.splice(pipe, self.fd, part, offset_dst=place + done)
         if done == len(content):
             self.spt.set(range(page, page + done // PAGE_SIZE), INSTANCE | DISK | FIRST)
             return True
@@ -412,16 +408,13 @@ class PageStore:
         self.spt.set(range(page, page + len(content) // PAGE_SIZE), INSTANCE | place)
 
     def _make_room(self, dirty: Iterable[Bytes]) -> bool:
-        """These found the file system full. Is it of use to try again?"""
-        for page, content in dirty:  # others may fit there
-            self._punch_spare(page, self._was(page, len(content) // PAGE_SIZE))
-        if not self.kept or self._words[ROOM_MADE] > self._words[EPOCH]:
-            return False
+        """These pages found the file system full. Is it of use to try again?"""
+        again = self.kept and self._words[ROOM_MADE] <= self._words[EPOCH]
         self._words[ROOM_MADE] = self._words[EPOCH] + 1
-        for page, count in self.spt.used(0, self.spt.pages):
-            now = self.spt.state[page : page + count].translate(_PLACE)
-            self._punch_spare(page, bytes(map(operator.or_, now, self._was(page, count))))
-        return True
+        torn = [(page, len(content) // PAGE_SIZE) for page, content in dirty]
+        for run in self.spt.used(0, self.spt.pages) if again else torn:
+            self._punch_spare(*run)
+        return again
 
     # ------------------------------------------------------------ the rest
 
@@ -433,7 +426,7 @@ class PageStore:
                 for block in self._blocks_of(first, many):
                     self._changed[block] = self._changed[block] and WRITE_TWICE
                 if not self._words[NO_WRITES]:
-                    self._punch_spare(first, self._was(first, many))
+                    self._punch_spare(first, many)
         if self._info:
             self._show()
 
@@ -469,12 +462,17 @@ class PageStore:
 
     def close(self) -> None:
         """The end of it. A disk that is not kept is lost with that, if it has no name."""
-        for table in filter(None, (self.spt, self._synced)):
+        for table in (self.spt, self._synced):
             table.state.close()
         os.close(self.fd)
 
     def _address(self, page: int) -> int:
         return self._start + self._share.page(page) * PAGE_SIZE
+
+    def _say(self, level: int, words: str, dirty: Iterable[Bytes]) -> None:
+        for first, content in dirty if self._info else ():
+            for page in range(first, first + len(content) // PAGE_SIZE):
+                self._log.log(level, words, self._address(page))
 
     def _show(self) -> None:
         self._log.debug("SPT updated. Current state: ")
@@ -486,18 +484,14 @@ class PageStore:
         """Where in the file this page is, if the SPT has this byte for it."""
         return self._data + (page + (self.spt.pages if byte & SECOND else 0)) * PAGE_SIZE
 
-    def _was(self, page: int, count: int) -> bytes:
-        """The places of these pages at the last sync. Without a kept disk none was used."""
-        return self._synced.read(page, count) if self._synced else bytes(count)
-
-    def _punch_spare(self, page: int, used: bytes) -> None:
-        """Give back the places, of the pages from page on, that are not in used."""
+    def _punch_spare(self, page: int, count: int) -> None:
+        """Give back the places of these pages that neither the SPT nor the last sync uses."""
+        now, synced = self.spt.read(page, count).translate(_PLACE), self._synced.read(page, count)
+        used = bytes(map(operator.or_, now, synced))
         for place, spare in _SPARE.items():
-            for first, count in runs(page, used, spare):
-                try:
-                    punch_hole(self.fd, self._place(first, place), count * PAGE_SIZE)
-                except OSError as error:  # it is only room
-                    self._log.info("%d pages from page %d: %s", count, first, error)
+            for first, many in runs(page, used, spare):
+                with suppress(OSError):  # it is only room
+                    punch_hole(self.fd, self._place(first, place), many * PAGE_SIZE)
 
     def _begin(self, path: str) -> None:
         try:
@@ -585,16 +579,14 @@ class PageStore:
             in_file.update(number % self._blocks for number in range(first, last + 1))
         for block in in_file:
             places, crcs = self._read_block(now, block)
-            same = (places, crcs) == self._read_block(1 - now, block)
-            # If not, the next two syncs write it to both copies. So they do if one is damaged, which
-            # may be a block of a sync that was not finished: the next epoch would make it a whole one.
-            whole = same and UNREADABLE not in places
-            self._changed[block] = SAME if whole else WRITE_TWICE
-            if any(places):  # else it needs no memory
-                page = block * BLOCK_PAGES
-                for table in (self.spt, self._synced):
-                    table.write(page, places)
-                self._crcs[page : page + len(places)] = memoryview(crcs).cast("I")
+            # A damaged block is written again, too: it may be of a sync that was not finished, and the
+            # next epoch would make it whole.
+            same = (places, crcs) == self._read_block(1 - now, block) and UNREADABLE not in places
+            self._changed[block] = SAME if same else WRITE_TWICE
+            page = block * BLOCK_PAGES
+            for table in (self.spt, self._synced):
+                table.write(page, places)
+            self._crcs[page : page + len(places)] = memoryview(crcs).cast("I")
 
     def _read_block(self, table: int, block: int) -> tuple[bytes, bytes]:
         """The places of its pages, and their crc32s."""
@@ -650,10 +642,9 @@ class PageStore:
         for block, states in self._durable.items():
             self._changed[block] -= 1
             page, now = block * BLOCK_PAGES, states.translate(_PLACE)
-            was = self._synced.read(page, BLOCK_PAGES)
             self._synced.write(page, now)
-            freed = (0 if b and not a else UNREADABLE for a, b in zip(now, was, strict=True))
-            self._punch_spare(page, bytes(freed))
+            for run in runs(page, now, _NOWHERE):
+                self._punch_spare(*run)
 
     def _check_writable(self) -> None:
         if why := self._words[NO_WRITES]:
