@@ -2,22 +2,21 @@
 
     [Thu Sep 01 2022 12:53:54.328]:[Debug]-[DMS] - page accessed first time, set info - new_page
 
-In the picture: nothing; every box writes here.
+In the picture: every box writes here.
 
 Interface:
-    start(level)             where edm.run begins: lines of at least this level go to stderr
-    logger(name)             a box's logger: "DMS" gives lines that begin with [DMS]
+    start(level)             called by edm.run: lines of at least this level go to stderr
+    logger(name)             the logger of a box: lines of logger("DMS") begin with [DMS]
     spt_table, lspt_table    the two tables, as the wiki prints them
 
-Rules: a box asks its logger once, when it starts, which levels are on, and keeps the answers; so
-a silent log costs a fault one test of a boolean and formats nothing. One call is one write, so
-that lines of several ranks don't mix.
+Rules: a box asks its logger once, at its start, whether a level is on, and keeps the answer. So a silent
+log costs a fault one test of a boolean, and formats nothing. Each call is one write, so that the lines of
+several ranks don't mix.
 
-A page is followed through all boxes with --log-level debug --plain: nothing else comes or goes with it.
+To follow a page through all boxes, use --log-level debug --plain: each page comes and leaves alone.
 
-Source of the format: the output of the wiki's "End to End Examples", and of the lines around an
-eviction, the original's tests_output/simple_eviction_page_test_debug.txt. Words that are spelled wrong
-there are spelled right here.
+Source of the format: the output of the wiki's "End to End Examples"; for the lines around an eviction,
+the original's tests_output/simple_eviction_page_test_debug.txt. Spelling mistakes there are corrected.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ class _WikiFormatter(logging.Formatter):
 
 
 def logger(name: str = "") -> logging.Logger:
-    """The logger of a box of the picture; without a name, the banners'."""
+    """The logger of a box of the picture; without a name, that of the banners."""
     return logging.getLogger(f"edm.{name}" if name else "edm")
 
 
 def start(level: str) -> None:
-    """Write the log's lines of at least this level, to stderr."""
+    """Write the lines of at least this level to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     line = "[%(asctime)s.%(msecs)03d]:[%(level)s]-%(prefix)s%(message)s"
     handler.setFormatter(_WikiFormatter(line, "%a %b %d %Y %H:%M:%S"))
@@ -51,15 +50,15 @@ def start(level: str) -> None:
 
 
 def spt_table(rows: Iterable[tuple[int, str]]) -> str:
-    """The SPT as the wiki prints it, from (address, location) of every page that was accessed."""
+    """The SPT as the wiki prints it. rows: (address, location) of every page that was accessed."""
     lines = [f"address : {address:#x}  location : {location}" for address, location in rows]
     return "\n".join(["DMS- Print SPT STATE", "-----START SPT ----", *lines, "------END SPT-----"])
 
 
 def lspt_table(rows: Iterable[tuple[int, int, bool]]) -> str:
-    """The LSPT as the wiki prints it, from (address, page frame number, idle) of every page.
+    """The LSPT as the wiki prints it. rows: (address, page frame number, idle) of every page.
 
-    The page frame number is 0 for who may not know it (pagemap shows it to CAP_SYS_ADMIN only).
+    The page frame number is 0 without CAP_SYS_ADMIN: pagemap does not show it then.
     """
     lines = [f"address : {a:#x}  pfn : {pfn}  is_idle: {int(idle)}" for a, pfn, idle in rows]
     return "\n".join(["page list state: ", "-----START LSPT ----", *lines, "-----END LSPT ----"])

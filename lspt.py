@@ -1,42 +1,42 @@
-"""LSPT: the pages of this instance, a byte each, in memory that the pager and LPET share.
+"""LSPT: the state of each page of this instance, in memory that the pager and LPET share.
 
-In the picture: the table between the DM-Handler (which makes pages come), LPET (which lets them
-leave) and the pager's main thread (which frees them). Every page state is named here, and the
-methods of LSPT are the only code that changes one:
+In the picture: the table between the DM-Handler, which brings pages, LPET, which evicts them, and the
+pager's mailbox thread, which frees them. Every page state is named here, and only the methods of LSPT
+change one:
 
              expect                     arrived
  NEW, AWAY ──────────────────► COMING ─────────────► HERE (with its generation)
      ▲                           │                               │
-     │ gone: the store has its   │ not_coming: AWAY or LOST      │ leaving
+     │ gone: the store has its   │ not_coming: AWAY or LOST      │ leaving, take
      │ bytes, or needs none      ▼                               ▼
      └───────────────────────────────────────────────── LEAVING ◄┘
                                                         └── stays ────► HERE
  freeing: any state but COMING and LEAVING → LEAVING;  freed: LEAVING → NEW
 
     NEW       never accessed: zeros
-    AWAY      it was here; the store knows what it is
+    AWAY      only the store has it
     COMING    the DM-Handler is installing it
     HERE      in the application's memory
-    LEAVING   LPET, a sync or a free has it in its hands
-    LOST      its bytes can't be had: touching it is a SIGBUS
+    LEAVING   LPET, a sync or a free is working on it
+    LOST      its bytes can't be read: touching it is a SIGBUS
 
-Whether a page is clean is not stored: the page table knows.
+Whether a page is clean is not stored here: the page table knows.
 
-Generations: one begins with each quarter of high_threshold that comes. HERE has the one in which the
-page came, modulo GENERATIONS.
+Generations: a new one begins when a quarter of high_threshold has come. The byte of a page that is HERE
+includes the generation in which the page came, modulo GENERATIONS.
 
-Interface: the methods named on the arrows. For waiting, two eventfds: `for_handler` tells the
-DM-Handler that there is room, or that it is to stop; `for_lpet` tells LPET that there are pages to
-evict, or that it is to stop. `figures` are counters that any process may read.
+Interface: the methods on the arrows. Two eventfds wake those who wait: `for_handler` the DM-Handler,
+when there is room or it has to stop; `for_lpet` LPET, when there are pages to evict or it has to stop.
+`figures` are counters that any process may read.
 
 Rules:
-    * `lock` protects every change of a state or counter but `arrived`. The methods take it. No system
-      call is made under it, but the writing of an eventfd.
-    * COMING belongs to the DM-Handler, LEAVING to whoever made it so: nobody else touches the
-      memory or the state of such a page. So `arrived` needs no lock. A fault of a LEAVING page sleeps
-      on: who ends LEAVING wakes the range, and the fault is tried again.
-    * A LEAVING range may have holes: pages that are not here, and that nobody may bring meanwhile.
-    * `areas` belongs to the pager's process; LPET does not need it.
+    * `lock` protects every change of a state or a counter, except in `arrived`. The methods take it. The
+      only system call under it is the write to an eventfd.
+    * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
+      thread touches its memory or its state. So `arrived` needs no lock. A fault of a LEAVING page
+      sleeps until the owner has changed the state and wakes the range. Then the fault is tried again.
+    * A LEAVING range may have holes: pages that are not HERE, and can't come until the range has left.
+    * `areas` belongs to the pager's process. LPET does not use it.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ HERE, GENERATIONS = 128, 128  # HERE and its generation
 
 PART = 4096  # pages
 QUARTERS = 4  # generations in one turnover of high_threshold pages
-SMALL = 1024  # with no higher high_threshold, LPET follows the wiki's algorithm to the letter
+SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algorithm to the letter
 
-# Tables for `leaving`: 2 for a state that is to leave, 1 for a hole, 0 for what stays as it is.
+# Tables for `leaving`, by state: 2: the page leaves; 1: it may be a hole; 0: it stays as it is.
 ANY_HERE = bytes(2 if byte >= HERE else byte <= AWAY for byte in range(256))
 NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
 _SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
-_RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # of what is to leave, with holes
+_RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # pages that leave, and the holes between them
 _NEW_RUN, _AWAY_RUN = re.compile(rb"\x00*"), re.compile(rb"\x01*")
 HERE_RUN = re.compile(rb"[\x80-\xff]+")
 _UNSETTLED = re.compile(rb"[\x03\x04]+")
 
 Run = tuple[int, int]  # (first page, count of pages)
-Left = tuple[int, bytes]  # the first page of a LEAVING range, and the states before
+Left = tuple[int, bytes]  # the first page of a LEAVING range, and its states before
 
-# Counters in shared memory: those that Space.figures() tells, see pager.py; and the LSPT's own.
+# Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own.
 FIGURES = (
     "resident", "peak_resident", "faults_first_access", "faults_refetch", "faults_write_protect",
     "faults_other", "fetched", "bytes_received", "evicted_dirty", "evicted_clean", "marked_idle",
@@ -95,7 +95,7 @@ def runs_of(pages: list[int]) -> list[Run]:
 
 
 def runs(page: int, states: bytes, which: re.Pattern[bytes]) -> Iterator[Run]:
-    """The runs of pages, from page on, whose states fit."""
+    """The runs of pages whose states match. page: the page of the first state."""
     for found in which.finditer(states):
         yield page + found.start(), found.end() - found.start()
 
@@ -105,8 +105,8 @@ def _here_becomes(state: int) -> bytes:
 
 
 class ByteTable:
-    """A byte a page, in shared memory. Parts that were never set are not looked at, and cost a byte each:
-    reading shared memory allocates it."""
+    """A byte a page, in shared memory. Parts that were never set cost one byte each: they are never read,
+    as reading shared memory allocates it."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
@@ -115,8 +115,7 @@ class ByteTable:
         self._used = mmap.mmap(-1, -(-pages // PART))  # 1 for each part that was ever set
 
     def used(self, page: int, count: int) -> Iterator[Run]:
-        """The parts of these pages that were ever set, with some unset neighbours; each has at most
-        PART pages."""
+        """Runs that have all of these pages that were ever set. A run has at most PART pages."""
         part, end = page // PART, -(-(page + count) // PART)
         while (part := self._used.find(b"\1", part, end)) >= 0:
             first, part = max(page, part * PART), part + 1
@@ -152,21 +151,21 @@ class LSPT(ByteTable):
     def __init__(
         self, pages: int, high_threshold: int, low_threshold: int, plain: bool = False
     ) -> None:
-        """A table for a space of so many pages, of which at most high_threshold may be here.
+        """A table of this many pages, of which at most high_threshold may be here.
 
-        With more than SMALL LPET is woken halfway between the thresholds, so that a fault hardly ever
-        finds no room; else when a fault finds none. plain: always so, and the fault waits until LPET has
-        ended its run.
+        With a high_threshold over SMALL, LPET is woken halfway between the thresholds, so that a fault
+        rarely has to wait for room. Else it is woken when a fault finds no room. plain: the latter at any
+        size, and the fault waits until LPET's run has ended.
         """
         super().__init__(pages)
         self.high, self.low = high_threshold, low_threshold
         self.lock = semaphore()
-        # Two pages are left for an instruction, if there are four.
+        # One instruction may need two pages: with four or more, pins leave two.
         self.pins = Pins(self.lock, max(1, (high_threshold - 2) // 2))
         self.figures = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
         self.for_handler = os.eventfd(0, os.EFD_CLOEXEC)
         self.for_lpet = os.eventfd(0, os.EFD_CLOEXEC)
-        self.areas: list[Run] = []  # of the application, sorted
+        self.areas: list[Run] = []  # the application's areas, sorted
         self._plain, self.as_the_wiki_does = plain, plain or high_threshold <= SMALL
         self._wake_at = self.high + 1 if self.as_the_wiki_does else (self.high + self.low) // 2
         self.quarter = max(1, high_threshold // QUARTERS)  # pages
@@ -178,9 +177,9 @@ class LSPT(ByteTable):
     # ------------------------------------------------------------ the DM-Handler's transitions
 
     def expect(self, page: int) -> int | None:
-        """NEW or AWAY → COMING. Returns the state that the page had, and keeps if it is another one.
+        """NEW or AWAY → COMING; any other state stays. Returns the state before.
 
-        None if there is no room for a page: LPET is woken, and for_handler tells when to ask again.
+        Returns None if there is no room for a page. LPET is woken, and for_handler as soon as there is.
         """
         with self.lock:
             state = self.state[page]
@@ -195,8 +194,8 @@ class LSPT(ByteTable):
             return state
 
     def expect_more(self, wanted: range, state: int) -> range:
-        """NEW or AWAY → COMING, for as many of these pages, from the first on, as there is room for and
-        are like a page of this state, NEW or AWAY; which those are."""
+        """NEW or AWAY → COMING, for the first of these pages: as many as have this state, and as there is
+        room for. Returns those pages."""
         with self.lock:
             pages = self.alike(wanted[: max(0, self.high - self.figures[RESIDENT])], state)
             if pages:
@@ -213,7 +212,7 @@ class LSPT(ByteTable):
             os.eventfd_write(self.for_lpet, 1)
 
     def alike(self, wanted: range, state: int) -> range:
-        """As many of these pages, from the first on, as are all NEW or all AWAY, as `state` is."""
+        """The first of these pages, as many as have this state: NEW or AWAY."""
         if not wanted:
             return wanted
         low, high = sorted((wanted[0], wanted[-1]))
@@ -221,11 +220,11 @@ class LSPT(ByteTable):
         return wanted[: (_NEW_RUN if state == NEW else _AWAY_RUN).match(states).end()]
 
     def arrived(self, pages: range) -> None:
-        """COMING → HERE: they are installed."""
+        """COMING → HERE: the pages are installed."""
         self.set(pages, HERE + self.generation() % GENERATIONS)
 
     def not_coming(self, pages: range, state: int = AWAY) -> None:
-        """COMING → AWAY: they can't be had now, and the store knows what they are. Or → LOST."""
+        """COMING → AWAY: the pages could not be fetched; the store still has them. Or → LOST."""
         with self.lock:
             self.set(pages, state)
             self.figures[FETCHED] -= len(pages)
@@ -234,31 +233,29 @@ class LSPT(ByteTable):
     # ------------------------------------------------------------ LEAVING
 
     def generation(self) -> int:
-        """The present one."""
+        """The current generation."""
         return self.figures[FETCHED] // self.quarter
 
     def older_than(self, age: int) -> bytes:
-        """A table for `leaving`: pages that are HERE for at least so many generations may leave."""
+        """A table for `leaving`: the pages that came at least this many generations ago leave."""
         table, now = bytearray(ANY_HERE), self.generation()
         for since in range(age):
             table[HERE + (now - since) % GENERATIONS] = 0
         return bytes(table)
 
     def leaving(self, page: int, count: int, which: bytes = ANY_HERE) -> list[Left]:
-        """HERE → LEAVING, for the pages of a range that the table `which` says (see older_than), but not
-        for those that are pinned.
+        """HERE → LEAVING, for the pages of a range that the table `which` selects, except pinned ones.
 
-        Neighbours, holes between them included, are one entry of what is returned.
+        Returns one entry for each run of pages and the holes between them.
         """
         return self.take(page, count, which, pinned=False)[0]
 
     def take(
         self, page: int, count: int, which: bytes, pinned: bool = True
     ) -> tuple[list[Left], list[Run]]:
-        """As leaving, pinned pages included; the second list is of pages that are COMING or LEAVING, so
-        somebody else's.
+        """As leaving, including pinned pages. The second list has the pages that are COMING or LEAVING.
 
-        The caller comes back for those: nobody has them for longer than a batch.
+        These belong to another thread, for no longer than a batch takes: the caller tries them again.
         """
         with self.lock:
             states = self.state[page : page + count]
@@ -272,13 +269,13 @@ class LSPT(ByteTable):
         return taken, list(runs(page, states, _UNSETTLED))
 
     def gone(self, left: list[Left]) -> None:
-        """LEAVING → AWAY: the store has their bytes, or needs none."""
+        """LEAVING → AWAY: the store has the pages' bytes, or needs none."""
         self._end(left, _here_becomes(AWAY))
 
     def stays(self, left: list[Left], generation: int | None = None) -> None:
-        """LEAVING → HERE, as they were before.
+        """LEAVING → HERE, with the states before.
 
-        generation: pages that were used of late count as if they had come in that one.
+        generation: the pages were used recently, and get this generation.
         """
         same = bytes(range(256))
         if generation is not None:
@@ -290,7 +287,7 @@ class LSPT(ByteTable):
         self._end(left, bytes(256))
 
     def _end(self, left: list[Left], becomes: bytes) -> None:
-        """LEAVING → what this table makes of the state before."""
+        """LEAVING → the state before, translated by this table."""
         with self.lock:
             for first, before in left:
                 self.state[first : first + len(before)] = before.translate(becomes)
@@ -308,14 +305,14 @@ class LSPT(ByteTable):
             os.eventfd_write(self.for_handler, 1)
 
     def run_ended(self) -> None:
-        """LPET's: it has evicted what it could."""
+        """For LPET: it has evicted what it could."""
         with self.lock:
             self._tell_of_room()
 
     # ------------------------------------------------------------ freeing
 
     def freeing(self, page: int, count: int) -> tuple[list[Left], list[Run]]:
-        """Any state → LEAVING, but COMING and LEAVING: these are returned as the second list."""
+        """Any state but COMING and LEAVING → LEAVING. The second list has the COMING and LEAVING pages."""
         taken: list[Left] = []
         later: list[Run] = []
         for first, length in self.used(page, count):
@@ -325,34 +322,34 @@ class LSPT(ByteTable):
         return taken, later
 
     def on_disk(self, page: int, count: int) -> None:
-        """NEW → AWAY, at the start: the store has these pages of an earlier job."""
+        """NEW → AWAY, at the start: the store has these pages from an earlier job."""
         with self.lock:
             self.set(range(page, page + count), AWAY)
 
     # ------------------------------------------------------------ looking
 
     def here(self) -> Iterator[Run]:
-        """Runs of pages that are HERE, by address; each part as it is when it is asked for."""
+        """The runs of pages that are HERE, by address. Each part is read when the iteration gets there."""
         for first, count in self.used(0, self.pages):
             yield from runs(first, self.state[first : first + count], HERE_RUN)
 
     def is_missing(self, pages: range) -> bool:
-        """Is any of these pages, ascending, neither HERE nor LOST?"""
+        """Whether any of these ascending pages is neither HERE nor LOST."""
         return 1 in self.state[pages.start : pages.stop].translate(_IS_MISSING)
 
     def area(self, page: int) -> range:
-        """The area of the application that has this page; without one, an empty range."""
+        """The pages of the application's area that has this page; an empty range if there is none."""
         index = bisect.bisect_right(self.areas, (page, self.pages)) - 1
-        for first, count in self.areas[index : index + 1]:  # others change the list meanwhile
+        for first, count in self.areas[index : index + 1]:  # another thread may change the list
             if first <= page < first + count:
                 return range(first, first + count)
         return range(0)
 
     def located(self, page: int, count: int, locations: Callable[[int, int], bytes]) -> bytes:
-        """PageStore.locations of these pages, by what is HERE. The store alone knows only what it has sent:
-        it may have been asked for ahead, and not be here.
+        """PageStore.locations of these pages, with INSTANCE for those that are HERE. The store sets it for
+        all pages that it has sent, also for those that were read ahead and have not come.
 
-        The states are read first: a page that leaves in between is then on the disk, and not nowhere.
+        The states are read first. So a page that leaves in between is on the disk, not nowhere.
         """
         states = self.read(page, count)
         return bytes(
@@ -361,7 +358,7 @@ class LSPT(ByteTable):
         )
 
     def away(self) -> int:
-        """How many pages only the store has; a while ago, some of them."""
+        """How many pages are AWAY. The count is not a snapshot: the parts are read one after the other."""
         return sum(
             self.state[first : first + count].count(AWAY)
             for first, count in self.used(0, self.pages)
@@ -370,24 +367,23 @@ class LSPT(ByteTable):
     # ------------------------------------------------------------ waiting
 
     def room_wanted_since(self) -> float:
-        """Since when the DM-Handler waits for room (seconds of the clock); 0.0: it does not."""
+        """When the DM-Handler began to wait for room (time.monotonic); 0.0: it does not wait."""
         return self.figures[ROOM_WANTED] / 1e9
 
     def lpet_waits(self) -> bool:
-        """LPET's: sleep until there is something to evict. False once stop was called."""
+        """For LPET: sleep until there is something to evict. Returns False once stop was called."""
         while not self.stopped():
             if self.figures[RESIDENT] >= self._wake_at or self.figures[ROOM_WANTED]:
                 return True
-            os.eventfd_read(
-                self.for_lpet
-            )  # returns at once if this was written since the last read
+            # It returns at once if there was a wake-up since the last read.
+            os.eventfd_read(self.for_lpet)
         return False
 
     def stopped(self) -> bool:
         return bool(self.figures[STOPPED])
 
     def stop(self) -> None:
-        """End the DM-Handler's and LPET's waiting for good."""
+        """Make the DM-Handler and LPET stop waiting, for good."""
         self.figures[STOPPED] = 1
         os.eventfd_write(self.for_handler, 1)
         os.eventfd_write(self.for_lpet, 1)

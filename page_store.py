@@ -457,9 +457,8 @@ class PageStore:
     def table(self) -> str:
         """The SPT as the wiki prints it: a line for each page that was ever accessed."""
         instance = f"INSTANCE_{self._instance}"
-        names = {INSTANCE: instance, DISK: "DISK", INSTANCE | DISK: instance}
         return log.spt_table(
-            (self._address(first + at), names[byte])
+            (self._address(first + at), instance if byte & INSTANCE else "DISK")
             for first, count in self.spt.used(0, self.spt.pages)
             for at, byte in enumerate(self.locations(first, count))
             if byte

@@ -1,21 +1,21 @@
-"""Pins: the pages that system calls of the application are about to touch. LPET passes them.
+"""Pins: the pages that a system call of the application is about to touch. LPET does not evict them.
 
 In the picture: beside the LSPT, in memory that the pager and LPET share.
 
-Interface: LSPT.pins is a Pins. system_calls.py calls pin, for a call that has not begun. LPET calls
-drop_ended before it evicts, and LSPT.leaving without().
+Interface: LSPT.pins is a Pins. system_calls.py calls pin() before a call begins. LPET calls drop_ended()
+before it evicts, and LSPT.leaving calls without().
 
-A thread has at most one pin, of all pages of a call. It holds while /proc/TID/syscall shows that the
-thread is in this call, with these arguments. If the file shows no more than "running", it holds until the thread has used the
-processor for RUNNING since then: what is done with the pages takes less. (If it held for a time, a
-recv_into that waits would lose its pages.) Nobody tells that a call has ended: that is asked when the
-pages are wanted, or the room for another pin.
+A thread has at most one pin, for all pages of one call. The pin holds while /proc/TID/syscall shows that
+the thread is in this call, with these arguments. If the file shows only "running", the pin holds until
+the thread has used the processor for RUNNING since it was made: a call takes less to use its pages. (With
+a limit by the clock, a recv_into that waits would lose its pages.) The end of a call is not reported. It
+is looked for when LPET wants the pages, or another pin needs the room.
 
-Rules: the LSPT's lock protects the table, and no system call is made under it. Pages are pinned first,
-and brought then: LPET has either let them go before, or leaves them alone.
+Rules: the LSPT's lock protects the table, and no system call is made under it. Pages are pinned before
+they are brought, so that LPET can't evict them in between.
 
-Source: proc_pid_syscall(5), proc_pid_schedstat(5). The first is for who may trace the thread, see
-ptrace(2); for others every thread is "running".
+Source: proc_pid_syscall(5), proc_pid_schedstat(5). The first can be read by those who may trace the thread,
+see ptrace(2). For others, every thread counts as "running".
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from _multiprocessing import SemLock
 from struct import Struct
 
 SLOTS = 1024
-RUNNING = 50_000_000  # nanoseconds
+RUNNING = 50_000_000  # nanoseconds of processor time
 
-# A pin has one of these for each run of its pages: first page, count of pages, thread, when it was pinned
-# (_used_by), and the call: number, six arguments.
+# One run of a pin's pages: first page, count of pages, thread, the processor time that it had used
+# (_used_by), and the call: its number and six arguments.
 PIN = Struct("=4Q7Q")
 Pin = tuple[int, ...]
 
 
 class Pins:
     def __init__(self, lock: SemLock, most: int) -> None:
-        """most: pages that all pins may have together."""
+        """most: pages that all pins together may have."""
         self._lock, self.most = lock, most
         self._table = mmap.mmap(-1, SLOTS * PIN.size)
-        self._used = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # how many there are
+        self._used = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # rows of the table
 
     def pin(
         self, wanted: list[range], least: int, thread: int, call: tuple[int, ...]
     ) -> list[range]:
-        """Pin these pages; or as many, from the first on, as this pin may have: a quarter of the room that
-        is left, and at least `least`. Returns those; none, if there is no room.
+        """Pin the first of these pages, as many as one pin may have: a quarter of the room that is left,
+        but at least `least`. Returns those pages; none if there is no room.
 
-        What this thread had pinned is not pinned any more.
+        The thread's earlier pin ends.
         """
         if self._room(thread) < 4 * sum(map(len, wanted)):
             self.drop_ended(0, 1 << 63)
@@ -60,7 +60,7 @@ class Pins:
         return pages
 
     def drop_ended(self, page: int, count: int) -> None:
-        """Unpin those of these pages whose call has ended."""
+        """Drop the pins of these pages whose calls have ended."""
         if self._used[0]:
             with self._lock:
                 pins = [
@@ -71,8 +71,8 @@ class Pins:
                     self._keep([pin for pin in self._pins() if pin[2:] not in ended])
 
     def without(self, page: int, chosen: bytes) -> bytes:
-        """`chosen`, which has a byte for each page from `page` on, with 0 for those that are pinned.
-        The caller has the lock."""
+        """Clear the bytes of pinned pages. chosen: a byte for each page from `page` on. The caller has the
+        lock."""
         for first, count, *_ in self._pins() if self._used[0] else ():
             begin, end = max(0, first - page), max(0, first + count - page)
             middle = chosen[begin:end]
@@ -91,7 +91,7 @@ class Pins:
 
 
 def first_of(runs: list[range], count: int) -> list[range]:
-    """So many of these pages, from the first on."""
+    """The first `count` of these pages."""
     some = []
     for run in runs:
         if count > 0:
@@ -114,8 +114,8 @@ def _goes_on(thread: int, used: int, number: int, *arguments: int) -> bool:
 
 
 def _used_by(thread: int) -> int:
-    """For how many nanoseconds this thread has used a processor; a moment ago, if it does. If it has
-    ended: 0."""
+    """The processor time that this thread has used (nanoseconds); 0 if it has ended. While the thread runs,
+    the kernel updates it once a tick."""
     try:
         with open(f"/proc/{thread}/schedstat", "rb", 0) as file:
             return int(file.read().split()[0])

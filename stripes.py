@@ -1,17 +1,18 @@
-"""Stripes: which DMS has a page, where several have the pages of one space.
+"""Stripes: which DMS has a page, where several DMSs share the pages of one space.
 
-In the picture: an MpiStore (mpi_client.py) asks by them; a PageStore (page_store.py) has one Share.
+In the picture: MpiStore (mpi_client.py) sends each request to the right DMS; each PageStore
+(page_store.py) has a Share.
 
-Interface: shares(count) is one Share for each DMS. ALL is the only one's.
+Interface: shares(count) returns a Share for each DMS. ALL is the Share of a single DMS.
 
-A stripe is STRIPE pages. Stripe s belongs to DMS s % N. That DMS numbers its pages without gaps, so that
-neighbours of a stripe are neighbours in its file, and so are the stripes that follow each other there:
+A stripe is STRIPE pages. Stripe s belongs to DMS s % N. Each DMS numbers its own pages without gaps, so
+that the pages of its stripes are neighbours in its file:
 
     page in the space     0 ... 63    64 ... 127    128 ... 191    192 ... 255
-    of two, DMS           0           1             0              1
-    has it as its own     0 ... 63    0 ... 63      64 ... 127     64 ... 127
+    belongs to DMS        0           1             0              1
+    and has number        0 ... 63    0 ... 63      64 ... 127     64 ... 127
 
-One DMS alone has all pages, in one stripe without an end, by the numbers that they have in the space.
+A single DMS has all pages in one endless stripe, with the numbers that they have in the space.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ ENDLESS = 1 << 62
 
 
 class Share(namedtuple("Share", "which of stripe", defaults=(0, 1, ENDLESS))):
-    """Every of-th stripe, from the which-th on."""
+    """The stripes `which`, `which` + `of`, `which` + 2 * `of`, ... A stripe has `stripe` pages."""
 
     def below(self, page: int) -> int:
-        """How many of the pages before this one it has. For a page of its own, that is its number."""
+        """How many pages of this share come before this page. That is the number of a page of the share."""
         rounds, rest = divmod(page, self.of * self.stripe)
         return rounds * self.stripe + min(max(rest - self.which * self.stripe, 0), self.stripe)
 
     def page(self, own: int) -> int:
-        """The number in the space of its page of this number."""
+        """The page in the space that has this number in the share."""
         stripe, at = divmod(own, self.stripe)
         return (stripe * self.of + self.which) * self.stripe + at
 
     def own(self, page: int, count: int) -> range:
-        """Its numbers of those that it has of count pages from this one on."""
+        """The numbers in the share of those of count pages from `page` on that belong to it."""
         return range(self.below(page), self.below(page + count))
 
     def runs(self, page: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """Its pages among count ones from this page on, in runs: the number of the first, here and in
-        the space; and how many."""
+        """The runs of this share's pages among count pages from `page` on: (number in the share, page in
+        the space, how many)."""
         pages = self.own(page, count)
         while pages:
             own = pages[0]
@@ -55,5 +56,5 @@ ALL = Share()
 
 
 def shares(count: int) -> list[Share]:
-    """The share of each of so many DMSs."""
+    """The shares of this many DMSs."""
     return [Share(which, count, STRIPE) for which in range(count)] if count > 1 else [ALL]
