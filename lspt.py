@@ -54,7 +54,7 @@ from edm.uffd_ctypes import MAP_NORESERVE, semaphore
 NEW, AWAY, LOST, COMING, LEAVING = range(5)
 HERE, GENERATIONS = 128, 128  # HERE and its generation
 
-PART = 4096  # pages
+PART = 4096  # pages: their bytes are one page of memory, which the first access allocates
 QUARTERS = 4  # generations in one turnover of high_threshold pages
 SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algorithm to the letter
 
@@ -105,8 +105,8 @@ def _here_becomes(state: int) -> bytes:
 
 
 class ByteTable:
-    """A byte a page, in shared memory. Parts that were never set cost one byte each: they are never read,
-    as reading shared memory allocates it."""
+    """A byte a page, in shared memory. A part that was never set costs one byte: it is not read, because
+    reading shared memory allocates it."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages

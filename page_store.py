@@ -255,7 +255,7 @@ class PageStore:
         self._log, self._banner = log.logger("DMS"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         self.offers = range(0)  # the epochs that it can start from; none once it has started
-        # Between the last two steps of a sync: the blocks that it has written, and their SPT bytes.
+        # Between the last two steps of a sync: the blocks that it has written, and the places in them.
         self._durable: dict[int, bytes] = {}
         self.sync_steps = self._changed_blocks, self._make_durable, self._make_current
         try:
@@ -605,25 +605,26 @@ class PageStore:
     # ------------------------------------------------------------ a sync's steps
 
     def _changed_blocks(self) -> dict[int, bytes]:
-        """The blocks that the next sync has to write, and the SPT bytes of their pages.
+        """The blocks that the next sync has to write, and the places of their pages.
 
         Raises OSError if it can't: a page is TORN, or nothing may be written.
         """
         self._check_writable()
-        blocks = {
-            block: self.spt.read(block * BLOCK_PAGES, BLOCK_PAGES)
-            for block, _ in runs(0, bytes(self._changed[: self._blocks]), _TO_WRITE)
-        }
-        if torn := sum(len(states.translate(None, _WHOLE)) for states in blocks.values()):
+        blocks, torn = {}, 0
+        for block, _ in runs(0, bytes(self._changed[: self._blocks]), _TO_WRITE):
+            states = self.spt.read(block * BLOCK_PAGES, BLOCK_PAGES)
+            blocks[block] = states.translate(_PLACE)
+            torn += len(states.translate(None, _WHOLE))
+        if torn:
             raise OSError(errno.EIO, f"{torn} pages could not be written")
         return blocks
 
     def _make_durable(self) -> None:
         """Steps 1 to 3. Nothing may be written until _make_current."""
         self._durable, epoch = self._changed_blocks(), self._words[EPOCH] + 1
-        for block, states in self._durable.items():
+        for block, places in self._durable.items():
             crcs = self._crcs[block * BLOCK_PAGES :][:BLOCK_PAGES].tobytes()
-            whole = _sealed(BLOCK.pack(block, epoch, states.translate(_PLACE), crcs))
+            whole = _sealed(BLOCK.pack(block, epoch, places, crcs))
             _write_all(self.fd, whole, self._block_place(epoch % 2, block))
         try:
             os.fsync(self.fd)
@@ -643,11 +644,10 @@ class PageStore:
             _write_all(self.fd, self._header(self._words[EPOCH] + 1), HEADER_COPY)
             self._words[EPOCH] += 1
             self._words[NO_WRITES] = 0
-        for block, states in self._durable.items():
+        for block, places in self._durable.items():
             self._changed[block] -= 1
-            page, now = block * BLOCK_PAGES, states.translate(_PLACE)
-            self._synced.write(page, now)
-            for run in runs(page, now, _NOWHERE):
+            self._synced.write(block * BLOCK_PAGES, places)
+            for run in runs(block * BLOCK_PAGES, places, _NOWHERE):
                 self._punch_spare(*run)
 
     def _check_writable(self) -> None:
