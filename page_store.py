@@ -92,7 +92,6 @@ import ctypes
 import errno
 import fcntl
 import mmap
-import operator
 import os
 import re
 import tempfile
@@ -491,9 +490,9 @@ class PageStore:
     def _punch_spare(self, page: int, count: int) -> None:
         """Give back the places of these pages that neither the SPT nor the last sync uses."""
         now, synced = self.spt.read(page, count).translate(_PLACE), self._synced.read(page, count)
-        used = bytes(map(operator.or_, now, synced))
+        used = int.from_bytes(now, "big") | int.from_bytes(synced, "big")
         for place, spare in _SPARE.items():
-            for first, many in runs(page, used, spare):
+            for first, many in runs(page, used.to_bytes(len(now), "big"), spare):
                 with suppress(OSError):  # it is only room
                     punch_hole(self.fd, self._place(first, place), many * PAGE_SIZE)
 
@@ -547,7 +546,7 @@ class PageStore:
         whole = [HEADER.unpack(copy[:-CRC]) for copy in ours if copy == _sealed(copy[:-CRC])]
         if not whole:
             raise ValueError(f"disk: the header of {path} is damaged; no job can use it")
-        _, version, *geometry, epoch = max(whole, key=operator.itemgetter(-1))
+        _, version, *geometry, epoch = max(whole, key=lambda fields: fields[-1])
         size, right, kept = os.fstat(self.fd).st_size, self._size, geometry[1] > 0
         other = (
             "is of another geometry: DMS {} of {}, stripes of {} pages, pages of {} bytes, "
