@@ -393,7 +393,8 @@ class PageStore:
     def _write_run(self, page: int, content: memoryview) -> None:
         count = len(content) // PAGE_SIZE
         if not self.kept:
-            self._write_to(DISK | FIRST, page, content)
+            _write_all(self.fd, content, self._place(page, FIRST))
+            self.spt.set(range(page, page + count), INSTANCE | DISK | FIRST)
             return
         for block in self._blocks_of(page, count):
             self._changed[block] = WRITE_TWICE
@@ -403,13 +404,10 @@ class PageStore:
         for place, where in _TARGETS.items():
             for first, many in runs(page, synced, where):
                 part = content[(first - page) * PAGE_SIZE :][: many * PAGE_SIZE]
-                self._write_to(place, first, part)
+                _write_all(self.fd, part, self._place(first, place))
+                self.spt.set(range(first, first + many), INSTANCE | place)
                 for at in range(many):
                     self._crcs[first + at] = _crc(part, at)
-
-    def _write_to(self, place: int, page: int, content: memoryview) -> None:
-        _write_all(self.fd, content, self._place(page, place))
-        self.spt.set(range(page, page + len(content) // PAGE_SIZE), INSTANCE | place)
 
     def _make_room(self, dirty: Iterable[Bytes]) -> bool:
         """The file system was too full for these pages. Returns whether to try again."""
