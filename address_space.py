@@ -56,7 +56,6 @@ import gc
 import marshal
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial, wraps
@@ -75,7 +74,6 @@ MAX_FDS = 7  # descriptors that come with a message
 HIGH = 512  # a descriptor's number
 # Flags of sendmsg(2) that nobody else uses. MSG_CONFIRM has no meaning here. See system_calls.py.
 UNFILTERED = _socket.MSG_NOSIGNAL | _socket.MSG_CONFIRM
-FREES = 1e-4  # seconds between two looks whether the pager has freed what is to be used again
 SIGKILL = 9  # signal.SIGKILL, without importing signal
 
 _USER_MODE_ONLY = (
@@ -464,14 +462,16 @@ class Space:
         raise MemoryError(f"no gap of {whole} bytes in {where}; a larger end_addr makes room")
 
     def _wait_for(self, room: Callable[[], Any]) -> Any:
-        """What room() gives, once it is true, or nothing is being freed any more."""
-        while True:
-            while self._freeing and self._mailbox.is_freed(self._freeing[0][0]):
-                _, addr, whole = self._freeing.popleft()
-                self._gaps.give_back(addr, whole)
-            if (found := room()) or not self._freeing:
-                return found
-            time.sleep(FREES)
+        """What room() gives, as soon as it is true. Without it, None, when nothing is being freed."""
+        while self._freeing:
+            number, addr, whole = self._freeing[0]
+            if not self._mailbox.is_done(number):
+                if found := room():
+                    return found
+                self._mailbox.wait_until_done(number)
+            self._freeing.popleft()
+            self._gaps.give_back(addr, whole)
+        return room()
 
     def _take(
         self, gap: tuple[int, int], addr: int, whole: int, name: str = "", had: int = 0

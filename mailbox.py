@@ -4,26 +4,26 @@ In the picture: the arrow from the application to the pager that is no page faul
 descriptor in a program that knows nothing of it, and may close it: this has none.
 
 Interface: Mailbox(address), made by both ends of the same memory.
-    the application     ask(what, page, count, name); call(what, page, count) waits for the answer
-    the pager           wait() in a thread of its own; requests(); answer_with(number, ...)
+    the application     ask(what, page, count, name); call(what, page, count) waits for the answer;
+                        is_done and wait_until_done say which requests the pager has done
+    the pager           wait() in a thread of its own; requests(); answer() while it does one
 
-The memory: four u32, then a ring of ENTRIES requests, then one answer.
+The memory: two u32, then a ring of ENTRIES requests, then one answer.
 
-    asked      how many requests were written so far, modulo 1 << 32: their number
-    taken      how many of them the pager has read
-    answered   the number of the last one that was answered
-    freed      the number of the last FREE or RELEASE that is done
+    asked      how many requests were written so far, modulo 1 << 32: the number of the last one
+    done       the number of the last request that is done. They are done in order
 
-`asked`, `taken` and `answered` are futexes: who waits for one to change sleeps in futex(2).
+Both are futexes: who waits for one to change sleeps in futex(2). Every request may be answered. The
+next answer replaces it, so only the answer of the last request can be read.
 
-Rules: one thread at a time asks, and one call at a time is answered. Python runs other threads and
-signal handlers while a thread waits here.
+Rules: one thread at a time calls ask or call. The pager's side belongs to one thread, except
+interrupt. Python runs other threads and signal handlers while a thread waits here. If a signal handler
+raises, the request goes on without the caller.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 from collections.abc import Iterator
 from struct import Struct
 
@@ -32,7 +32,7 @@ from edm.uffd_ctypes import PAGE_SIZE, futex_wait, futex_wake
 MAPPED, FREE, RELEASE, LOCATIONS, FIGURES, SYNC, END, CLOSE, PREFETCH, FORGET = range(10)
 
 REQUEST = Struct("=BxHxxxxQQ")  # what, bytes of the name, first page, count of pages
-ANSWER = Struct("=iI")  # 0, or an errno and then a text; bytes
+ANSWER = Struct("=iI")  # 0, or an errno if the content is an error's text; bytes of the content
 ENTRY = 256  # bytes: a REQUEST and an area's name, or RUNS
 ENTRIES = 128
 RING = PAGE_SIZE  # where it begins
@@ -44,7 +44,12 @@ NUMBERS = 1 << 32
 RUN = Struct("=II")  # of PREFETCH and FORGET: first page, count of pages
 RUNS = (ENTRY - REQUEST.size) // RUN.size
 
-_ASKED, _TAKEN, _ANSWERED, _FREED = range(4)
+_ASKED, _DONE = range(2)
+
+
+def _includes(done: int, number: int) -> bool:
+    """Has this request come before `done`, or is it that one? Both numbers are modulo NUMBERS."""
+    return (done - number) % NUMBERS < NUMBERS // 2
 
 
 class Mailbox:
@@ -52,17 +57,15 @@ class Mailbox:
         """address: in this process, of SIZE bytes that both ends share."""
         self._address = address
         memory = self._memory = memoryview((ctypes.c_ubyte * SIZE).from_address(address)).cast("B")
-        self._words = memory[:16].cast("I")
-        self._left = 0  # the number of a call whose answer was not waited for to the end
+        self._words = memory[:8].cast("I")
 
     # ------------------------------------------------------------ the application's end
 
     def ask(self, what: int, page: int = 0, count: int = 0, name: bytes = b"") -> int:
         """Send a request; its number. Waits only while the ring is full."""
-        words, name = self._words, name[: ENTRY - REQUEST.size]
-        number = (words[_ASKED] + 1) % NUMBERS
-        while (number - words[_TAKEN]) % NUMBERS > ENTRIES:
-            self._wait(_TAKEN, words[_TAKEN])
+        name = name[: ENTRY - REQUEST.size]
+        number = (self._words[_ASKED] + 1) % NUMBERS
+        self.wait_until_done((number - ENTRIES) % NUMBERS)
         at = RING + number % ENTRIES * ENTRY
         REQUEST.pack_into(self._memory, at, what, len(name), page, count)
         self._memory[at + REQUEST.size : at + REQUEST.size + len(name)] = name
@@ -71,59 +74,45 @@ class Mailbox:
 
     def call(self, what: int, page: int = 0, count: int = 0) -> bytes:
         """Send a request, and wait for the answer. Raises OSError with the pager's errno and text."""
-        if self._left:  # by a signal handler; the call goes on
-            self._wait_for_answer(self._left)
-        self._left = number = self.ask(what, page, count)
-        self._wait_for_answer(number)
+        self.wait_until_done(self.ask(what, page, count))
         error, length = ANSWER.unpack_from(self._memory, ANSWERED)
         content = bytes(self._memory[CONTENT : CONTENT + length])
-        self._left = 0
         if error:
             raise OSError(error, content.decode())
         return content
 
-    def _wait_for_answer(self, number: int) -> None:
-        while (answered := self._words[_ANSWERED]) != number:
-            self._wait(_ANSWERED, answered)
+    def is_done(self, number: int) -> bool:
+        """Has the pager done this request?"""
+        return _includes(self._words[_DONE], number)
 
-    def is_freed(self, number: int) -> bool:
-        """Is this FREE or RELEASE done? They are done in order."""
-        return (self._words[_FREED] - number) % NUMBERS < NUMBERS // 2
+    def wait_until_done(self, number: int) -> None:
+        """Sleep until the pager has done this request."""
+        while not _includes(done := self._words[_DONE], number):
+            self._wait(_DONE, done)
 
     # ------------------------------------------------------------ the pager's end
 
-    def wait(self, seen: int) -> int:
-        """Sleep until there are others than the first `seen` requests; how many there are."""
-        self._wait(_ASKED, seen)
-        return self._words[_ASKED]
+    def wait(self) -> None:
+        """Sleep until there is a request, or interrupt is called."""
+        self._wait(_ASKED, self._words[_DONE])
 
-    def requests(self) -> Iterator[tuple[int, int, int, int, bytes]]:
-        """(what, number, page, count, name) of each request that was not read yet."""
-        words = self._words
-        while (number := words[_TAKEN]) != words[_ASKED]:
+    def requests(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """(what, page, count, name) of each request. It is done when the next one is asked for."""
+        while (number := self._words[_DONE]) != self._words[_ASKED]:
             number = (number + 1) % NUMBERS
             at = RING + number % ENTRIES * ENTRY
             what, length, page, count = REQUEST.unpack_from(self._memory, at)
-            name = bytes(self._memory[at + REQUEST.size : at + REQUEST.size + length])
-            self._set(_TAKEN, number)
-            yield what, number, page, count, name
+            yield what, page, count, bytes(self._memory[at + REQUEST.size :][:length])
+            self._set(_DONE, number)
 
-    def answer_with(self, number: int, content: bytes = b"", error: int = 0) -> None:
-        """Answer a request; error: an errno, whose text is the content."""
+    def answer(self, content: bytes, error: int = 0) -> None:
+        """Answer the present request. error: an errno, whose text is the content."""
         content = content[:MAX_ANSWER]
         ANSWER.pack_into(self._memory, ANSWERED, error, len(content))
         self._memory[CONTENT : CONTENT + len(content)] = content
-        self._set(_ANSWERED, number)
-
-    def freed(self, number: int) -> None:
-        self._words[_FREED] = number
-
-    def refuse(self, number: int, error: OSError) -> None:
-        """answer_with what was raised."""
-        self.answer_with(number, str(error.strerror or error).encode(), error.errno or errno.EIO)
 
     def interrupt(self) -> None:
-        """End a wait() that is under way: it tells that nothing has come."""
+        """End a wait() of another thread."""
         futex_wake(self._address + 4 * _ASKED)
 
     # ------------------------------------------------------------ both

@@ -85,8 +85,6 @@ LOOK = 100
 # default of 5 ms is what a fault would wait while another thread computes.
 SWITCH_INTERVAL = 50e-6
 
-UNANSWERED = (m.MAPPED, m.RELEASE, m.PREFETCH, m.FORGET)  # requests: the application does not wait
-
 
 class Pager:
     def __init__(
@@ -301,23 +299,21 @@ class Pager:
 
     def _answer(self) -> None:
         """A thread: do what the application asks, in order."""
-        seen = 0
         while not self._lspt.stopped():
-            seen = self._mailbox.wait(seen)
-            for what, number, page, count, name in self._mailbox.requests():
+            self._mailbox.wait()
+            for what, page, count, name in self._mailbox.requests():
                 try:
-                    answer = self._do(what, number, page, count, name)
-                    if what not in UNANSWERED:
-                        self._mailbox.answer_with(number, answer)
+                    self._mailbox.answer(self._do(what, page, count, name))
                 except OSError as error:
-                    if what == m.RELEASE:  # and no zeros for who gets the pages next
+                    if what == m.RELEASE:  # its addresses must not be used again with old bytes
                         raise
-                    self._mailbox.refuse(number, error)
+                    words = str(error.strerror or error)
+                    self._mailbox.answer(words.encode(), error.errno or errno.EIO)
                 if what == m.CLOSE:
                     self._closed = True
                     os.eventfd_write(self._ended, 1)
 
-    def _do(self, what: int, number: int, page: int, count: int, name: bytes) -> bytes:
+    def _do(self, what: int, page: int, count: int, name: bytes) -> bytes:
         """One request; the answer. Raises OSError if it can't be done."""
         if what == m.MAPPED:
             self._lspt.areas[self._area(page)] = [(page, count)]  # it may have grown
@@ -332,7 +328,6 @@ class Pager:
                 runs = [left for run in runs for left in self._free(*run)]
                 if runs:
                     time.sleep(AGAIN)
-            self._mailbox.freed(number)
         elif what == m.PREFETCH:
             self._handler.ask_for(range(first, first + n) for first, n in m.RUN.iter_unpack(name))
         elif what == m.FORGET:
