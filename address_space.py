@@ -189,11 +189,10 @@ class Space:
             raise ValueError(f"length: {length} bytes; an area has at least one")
         whole = whole_pages(length)
         if addr is None:
-            gap = self._gap(whole)
-            addr = gap[1]
+            addr, _ = self._gap(whole)
         else:
-            gap = self._gap_around(addr, whole)
-        self._take(gap, addr, whole, name)
+            self._check_free(addr, whole)
+        self._take(addr, whole, name)
         view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
         self._views[id(view)] = view, addr
         return view
@@ -285,13 +284,13 @@ class Space:
     @_locked
     def _allocate(self, whole: int, name: str, grows: bool) -> int:
         # On a kept disk a small gap may be an area that an earlier job has left, to be mapped again.
-        gap = self._gap(whole, largest=self._kept or grows)
-        addr = sum(gap) - whole
+        start, end = self._gap(whole, largest=self._kept or grows)
+        addr = end - whole
         if grows:
-            addr -= (gap[0] - whole) // 2 // PAGE_SIZE * PAGE_SIZE
+            addr -= (addr - start) // 2 // PAGE_SIZE * PAGE_SIZE
         if self._kept:
             self._mailbox.call(m.FREE, *self._pages(addr, whole))
-        self._take(gap, addr, whole, name)
+        self._take(addr, whole, name)
         return addr
 
     def grow(self, addr: int, length: int) -> bool:
@@ -307,10 +306,9 @@ class Space:
     @_locked
     def _grow(self, addr: int, whole: int) -> bool:
         had = self._lengths[addr]
-        gap = self._gaps.behind(addr + had)
-        if gap[0] < whole - had:
+        if not self._gaps.around(addr + had, whole - had):
             return False
-        self._take(gap, addr, whole, had=had)
+        self._take(addr, whole, had=had)
         return True
 
     def allocated(self, addr: int) -> int:
@@ -443,19 +441,18 @@ class Space:
 
     # ------------------------------------------------------------ the areas
 
-    def _gap_around(self, addr: int, whole: int) -> tuple[int, int]:
-        """The gap in which there can be this area. Raises ValueError if there is none."""
+    def _check_free(self, addr: int, whole: int) -> None:
+        """Raises ValueError if this area can't be mapped."""
         if addr % PAGE_SIZE:
             raise ValueError(f"addr: {addr:#x} is not a multiple of PAGE_SIZE, {PAGE_SIZE:#x}")
         where = f"addr: the area {addr:#x}-{addr + whole:#x}"
         if not self.start_addr <= addr <= addr + whole <= self.end_addr:
             raise ValueError(f"{where} leaves the space {self.start_addr:#x}-{self.end_addr:#x}")
-        if gap := self._wait_for(lambda: self._gaps.around(addr, whole)):
-            return gap
-        raise ValueError(f"{where} overlaps another")
+        if not self._wait_for(lambda: self._gaps.around(addr, whole)):
+            raise ValueError(f"{where} overlaps another")
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int]:
-        """The smallest gap that has so many bytes, or the largest. Raises MemoryError."""
+        """(start, end) of the smallest gap that has so many bytes, or the largest. Raises MemoryError."""
         if gap := self._wait_for(lambda: self._gaps.find(whole, largest)):
             return gap
         where = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
@@ -473,11 +470,9 @@ class Space:
             self._gaps.give_back(addr, whole)
         return room()
 
-    def _take(
-        self, gap: tuple[int, int], addr: int, whole: int, name: str = "", had: int = 0
-    ) -> None:
-        """Let an area have what it needs of a gap. had: so many of its bytes it has already."""
-        self._gaps.take(gap, addr + had, whole - had)
+    def _take(self, addr: int, whole: int, name: str = "", had: int = 0) -> None:
+        """Make these bytes an area, or the area larger that has `had` of them."""
+        self._gaps.take(addr + had, whole - had)
         self._lengths[addr] = whole
         self._mailbox.ask(m.MAPPED, *self._pages(addr, whole), name.encode(errors="replace"))
 
@@ -491,76 +486,63 @@ class Space:
 
 
 class Gaps:
-    """The parts of the space that no area has. A gap is (length, address).
+    """The parts of the space that no area has, as (start, end).
 
-    To take one and to give it back costs some dictionary look-ups and a step in a sorted list, however
-    many there are. A signal handler may raise between any two statements: the next call finishes what
-    that has ended midway.
+    Every method takes a few bisections, however many gaps there are. A signal handler may raise between
+    any two bytecodes: the list by address changes in one step, and the list by length is made anew by the
+    next call, if it was left in the midst of a change.
     """
 
     def __init__(self, start: int, end: int) -> None:
-        self._sorted = [(end - start, start)]
-        self._ends = {start: end}
-        self._starts = {end: start}
-        self._changing: Any = (
-            None  # gaps as (start, end): those that go, and those that come instead
-        )
+        self._gaps = [(start, end)]  # by address
+        self._lengths: list[tuple[int, int]] | None = None  # (length, start) of each, by length
 
     def find(self, length: int, largest: bool = False) -> tuple[int, int] | None:
         """The smallest gap that has so many bytes, or the largest one."""
-        self._finish()
-        index = bisect.bisect(self._sorted, (length,))
-        return self._sorted[-1 if largest else index] if index < len(self._sorted) else None
+        lengths = self._by_length()
+        index = bisect.bisect(lengths, (length,))
+        if index == len(lengths):
+            return None
+        length, start = lengths[-1 if largest else index]
+        return start, start + length
 
     def around(self, addr: int, length: int) -> tuple[int, int] | None:
-        """The gap that has these bytes. This looks at each."""
-        self._finish()
-        gaps = (gap for gap in self._sorted if gap[1] <= addr and addr + length <= sum(gap))
-        return next(gaps, None)
+        """The gap that has all these bytes."""
+        index = bisect.bisect(self._gaps, (addr + 1,))
+        if index and addr + length <= self._gaps[index - 1][1]:
+            return self._gaps[index - 1]
+        return None
 
-    def behind(self, addr: int) -> tuple[int, int]:
-        """The gap that begins there; without one, its length is 0."""
-        self._finish()
-        return self._ends.get(addr, addr) - addr, addr
-
-    def take(self, gap: tuple[int, int], addr: int, length: int) -> None:
-        """A part of this gap is taken."""
-        start, end = gap[1], sum(gap)
-        self._change([(start, end)], [(start, addr), (addr + length, end)])
+    def take(self, addr: int, length: int) -> None:
+        """An area has these bytes of a gap from now on."""
+        start, end = self.around(addr, length)
+        self._replace([(start, end)], [(start, addr), (addr + length, end)])
 
     def give_back(self, addr: int, length: int) -> None:
-        """What was taken is a gap, or a part of one."""
-        self._finish()
+        """These bytes are no area's any more."""
         end = addr + length
-        before, behind = self._starts.get(addr, addr), self._ends.get(end, end)
-        self._change([(before, addr), (end, behind)], [(before, behind)])
+        index = bisect.bisect(self._gaps, (addr,))
+        near = self._gaps[max(0, index - 1) : index + 1]
+        touching = [gap for gap in near if gap[1] == addr or gap[0] == end]
+        joined = sorted([(addr, end), *touching])
+        self._replace(touching, [(joined[0][0], joined[-1][1])])
 
-    def _change(self, old: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
-        self._changing = old, new
-        for gap in old:
-            self._drop(*gap)
-        for gap in new:
-            self._add(*gap)
-        self._changing = None
+    def _replace(self, old: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
+        """old: neighbours, all of which are in the list. new: one of no length is left out."""
+        lengths, self._lengths = self._by_length(), None
+        new = [(start, end) for start, end in new if start < end]
+        index = bisect.bisect_left(self._gaps, min(old + new))
+        self._gaps[index : index + len(old)] = new
+        for start, end in old:
+            del lengths[bisect.bisect_left(lengths, (end - start, start))]
+        for start, end in new:
+            bisect.insort(lengths, (end - start, start))
+        self._lengths = lengths
 
-    def _finish(self) -> None:
-        """Finish a change that was ended midway."""
-        if self._changing:
-            old, new = self._changing
-            self._change(old + new, new)
-
-    def _add(self, start: int, end: int) -> None:
-        if start < end:
-            bisect.insort(self._sorted, (end - start, start))
-            self._ends[start], self._starts[end] = end, start
-
-    def _drop(self, start: int, end: int) -> None:
-        gap = end - start, start
-        index = bisect.bisect_left(self._sorted, gap)
-        if self._sorted[index : index + 1] == [gap]:
-            del self._sorted[index]
-        self._ends.pop(start, None)
-        self._starts.pop(end, None)
+    def _by_length(self) -> list[tuple[int, int]]:
+        if self._lengths is None:
+            self._lengths = sorted((end - start, start) for start, end in self._gaps)
+        return self._lengths
 
 
 def _socket_pair() -> tuple[Any, Any]:

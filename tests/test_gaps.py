@@ -12,7 +12,7 @@ PAGES = 200  # of the space, which begins at page 1
 
 
 def runs(taken):
-    """(length, address) of each run of pages that are not taken: the gaps as they should be."""
+    """(length, start) of each run of pages that are not taken: the gaps as they should be."""
     found, page = [], 1
     for run in taken.decode().split("\1"):
         if run:
@@ -40,21 +40,24 @@ def test_gaps_are_as_a_map_of_the_pages_says(seed):
         length, largest = dice.randint(1, 20) * PAGE_SIZE, dice.random() < 0.3
         fit = [gap for gap in runs(taken) if gap[0] >= length]
         gap = gaps.find(length, largest)
-        assert gap == (fit[-1 if largest else 0] if fit else None)
+        assert (gap and (gap[1] - gap[0], gap[0])) == (fit[-1 if largest else 0] if fit else None)
         if gap:
-            addr = dice.randrange(gap[1], sum(gap) - length + 1, PAGE_SIZE)
-            assert gaps.around(addr, length) == gap
-            gaps.take(gap, addr, length)
+            start, end = gap
+            addr = dice.randrange(start, end - length + 1, PAGE_SIZE)
+            assert gaps.around(addr, length) == gaps.around(start, end - start) == gap
+            assert gaps.around(addr, end - addr + PAGE_SIZE) is None
+            gaps.take(addr, length)
             mark(taken, addr, length, 1)
             areas.append((addr, length))
             assert gaps.around(addr, PAGE_SIZE) is None
+            assert gaps.around(addr - PAGE_SIZE, 2 * PAGE_SIZE) is None
             end = addr + length
-            free = [gap for gap in runs(taken) if gap[1] == end]
-            assert gaps.behind(end) == (free[0] if free else (0, end))
+            free = [(start, start + length) for length, start in runs(taken) if start == end]
+            assert gaps.around(end, PAGE_SIZE) == (free[0] if free else None)
     for area in areas:
         gaps.give_back(*area)
     whole = PAGES * PAGE_SIZE
-    assert gaps.find(whole) == gaps.around(PAGE_SIZE, whole) == (whole, PAGE_SIZE)
+    assert gaps.find(whole) == gaps.around(PAGE_SIZE, whole) == (PAGE_SIZE, PAGE_SIZE + whole)
 
 
 class Alarm(Exception):
@@ -90,19 +93,20 @@ def test_whenever_a_signal_handler_raises_no_address_is_given_to_two_and_few_are
                 length = areas.pop(addr)
                 interrupted(gaps.give_back, addr, length)
             elif gap := gaps.find(length := dice.randint(1, 10) * PAGE_SIZE):
-                addr = sum(gap) - length
+                addr = gap[1] - length
                 assert all(addr + length <= at or at + n <= addr for at, n in areas.items())
-                interrupted(gaps.take, gap, addr, length)
+                interrupted(gaps.take, addr, length)
                 areas[addr] = length
         except Alarm:
             lost += length
         if lost > PAGES * PAGE_SIZE // 2:
             break
     gaps.find(PAGE_SIZE)
-    free = sum(length for length, _ in gaps._sorted)
+    free = sum(length for length, _ in gaps._lengths)
     assert free >= PAGES * PAGE_SIZE - sum(areas.values()) - lost
-    assert gaps._ends == {start: start + length for length, start in gaps._sorted}
-    assert gaps._starts == {start + length: start for length, start in gaps._sorted}
+    assert gaps._lengths == sorted((end - start, start) for start, end in gaps._gaps)
+    edges = [edge for gap in gaps._gaps for edge in gap]
+    assert edges == sorted(set(edges))  # they lie apart
 
 
 def test_an_area_costs_the_same_however_many_there_are():
@@ -117,8 +121,8 @@ def test_an_area_costs_the_same_however_many_there_are():
                 gaps.give_back(*areas.pop())
             length = dice.randint(256, 2000) * PAGE_SIZE
             gap = gaps.find(length)
-            areas.append((sum(gap) - length, length))
-            gaps.take(gap, *areas[-1])
+            areas.append((gap[1] - length, length))
+            gaps.take(*areas[-1])
         return (time.perf_counter() - began) / count
 
     live = 1000
