@@ -131,7 +131,7 @@ class Space:
         self._freeing: deque[tuple[int, int, int]] = deque()
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
             closed = partial(_closed_by, at_the_end)
-            at_the_end.callback(control.close)
+            if_it_fails.callback(control.close)
             memfd = closed(os.memfd_create("edm"))
             self._map(memfd)
             if_it_fails.callback(self._unmap)
@@ -139,20 +139,15 @@ class Space:
             lines = _tell_lines() if config.report else []
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
-            ours, theirs = _socket_pair()
-            at_the_end.callback(theirs.close)
-            self._socket = _closed_by(if_it_fails, _high(ours.detach()))
-            self._socket_is = os.fstat(self._socket).st_ino
             pagers_end, lifeline = map(closed, _lifeline())
             # A refusal is no accident.
             if_it_fails.callback(fcntl.fcntl, lifeline, fcntl.F_SETFL, 0)
-            _send(theirs, b"memfd, lifeline", [memfd, lifeline])
             hello = {
                 "config": vars(config), "pid": os.getpid(), "how": how, "track_clean": tracks,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
                 "lines": lines,
             }  # fmt: skip
-            fds = [uffd, memfd, pagemap, *lines, theirs.fileno(), lifeline, pagers_end]
+            fds = [uffd, memfd, pagemap, *lines, lifeline, pagers_end]
             self._kept, pager = _say_hello(control, hello, fds)
             if_it_fails.pop_all()  # it has not
             with contextlib.suppress(OSError):  # EINVAL: without Yama, it may look anyway
@@ -165,7 +160,9 @@ class Space:
                 with contextlib.suppress(OSError):
                     bounds = self.start_addr, self.end_addr
                     listener = [closed(system_calls.listener(*bounds, lasts))]
-            _send(control, b"listener", listener)  # which calls wait for already
+            send(control, b"listener", listener)  # which calls wait for already
+        self._socket = _high(control.detach())
+        self._socket_is = os.fstat(self._socket).st_ino
         # Do read(2) and the like fail with EFAULT on a page that is not here?
         self.user_mode_only = how == u.USER_MODE and not listener
         if how == u.USER_MODE:
@@ -435,7 +432,7 @@ class Space:
             u.madvise(*space, u.MADV_DONTFORK)
             self._register(u.Userfaultfd(uffd), "none")
             # The userfaultfd and the lifeline stay open here: the pager may die before it has read this.
-            _send(control, b"%d" % os.getpid(), [process, uffd, lifeline, pagers_end])
+            send(control, b"%d" % os.getpid(), [process, uffd, lifeline, pagers_end])
             if_it_fails.pop_all()  # it has not
         u.mprotect(*space, u.PROT_READ | u.PROT_WRITE)
 
@@ -545,14 +542,6 @@ class Gaps:
         return self._lengths
 
 
-def _socket_pair() -> tuple[Any, Any]:
-    """Two connected sockets that wait, whatever default the program has set for its own."""
-    pair = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-    for end in pair:
-        end.settimeout(None)
-    return pair
-
-
 def _closed_by(stack: contextlib.ExitStack, fd: int) -> int:
     """The descriptor, which the stack closes."""
     stack.callback(os.close, fd)
@@ -632,7 +621,9 @@ def spawn_pager() -> Any:
 
     Descriptor 2 is open: the pager has it too.
     """
-    ours, theirs = _socket_pair()
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    for end in (ours, theirs):
+        end.settimeout(None)  # the program may have set a default
     folder = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, "-I", "-S", "-c", _BOOT, folder]
     actions = [
@@ -649,56 +640,55 @@ def spawn_pager() -> Any:
     return ours
 
 
-# ---------------------------------------------------------------- the first message, and its answer
+# ---------------------------------------------------------------- messages
 
 
-def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[bool, int]:
-    """Space's: send these, and wait for the answer: is the disk a kept one? And the pager's process id.
-
-    Raises what the pager raised: ValueError or OSError.
-    """
-    with contextlib.suppress(BrokenPipeError):  # it has refused at once
-        _send(control, marshal.dumps(hello), fds)
-    answer = control.recv(MAX_HELLO)
-    if not answer:
-        raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
-    kept, pager, number, words = marshal.loads(answer)
-    if words:
-        raise OSError(number, words) if number else ValueError(words)
-    return kept, pager
-
-
-def _send(control: Any, content: bytes, fds: list[int]) -> None:
+def send(control: Any, content: bytes, fds: list[int]) -> None:
+    """Send a message with descriptors."""
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
     control.sendmsg([content], ancillary, UNFILTERED)
 
 
 def receive(control: Any, flags: int = 0) -> tuple[bytes, list[int]]:
-    """A message and its descriptors; nothing, if nobody has the other end any more."""
+    """A message and its descriptors; nothing, if the other end is closed."""
     space, flags = _socket.CMSG_LEN(4 * MAX_FDS), flags | _socket.MSG_CMSG_CLOEXEC
     while True:
-        # What the other end has not read when it is closed is an error here, once, which comes
-        # before the messages.
+        # If the other end is closed before it has read everything, this comes once, before its messages.
         with contextlib.suppress(ConnectionResetError):
             content, sent, _, _ = control.recvmsg(MAX_HELLO, space, flags)
             return content, list(array.array("i", sent[0][2])) if sent else []
 
 
-def send_ready(control: Any, kept: bool) -> None:
-    """The pager's answer to Space."""
-    _answer(control, kept, os.getpid(), 0, "")
+def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[bool, int]:
+    """Space's first message. From the answer: whether the disk is kept, and the pager's process id.
+
+    The answer stays in the socket, with the descriptors for forked children. Raises what the pager
+    raised: ValueError or OSError.
+    """
+    with contextlib.suppress(BrokenPipeError):  # it has refused at once
+        send(control, marshal.dumps(hello), fds)
+    answer = control.recv(MAX_HELLO, _socket.MSG_PEEK)
+    if not answer:
+        raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
+    kept, pager, number, words, file = marshal.loads(answer)
+    if words:
+        raise OSError(number, words, file) if number else ValueError(words)
+    return kept, pager
 
 
-def send_refusal(control: Any, error: ValueError | OSError) -> None:
-    """The pager's answer to Space if it can't serve."""
-    number, words = 0, str(error)
-    if isinstance(error, OSError):
-        number, words = error.errno or errno.EIO, str(error.strerror or error)
-        if error.filename:
-            words += f": {error.filename!r}"
-    _answer(control, False, os.getpid(), number, words)
-
-
-def _answer(control: Any, *answer: Any) -> None:
-    with contextlib.suppress(ConnectionError):  # it has ended meanwhile
-        control.send(marshal.dumps(answer))
+def send_answer(
+    control: Any,
+    kept: bool = False,
+    for_children: list[int] = (),
+    refusal: ValueError | OSError | None = None,
+) -> None:
+    """The pager's answer to Space: it serves, or why it can't."""
+    number, words, file = 0, str(refusal or ""), None
+    if isinstance(refusal, OSError):
+        number, words, file = (
+            refusal.errno or errno.EIO,
+            refusal.strerror or words,
+            refusal.filename,
+        )
+    with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
+        send(control, marshal.dumps((kept, os.getpid(), number, words, file)), for_children)

@@ -56,6 +56,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 from edm import address_space, limits, log
@@ -67,6 +68,7 @@ from edm.lpet import Lpet
 from edm.lspt import LSPT, Run
 from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
+from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
@@ -85,78 +87,74 @@ LOOK = 100
 # default of 5 ms is what a fault would wait while another thread computes.
 SWITCH_INTERVAL = 50e-6
 
+LOG = log.logger("EDM CLIENT")
+
 
 class Pager:
     def __init__(
-        self, config: Any, hello: dict[str, Any], fds: list[int], store: Any, instance: int | None
+        self, control: Any, hello: Any, fds: list[int], store: Any, instance: int | None
     ) -> None:
-        """config: the application's settings. See page_for for the others.
+        """hello: what Space has sent, with the descriptors fds. See page_for for the others.
 
-        Raises ValueError for settings that can't be here.
+        Raises ValueError for settings that this machine can't have.
         """
-        # The lifeline is last: the kernel closes what a killed process has open from the last one
-        # on, and the application must be dying when its userfaultfd is closed, as missing pages
-        # read as zeros then.
-        *fds, children, self._lifelines_other_end, self._lifeline = fds
-        uffd, memfd, pagemap_fd, *lines = fds
+        # The lifeline comes last: the kernel closes the descriptors of a killed process from the last one
+        # on. When it closes the userfaultfd, missing pages read as zeros: the application must be dying
+        # by then.
+        uffd, self._memfd, pagemap, *lines, self._lifelines_other_end, self._lifeline = fds
+        self._config, self._store, self._over_mpi = hello.config, store, instance is not None
+        config, start = hello.config, hello.config.start_addr
+        self._application, self._track_clean = hello.pid, hello.track_clean
+        self._title = f"EDM, INSTANCE_{instance or 0}: {shlex.join(hello.command)}"
         self._tracker = choose_tracker(config.idle_tracker)
-        self._config, self._store, self._over_mpi = config, store, instance is not None
-        self._title = f"EDM, INSTANCE_{instance or 0}: {shlex.join(hello['command'])}"
-        self._application, self._track_clean = hello["pid"], bool(hello["track_clean"])
-        self._memfd, self._children = memfd, _socket.socket(fileno=children)
+        self._children = control
         self._process = os.pidfd_open(self._application)  # readable when it has ended
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed, or a thread has failed
-        self._uffd = Userfaultfd(uffd)
-        self._pagemap = pagemap = Pagemap(pagemap_fd, config.start_addr)
-        pages = (config.end_addr - config.start_addr) // PAGE_SIZE
+        self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
+        pages = (config.end_addr - start) // PAGE_SIZE
         self._lspt = lspt = LSPT(pages, config.high_threshold, config.low_threshold, config.plain)
         for run in store.runs_on_disk():
             lspt.on_disk(*run)
         space = pages * PAGE_SIZE  # bytes
-        os.ftruncate(memfd, space + m.SIZE)  # not by the program, which has its RLIMIT_FSIZE
+        os.ftruncate(self._memfd, space + m.SIZE)  # here, as the program may have an RLIMIT_FSIZE
         access = u.PROT_READ | u.PROT_WRITE
-        self._mailbox = m.Mailbox(u.mmap(0, m.SIZE, access, u.MAP_SHARED, memfd, space))
+        self._mailbox = m.Mailbox(u.mmap(0, m.SIZE, access, u.MAP_SHARED, self._memfd, space))
         self._report = None
         live = config.progress and sys.stderr.isatty()
         if live or config.report:
             from edm.report import Report  # it takes long to import
 
-            self._report = Report(self._title, config.start_addr, lspt.state, live)
+            self._report = Report(self._title, start, lspt.state, live)
         came = self._report and self._report.came
-        start, batch = config.start_addr, config.evict_batch
         window = min(config.readahead, config.high_threshold // SHARE)
-        self._handler = DmHandler(uffd, store, lspt, start, window, self._track_clean, came)
+        self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.track_clean), came)
         if lines:
             from edm.lines import Lines  # its imports take long, too
 
-            told = Lines(self._application, *hello["lines"], *lines, lspt)
-            self._handler.lines, self._report.lines = told, told.found
-        self._closed, self._system_calls = False, None  # has the application closed its space?
-        if hello["how"] == u.USER_MODE:  # root does without
-            # Not later: then there may be no descriptor left for an import.
-            from edm.system_calls import SystemCalls
-
-            unmark = hello["track_clean"] == "events"
-            of_calls = self._ended, self._application, lspt, self._handler
-            of_calls += start, uffd, memfd, unmark
-            self._serve_calls = lambda listener: SystemCalls(listener, *of_calls)
-        self._of_lpet = lspt, store, memfd, uffd, pagemap, start, batch, self._tracker
+            self._handler.lines = Lines(self._application, *hello.lines, *lines, lspt)
+            self._report.lines = self._handler.lines.found
+        of_memory = lspt, store, self._memfd, uffd, self._pagemap, start
+        self._new_lpet = partial(Lpet, *of_memory, config.evict_batch, self._tracker)
+        self._system_calls: SystemCalls | None = None
+        self._closed = False  # has the application closed its space?
         self._lpet_pid = os.getpid()
         self._failure: BaseException | None = None
-        self._ended_by = ""  # which signal has come to the pager
-        self._hearing = threading.Lock()  # held by who receives from children
-        self._telling = threading.Lock()  # held by who uses the report's samples
+        self._ended_by = ""  # the signal that has come to the pager
+        self._hearing = threading.Lock()  # held by the thread that receives from children
+        self._telling = threading.Lock()  # held by the thread that uses the report's samples
         self._told = False
 
     # ------------------------------------------------------------ from start to end
 
-    def run(self, listener: list[int]) -> None:
-        """Serve until the application has ended. Raises what a thread failed of, or LPET.
+    def run(self) -> None:
+        """Tell the application that it may begin, and serve until it has ended.
 
-        listener: what tells of system calls, see system_calls.py, if there is one.
-
-        The process is to end then: the descriptors, but for the application's ones, stay open.
+        Raises what a thread, or LPET, has failed with. The process must end then: most descriptors stay
+        open.
         """
+        for_children = [self._memfd, self._lifelines_other_end]
+        address_space.send_answer(self._children, self._store.kept, for_children)
+        _, listener = address_space.receive(self._children)
         sys.setswitchinterval(SWITCH_INTERVAL)
         lpet = self._run_lpet
         if self._over_mpi:
@@ -167,7 +165,11 @@ class Pager:
             lpet = self._wait_for_lpet
         bodies = [self._handler.run, lpet, self._answer]
         if listener:
-            self._system_calls = self._serve_calls(*listener)
+            self._system_calls = SystemCalls(
+                *listener, self._ended, self._application, self._lspt, self._handler,
+                self._config.start_addr, self._uffd.fd, self._memfd,
+                unmark=self._track_clean == "events",
+            )  # fmt: skip
             self._system_calls.hear_children = self._hear_children
             bodies.append(self._system_calls.run)
         threads = [threading.Thread(target=self._guarded, args=(body,)) for body in bodies]
@@ -186,7 +188,7 @@ class Pager:
             self._end(in_order=False)
         except OSError as error:
             reason = f"what the application wrote since the last sync is not on the disk: {error}"
-            log.logger("EDM CLIENT").error("%s", reason)
+            LOG.error("%s", reason)
             self._failure = self._failure or OSError(error.errno, reason)
         self._store.close()
         self._let_go_of_children()
@@ -214,7 +216,7 @@ class Pager:
             _run_process(lpet)
 
     def _run_lpet(self) -> None:
-        Lpet(*self._of_lpet).run()
+        self._new_lpet().run()
 
     def _wait_for_lpet(self) -> None:
         """A thread: when LPET ends too early, so does the job. LPET itself has told why."""
@@ -331,7 +333,7 @@ class Pager:
         elif what == m.PREFETCH:
             self._handler.ask_for(range(first, first + n) for first, n in m.RUN.iter_unpack(name))
         elif what == m.FORGET:
-            with contextlib.closing(Lpet(*self._of_lpet)) as evicting:
+            with contextlib.closing(self._new_lpet()) as evicting:
                 for run in m.RUN.iter_unpack(name):
                     evicting.forget(*run)
         elif what == m.LOCATIONS:
@@ -379,8 +381,8 @@ class Pager:
         """
         if not isinstance(self._failure, OSError | None):
             raise OSError(f"EDM has failed in the midst of its work: {self._failure}")
-        with contextlib.closing(Lpet(*self._of_lpet)) as storing:
-            pages = storing.store(self._track_clean)
+        with contextlib.closing(self._new_lpet()) as storing:
+            pages = storing.store(bool(self._track_clean))
         if in_order and self._lspt.stopped():  # then they may have let go of pages in the midst
             raise OSError("the application has ended")
         self._store.sync()
@@ -394,7 +396,7 @@ class Pager:
             if self._store.kept:
                 pages = self._sync(in_order)
                 if not self._told and (self._ended_by or not in_order):
-                    log.logger("EDM CLIENT").warning(
+                    LOG.warning(
                         "%s: wrote %d pages back and synced the disk in %.1f s",
                         self._ended_by or "end", pages, time.monotonic() - began,
                     )  # fmt: skip
@@ -411,7 +413,7 @@ class Pager:
             try:
                 self._report.write(config.report, figures, self._handler.latencies())
             except OSError as error:
-                log.logger("EDM CLIENT").error("report: %s", error)
+                LOG.error("report: %s", error)
         if config.stats:
             from edm.report import table  # it takes long to import
 
@@ -444,43 +446,39 @@ def page_for(
     packet, fds = address_space.receive(control)
     if not fds:
         return None
-    hello = marshal.loads(packet)
-    config, store = SimpleNamespace(**hello["config"]), None
+    hello, store = SimpleNamespace(**marshal.loads(packet)), None
+    config = hello.config = SimpleNamespace(**hello.config)
     if instance and config.report:  # an instance each, as with disks
         name, ending = os.path.splitext(config.report)
         config.report = f"{name}.{instance}{ending}"
     log.start(config.log_level)
-    client_log = log.logger("EDM CLIENT")
-    client_log.debug(" INIT")
-    client_log.info("userfaultfd permitted by: %s", hello["how"])
+    LOG.debug(" INIT")
+    LOG.info("userfaultfd permitted by: %s", hello.how)
     try:
         store = open_store(config)
-        pager = Pager(config, hello, fds, store, instance)
+        pager = Pager(control, hello, fds, store, instance)
     except (ValueError, OSError) as error:
-        address_space.send_refusal(control, error)
+        address_space.send_answer(control, refusal=error)
         if store:
             store.close()
         return 0
-    address_space.send_ready(control, store.kept)
-    _, listener = address_space.receive(control)
-    control.close()
     try:
-        pager.run(listener)
+        pager.run()
     except OSError as error:
         return tell(error)
-    client_log.debug("SHUTDOWN!")
+    LOG.debug("SHUTDOWN!")
     return 0
 
 
 def spawned() -> NoReturn:
-    """What a process that address_space.py has spawned does: be the pager of who holds the other
-    end of the socket that is its descriptor 0."""
+    """What a process that address_space.py has spawned does: be the pager of the application at the
+    other end of the socket that is its descriptor 0."""
     control = _socket.socket(fileno=0)
     limits.lift()
     try:
         child = os.fork()
     except OSError as error:
-        address_space.send_refusal(control, error)
+        address_space.send_answer(control, refusal=error)
         os._exit(0)
     if child:
         os._exit(0)  # the pager is nobody's child: the application's os.wait sees no stranger
