@@ -267,19 +267,18 @@ class Space:
 
     # ------------------------------------------------------------ for an allocator
 
+    def can_be_called(self) -> bool:
+        """False in the midst of another call of this thread, in a forked process, and after close."""
+        return not self.is_forked and not self._lock._is_owned()
+
+    @_locked
     def allocate(self, length: int, name: str, grows: bool = False) -> int:
         """Map an area of length bytes, zeros, at the end of the gap where it fits best; its address.
 
-        0 if this thread is in the midst of another call, or this process was forked. grows: in the
-        middle of the largest gap, so that it has room to grow, and so have others. Raises MemoryError
-        when the space has no gap that is large enough.
+        grows: in the middle of the largest gap, so that this area and others have room to grow. Raises
+        MemoryError when the space has no gap that is large enough.
         """
-        if self.is_forked or self._lock._is_owned():
-            return 0
-        return self._allocate(whole_pages(length), name, grows)
-
-    @_locked
-    def _allocate(self, whole: int, name: str, grows: bool) -> int:
+        whole = whole_pages(length)
         # On a kept disk a small gap may be an area that an earlier job has left, to be mapped again.
         start, end = self._gap(whole, largest=self._kept or grows)
         addr = end - whole
@@ -290,20 +289,15 @@ class Space:
         self._take(addr, whole, name)
         return addr
 
+    @_locked
     def grow(self, addr: int, length: int) -> bool:
         """Make the area that allocate has mapped there length bytes long; what is new is zeros.
 
-        False, and nothing has changed, where the addresses behind it are not free, where allocate
-        would return 0, and with a kept disk, which may have other bytes there.
+        False, and nothing has changed, where the addresses behind it are not free, and with a kept disk,
+        which may have other bytes there.
         """
-        if self.is_forked or self._kept or self._lock._is_owned():
-            return False
-        return self._grow(addr, whole_pages(length))
-
-    @_locked
-    def _grow(self, addr: int, whole: int) -> bool:
-        had = self._lengths[addr]
-        if not self._gaps.around(addr + had, whole - had):
+        had, whole = self._lengths[addr], whole_pages(length)
+        if self._kept or not self._gaps.around(addr + had, whole - had):
             return False
         self._take(addr, whole, had=had)
         return True
@@ -677,12 +671,12 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[boo
 
 
 def send_answer(
-    control: Any,
-    kept: bool = False,
-    for_children: list[int] = (),
-    refusal: ValueError | OSError | None = None,
+    control: Any, refusal: Exception | None = None, kept: bool = False, fds: Any = ()
 ) -> None:
-    """The pager's answer to Space: it serves, or why it can't."""
+    """The pager's answer to Space: it serves, or an OSError or ValueError says why not.
+
+    kept: is the disk kept? fds: the memfd and the lifeline, for forked children.
+    """
     number, words, file = 0, str(refusal or ""), None
     if isinstance(refusal, OSError):
         number, words, file = (
@@ -691,4 +685,4 @@ def send_answer(
             refusal.filename,
         )
     with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
-        send(control, marshal.dumps((kept, os.getpid(), number, words, file)), for_children)
+        send(control, marshal.dumps((kept, os.getpid(), number, words, file)), fds)

@@ -168,12 +168,11 @@ class MemHandler:
 
     def calloc(self, done: list[int], ctx: int, count: int, size: int, grows: bool = False) -> int:
         # What is larger than the whole space can never be there: a limit may have made it small.
-        if count * size < self.threshold or count * size > self._end - self._start:
+        fits = self.threshold <= count * size <= self._end - self._start
+        if not fits or not self._space.can_be_called():
             return self._calloc(ctx, count, size)
         try:
-            # When the space can't be asked now, NumPy's own memory has to do.
-            area = self._space.allocate(count * size, self._made_in(), grows)
-            return area or self._calloc(ctx, count, size)
+            return self._space.allocate(count * size, self._made_in(), grows)
         except (MemoryError, OSError):
             return 0  # NumPy raises MemoryError
 
@@ -184,7 +183,9 @@ class MemHandler:
             return done[0]
         before = self._space.allocated(old) if inside else _usable_size(old)
         grows = size > before
-        if inside and (self._space.grow(old, size) if grows else before // 2 < size):
+        if inside and not grows and before // 2 < size:
+            return old
+        if inside and grows and self._space.can_be_called() and self._space.grow(old, size):
             return old
         new = self.calloc(done, ctx, 1, size, True) if grows else self.malloc(done, ctx, size)
         if new and old:

@@ -153,7 +153,7 @@ class Pager:
         open.
         """
         for_children = [self._memfd, self._lifelines_other_end]
-        address_space.send_answer(self._children, self._store.kept, for_children)
+        address_space.send_answer(self._children, None, self._store.kept, for_children)
         _, listener = address_space.receive(self._children)
         sys.setswitchinterval(SWITCH_INTERVAL)
         lpet = self._run_lpet
@@ -458,7 +458,7 @@ def page_for(
         store = open_store(config)
         pager = Pager(control, hello, fds, store, instance)
     except (ValueError, OSError) as error:
-        address_space.send_answer(control, refusal=error)
+        address_space.send_answer(control, error)
         if store:
             store.close()
         return 0
@@ -478,7 +478,7 @@ def spawned() -> NoReturn:
     try:
         child = os.fork()
     except OSError as error:
-        address_space.send_answer(control, refusal=error)
+        address_space.send_answer(control, error)
         os._exit(0)
     if child:
         os._exit(0)  # the pager is nobody's child: the application's os.wait sees no stranger
