@@ -1,44 +1,47 @@
 """Space: what the application sees of EDM, in its own process.
 
 In the picture: the box on the left. A Python thread that takes a page fault sleeps in the kernel
-holding the GIL, so whoever resolves its faults must be another process: the pager (pager.py). This
-process makes the userfaultfd and the memfd and hands them to the pager; from then on it just touches
+holding the GIL, so another process has to resolve its faults: the pager (pager.py). This process
+makes the userfaultfd and the memfd and sends them to the pager. From then on it just touches
 memory.
 
-Interface: for the application, Space: mmap, munmap, sync, and to look at itself: areas, locations,
-figures. For advice.py: advise, resident. For numpy_mem_handler.py: allocate, allocated, grow, release.
-For edm.py: Space makes everything ready, close ends it; spawn_pager starts a pager on this machine. For
-the pager, here or in a rank: receive, and send_ready or send_refusal.
+Interface:
+    for the application        Space: mmap, munmap, sync, areas, locations, figures
+    for advice.py              Space: advise, resident
+    for numpy_mem_handler.py   Space: can_be_called, allocate, allocated, grow, release
+    for edm.py                 Space begins when it is made and ends with close; spawn_pager
+    for the pager              receive, send_answer
 
 The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
-with userfaultfd. Areas are bookkeeping of this process (Gaps): mapping one calls nobody but tells the
-pager, which reads ahead within areas only. Freeing one makes its pages NEW, here and in the store. So
-touching an area after munmap gives zeros, or the next area's bytes; it is not caught.
+with userfaultfd. Areas are bookkeeping of this process (Gaps). The pager is told of each area only
+because it reads ahead within areas. Freeing an area makes its pages NEW, here and in the store.
+Touching an area after munmap is not caught: it gives zeros, or the next area's bytes.
 
-Behind the space, the memfd has the mailbox by which this process calls the pager. The addresses of an
-area that was freed are a gap again when the pager has said there that its pages are free.
+Behind the space, the memfd has the mailbox by which this process calls the pager (mailbox.py). The
+addresses of an area that was released are a gap again when the pager has freed its pages.
 
-Rules: any thread of the application may call Space; one call that is answered at a time (`_lock`). A
-signal handler that calls it in the midst of another call gets a RuntimeError. An allocator is called
-in the midst of anything, even of one of these methods, by a garbage collection: so allocate gives up
-rather than wait for its own thread, and release leaves it to that. A signal handler may raise at any
-point: that may cost addresses, which are then not used again, and never anything else.
+Rules: any thread of the application may call Space. One call is made at a time (`_lock`). A signal
+handler that calls Space in the midst of another call gets a RuntimeError. An allocator is called by
+the garbage collector in the midst of anything, even of one of these methods. So it asks
+can_be_called first, and release leaves its work to the call that is under way. A signal handler may
+raise at any point. That may lose addresses, which are not used again, and nothing else.
 
-Forked children do not inherit the mapping (MADV_DONTFORK): without a userfaultfd they would read holes
-as zeros, and fill them for the application too. So a child maps the memfd anew, private, at the same
-addresses, registers it with a userfaultfd of its own, and sends that to the pager (children.py). What
-it reads is the application's memory, with what is written there later; what it writes is its own. It
-can't call Space. Where that can't be (a child's child, a fork that Python does not see, a program that
-has closed EDM's descriptor, vm.overcommit_memory=2), touching it is a SIGSEGV.
+Forked children do not inherit the mapping (MADV_DONTFORK): without a userfaultfd they would read
+holes as zeros, and fill them for the application too. A child maps the memfd anew, private, at the
+same addresses. It registers the mapping with a userfaultfd of its own and sends that to the pager
+(children.py). It reads the application's memory, with what the application writes there later. What
+it writes is its own. It can't call Space. Touching the memory is a SIGSEGV where that does not
+work: in a child's child, after a fork that Python does not see, when the program has closed EDM's
+descriptor, and with vm.overcommit_memory=2.
 
-This module, and what it imports, is all that a program under `edm run` gets to carry: it imports
+This module and its imports are all that a program under `edm run` has to carry, so it imports
 little.
 
-A socket pair carries the first message to the pager, with the descriptors and HELLO's dictionary, its
-answer, and the listener of system_calls.py, if there is one; then it is closed. Calls go by
-mailbox.py. All that is open in the application is one end of another socket pair, by which forked
-children reach the pager. Two descriptors lie in it, in a message that they only peek at: the memfd,
-and the read end of the lifeline, a pipe.
+One socket pair connects application and pager. The first message carries the descriptors, and
+HELLO's dictionary. The pager answers, and the second message carries the listener of
+system_calls.py, if there is one. After that calls go by the mailbox, and only forked children use
+the socket. The answer stays in it with two descriptors, and children peek at them: the memfd, and
+the read end of the lifeline, a pipe.
 """
 
 from __future__ import annotations
@@ -68,13 +71,13 @@ TYPE_CHECKING = False  # for type checkers it is true; typing takes long to impo
 if TYPE_CHECKING:
     from typing import Any
 
-MAX_HELLO = 1 << 17  # bytes
-MAX_COMMAND = 200  # characters of a word, and words, of the command line that a report begins with
-MAX_FDS = 7  # descriptors that come with a message
-HIGH = 512  # a descriptor's number
-# Flags of sendmsg(2) that nobody else uses. MSG_CONFIRM has no meaning here. See system_calls.py.
+MAX_COMMAND = 200  # words of the command line, and characters of a word, that a report shows
+MAX_HELLO = 1 << 18  # bytes of a message: the command has MAX_COMMAND * MAX_COMMAND * 4 at most
+MAX_FDS = 6  # descriptors that come with a message
+HIGH = 512  # the lowest number of a descriptor that stays open: programs use the low ones
+# Flags of sendmsg(2) that no program uses: MSG_CONFIRM has no effect here. See system_calls.py.
 UNFILTERED = _socket.MSG_NOSIGNAL | _socket.MSG_CONFIRM
-SIGKILL = 9  # signal.SIGKILL, without importing signal
+SIGKILL = 9  # signal.SIGKILL: importing signal takes long
 
 _USER_MODE_ONLY = (
     "edm: this user may have userfaultfd for user mode only, so system calls may fail with EFAULT (Bad "
@@ -83,13 +86,13 @@ _USER_MODE_ONLY = (
 
 
 def whole_pages(length: int) -> int:
-    """So many bytes, made whole pages."""
+    """This many bytes, rounded up to whole pages."""
     return -(-length // PAGE_SIZE) * PAGE_SIZE
 
 
 def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Call this method with the lock. A signal handler may raise at any point: a `with` statement on
-    the lock itself is what that can't come between."""
+    """Call this method with the lock. The `with` statement is on the lock itself, because a signal
+    handler can't raise between taking the lock and entering the block then."""
 
     @wraps(method)
     def locked(self: Space, *args: Any, **options: Any) -> Any:
@@ -110,22 +113,23 @@ class Space:
     """A range of addresses whose memory is not limited by this machine's."""
 
     def __init__(self, config: Any, control: Any, instance: int = 0, lasts: bool = False) -> None:
-        """Reserve the space, make userfaultfd and memfd, and send them to the pager on the other end
-        of the socket `control`, a _socket.socket, which is closed; wait until it serves.
+        """Map the space, send userfaultfd and memfd to the pager at the other end of the socket
+        `control`, a _socket.socket, and wait until it serves. The socket is closed or taken over.
 
-        lasts: until the process ends; nobody calls close.
+        instance: this instance's number, from 0. lasts: the space lasts until the process ends, and
+        nobody calls close.
 
-        Raises ValueError if the range can't be had, and what the pager raised.
+        Raises ValueError if the range can't be mapped, and what the pager has raised.
         """
         self.start_addr, self.end_addr = config.start_addr, config.end_addr
         self.resident_limit = config.high_threshold * PAGE_SIZE  # bytes
-        self.instance = instance  # this instance's number, from 0
-        self.is_forked = False  # was this process forked by the application, or did the space end?
-        self._lock = _thread.RLock()  # never taken twice: to be asked whether this thread has it
+        self.instance = instance
+        self.is_forked = False  # True in a forked process, and when the space has ended
+        self._lock = _thread.RLock()  # never taken twice, but it knows whether this thread has it
         self._gaps = Gaps(self.start_addr, self.end_addr)
         self._lengths: dict[int, int] = {}  # address → length in bytes, of each area
         self._views: dict[int, tuple[memoryview, int]] = {}  # id(view) → view, address
-        # (address, length): to be freed when nobody has the lock.
+        # (address, length): to be freed when the lock is free.
         self._released: deque[tuple[int, int]] = deque()
         # (number of the RELEASE, address, length): not yet a gap.
         self._freeing: deque[tuple[int, int, int]] = deque()
@@ -140,7 +144,7 @@ class Space:
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
             pagers_end, lifeline = map(closed, _lifeline())
-            # A refusal is no accident.
+            # Without this the kernel kills this process if the pager refuses, and ends.
             if_it_fails.callback(fcntl.fcntl, lifeline, fcntl.F_SETFL, 0)
             hello = {
                 "config": vars(config), "pid": os.getpid(), "how": how, "track_clean": tracks,
@@ -149,21 +153,22 @@ class Space:
             }  # fmt: skip
             fds = [uffd, memfd, pagemap, *lines, lifeline, pagers_end]
             self._kept, pager = _say_hello(control, hello, fds)
-            if_it_fails.pop_all()  # it has not
-            with contextlib.suppress(OSError):  # EINVAL: without Yama, it may look anyway
-                u.prctl(u.PR_SET_PTRACER, pager)  # at /proc/PID/syscall and mem
+            if_it_fails.pop_all()  # it has not failed
+            # The pager reads /proc/PID/syscall and mem. EINVAL: there is no Yama.
+            with contextlib.suppress(OSError):
+                u.prctl(u.PR_SET_PTRACER, pager)
             listener = []
             if how == u.USER_MODE:
-                from edm import system_calls  # root does without
+                from edm import system_calls  # root does not need it
 
                 # EBUSY: EDM in EDM. EPERM, EINVAL, ENOSYS: a sandbox.
                 with contextlib.suppress(OSError):
                     bounds = self.start_addr, self.end_addr
                     listener = [closed(system_calls.listener(*bounds, lasts))]
-            send(control, b"listener", listener)  # which calls wait for already
+            send(control, b"listener", listener)  # system calls may be waiting for it already
         self._socket = _high(control.detach())
         self._socket_is = os.fstat(self._socket).st_ino
-        # Do read(2) and the like fail with EFAULT on a page that is not here?
+        # True if read(2) and the like fail with EFAULT on a page that is not here.
         self.user_mode_only = how == u.USER_MODE and not listener
         if how == u.USER_MODE:
             sys.excepthook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY])
@@ -174,13 +179,13 @@ class Space:
 
     @_locked
     def mmap(self, length: int, addr: int | None = None, name: str = "") -> memoryview:
-        """Map an area of length bytes: at addr, or where it fits best. Its pages read as zeros.
+        """Map an area of length bytes, at addr or in the smallest gap that has room.
 
-        Returns a writable memoryview of the bytes. The area takes whole pages, and stays until
-        munmap. With a kept disk its pages are as an earlier job has left them. name: what a report
-        calls it. Raises ValueError for a length that is not positive, an addr that is not a multiple
-        of PAGE_SIZE, and an area that leaves the space or overlaps another; MemoryError when no
-        addr is given and the space has no gap that is large enough. Source: mmap(2).
+        Returns a writable memoryview of the bytes, which are zeros. With a kept disk they are as an
+        earlier job has left them. The area takes whole pages and stays until munmap. name: what a
+        report calls it. Raises ValueError for a length that is not positive, an addr that is not a
+        multiple of PAGE_SIZE, and an area that leaves the space or overlaps another. Raises
+        MemoryError when no addr is given and no gap is large enough. Source: mmap(2).
         """
         if length <= 0:
             raise ValueError(f"length: {length} bytes; an area has at least one")
@@ -198,17 +203,17 @@ class Space:
     def munmap(self, area: memoryview) -> None:
         """Unmap an area that mmap returned. Its bytes are gone, here and in the store.
 
-        Raises ValueError if it is no such area, and BufferError while anything else (a slice, a
-        NumPy array) still uses it; then nothing was changed. Raises OSError with the store's reason
-        if it can't forget them, which only a kept disk may not: the area can't be used any more,
-        but its bytes stay, and this can be called again. Source: munmap(2).
+        Raises ValueError if it is no such area, and BufferError while something else uses it (a
+        slice, a NumPy array); then nothing has changed. Raises OSError with the store's reason if a
+        kept disk can't forget the bytes. Then the area can't be used, its bytes stay, and munmap
+        may be called again. Source: munmap(2).
         """
         view, addr = self._views.get(id(area), (None, 0))
         if view is None:
             raise ValueError("area: not one that mmap returned, or unmapped already")
         if _users(area) != ALONE:
             raise BufferError("area: still in use, by a slice or an array made of it")
-        area.release()  # BufferError, if a buffer of it is in use this moment
+        area.release()  # BufferError if a buffer of it is exported at this moment
         # If the store refuses, the bytes are still there: nothing else may be mapped over them.
         whole = self._lengths[addr]
         self._mailbox.call(m.FREE, *self._pages(addr, whole))
@@ -218,24 +223,20 @@ class Space:
     def sync(self) -> int:
         """Make everything written so far durable, without evicting it; how many pages were sent.
 
-        When this returns, the disk (Config's disk and keep) holds every page that was written
-        before it was called, and a job that resumes it after any crash finds them so, or as a
-        later sync has left them. Raises OSError with the store's reason when it can't write.
-        Source: fsync(2).
+        When this returns, the disk (Config's disk and keep) has every page that was written before
+        the call. After any crash, a job that resumes the disk finds these pages, or those of a
+        later sync. Raises OSError with the store's reason when it can't write. Source: fsync(2).
         """
         return int(self._call(m.SYNC))
 
     @_locked
     def areas(self) -> list[tuple[int, int]]:
         """The (address, length in bytes) of every area, by address."""
-        return sorted(self._lengths.copy().items())  # a copy: release may come in between
+        return sorted(self._lengths.copy().items())  # a copy: release may change it meanwhile
 
     @_locked
     def locations(self, addr: int, length: int) -> list[str]:
-        """Where each page of a range (bytes, whole pages) is: NEW, INSTANCE_n or DISK.
-
-        This is what the store's SPT says.
-        """
+        """Where each page of a range (bytes, whole pages) is: NEW, INSTANCE_n or DISK."""
         here = f"INSTANCE_{self.instance}"
         spt = self._spt(*self._pages(addr, length))
         return [here if byte & 1 else "DISK" if byte else "NEW" for byte in spt]
@@ -248,14 +249,14 @@ class Space:
         return spt
 
     def figures(self) -> dict[str, Any]:
-        """What the pager has counted: faults, evictions, bytes, latencies (see pager.py)."""
+        """What the pager has counted: faults, evictions, bytes, latencies. See pager.py."""
         return marshal.loads(self._call(m.FIGURES))
 
     # ------------------------------------------------------------ for advice.py
 
     @_locked
     def advise(self, what: int, runs: list[tuple[int, int]]) -> None:
-        """Send a PREFETCH or a FORGET of these runs of pages, counted from the start of the space."""
+        """Send a PREFETCH or a FORGET of these runs of pages, numbered from start_addr."""
         for at in range(0, len(runs), m.RUNS):
             packed = b"".join(m.RUN.pack(*run) for run in runs[at : at + m.RUNS])
             self._mailbox.ask(what, name=packed)
@@ -268,18 +269,18 @@ class Space:
     # ------------------------------------------------------------ for an allocator
 
     def can_be_called(self) -> bool:
-        """False in the midst of another call of this thread, in a forked process, and after close."""
+        """False during a call of this thread, in a forked process, and after close."""
         return not self.is_forked and not self._lock._is_owned()
 
     @_locked
     def allocate(self, length: int, name: str, grows: bool = False) -> int:
-        """Map an area of length bytes, zeros, at the end of the gap where it fits best; its address.
+        """Map an area of length bytes, zeros, at the end of the smallest gap that has room.
 
-        grows: in the middle of the largest gap, so that this area and others have room to grow. Raises
-        MemoryError when the space has no gap that is large enough.
+        Returns its address. grows: in the middle of the largest gap, so that this area and others
+        have room to grow. Raises MemoryError when no gap is large enough.
         """
         whole = whole_pages(length)
-        # On a kept disk a small gap may be an area that an earlier job has left, to be mapped again.
+        # On a kept disk a small gap may be an area of an earlier job, which mmap will map again.
         start, end = self._gap(whole, largest=self._kept or grows)
         addr = end - whole
         if grows:
@@ -293,8 +294,8 @@ class Space:
     def grow(self, addr: int, length: int) -> bool:
         """Make the area that allocate has mapped there length bytes long; what is new is zeros.
 
-        False, and nothing has changed, where the addresses behind it are not free, and with a kept disk,
-        which may have other bytes there.
+        False, and nothing has changed, where the addresses behind it are not free, and with a kept
+        disk, which may have other bytes there.
         """
         had, whole = self._lengths[addr], whole_pages(length)
         if self._kept or not self._gaps.around(addr + had, whole - had):
@@ -303,19 +304,19 @@ class Space:
         return True
 
     def allocated(self, addr: int) -> int:
-        """How many bytes (whole pages) the area at this address has."""
+        """The length in bytes, whole pages, of the area at this address."""
         return self._lengths[addr]
 
     def release(self, addr: int) -> None:
-        """Free what allocate has mapped there: now, or when the call that is under way has ended.
+        """Free the area that allocate has mapped there: now, or after the call that is under way.
 
-        This waits for no answer.
+        This does not wait for the pager.
         """
         self._released.append((addr, self._lengths.pop(addr)))
         self._free_released()
 
     def _free_released(self) -> None:
-        # Whoever holds the lock comes by here after it.
+        # A thread that has the lock calls this again when it has released it.
         if self._released and not self._lock._is_owned():
             with self._lock:
                 while self._released and not self.is_forked:
@@ -326,7 +327,7 @@ class Space:
     # ------------------------------------------------------------ beginning and end
 
     def _map(self, memfd: int) -> None:
-        """Map the space, and behind it the mailbox. The pager gives the memfd its size."""
+        """Map the space, and the mailbox behind it. The pager sets the size of the memfd."""
         length = self.end_addr - self.start_addr + m.SIZE
         try:
             flags = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
@@ -345,14 +346,18 @@ class Space:
         u.munmap(self.start_addr, self.end_addr - self.start_addr + m.SIZE)
 
     def _register(self, uffd: u.Userfaultfd, wanted: str, threads: bool = False) -> str:
-        """Ask the kernel for its features, and register the space; how first writes are noticed, if they
-        are, else "". threads: faults tell which thread has them."""
+        """Enable the features that this kernel has, and register the space.
+
+        Returns how first writes are noticed: "async", "events", or "" if they are not. threads:
+        whether fault messages have the thread's id. Raises ValueError if the kernel lacks a
+        feature.
+        """
         supported = u.supported_features()
         ways = {
             "async": u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC,
             "events": u.WP_FEATURES,
-            # Nothing is marked. But with it the kernel maps no neighbours of a page that is touched
-            # (fault-around), and those count as used then.
+            # Pages get no marks. But without the feature the kernel maps neighbours of a page that
+            # is touched (fault-around), and they would count as used.
             "none": u.WP_FEATURES & supported,
         }
         for way, features in ways.items():
@@ -366,30 +371,30 @@ class Space:
         raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
 
     def _has_socket(self) -> bool:
-        """Or has the program closed it, and the number may be something else's now?"""
+        """False if the program has closed it. Its number may be another file's now."""
         try:
             return os.fstat(self._socket).st_ino == self._socket_is
         except OSError:  # EBADF
             return False
 
     def _end(self, tells: bool) -> None:
-        """At the interpreter's end: what the pager prints comes before the shell's prompt, and if it `tells`
-        a table, behind what the program has printed."""
+        """At the interpreter's end, wait until the pager has printed everything: the shell's prompt
+        comes next. tells: the pager prints a table, which comes after the program's output."""
         if tells and sys.stdout is not None:
-            with contextlib.suppress(Exception):  # Python tries again, and says what is wrong
+            with contextlib.suppress(Exception):  # Python tries again, and reports the error
                 sys.stdout.flush()
-        # RuntimeError: there is no space, or a signal handler ends the process in the midst of a call
+        # RuntimeError: the space has ended, or a signal handler exits in the midst of a call
         with contextlib.suppress(OSError, RuntimeError):
             self._call(m.END)
 
     @_locked
     def close(self) -> None:
-        """End the space, and the pager: what is to be kept is kept. No array of it may be used."""
+        """End the space and its pager. A kept disk is synced. Nothing may use an area any more."""
         if not (connected := self._has_socket()):
             self._mailbox.call(m.END)
         self._mailbox.ask(m.CLOSE)
         if connected:
-            while os.read(self._socket, 1):  # what lies there; then nothing: it has ended
+            while os.read(self._socket, 1):  # the answer; then nothing: the pager has ended
                 pass
             os.close(self._socket)
         self.is_forked = True
@@ -398,9 +403,9 @@ class Space:
     # ------------------------------------------------------------ forked children
 
     def _forked(self) -> None:
-        """In a process that the application forked: it has the application's memory, if that can be."""
+        """In a process that the application has forked: map its memory, if possible."""
         self.is_forked = True
-        self._lock = _thread.RLock()  # whoever had it is not here
+        self._lock = _thread.RLock()  # the thread that had it is not in this process
         if self._has_socket():
             control = _socket.socket(fileno=self._socket)
             control.settimeout(None)  # the program may have set a default
@@ -408,9 +413,9 @@ class Space:
                 self._map_privately(control)
 
     def _map_privately(self, control: Any) -> None:
-        """Map the space as after any fork: what is written is this process's own.
+        """Map the space so that what is written is this process's own.
 
-        Raises OSError or ValueError if that can't be: then touching it is a SIGSEGV.
+        Raises OSError or ValueError if that fails. Then touching the space is a SIGSEGV.
         """
         space = self.start_addr, self.end_addr - self.start_addr
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
@@ -420,14 +425,15 @@ class Space:
             pagers_end, lifeline = _lifeline()
             _closed_by(at_the_end, pagers_end)
             _closed_by(if_it_fails, lifeline)
-            # A signal handler that reads a page before they are registered would fill the memfd.
+            # PROT_NONE: reading a page before it is registered, in a signal handler, would fill the
+            # memfd.
             flags = u.MAP_PRIVATE | u.MAP_NORESERVE | u.MAP_FIXED_NOREPLACE
             u.mmap(*space, u.PROT_NONE, flags, memfd)
             u.madvise(*space, u.MADV_DONTFORK)
             self._register(u.Userfaultfd(uffd), "none")
-            # The userfaultfd and the lifeline stay open here: the pager may die before it has read this.
+            # The userfaultfd and the lifeline stay open: the pager may die before it reads this.
             send(control, b"%d" % os.getpid(), [process, uffd, lifeline, pagers_end])
-            if_it_fails.pop_all()  # it has not
+            if_it_fails.pop_all()  # it has not failed
         u.mprotect(*space, u.PROT_READ | u.PROT_WRITE)
 
     # ------------------------------------------------------------ the areas
@@ -443,14 +449,14 @@ class Space:
             raise ValueError(f"{where} overlaps another")
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int]:
-        """(start, end) of the smallest gap that has so many bytes, or the largest. Raises MemoryError."""
+        """The smallest gap that has so many bytes, or the largest. Raises MemoryError."""
         if gap := self._wait_for(lambda: self._gaps.find(whole, largest)):
             return gap
         where = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
         raise MemoryError(f"no gap of {whole} bytes in {where}; a larger end_addr makes room")
 
     def _wait_for(self, room: Callable[[], Any]) -> Any:
-        """What room() gives, as soon as it is true. Without it, None, when nothing is being freed."""
+        """What room() returns. While that is None, wait for addresses that are being freed."""
         while self._freeing:
             number, addr, whole = self._freeing[0]
             if not self._mailbox.is_done(number):
@@ -479,9 +485,9 @@ class Space:
 class Gaps:
     """The parts of the space that no area has, as (start, end).
 
-    Every method takes a few bisections, however many gaps there are. A signal handler may raise between
-    any two bytecodes: the list by address changes in one step, and the list by length is made anew by the
-    next call, if it was left in the midst of a change.
+    Every method takes a few bisections, however many gaps there are. A signal handler may raise
+    between any two bytecodes: the list by address changes in one step, and the list by length is
+    made anew by the next call, if it was left in the midst of a change.
     """
 
     def __init__(self, start: int, end: int) -> None:
@@ -537,14 +543,13 @@ class Gaps:
 
 
 def _closed_by(stack: contextlib.ExitStack, fd: int) -> int:
-    """The descriptor, which the stack closes."""
+    """Have the stack close this descriptor, and return it."""
     stack.callback(os.close, fd)
     return fd
 
 
 def _high(fd: int) -> int:
-    """The descriptor, with a number that a program which closes everything does not reach, if
-    RLIMIT_NOFILE is higher."""
+    """Move the descriptor to a number of at least HIGH, if RLIMIT_NOFILE allows that."""
     with contextlib.suppress(OSError):
         high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
         os.close(fd)
@@ -553,8 +558,8 @@ def _high(fd: int) -> int:
 
 
 def _lifeline() -> tuple[int, int]:
-    """The write end of a pipe, which is to be the pager's alone, and the read end. When the write end is
-    closed, and the read end is open anywhere, the kernel kills this process."""
+    """The write end of a pipe, which only the pager may keep, and the read end. The kernel kills
+    this process when the write end is closed, as long as the read end is open in any process."""
     ours, pagers = os.pipe2(os.O_CLOEXEC)
     ours = _high(ours)
     fcntl.fcntl(ours, fcntl.F_SETOWN, os.getpid())
@@ -564,8 +569,10 @@ def _lifeline() -> tuple[int, int]:
 
 
 def _tell_lines() -> list[int]:
-    """From now on a thread that gets SIGURG writes its frames to the end of a memfd, see lines.py; its
-    descriptor. Both stay as long as the process. None, if the program has its own handler."""
+    """Have threads that get SIGURG write their frames to the end of a memfd, see lines.py.
+
+    Returns the memfd's descriptor, which stays open, or nothing if the program handles SIGURG.
+    """
     import faulthandler
     from _signal import SIG_DFL, SIGURG, getsignal
 
@@ -578,10 +585,7 @@ def _tell_lines() -> list[int]:
 
 
 def _users(view: memoryview) -> int:
-    """How many references the buffer has that this view, its slices and arrays of it all share.
-
-    CPython keeps it in one object for all of them, which gc can show.
-    """
+    """The reference count of what this view shares with its slices and arrays, in CPython."""
     return sys.getrefcount(gc.get_referents(view)[0])
 
 
@@ -589,8 +593,7 @@ ALONE = _users(memoryview(b""))
 
 
 def _explain(hook: Any, words: list[str], *raised: Any) -> None:
-    """sys.excepthook, with a word behind the first EFAULT, or what may be one (NumPy's OSErrors have
-    no errno)."""
+    """sys.excepthook, and an explanation of the first EFAULT. NumPy's OSErrors have no errno."""
     hook(*raised)
     error = raised[1]
     if isinstance(error, OSError) and error.errno in (errno.EFAULT, None) and words:
@@ -599,8 +602,8 @@ def _explain(hook: Any, words: list[str], *raised: Any) -> None:
 
 # ---------------------------------------------------------------- a pager on this machine
 
-# What the spawned interpreter runs: the package is where it was found here, and nothing that the
-# environment or the current folder says can be in its way (-I -S).
+# What the spawned interpreter runs. The package comes from the folder where it was found here. With
+# -I -S, neither the environment nor the current folder can change that.
 _BOOT = """\
 import sys, types
 edm = sys.modules["edm"] = types.ModuleType("edm")
@@ -611,9 +614,9 @@ spawned()
 
 
 def spawn_pager() -> Any:
-    """Start a pager that is no child of this process; the socket that reaches it, for Space.
+    """Start a pager that is no child of this process; the socket that connects to it, for Space.
 
-    Descriptor 2 is open: the pager has it too.
+    Descriptor 2 must be open: the pager inherits it.
     """
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
@@ -623,12 +626,12 @@ def spawn_pager() -> Any:
     actions = [
         (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-        # dup2(fd, fd) lets the descriptor stay open there: posix_spawn_file_actions_adddup2(3)
+        # dup2(fd, fd) clears close-on-exec: posix_spawn_file_actions_adddup2(3)
         (os.POSIX_SPAWN_DUP2, 2, 2),
     ]
     pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsigmask=[])
     theirs.close()
-    # ECHILD: the program ignores SIGCHLD, or another thread of it waits for any child.
+    # ECHILD: the program ignores SIGCHLD, or another of its threads waits for any child.
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
     return ours
@@ -644,22 +647,23 @@ def send(control: Any, content: bytes, fds: list[int]) -> None:
 
 
 def receive(control: Any, flags: int = 0) -> tuple[bytes, list[int]]:
-    """A message and its descriptors; nothing, if the other end is closed."""
+    """A message and its descriptors. Both are empty if the other end is closed."""
     space, flags = _socket.CMSG_LEN(4 * MAX_FDS), flags | _socket.MSG_CMSG_CLOEXEC
     while True:
-        # If the other end is closed before it has read everything, this comes once, before its messages.
+        # The other end was closed with messages unread: this error comes once, before its messages.
         with contextlib.suppress(ConnectionResetError):
             content, sent, _, _ = control.recvmsg(MAX_HELLO, space, flags)
             return content, list(array.array("i", sent[0][2])) if sent else []
 
 
 def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[bool, int]:
-    """Space's first message. From the answer: whether the disk is kept, and the pager's process id.
+    """Send Space's first message. Returns what is answered: whether the disk is kept, and the
+    pager's process id.
 
-    The answer stays in the socket, with the descriptors for forked children. Raises what the pager
-    raised: ValueError or OSError.
+    The answer stays in the socket, with the descriptors for forked children. Raises the ValueError
+    or OSError that the pager has answered.
     """
-    with contextlib.suppress(BrokenPipeError):  # it has refused at once
+    with contextlib.suppress(BrokenPipeError):  # the pager has refused already
         send(control, marshal.dumps(hello), fds)
     answer = control.recv(MAX_HELLO, _socket.MSG_PEEK)
     if not answer:

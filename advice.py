@@ -1,17 +1,17 @@
-"""Advice: what the application knows of its next accesses, and EDM does not.
+"""Advice: what the application knows about its next accesses.
 
 In the picture: beside the application. Requests in the mailbox carry the advice to the pager.
 
-Interface: prefetch(array), forget(array), resident(array). Each takes rows, too: then only these rows
-of the array count.
+Interface: prefetch(array, rows), forget(array, rows), resident(array, rows). Without rows, each is
+about the whole array.
 
-An array is one of NumPy's, or what numpy.asarray makes one of without copying it, as an area of
-Space.mmap. Parts of it that do not lie in the space are passed over.
+An array is one of NumPy's, or an object that numpy.asarray does not copy, like an area of
+Space.mmap. Parts that do not lie in the space are ignored.
 
 Rules: any thread of the application. Raises RuntimeError where there is no space, ImportError where
-there is no NumPy, IndexError for a row that there is not.
+there is no NumPy, and IndexError for a row that the array does not have.
 
-Source: madvise(2) calls the first two MADV_WILLNEED and MADV_PAGEOUT.
+Source: madvise(2), MADV_WILLNEED and MADV_PAGEOUT.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 def prefetch(array: Any, rows: Any = None) -> None:
-    """Have the pages come that only the store has, in the order of the disk.
+    """Fetch the pages that only the store has, in the order of the disk.
 
-    This waits for nothing: they come while the program goes on, and its faults go first. Other pages
+    This does not wait: they come while the program goes on, and its faults go first. Other pages
     leave for them, so ask for less than may be resident. rows: indexes along the first axis, in any
     order, or a mask.
     """
@@ -36,9 +36,9 @@ def prefetch(array: Any, rows: Any = None) -> None:
 
 
 def forget(array: Any, rows: Any = None) -> None:
-    """Have the pages leave now, so that others may stay. Touching one brings it back, as ever.
+    """Evict the pages now, so that others may stay. Touching one brings it back.
 
-    This waits for nothing. rows: as for prefetch.
+    This does not wait. rows: as for prefetch.
     """
     space().advise(m.FORGET, _runs(array, rows))
 
@@ -70,6 +70,6 @@ def _runs(array: Any, rows: Any) -> list[tuple[int, int]]:
     first, last = (starts + low) // PAGE_SIZE, (starts + high) // PAGE_SIZE
     inside = (last >= 0) & (first < (space().end_addr - space().start_addr) // PAGE_SIZE)
     first, last = first[inside], last[inside]
-    new = np.flatnonzero(first[1:] > last[:-1] + 1) + 1  # where a run begins, but for the first one
+    new = np.flatnonzero(first[1:] > last[:-1] + 1) + 1  # where each run but the first begins
     begins, ends = first[[0, *new][: first.size]], last[[*(new - 1), -1][: first.size]]
     return list(zip(begins.tolist(), (ends - begins + 1).tolist(), strict=True))

@@ -1,11 +1,11 @@
-"""Resource limits (ulimit): how large a space they allow, and which of them an error is about.
+"""Resource limits (ulimit): how large a space they allow, and which one an error comes from.
 
 In the picture: nothing. The limits are the program's; the pager and the DMS inherit them.
 
 Interface:
-    lift()               in a process of EDM's own: its soft limits become the hard ones
-    space_size(most)     how large a space may be, and which limit says so
-    limit_of(number)     which limit an errno is about, as the end of a message
+    lift()               raise the soft limits of a process of EDM's own
+    space_size(most)     how large a space may be, and the limit that makes it smaller
+    limit_of(number)     the limit that an errno comes from, as the end of a message
 
 Rules: the program's own process never changes a limit.
 
@@ -30,8 +30,8 @@ _ABOUT = {
 
 
 def lift() -> None:
-    """Raise this process's soft limits to the hard ones. They are not meant for it: the pages of a
-    space are files here, and time and memory are the pager's own."""
+    """Raise this process's soft limits to the hard ones. They are meant for the program: a space is
+    a file here, and the pager's time and memory are its own."""
     for name in ("AS", "CPU", "DATA", "FSIZE", "NOFILE", "NPROC"):
         limit = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(limit)[1]
@@ -39,11 +39,11 @@ def lift() -> None:
 
 
 def space_size(most: int) -> tuple[int, str]:
-    """How many bytes (whole pages) a space may have, up to `most`, and which limit allows no more, or
+    """How many bytes (whole pages) a space may have, at most `most`, and the limit that says so, or
     "".
 
-    It gets half of the addresses, as the program needs some besides. Its memory and its disk are
-    files of processes that lift() their limits. A kept disk has two places for each page, and a table.
+    It gets half of the addresses: the program needs others. A kept disk has two places for each
+    page and a table, so the space gets a third of the largest file.
     """
     allowed = [(most, "")]
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -57,7 +57,7 @@ def space_size(most: int) -> tuple[int, str]:
 
 
 def limit_of(number: int | None) -> str:
-    """ "; RLIMIT_X (ulimit -x) is ..." if this errno may be about a limit that is set, else ""."""
+    """ "; RLIMIT_X (ulimit -x) is ..." if this errno may come from a limit that is set, else ""."""
     name, command = _ABOUT.get(number, ("", ""))
     value = resource.getrlimit(getattr(resource, name))[0] if name else INFINITY
     return "" if value == INFINITY else f"; {name} ({command}) is {value}"

@@ -1,7 +1,7 @@
 """Mailbox: what the application asks of the pager, in memory that both map.
 
-In the picture: the arrow from the application to the pager that is no page fault. A socket would be a
-descriptor in a program that knows nothing of it, and may close it: this has none.
+In the picture: the arrow from the application to the pager that is no page fault. A socket would be
+a descriptor in a program that knows nothing of it, and may close it: this has none.
 
 Interface: Mailbox(address), made by both ends of the same memory.
     the application     ask(what, page, count, name); call(what, page, count) waits for the answer;
@@ -17,8 +17,8 @@ Both are futexes: who waits for one to change sleeps in futex(2). Every request 
 next answer replaces it, so only the answer of the last request can be read.
 
 Rules: one thread at a time calls ask or call. The pager's side belongs to one thread, except
-interrupt. Python runs other threads and signal handlers while a thread waits here. If a signal handler
-raises, the request goes on without the caller.
+interrupt. Python runs other threads and signal handlers while a thread waits here. If a signal
+handler raises, the request goes on without the caller.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Mailbox:
         return number
 
     def call(self, what: int, page: int = 0, count: int = 0) -> bytes:
-        """Send a request, and wait for the answer. Raises OSError with the pager's errno and text."""
+        """Send a request and wait for the answer. Raises OSError with the pager's errno."""
         self.wait_until_done(self.ask(what, page, count))
         error, length = ANSWER.unpack_from(self._memory, ANSWERED)
         content = bytes(self._memory[CONTENT : CONTENT + length])

@@ -6,38 +6,38 @@ In the picture: the box in the middle. Its threads:
     LPET           lpet.py; on one machine this is a process, and the thread waits for its end
     mailbox        does what the application's Space (address_space.py) asks, in order
     system calls   system_calls.py, where the application has userfaultfd for user mode only
-    the main one   starts these, and sees to it that everything ends when the application does
+    the main one   starts the others, and ends everything when the application has ended
 
-Interface: page_for(control, hello, fds, open_store) pages for an application until it has ended.
-spawned() is what the process that address_space.py spawns on one machine runs; over MPI the
-rank is the pager (rank.py). tell(error) says why a process of EDM's ends.
+Interface: page_for(control, open_store, instance) pages for an application until it has ended. On
+one machine address_space.py spawns a process that runs spawned(). Over MPI the rank is the pager
+(rank.py). tell(error) prints why a process of EDM ends.
 
-The application and the pager each notice the end of the other: the pager polls a pidfd; the
-application has made a pipe whose only write end is here, and asked the kernel to be killed when that
-closes (fcntl(2), F_SETSIG), as its next fault would hang for ever. Each process that it forks does so
-too (children.py). When the pager ends because the application has, it lets go of them, and truncates the
-memfd: touching the application's memory is a SIGBUS for them then.
+Application and pager each notice the end of the other. The pager polls a pidfd. The application has
+made a pipe whose only write end is here, and has asked the kernel to kill it when that end is
+closed (fcntl(2), F_SETSIG): its next fault would hang for ever. Each process that it forks does the
+same (children.py). When the application has ended, the pager switches this off for its children,
+and truncates the memfd. From then on they get a SIGBUS when they touch the application's memory.
 
 The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect, faults_other   faults
     fetched                        pages that came, by those faults and by readahead
     latency_median, latency_99th   of the faults, in µs
-    waited                         the sum of them, in seconds; with several threads they may overlap
-    waited_for_store               of these, how long the store took; with --progress or --report only
-    waited_for_room                and how long LPET did, at high_threshold
+    waited                         their sum, in seconds; the waits of several threads may overlap
+    waited_for_store               the store's part of it; with --progress or --report only
+    waited_for_room                and LPET's part, at high_threshold
     evicted_dirty, evicted_clean, marked_idle                                 pages
-    lpet_runs                      times that LPET was woken
-    refused                        pages that the store would not take, each time
+    lpet_runs                      how often LPET was woken
+    refused                        pages that the store refused, counted each time
     bytes_sent, bytes_received     page content, to and from the store
     resident, peak_resident        pages
     from_each_dms                  over MPI: pages that came, of each DMS by rank
     idle_tracker                   its name
     pager_pid, lpet_pid            process ids
 
-Rules: a thread that fails ends the job: its error is kept, the application is killed, and run raises
-the error when everything has stopped. What the application wrote is still in the memfd then. If the
-disk is a kept one, it is written back, and synced; but not after an error that is no OSError, which
-may have left pages in nobody's hands. Then the disk stays as the last sync has left it.
+Rules: a thread that fails ends the job. Its error is kept, the application is killed, and run
+raises the error when all threads have ended. What the application wrote is still in the memfd then.
+A kept disk gets it and is synced. But any error that is not an OSError may have left pages half
+moved: then the disk stays as the last sync has left it.
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 SHARE = 64  # a readahead window is at most this part of high_threshold
-GRACE = 3  # seconds that the application has to end after a signal to the pager
+GRACE = 3  # seconds from a signal to the pager until the application is killed
 AGAIN = 0.001  # seconds between two tries to free pages that are COMING or LEAVING
 
-# Milliseconds between two looks: how it goes, for --progress and --report; and whether an application
-# that has closed its end of the socket pair is still this program.
+# Milliseconds from one sample of --progress and --report to the next. An application that has
+# closed its end of the socket pair is looked at as often: it may have become another program.
 LOOK = 100
 
-# Seconds. A thread that holds the GIL keeps it for at most so long when another one wants it; the
-# default of 5 ms is what a fault would wait while another thread computes.
+# Seconds that a thread may keep the GIL when another one wants it. With the default, a fault would
+# wait for up to 5 ms while another thread computes.
 SWITCH_INTERVAL = 50e-6
 
 LOG = log.logger("EDM CLIENT")
@@ -98,9 +98,9 @@ class Pager:
 
         Raises ValueError for settings that this machine can't have.
         """
-        # The lifeline comes last: the kernel closes the descriptors of a killed process from the last one
-        # on. When it closes the userfaultfd, missing pages read as zeros: the application must be dying
-        # by then.
+        # The lifeline comes last: the kernel closes the descriptors of a killed process from the
+        # last one on. When it closes the userfaultfd, missing pages read as zeros: the application
+        # must be dying by then.
         uffd, self._memfd, pagemap, *lines, self._lifelines_other_end, self._lifeline = fds
         self._config, self._store, self._over_mpi = hello.config, store, instance is not None
         config, start = hello.config, hello.config.start_addr
@@ -149,8 +149,8 @@ class Pager:
     def run(self) -> None:
         """Tell the application that it may begin, and serve until it has ended.
 
-        Raises what a thread, or LPET, has failed with. The process must end then: most descriptors stay
-        open.
+        Raises what a thread, or LPET, has failed with. The process must end then: most descriptors
+        stay open.
         """
         for_children = [self._memfd, self._lifelines_other_end]
         address_space.send_answer(self._children, None, self._store.kept, for_children)
@@ -176,7 +176,7 @@ class Pager:
         try:
             for thread in threads:
                 thread.start()
-        except RuntimeError as error:  # what the kernel said is not told, but it can be this only
+        except RuntimeError as error:  # Python does not pass on the errno, which can only be EAGAIN
             raise OSError(errno.EAGAIN, str(error)) from None
         self._guarded(self._watch)
         self._lspt.stop()
@@ -192,16 +192,16 @@ class Pager:
             self._failure = self._failure or OSError(error.errno, reason)
         self._store.close()
         self._let_go_of_children()
-        fcntl.fcntl(self._lifelines_other_end, fcntl.F_SETFL, 0)  # its end is no accident
+        fcntl.fcntl(self._lifelines_other_end, fcntl.F_SETFL, 0)  # nobody is to be killed
         if self._system_calls:
             self._system_calls.close(leave=not self._closed)
         os.close(self._lifeline)
-        self._children.close()  # the application may wait for it
+        self._children.close()  # Space.close waits for this
         if self._failure:
             raise self._failure
 
     def _fork_lpet(self) -> None:
-        """LPET as a process. It is forked before there are threads."""
+        """Start LPET as a process. This is called before there are threads."""
         parent = os.getpid()
 
         def lpet() -> None:
@@ -219,10 +219,10 @@ class Pager:
         self._new_lpet().run()
 
     def _wait_for_lpet(self) -> None:
-        """A thread: when LPET ends too early, so does the job. LPET itself has told why."""
+        """A thread: if LPET fails, so does the job. LPET has printed why, unless it was killed."""
         status = os.waitstatus_to_exitcode(os.waitpid(self._lpet_pid, 0)[1])
         if status < 0:
-            # Perhaps in the midst of a change of the LSPT: whoever wants its lock waits for ever.
+            # It may have had the LSPT's lock, and then every other thread here waits for ever.
             tell(OSError(f"LPET was killed by {signal.Signals(-status).name}"))
             self._kill_application()
             os._exit(2)  # a kept disk is as its last sync has left it
@@ -246,8 +246,10 @@ class Pager:
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
 
     def _end_by(self, number: int, frame: object) -> None:
-        """A signal handler. SIGTERM or SIGINT has come to a rank: the application gets it too. If it
-        does not end of it, it is killed: by the next signal, which SIGALRM is after GRACE."""
+        """A rank's signal handler: pass SIGTERM or SIGINT on to the application.
+
+        The next signal kills it. After GRACE seconds this is SIGALRM.
+        """
         if self._ended_by:
             self._kill_application()
             return
@@ -257,7 +259,7 @@ class Pager:
             os.killpg(self._application, number)  # its subprocesses too, as a terminal does
 
     def _watch(self) -> None:
-        """Until the application has ended, or closed its space, or a thread has failed."""
+        """Wait until the application has ended or closed its space, or a thread has failed."""
         poll = select.poll()
         for fd in (self._process, self._ended):
             poll.register(fd, select.POLLIN)
@@ -277,9 +279,11 @@ class Pager:
     # ------------------------------------------------------------ forked children
 
     def _hear_children(self) -> bool:
-        """Children that the application has forked have sent their descriptors. False: no other will. The
-        program has closed its end of the socket pair, or replaced itself. Any thread may call this."""
-        with self._hearing, contextlib.suppress(BlockingIOError):  # that is all
+        """Receive the descriptors that forked children have sent. Any thread may call this.
+
+        Returns False if every process has closed its end of the socket: no other child can come.
+        """
+        with self._hearing, contextlib.suppress(BlockingIOError):  # no message is left
             while True:
                 content, fds = address_space.receive(self._children, _socket.MSG_DONTWAIT)
                 if not content:
@@ -290,8 +294,8 @@ class Pager:
         return True
 
     def _let_go_of_children(self) -> None:
-        """The application has ended. Those that live on may do so, without its memory."""
-        self._children.shutdown(_socket.SHUT_RD)  # who is forked now does not get it
+        """The application has ended: let its children live on without its memory."""
+        self._children.shutdown(_socket.SHUT_RD)  # a child that is forked now gets no memory
         self._hear_children()
         os.ftruncate(self._memfd, 0)
         length = self._config.end_addr - self._config.start_addr
@@ -318,11 +322,11 @@ class Pager:
     def _do(self, what: int, page: int, count: int, name: bytes) -> bytes:
         """One request; the answer. Raises OSError if it can't be done."""
         if what == m.MAPPED:
-            self._lspt.areas[self._area(page)] = [(page, count)]  # it may have grown
+            self._lspt.areas[self._area(page)] = [(page, count)]  # replaces one that has grown
             if self._report:
                 self._report.mapped(page, count, name.decode(errors="replace"))
         elif what in (m.FREE, m.RELEASE):
-            del self._lspt.areas[self._area(page)]  # it is gone if its pages were refused before
+            del self._lspt.areas[self._area(page)]  # no area is left if the store refused before
             if self._report:
                 self._report.unmapped(page)
             runs = [(page, count)]
@@ -342,16 +346,16 @@ class Pager:
             return marshal.dumps(self.figures())
         elif what == m.SYNC:
             return b"%d" % self._sync()
-        else:  # END: the interpreter of the application comes to its end; CLOSE
+        else:  # END: the application's interpreter ends; or CLOSE
             self._end()
         return b""
 
     def _area(self, page: int) -> slice:
-        """The place in LSPT.areas of the one that begins there; it is empty if there is none."""
+        """The place in LSPT.areas of the area that begins at this page; empty if there is none."""
         return slice(*(bisect.bisect(self._lspt.areas, (first,)) for first in (page, page + 1)))
 
     def _free(self, page: int, count: int) -> list[Run]:
-        """Any page → NEW, here and in the store; which ones others have in hand."""
+        """Make these pages NEW, here and in the store. Returns those that are COMING or LEAVING."""
         taken, later = self._lspt.freeing(page, count)
         end = self._lspt.stays  # if the store refuses
         try:
@@ -359,7 +363,7 @@ class Pager:
                 self._store.free(first, len(before))
             for first, before in taken:
                 for at, state in enumerate(before) if l.LOST in before else ():
-                    if state == l.LOST:  # only another page replaces the poison in the page table
+                    if state == l.LOST:  # the poison in the page table goes when a page comes
                         self._uffd.zeropage(self._address(first + at), PAGE_SIZE)
                 u.punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE)
             end = self._lspt.freed
@@ -375,22 +379,24 @@ class Pager:
     # ------------------------------------------------------------ what is kept, and told
 
     def _sync(self, in_order: bool = True) -> int:
-        """Store everything, and sync the store; how many pages were stored.
+        """Store everything and sync the store; how many pages were stored.
 
-        in_order: the application has not ended, and other threads work on.
+        in_order: the application has not ended, and the other threads work on.
         """
         if not isinstance(self._failure, OSError | None):
             raise OSError(f"EDM has failed in the midst of its work: {self._failure}")
         with contextlib.closing(self._new_lpet()) as storing:
             pages = storing.store(bool(self._track_clean))
-        if in_order and self._lspt.stopped():  # then they may have let go of pages in the midst
+        if in_order and self._lspt.stopped():  # the other threads may have left pages half moved
             raise OSError("the application has ended")
         self._store.sync()
         return pages
 
     def _end(self, in_order: bool = True) -> None:
-        """Keep what the application has left, and tell once what was asked for. In order, this is
-        before the application's process ends, so that the shell's prompt comes after it."""
+        """Sync a kept disk, and print the table or write the report, once.
+
+        in_order: the application waits for this, so that the shell's prompt comes after it.
+        """
         began = time.monotonic()
         try:
             if self._store.kept:
@@ -439,8 +445,9 @@ def page_for(
 ) -> int | None:
     """Page for the application at the other end of a socket until it has ended; or refuse to.
 
-    open_store: makes the store, for the application's settings. instance: its number, if this is over
-    MPI. Returns an exit status: 0, or 2 if the pager has failed, and has told why. None: the
+    open_store: makes the store for the application's settings. instance: its number, over MPI.
+
+    Returns an exit status: 0, or 2 if the pager has failed and has printed why. None: the
     application has ended before it began.
     """
     packet, fds = address_space.receive(control)
@@ -448,7 +455,7 @@ def page_for(
         return None
     hello, store = SimpleNamespace(**marshal.loads(packet)), None
     config = hello.config = SimpleNamespace(**hello.config)
-    if instance and config.report:  # an instance each, as with disks
+    if instance and config.report:  # one file for each instance
         name, ending = os.path.splitext(config.report)
         config.report = f"{name}.{instance}{ending}"
     log.start(config.log_level)
@@ -471,8 +478,7 @@ def page_for(
 
 
 def spawned() -> NoReturn:
-    """What a process that address_space.py has spawned does: be the pager of the application at the
-    other end of the socket that is its descriptor 0."""
+    """Page for the application at the other end of descriptor 0. See spawn_pager."""
     control = _socket.socket(fileno=0)
     limits.lift()
     try:
@@ -481,10 +487,10 @@ def spawned() -> NoReturn:
         address_space.send_answer(control, error)
         os._exit(0)
     if child:
-        os._exit(0)  # the pager is nobody's child: the application's os.wait sees no stranger
+        os._exit(0)  # the application's os.wait must not see the pager
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the application's end ends the pager
+        signal.signal(number, signal.SIG_IGN)  # the pager ends when the application does
     _run_process(lambda: page_for(control, _open_disk))
 
 
@@ -493,7 +499,7 @@ def _open_disk(config: Any) -> PageStore:
 
 
 def _run_process(body: Callable[[], object]) -> NoReturn:
-    """Do this, tell why it failed, and end the process."""
+    """Call this, print why it failed, and end the process."""
     try:
         body()
     except BaseException as error:  # noqa: BLE001 - it ends the process
@@ -502,11 +508,11 @@ def _run_process(body: Callable[[], object]) -> NoReturn:
 
 
 def tell(error: BaseException) -> int:
-    """Say on stderr why this process ends. Its exit status: 2; or 1 if it is a mistake of EDM's."""
+    """Print why this process ends. Its exit status: 2, or 1 if the error is a bug in EDM."""
     if not isinstance(error, OSError):
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
-    if words := str(getattr(error, "strerror", "") or error):  # else LPET has told them
+    if words := str(getattr(error, "strerror", "") or error):  # else LPET has printed them
         words += limits.limit_of(getattr(error, "errno", None))
         print(f"edm: error: {words}", file=sys.stderr, flush=True)
     return 2
