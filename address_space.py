@@ -131,7 +131,7 @@ class Space:
         self._views: dict[int, tuple[memoryview, int]] = {}  # id(view) → view, address
         # (address, length): to be freed when the lock is free.
         self._released: deque[tuple[int, int]] = deque()
-        # (number of the RELEASE, address, length): not yet a gap.
+        # (number of the RELEASE, address, length): not a gap yet.
         self._freeing: deque[tuple[int, int, int]] = deque()
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
             closed = partial(_closed_by, at_the_end)
@@ -445,27 +445,27 @@ class Space:
         where = f"addr: the area {addr:#x}-{addr + whole:#x}"
         if not self.start_addr <= addr <= addr + whole <= self.end_addr:
             raise ValueError(f"{where} leaves the space {self.start_addr:#x}-{self.end_addr:#x}")
-        if not self._wait_for(lambda: self._gaps.around(addr, whole)):
+        self._reclaim(wait=True)
+        if not self._gaps.around(addr, whole):
             raise ValueError(f"{where} overlaps another")
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int]:
         """The smallest gap that has so many bytes, or the largest. Raises MemoryError."""
-        if gap := self._wait_for(lambda: self._gaps.find(whole, largest)):
-            return gap
+        for wait in (False, True):
+            self._reclaim(wait)
+            if gap := self._gaps.find(whole, largest):
+                return gap
         where = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
         raise MemoryError(f"no gap of {whole} bytes in {where}; a larger end_addr makes room")
 
-    def _wait_for(self, room: Callable[[], Any]) -> Any:
-        """What room() returns. While that is None, wait for addresses that are being freed."""
-        while self._freeing:
+    def _reclaim(self, wait: bool) -> None:
+        """Make gaps of the addresses that were released: of all, or of those whose pages are free
+        now."""
+        while self._freeing and (wait or self._mailbox.is_done(self._freeing[0][0])):
             number, addr, whole = self._freeing[0]
-            if not self._mailbox.is_done(number):
-                if found := room():
-                    return found
-                self._mailbox.wait_until_done(number)
+            self._mailbox.wait_until_done(number)
             self._freeing.popleft()
             self._gaps.give_back(addr, whole)
-        return room()
 
     def _take(self, addr: int, whole: int, name: str = "", had: int = 0) -> None:
         """Make these bytes an area, or the area larger that has `had` of them."""

@@ -107,7 +107,7 @@ class Pager:
         self._application, self._track_clean = hello.pid, hello.track_clean
         self._title = f"EDM, INSTANCE_{instance or 0}: {shlex.join(hello.command)}"
         self._tracker = choose_tracker(config.idle_tracker)
-        self._children = control
+        self._control = control  # for forked children
         self._process = os.pidfd_open(self._application)  # readable when it has ended
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed, or a thread has failed
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
@@ -153,8 +153,8 @@ class Pager:
         stay open.
         """
         for_children = [self._memfd, self._lifelines_other_end]
-        address_space.send_answer(self._children, None, self._store.kept, for_children)
-        _, listener = address_space.receive(self._children)
+        address_space.send_answer(self._control, None, self._store.kept, for_children)
+        _, listener = address_space.receive(self._control)
         sys.setswitchinterval(SWITCH_INTERVAL)
         lpet = self._run_lpet
         if self._over_mpi:
@@ -196,7 +196,7 @@ class Pager:
         if self._system_calls:
             self._system_calls.close(leave=not self._closed)
         os.close(self._lifeline)
-        self._children.close()  # Space.close waits for this
+        self._control.close()  # Space.close waits for this
         if self._failure:
             raise self._failure
 
@@ -261,14 +261,13 @@ class Pager:
     def _watch(self) -> None:
         """Wait until the application has ended or closed its space, or a thread has failed."""
         poll = select.poll()
-        for fd in (self._process, self._ended):
+        for fd in (self._process, self._ended, self._control.fileno()):
             poll.register(fd, select.POLLIN)
-        poll.register(self._children, select.POLLIN)
         timeout = LOOK if self._report else None
         while True:
             ready = [fd for fd, _ in poll.poll(timeout)]
-            if self._children.fileno() in ready and not self._hear_children():
-                poll.unregister(self._children)
+            if self._control.fileno() in ready and not self._hear_children():
+                poll.unregister(self._control)
                 timeout = LOOK
             if self._process in ready or self._ended in ready or self._pagemap.is_gone():
                 return
@@ -285,7 +284,7 @@ class Pager:
         """
         with self._hearing, contextlib.suppress(BlockingIOError):  # no message is left
             while True:
-                content, fds = address_space.receive(self._children, _socket.MSG_DONTWAIT)
+                content, fds = address_space.receive(self._control, _socket.MSG_DONTWAIT)
                 if not content:
                     return False
                 self._handler.children.adopt(fds)
@@ -295,7 +294,7 @@ class Pager:
 
     def _let_go_of_children(self) -> None:
         """The application has ended: let its children live on without its memory."""
-        self._children.shutdown(_socket.SHUT_RD)  # a child that is forked now gets no memory
+        self._control.shutdown(_socket.SHUT_RD)  # a child that is forked now gets no memory
         self._hear_children()
         os.ftruncate(self._memfd, 0)
         length = self._config.end_addr - self._config.start_addr
@@ -491,7 +490,7 @@ def spawned() -> NoReturn:
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the pager ends when the application does
-    _run_process(lambda: page_for(control, _open_disk))
+    _run_process(partial(page_for, control, _open_disk))
 
 
 def _open_disk(config: Any) -> PageStore:
