@@ -163,8 +163,8 @@ class Space:
 
                 # EBUSY: EDM in EDM. EPERM, EINVAL, ENOSYS: a sandbox.
                 with contextlib.suppress(OSError):
-                    bounds = self.start_addr, self.end_addr
-                    listener = [closed(system_calls.listener(*bounds, lasts))]
+                    fd = system_calls.listener(self.start_addr, self.end_addr, lasts)
+                    listener = [closed(fd)]
             send(control, b"listener", listener)  # system calls may be waiting for it already
         self._socket = _high(control.detach())
         self._socket_is = os.fstat(self._socket).st_ino
@@ -459,8 +459,7 @@ class Space:
         raise MemoryError(f"no gap of {whole} bytes in {where}; a larger end_addr makes room")
 
     def _reclaim(self, wait: bool) -> None:
-        """Make gaps of the addresses that were released: of all, or of those whose pages are free
-        now."""
+        """Make gaps of what was released and is free now. wait: of all that was released."""
         while self._freeing and (wait or self._mailbox.is_done(self._freeing[0][0])):
             number, addr, whole = self._freeing[0]
             self._mailbox.wait_until_done(number)

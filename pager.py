@@ -368,8 +368,7 @@ class Pager:
             end = self._lspt.freed
         finally:
             end(taken)
-            for first, before in taken:
-                self._uffd.wake(self._address(first), len(before) * PAGE_SIZE)
+            self._uffd.wake(self._address(page), count * PAGE_SIZE)
         return later
 
     def _address(self, page: int) -> int:
