@@ -69,7 +69,8 @@ class Mailbox:
         at = RING + number % ENTRIES * ENTRY
         REQUEST.pack_into(self._memory, at, what, len(name), page, count)
         self._memory[at + REQUEST.size : at + REQUEST.size + len(name)] = name
-        self._set(_ASKED, number)
+        self._words[_ASKED] = number
+        self._wake(_ASKED)
         return number
 
     def call(self, what: int, page: int = 0, count: int = 0) -> bytes:
@@ -97,13 +98,17 @@ class Mailbox:
         self._wait(_ASKED, self._words[_DONE])
 
     def requests(self) -> Iterator[tuple[int, int, int, bytes]]:
-        """(what, page, count, name) of each request. It is done when the next one is asked for."""
+        """(what, page, count, name) of each request. It is done when the next one is asked for.
+
+        The application is woken once, after the last one: it asks nothing while it waits.
+        """
         while (number := self._words[_DONE]) != self._words[_ASKED]:
             number = (number + 1) % NUMBERS
             at = RING + number % ENTRIES * ENTRY
             what, length, page, count = REQUEST.unpack_from(self._memory, at)
             yield what, page, count, bytes(self._memory[at + REQUEST.size :][:length])
-            self._set(_DONE, number)
+            self._words[_DONE] = number
+        self._wake(_DONE)
 
     def answer(self, content: bytes, error: int = 0) -> None:
         """Answer the present request. error: an errno, whose text is the content."""
@@ -113,12 +118,11 @@ class Mailbox:
 
     def interrupt(self) -> None:
         """End a wait() of another thread."""
-        futex_wake(self._address + 4 * _ASKED)
+        self._wake(_ASKED)
 
     # ------------------------------------------------------------ both
 
-    def _set(self, word: int, value: int) -> None:
-        self._words[word] = value
+    def _wake(self, word: int) -> None:
         futex_wake(self._address + 4 * word)
 
     def _wait(self, word: int, value: int) -> None:
