@@ -355,6 +355,7 @@ class Pager:
 
     def _free(self, page: int, count: int) -> list[Run]:
         """Make these pages NEW, here and in the store. Returns those that are COMING or LEAVING."""
+        start = self._config.start_addr
         taken, later = self._lspt.freeing(page, count)
         end = self._lspt.stays  # if the store refuses
         try:
@@ -363,16 +364,13 @@ class Pager:
             for first, before in taken:
                 for at, state in enumerate(before) if l.LOST in before else ():
                     if state == l.LOST:  # the poison in the page table goes when a page comes
-                        self._uffd.zeropage(self._address(first + at), PAGE_SIZE)
+                        self._uffd.zeropage(start + (first + at) * PAGE_SIZE, PAGE_SIZE)
                 u.punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE)
             end = self._lspt.freed
         finally:
             end(taken)
-            self._uffd.wake(self._address(page), count * PAGE_SIZE)
+            self._uffd.wake(start + page * PAGE_SIZE, count * PAGE_SIZE)
         return later
-
-    def _address(self, page: int) -> int:
-        return self._config.start_addr + page * PAGE_SIZE
 
     # ------------------------------------------------------------ what is kept, and told
 
