@@ -62,7 +62,8 @@ class Children:
         return [self.uffds[fd] for fd in ready if fd in self.uffds]
 
     def let_go(self, start: int, length: int) -> None:
-        """No page comes any more: wake the faults in this range (bytes), and kill nobody."""
+        """No page comes any more: wake the faults in this range (bytes), and let the children
+        live."""
         for _, uffd, lifeline, _ in self._sent.values():
             fcntl.fcntl(lifeline, fcntl.F_SETFL, 0)  # as in _lifeline of address_space.py
             self.uffds[uffd].wake(start, length)

@@ -13,8 +13,8 @@ The memory: two u32, then a ring of ENTRIES requests, then one answer.
     asked      how many requests were written so far, modulo 1 << 32: the number of the last one
     done       the number of the last request that is done. They are done in order
 
-Both are futexes: who waits for one to change sleeps in futex(2). Every request may be answered. The
-next answer replaces it, so only the answer of the last request can be read.
+Both are futexes: waiting for one to change is a sleep in futex(2). Every request may be answered.
+The next answer replaces it, so only the answer of the last request can be read.
 
 Rules: one thread at a time calls ask or call. The pager's side belongs to one thread, except
 interrupt. Python runs other threads and signal handlers while a thread waits here. If a signal

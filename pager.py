@@ -142,7 +142,7 @@ class Pager:
         self._ended_by = ""  # the signal that has come to the pager
         self._hearing = threading.Lock()  # held by the thread that receives from children
         self._telling = threading.Lock()  # held by the thread that uses the report's samples
-        self._told = False
+        self._told = False  # was the table printed, and the report written?
 
     # ------------------------------------------------------------ from start to end
 
@@ -192,7 +192,8 @@ class Pager:
             self._failure = self._failure or OSError(error.errno, reason)
         self._store.close()
         self._let_go_of_children()
-        fcntl.fcntl(self._lifelines_other_end, fcntl.F_SETFL, 0)  # nobody is to be killed
+        # Or closing the lifeline would kill an application that has only closed its space.
+        fcntl.fcntl(self._lifelines_other_end, fcntl.F_SETFL, 0)
         if self._system_calls:
             self._system_calls.close(leave=not self._closed)
         os.close(self._lifeline)
@@ -222,7 +223,7 @@ class Pager:
         """A thread: if LPET fails, so does the job. LPET has printed why, unless it was killed."""
         status = os.waitstatus_to_exitcode(os.waitpid(self._lpet_pid, 0)[1])
         if status < 0:
-            # It may have had the LSPT's lock, and then every other thread here waits for ever.
+            # It may have had the LSPT's lock, and then any thread that wants it waits for ever.
             tell(OSError(f"LPET was killed by {signal.Signals(-status).name}"))
             self._kill_application()
             os._exit(2)  # a kept disk is as its last sync has left it
@@ -372,7 +373,7 @@ class Pager:
             self._uffd.wake(start + page * PAGE_SIZE, count * PAGE_SIZE)
         return later
 
-    # ------------------------------------------------------------ what is kept, and told
+    # ------------------------------------------------------------ what is kept and printed
 
     def _sync(self, in_order: bool = True) -> int:
         """Store everything and sync the store; how many pages were stored.
