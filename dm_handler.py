@@ -3,30 +3,35 @@
 In the picture: in the pager, between the userfaultfd and the store.
 
 Interface: run() is the thread; figures() and latencies() what it has counted. For other threads:
-ask_for() has pages come that no fault has asked for, and bring() those that a system call needs.
-`children`: the forked ones of the application, whose faults it resolves as well (children.py).
+bring() and ask_for(). `children`: the forked ones of the application (children.py). `came` and `lines`:
+set by the pager for --report.
+
+A page comes because somebody waits for it, or because it will be needed. The first is _claim: for a fault
+of the application, for a fault of a forked child, and for bring(), which a thread of the pager calls for
+a system call. The second is _bring_asked: for ask_for(), the application's advice, and only while no fault
+waits. Beside a page that is claimed, readahead may bring those that follow.
 
 One fault, from the message to the woken application:
 
     run         reads the messages that wait.
-    _resolve    claims the page, with LSPT.expect: it was NEW or AWAY, and is COMING now. If
+    _claim      claims the page, with LSPT.expect: it was NEW or AWAY, and is COMING now. If
                 high_threshold pages are here, it waits for LPET to make room ("avoid memory flood").
-                A page that is LEAVING is waited for by the application alone: LPET wakes it.
+                For a page that is LEAVING it does nothing: LPET wakes the application.
     _window     if readahead.py sees a stream: claims the pages that follow, and asks the store for
                 all of them, in pieces. The first piece is small: the application works on it while
                 the others come. Then it asks ahead for the next window.
-    _bring      takes a piece from the store, and again what the store could not give together.
+    _bring      takes a piece from the store, and again what the store could not return together.
     _install    makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application.
 
-A page that is installed because it was read gets the page table's mark; its first write clears that,
-so that LPET knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it itself, else
-the write is a fault, which `run` answers with UFFDIO_WRITEPROTECT.
+A page that is installed because it was read gets the page table's mark. Its first write clears that,
+so that LPET knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it itself. Without,
+the write is a fault, which _resolve answers with UFFDIO_WRITEPROTECT.
 
 Rules: this thread alone reads the userfaultfds and makes pages COME.
 
-Waiting: waking another core that is idle takes longer than all the rest of a fault. So this thread
-looks for the next fault for LOOK seconds before it sleeps. Following the application to its core, and
-sleeping at once, was measured too: 41 to 44 µs a random read, where looking takes 22 to 32.
+Waiting: to wake another core that is idle takes longer than all the rest of a fault. So this thread
+looks for the next fault for LOOK seconds before it sleeps. To follow the application to its core, and
+sleep at once, was measured too: 41 to 44 µs a random read, where looking takes 22 to 32.
 """
 
 from __future__ import annotations
@@ -46,29 +51,13 @@ from collections.abc import Iterable, Iterator
 from logging import INFO
 
 from edm import log
+from edm import lspt as l
+from edm import uffd_ctypes as u
 from edm.children import Children
-from edm.lspt import (
-    AWAY,
-    FIRST_ACCESS,
-    HERE,
-    LEAVING,
-    LOST,
-    LSPT,
-    NEW,
-    OTHER,
-    RECEIVED,
-    REFETCH,
-    WRITE_PROTECT,
-    runs_of,
-)
+from edm.lspt import LSPT, runs_of
 from edm.page_store import CONTENT
 from edm.readahead import Readahead, Stream, bounds
-from edm.uffd_ctypes import (
-    PAGE_SIZE,
-    UFFD_PAGEFAULT_FLAG_WP,
-    UFFD_PAGEFAULT_FLAG_WRITE,
-    Userfaultfd,
-)
+from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
@@ -79,8 +68,8 @@ LOOK = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no le
 FIRST_PIECE, PIECE = 16, 64  # pages of a window that are installed at once
 SETTLE = 100e-6  # seconds that a child waits for a page that is LEAVING, before it tries again
 LATENCY_BUCKET = 1000  # nanoseconds
-PAGES, STORE, ROOM = range(3)
 WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in seconds
+FAULTS, STORE, ROOM = range(3)  # their places
 
 
 class Stopped(Exception):
@@ -89,39 +78,31 @@ class Stopped(Exception):
 
 class DmHandler:
     def __init__(
-        self,
-        uffd: int,
-        store: Any,
-        lspt: LSPT,
-        start_addr: int,
-        max_window: int,
-        track_clean: bool,
-        came: deque[tuple[int, int]] | None,
+        self, uffd: int, store: Any, lspt: LSPT, start_addr: int, max_window: int, track_clean: bool
     ) -> None:
         """max_window: pages at most that come at once. track_clean: pages that are read first get the
-        mark.
-
-        came: who wants to know gets (page, count) of what is installed.
-        """
+        mark."""
         self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
-        self._start, self._track_clean, self._came = start_addr, track_clean, came
+        self._start, self._track_clean = start_addr, track_clean
         self._readahead = Readahead(max_window, store.drop_get)
         self._epoll = select.epoll()
         self._epoll.register(uffd, select.EPOLLIN)
         self._epoll.register(lspt.for_handler, select.EPOLLIN)
         self.children = Children(self._epoll)
-        self.lines: Any = None  # a lines.Lines, if somebody wants to know
+        self.came: deque[tuple[int, int]] | None = None  # gets (page, count) of what is installed
+        self.lines: Any = None  # a lines.Lines, which samples the faults
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # The source of a zero page that is to have the mark, which UFFDIO_ZEROPAGE can't set.
         self._zero_memory = mmap.mmap(-1, PIECE * PAGE_SIZE)
         self._zeros = ctypes.addressof(ctypes.c_char.from_buffer(self._zero_memory))
         self._figures = lspt.figures
-        self._asked: deque[range] = deque()  # pages that ask_for was called for
         self._called: deque[tuple[range, bool]] = deque()  # what bring was called for
-        self._brought: SimpleQueue[None] = SimpleQueue()  # and how often that was done
-        self._waited = [0, 0, 0]  # nanoseconds: for pages; of these, for the store, for room
-        self._since = [0, 0, 0]  # when the wait began that is under way, or 0
+        self._brought: SimpleQueue[None] = SimpleQueue()  # an item for each of these that was done
+        self._asked: deque[range] = deque()  # what ask_for was called for
+        # Nanoseconds. The clock is subtracted when a wait begins, and added when it ends. So a wait is under
+        # way where the sum is negative.
+        self._waited = [0, 0, 0]
         self._latencies: Counter[int] = Counter()  # how many faults took so many LATENCY_BUCKETs
 
     def figures(self) -> dict[str, object]:
@@ -132,14 +113,12 @@ class DmHandler:
         return {
             "latency_median": self._latency(0.5),
             "latency_99th": self._latency(0.99),
-            **{name: self._waits(what) for what, name in enumerate(WAITS)},
+            **{name: round(ns / 1e9, 3) for name, ns in zip(WAITS, self._waits(), strict=True)},
         }
 
-    def _waits(self, what: int) -> float:
-        """Seconds, with the wait that is under way: it may be a long one."""
-        since = self._since[what]
-        waited = self._waited[what] + (time.monotonic_ns() - since if since else 0)
-        return round(waited / 1e9, 3)
+    def _waits(self) -> list[int]:
+        """Nanoseconds, with the wait that is under way: it may be a long one."""
+        return [ns if ns >= 0 else ns + time.monotonic_ns() for ns in self._waited]
 
     def _latency(self, share: float) -> float:
         """So many µs at most took this share of the faults."""
@@ -153,25 +132,10 @@ class DmHandler:
             (took * LATENCY_BUCKET / 1000, n) for took, n in sorted(self._latencies.copy().items())
         ]
 
-    # ------------------------------------------------------------ the thread
-
-    def run(self) -> None:
-        """Resolve faults until told to stop, or until the application has ended."""
-        try:
-            self._serve()
-        except (ProcessLookupError, Stopped):
-            pass  # ESRCH: the application has ended
-        finally:
-            self._since = [0, 0, 0]
-            self._readahead.end()
-
-    def ask_for(self, runs: Iterable[range]) -> None:
-        """Another thread's: have those of these pages come that are AWAY, when no fault waits."""
-        self._asked.extend(runs)
-        os.eventfd_write(self._lspt.for_handler, 1)
+    # ------------------------------------------------------------ for other threads
 
     def bring(self, pages: range, write: bool) -> None:
-        """Another thread's: have those of these pages come that are not here, as if they had faulted.
+        """Have those of these pages come that are not here, as if they had faulted.
 
         Returns when that was done, and after BRING at the latest. Pages that were LEAVING have not come.
         """
@@ -180,31 +144,48 @@ class DmHandler:
         with contextlib.suppress(Empty):
             self._brought.get(timeout=BRING)
 
-    def _bring_called(self) -> None:
-        pages, write = self._called.popleft()
-        for page in pages:
-            if self._lspt.is_missing(range(page, page + 1)):
-                self._claim(page, write)
-        self._brought.put(None)
+    def ask_for(self, runs: Iterable[range]) -> None:
+        """Have those of these pages come that are AWAY, while no fault waits."""
+        self._asked.extend(runs)
+        os.eventfd_write(self._lspt.for_handler, 1)
+
+    # ------------------------------------------------------------ the thread
+
+    def run(self) -> None:
+        """Resolve faults until told to stop, or until the application has ended."""
+        try:
+            while True:
+                self._serve()
+        except (ProcessLookupError, Stopped):
+            pass  # ESRCH: the application has ended
+        finally:
+            self._waited = self._waits()
+            self._readahead.end()
 
     def _serve(self) -> None:
-        while True:
-            while self._called:
-                self._bring_called()
-            faults = self._next_faults()
-            if not faults and self._asked:
-                self._bring_asked()
-            began = self._since[PAGES] = time.monotonic_ns()
-            for _, flags, address, thread in faults:
-                if self.lines:  # what it does is no part of the latency
-                    began += self.lines.begins(thread, (address - self._start) // PAGE_SIZE)
-                if self._resolve(flags, address & -PAGE_SIZE):
-                    took = time.monotonic_ns() - began
-                    self._waited[PAGES] += took
-                    self._latencies[took // LATENCY_BUCKET + 1] += 1
-                    if self.lines:
-                        self.lines.ended(took)
-            self._since[PAGES] = 0
+        """Bring the pages that are waited for now; if there are none, some that were asked for."""
+        while self._called:
+            pages, write = self._called.popleft()
+            for page in pages:
+                if self._lspt.is_missing(range(page, page + 1)):
+                    self._claim(page, write)
+            self._brought.put(None)
+        faults = self._next_faults()
+        if not faults and self._asked:
+            self._bring_asked()
+        began = time.monotonic_ns()
+        for _, flags, address, thread in faults:
+            if self.lines:  # what it does is no part of the latency
+                began += self.lines.begins(thread, (address - self._start) // PAGE_SIZE)
+            self._waited[FAULTS] -= began
+            if self._resolve(flags, address & -PAGE_SIZE):
+                ended = time.monotonic_ns()
+                self._waited[FAULTS] += ended
+                self._latencies[(ended - began) // LATENCY_BUCKET + 1] += 1
+                if self.lines:
+                    self.lines.ended(ended - began)
+            else:
+                self._waited[FAULTS] += began
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """Look for LOOK seconds, offering the core at every look: the next fault is often near. Then
@@ -229,18 +210,18 @@ class DmHandler:
             for _, _, address, _ in child.read_faults():
                 address &= -PAGE_SIZE
                 page = (address - self._start) // PAGE_SIZE
-                if self._lspt.state[page] == LEAVING:
+                if self._lspt.state[page] == l.LEAVING:
                     time.sleep(SETTLE)  # LPET wakes the application only
                 else:
                     self._claim(page, False)
-                if self._lspt.state[page] == LOST:
-                    # Another thread of it may have met this page before; or it has ended.
+                if self._lspt.state[page] == l.LOST:
+                    # Another of its threads may have touched this page before; or it has ended.
                     with contextlib.suppress(FileExistsError, ProcessLookupError):
                         child.poison(address, PAGE_SIZE)
                 child.wake(address, PAGE_SIZE)
 
     def _hear(self) -> None:
-        """Sleep until there is room. Raises Stopped."""
+        """Sleep until there is room, or something else to do. Raises Stopped."""
         os.eventfd_read(self._lspt.for_handler)
         if self._lspt.stopped():
             raise Stopped
@@ -251,36 +232,34 @@ class DmHandler:
         if self._info:
             self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
             self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address)
-        if flags & UFFD_PAGEFAULT_FLAG_WP:
+        if flags & u.UFFD_PAGEFAULT_FLAG_WP:
             # In whatever state the page is: without the mark, it counts as written.
             self._uffd.writeprotect(address, PAGE_SIZE, False)
-            self._figures[WRITE_PROTECT] += 1
+            self._figures[l.WRITE_PROTECT] += 1
             resolved = True
         else:
-            resolved = self._claim(page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE))
+            resolved = self._claim(page, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
         if self._info:
             self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n\n")
         return resolved
 
     def _claim(self, page: int, write: bool) -> bool:
-        """A page is missing: see to it that it comes. False if it is here, or is waited for."""
+        """A page is missing: see to it that it comes. False if it is here, or LPET has it."""
         while (state := self._lspt.expect(page)) is None:
-            began = self._since[ROOM] = time.monotonic_ns()
+            self._waited[ROOM] -= time.monotonic_ns()
             self._wait_for_room()
-            self._waited[ROOM] += time.monotonic_ns() - began
-            self._since[ROOM] = 0
-        if state <= AWAY:
-            self._figures[FIRST_ACCESS if state == NEW else REFETCH] += 1
+            self._waited[ROOM] += time.monotonic_ns()
+        if state <= l.AWAY:
+            self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
             if stream := self._readahead.stream(page):
                 self._window(stream, page, state, write)
             else:
                 pages = range(page, page + 1)
-                self._readahead.come(page, page + 1)
                 self._bring(pages, self._ask(pages), page, write)
                 self._readahead.single(page)
             return True
-        self._figures[OTHER] += 1
-        if state >= HERE or state == LOST:
+        self._figures[l.OTHER] += 1
+        if state >= l.HERE or state == l.LOST:
             self._uffd.wake(self._start + page * PAGE_SIZE, PAGE_SIZE)
         elif self._info:
             address = self._start + page * PAGE_SIZE
@@ -294,26 +273,27 @@ class DmHandler:
         self._hear()
 
     def _bring_asked(self) -> None:
-        """Some of the pages that were asked for."""
-        claimed, full = [], False
-        for _ in range(min(PIECE, len(self._asked))):
+        """PIECE of the pages that were asked for, as far as there is room; it waits if there is none."""
+        claimed: list[int] = []
+        for _ in range(PIECE):
             pages = self._asked.popleft()
-            if len(pages) > 1:
-                self._asked.appendleft(pages[1:])
-            if self._lspt.state[pages[0]] == AWAY:
-                full = self._lspt.expect(pages[0]) is None
-                if full:
-                    self._asked.appendleft(pages[:1])
+            if self._lspt.state[pages[0]] == l.AWAY:
+                if self._lspt.expect(pages[0]) is None:
+                    self._asked.appendleft(pages)
+                    if not claimed:
+                        self._wait_for_room()
                     break
                 claimed.append(pages[0])
+            if len(pages) > 1:
+                self._asked.appendleft(pages[1:])
+            if not self._asked:
+                break
         runs = [range(first, first + count) for first, count in runs_of(claimed)]
-        runs = [piece for run in runs for piece in self._pieces(run, PIECE)]
         for run in runs:
             self._readahead.come(run.start, run.stop)
-        for run, asked in [(run, self._ask(run)) for run in runs]:
-            self._bring(run, asked)
-        if full and not claimed:
-            self._wait_for_room()
+        pieces = [piece for run in runs for piece in self._pieces(run)]
+        for piece, asked in [(piece, self._ask(piece)) for piece in pieces]:
+            self._bring(piece, asked)
 
     # ------------------------------------------------------------ fetching, and reading ahead
 
@@ -321,28 +301,29 @@ class DmHandler:
         """This page is COMING: let those come with it that the stream wants."""
         wanted = stream.wanted(page, self._lspt.area(page))
         pages = wanted[: 1 + len(self._lspt.expect_more(wanted[1:], state))]
-        pieces, ahead, stream.ahead = list(self._pieces(pages)), stream.ahead, {}
-        # What was asked for ahead of a page that is NEW now was asked before it was freed.
-        asked = [ahead.pop(piece, None) if state != NEW else None for piece in pieces]
+        if state == l.NEW:  # what was asked for ahead is from before it was freed
+            self._readahead.drop_ahead(stream)
+        ahead, stream.ahead = stream.ahead, {}
+        self._readahead.come(*bounds(pages))
+        # What has not come when the application ends is left there for Readahead.end.
+        pieces = list(self._pieces(pages))
+        for piece in pieces:
+            stream.ahead[piece] = ahead.pop(piece, None) or self._ask(piece)
         for unused in ahead.values():
             self._store.drop_get(unused)
-        self._readahead.come(*bounds(pages))
-        # What has not come when the application ends is there for Readahead.end.
-        for piece, one in zip(pieces, asked, strict=True):
-            stream.ahead[piece] = one or self._ask(piece)
         self._readahead.continued(stream, pages)
         for piece in pieces:
             self._bring(piece, stream.ahead.pop(piece), page, write)
             if piece is pieces[0]:  # the application works on it meanwhile
                 self._ask_ahead(stream)
 
-    def _pieces(self, pages: range, count: int = FIRST_PIECE) -> Iterator[range]:
-        """Parts of these pages, which are in the order of need; each part ascending. count: the pages of
-        the first one."""
-        while part := pages[:count]:
+    def _pieces(self, pages: range) -> Iterator[range]:
+        """Parts of these pages, which are in the order of need. Each part is ascending."""
+        most = FIRST_PIECE
+        while part := pages[:most]:
             part = part[: self._store.together(part)]
             yield part if part.step > 0 else part[::-1]
-            pages, count = pages[len(part) :], PIECE
+            pages, most = pages[len(part) :], PIECE
 
     def _ask(self, pages: range) -> Any:
         if self._info:
@@ -352,17 +333,18 @@ class DmHandler:
 
     def _ask_ahead(self, stream: Stream) -> None:
         """Ask for the stream's next window before it is needed."""
-        wanted = stream.wanted(stream.next, self._lspt.area(stream.next))
-        wanted = self._lspt.alike(wanted, AWAY)
+        page = stream.reach.start
+        wanted = self._lspt.alike(stream.wanted(page, self._lspt.area(page)), l.AWAY)
         if len(wanted) > 1:
-            stream.asked(wanted)
+            stream.reach = max(stream.reach, wanted, key=len)
             for piece in self._pieces(wanted):
-                stream.ahead[piece] = self._store.ask_get(piece)
+                stream.ahead[piece] = self._ask(piece)
 
     def _bring(self, pages: range, asked: Any, page: int = -1, write: bool = False) -> None:
-        """These pages are COMING, and were asked for: install them. One that can't be read is not
-        COMING any more, or is lost if it is the page that has faulted."""
-        take_get = self._store.take_get if self._came is None else self._take_get
+        """These pages are COMING, and were asked for: install them. One that can't be read is AWAY
+        again; or LOST, if it is the page that has faulted."""
+        noted = self.came is not None and self._waited[FAULTS] < 0  # does a fault wait?
+        take_get = self._take_get if noted else self._store.take_get
         while True:
             try:
                 kind, got, source = take_get(asked)
@@ -381,13 +363,12 @@ class DmHandler:
             asked = self._ask(pages)
 
     def _take_get(self, asked: Any) -> tuple[int, int, int]:
-        """The store's, with a note how long it took, if a fault waits for it."""
-        began = self._since[STORE] = time.monotonic_ns() if self._since[PAGES] else 0
+        """The store's take_get, with a note of how long it takes."""
+        self._waited[STORE] -= time.monotonic_ns()
         try:
             return self._store.take_get(asked)
         finally:
-            self._waited[STORE] += time.monotonic_ns() - began if began else 0
-            self._since[STORE] = 0
+            self._waited[STORE] += time.monotonic_ns()
 
     def _install(self, pages: range, source: int, write: bool) -> None:
         """source: where their bytes are, one page behind the other; 0: they are zeros."""
@@ -400,7 +381,7 @@ class DmHandler:
         mark = self._track_clean and not write
         length = (len(pages) if pages.step == 1 else 1) * PAGE_SIZE
         if source:  # counted first: the application may ask as soon as it is woken
-            self._figures[RECEIVED] += len(pages) * PAGE_SIZE
+            self._figures[l.RECEIVED] += len(pages) * PAGE_SIZE
         try:
             for at in range(0, len(pages) * PAGE_SIZE, length):
                 if source or mark:
@@ -413,14 +394,14 @@ class DmHandler:
             self._lspt.not_coming(pages)
             return
         self._lspt.arrived(pages)
-        if self._came is not None:
-            self._came.extend((page, 1) for page in pages)
+        if self.came is not None:
+            self.came.extend((page, 1) for page in pages)
 
     def _lose(self, page: int, error: OSError) -> None:
         """The store can't give this page back: touching it is a SIGBUS from now on, never zeros."""
         address, reason = self._start + page * PAGE_SIZE, error.strerror or error
         self._log.error("page in address %#x can't be brought back: %s", address, reason)
-        self._lspt.not_coming(range(page, page + 1), LOST)
+        self._lspt.not_coming(range(page, page + 1), l.LOST)
         try:
             # Poison wants an empty place in the page table, without the mark (EEXIST).
             if self._track_clean:

@@ -125,9 +125,10 @@ class Pager:
             from edm.report import Report  # it takes long to import
 
             self._report = Report(self._title, start, lspt.state, live)
-        came = self._report and self._report.came
         window = min(config.readahead, config.high_threshold // SHARE)
-        self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.track_clean), came)
+        self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.track_clean))
+        if self._report:
+            self._handler.came = self._report.came
         if lines:
             from edm.lines import Lines  # its imports take long, too
 

@@ -2,15 +2,15 @@
 
 In the picture: a part of the DM-Handler, which does what this decides.
 
-Interface: Readahead.stream(page) gives the Stream that a fault of this page continues, if any. The
-DM-Handler fetches the pages that the stream wants, asks the store for the next ones ahead of need
-(stream.ahead), and tells which came (continued). It tells the faults that continue no stream, too
-(single): they may begin one.
+Interface: Readahead.stream(page) returns the Stream that a fault of this page continues, if any. The
+DM-Handler fetches the pages that the stream wants, reports them (continued), and asks the store for the
+next ones ahead of need (Stream.ahead). It also reports the faults that continue no stream (single): they
+may begin one.
 
 A stream begins after two faults in neighbouring pages, upward or downward, or after three at equal
 distances (its stride, at most MAX_STRIDE, upward). Its window is small at first, and doubles each
-time that one was used up, to at most max_window. Random access only ever pays for one look into a
-small table.
+time that one was used up, to at most max_window. Random access only ever pays for a look at each of
+the few streams.
 
 What was asked for ahead is a hint: its pages stay AWAY until one of them faults. It is dropped when
 any of its pages comes in another way, as its bytes may then be old.
@@ -34,7 +34,9 @@ REMEMBERED = 16  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 8
 STRIDED_WINDOW = 64  # at most: the pages of one are read and installed one by one
 MAX_STRIDE = 64
-NEAR = 16  # strides: a fault so near after a window continues its stream
+# Strides: a fault so near after a window continues its stream. Few, as random faults that hit an old stream
+# would bring a window each.
+NEAR = 16
 
 
 def bounds(pages: range) -> tuple[int, int]:
@@ -43,23 +45,22 @@ def bounds(pages: range) -> tuple[int, int]:
 
 
 class Stream:
-    def __init__(self, next: int, window: int, stride: int = 1) -> None:
-        self.next = next  # the page whose fault would continue it
-        self.window = window  # pages to fetch then
+    def __init__(self, next: int, window: int, stride: int) -> None:
+        self.window = window  # pages to fetch when it is continued
         self.stride = stride  # between them; -1: downward
-        self.near = range(0)  # pages whose fault continues it
-        self.ahead: dict[range, Any] = {}  # pages → what the store's ask_get gave
-        self.bounds = (0, 0)  # a range that has all pages of ahead
+        self.ahead: dict[range, Any] = {}  # pages → what the store's ask_get returned
+        self.expect_from(next)
+
+    def expect_from(self, next: int) -> None:
+        """The fault that continues the stream is this page's, or near: pages that are here do not fault."""
+        # All pages of ahead, and NEAR at least.
+        self.reach = range(next, next + NEAR * self.stride, self.stride)
 
     def wanted(self, page: int, area: range) -> range:
         """The pages of this area to fetch when this one faults, in the order of need: this one first."""
         stop = page + self.window * self.stride
         within = min(stop, area.stop) if self.stride > 0 else max(stop, area.start - 1)
         return range(page, within if page in area else page + self.stride, self.stride)
-
-    def asked(self, wanted: range) -> None:
-        """These pages, in the order of need, are being asked for ahead."""
-        self.bounds = bounds(wanted)
 
 
 class Readahead:
@@ -68,12 +69,20 @@ class Readahead:
         what was asked for ahead and is not needed."""
         self.max_window, self._drop = max_window, drop
         self._streams: list[Stream] = []  # the one used last is the last
-        self._near: dict[int, Stream] = {}  # whose fault continues which stream
         self._recent: list[int] = []  # pages of single faults, sorted
-        self.stream = self._near.get
+
+    def stream(self, page: int) -> Stream | None:
+        """The stream that a fault of this page continues. If there is none, the page comes alone, and what
+        was asked for ahead of it is dropped."""
+        for stream in reversed(self._streams):
+            if page in stream.reach:
+                if page in stream.reach[:NEAR]:
+                    return stream
+                self.drop_ahead(stream)
+        return None
 
     def single(self, page: int) -> None:
-        """This page has faulted, and has come alone."""
+        """This page has faulted, continues no stream, and has come alone."""
         if self.max_window < 2:
             return
         recent = self._recent
@@ -83,13 +92,9 @@ class Readahead:
             if stride in (1, -1) or stride > 1 and before - stride in recent:
                 recent.remove(before)
                 window = min(FIRST_WINDOW, self.max_window)
-                stream = Stream(page + stride, window, stride)
-                self._streams.append(stream)
-                self._watch(stream)
+                self._streams.append(Stream(page + stride, window, stride))
                 if len(self._streams) > STREAMS:
-                    ended = self._streams.pop(0)
-                    self._drop_ahead(ended)
-                    self._unwatch(ended)
+                    self.drop_ahead(self._streams.pop(0))
                 return
         if len(recent) == REMEMBERED:
             recent.clear()
@@ -98,39 +103,25 @@ class Readahead:
 
     def continued(self, stream: Stream, pages: range) -> None:
         """The stream has been continued with these pages, in the order of need."""
-        stream.next = pages[-1] + stream.stride
         most = self.max_window if stream.stride in (1, -1) else min(self.max_window, STRIDED_WINDOW)
         stream.window = min(2 * stream.window, most)
+        stream.expect_from(pages[-1] + stream.stride)
         self._streams.remove(stream)
         self._streams.append(stream)
-        self._watch(stream)
-
-    def _watch(self, stream: Stream) -> None:
-        """Note whose fault continues this stream, in place of what was noted of it before."""
-        # Only its own entries change: to note all streams anew takes longer than a fault.
-        self._unwatch(stream)
-        # Pages that were here already do not end a stream. NEAR, as random faults that hit an old
-        # stream would bring a window each.
-        stream.near = range(stream.next, stream.next + NEAR * stream.stride, stream.stride)
-        self._near.update(dict.fromkeys(stream.near, stream))
-
-    def _unwatch(self, stream: Stream) -> None:
-        for page in stream.near:
-            if self._near.get(page) is stream:
-                del self._near[page]
-
-    def _drop_ahead(self, stream: Stream) -> None:
-        while stream.ahead:
-            self._drop(stream.ahead.popitem()[1])
 
     def come(self, low: int, high: int) -> None:
-        """Pages of range(low, high) come: what was asked for ahead of them is dropped."""
+        """Pages of range(low, high) come in another way: what was asked for ahead of them is dropped."""
         for stream in self._streams:
-            first, end = stream.bounds
+            first, end = bounds(stream.reach)
             if low < end and first < high:
-                self._drop_ahead(stream)
+                self.drop_ahead(stream)
+
+    def drop_ahead(self, stream: Stream) -> None:
+        """What was asked for ahead is not needed, or old."""
+        while stream.ahead:
+            self._drop(stream.ahead.popitem()[1])
 
     def end(self) -> None:
         """Drop everything."""
         for stream in self._streams:
-            self._drop_ahead(stream)
+            self.drop_ahead(stream)

@@ -147,18 +147,18 @@ def test_a_fault_near_after_a_window_continues_its_stream_and_others_do_not(read
 def test_what_was_asked_for_ahead_is_dropped_when_any_of_its_pages_comes_otherwise(
     readahead, dropped
 ):
-    one, other = begin(readahead, 100), begin(readahead, 1000)
-    one.ahead = {range(110, 112): "some", range(112, 120): "the rest"}
-    one.asked(range(110, 120))
-    other.ahead = {range(1010, 1020): "others"}
-    other.asked(range(1019, 1009, -1))
-    for pages in range(100, 110), range(120, 1010), range(1020, 1021):
+    one, other = begin(readahead, 100), begin(readahead, 1000, -1)
+    one.ahead = {range(100, 112): "some", range(112, 120): "the rest"}
+    one.reach = range(100, 120)
+    other.ahead = {range(980, 1001): "others"}
+    other.reach = range(1000, 979, -1)
+    for pages in range(90, 100), range(120, 980), range(1001, 1002):
         readahead.come(pages.start, pages.stop)
     assert dropped == []
-    readahead.come(119, 120)
+    assert fault(readahead, 119) is None
     assert sorted(dropped) == ["some", "the rest"] and one.ahead == {}, "they are old all at once"
-    readahead.come(119, 120)
-    readahead.come(900, 1011)
+    assert fault(readahead, 119) is None
+    readahead.come(900, 981)
     assert dropped[2:] == ["others"] and other.ahead == {}
     assert readahead._streams == [one, other], "the streams go on"
 
@@ -240,7 +240,7 @@ def handler():
     lspt = LSPT(1000, 1000, 0)
     lspt.areas.append((0, 1000))
     lspt.on_disk(0, 1000)
-    handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False, None)
+    handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False)
     handler._uffd = FakeUffd()
     yield handler
     lspt.close()
