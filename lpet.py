@@ -1,9 +1,8 @@
 """LPET, the low priority eviction thread: lets pages leave that nobody uses.
 
 In the picture: beside the DM-Handler, with the LSPT between them. On one machine it is a process of
-its own, forked from the pager, as a thread would wait for the pager's GIL; over MPI it is a thread of
-the pager. The code is the same: it shares nothing with the DM-Handler but
-the LSPT and the store.
+its own, forked from the pager, as a thread would wait for the pager's GIL. Over MPI it is a thread of
+the pager. The code is the same: it shares nothing with the DM-Handler but the LSPT and the store.
 
 Interface: run() is LPET. forget() evicts what the application does not need (advice.py), and store()
 sends the store what it does not have yet, without evicting it: both are called by another thread, on
@@ -22,23 +21,24 @@ One eviction (Lpet._evict) is safe under writers, although nothing is protected 
     5. put      the pages are read out of the pipe, and the store writes the dirty ones. Clean pages
                 are dropped without writing: the store has their bytes. Neighbours that are all dirty
                 go from the pipe to the disk file, where there is one, without a copy in between.
-    6. gone     LEAVING → AWAY; faults that came meanwhile are woken, and try again.
+    6. gone     LEAVING → AWAY. Faults that came meanwhile are woken, and try again.
 
 If the store refuses in step 5, the pages are written back into the memfd, and are HERE again. The
 order of 2 and 3, and of 3 and 4, matters: bytes or marks that are read while a writer is left may
 be old (tests/test_order.py has both wrong orders, which fail).
 
 Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
-where it stopped. Pages that came AGE generations ago leave, neighbours together; if a turn of the
+where it stopped. Pages that came AGE generations ago leave, neighbours together. If a turn of the
 clock does not find enough, younger ones do. A page that the kernel's idle bitmap says was used is
 passed. While the LSPT is small (lspt.SMALL), or if the settings are plain, the wiki's algorithm is
 followed in full: every page is asked, idle ones leave, the others are marked and passed, and if that was
-not enough, they leave in order. A page that a system call of an ordinary user is about to touch is passed
-always (pins.py).
+not enough, they leave in order. A page that a system call of an ordinary user is about to touch is always
+passed (pins.py).
 
-When the store refuses, because its disk is full or fails, LPET evicts clean pages only for a while,
-and then tries again with half as many at once. If a fault has waited for GRACE seconds of refusals
-without any room, LPET raises the store's reason, which ends the job.
+When the store refuses, because its disk is full or fails, LPET evicts clean pages only for REST seconds
+(until _again_at). Then it tries again with half as many pages at once (_most), as some may fit; each success
+doubles that. If a fault has waited for room, and the store has refused, both for GRACE seconds (since
+_refused_since), LPET raises the store's reason (_refusal), which ends the job.
 
 Rules: an Lpet belongs to one thread. It holds the LSPT's lock for no system call.
 """
@@ -48,6 +48,7 @@ from __future__ import annotations
 import bisect
 import errno
 import fcntl
+import itertools
 import math
 import mmap
 import os
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 AGE = 1  # generations: with 2, zipf fetches 2 % fewer pages, but LPET takes 1.5 times as long for each
 GRACE = 5.0  # seconds
 REST = 0.1  # seconds between two tries of what was refused
-SETTLE = 100e-6  # seconds between two looks at pages that somebody else has in its hands
+SETTLE = 100e-6  # seconds between two looks at pages that another thread has in its hands
 # Pages that are to leave, and a few others between them: one more splice costs as much as copying
 # four pages.
 _SPAN = re.compile(rb"\xff+(?:\0{1,4}\xff+)*")
@@ -119,10 +120,10 @@ class Lpet:
             else UnmapTracker(pagemap, self._unmap)
         )
         self._hand = 0  # the page where the clock goes on
-        self._refusal: OSError | None = None  # until _again_at, only clean pages are evicted
-        self._again_at = 0.0  # seconds of the clock
-        self._refused_since = math.inf  # the first refusal since the store took pages
-        self._most = self._batch  # pages to evict at once: fewer after a refusal, as some may fit
+        self._most = self._batch  # pages to evict at once
+        self._again_at = 0.0  # seconds of the clock, as is the next
+        self._refused_since = math.inf  # the first refusal since the store took dirty pages
+        self._refusal = OSError()  # the last one
         self._log, self._banner = log.logger("Lpet"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
 
@@ -245,13 +246,15 @@ class Lpet:
         self._again_at = now + REST
         self._lspt.figures[l.REFUSED] += pages
 
+    def _only_clean(self) -> bool:
+        """Is it too early to try again what was refused?"""
+        return time.monotonic() < self._again_at
+
     def _rest(self) -> float:
         """How many seconds to wait before the next try, if nothing could leave.
 
         Raises OSError, with the store's errno, when a fault has waited for too long.
         """
-        if not self._refusal:
-            return SETTLE
         now, wanted_since = time.monotonic(), self._lspt.room_wanted_since()
         if wanted_since and now - max(wanted_since, self._refused_since) > GRACE:
             raise OSError(
@@ -270,8 +273,6 @@ class Lpet:
         if needed <= 0:  # it was woken once more than there was need, or pages were freed
             return 0
         self._lspt.figures[l.LPET_RUNS] += 1
-        if time.monotonic() >= self._again_at:
-            self._refusal = None
         if self._info:
             self._banner.info("\n-----------------START LPET-----------------\n")
             self._show_lspt()
@@ -284,28 +285,28 @@ class Lpet:
         return pages
 
     def _evict_by_age(self, needed: int) -> int:
-        pages = 0
+        gone = 0
         for age in range(AGE, -1, -1):
-            which, made_for = b"", -1
-            for page, count in self._clock():
-                generation = self._lspt.generation()
-                if generation != made_for:
-                    which, made_for = self._lspt.older_than(age), generation
+            start = self._hand
+            behind = self._lspt.used(start, self._lspt.pages - start)
+            for part in self._parts(itertools.chain(behind, self._lspt.used(0, start))):
+                self._hand = sum(part)
+                which = self._lspt.older_than(age)
                 if age and self._tracker.name == BitmapTracker.name:
-                    self._pass_used(page, count, which)
-                pages += self._evict_some(page, count, which)
-                if pages >= needed or self._lspt.stopped():
-                    return pages
-        return pages
+                    self._pass_used(*part, which)
+                gone += self._evict_all([part], which)
+                if gone >= needed or self._lspt.stopped():
+                    return gone
+        return gone
 
-    def _clock(self) -> Iterator[Run]:
-        """The space a batch at a step, from where the last one stopped, once round."""
-        start = self._hand
-        for begin, end in ((start, self._lspt.pages), (0, start)):
-            for first, count in self._lspt.used(begin, end - begin):
-                for page in range(first, first + count, self._batch):
-                    self._hand = min(page + self._batch, first + count)
-                    yield page, self._hand - page
+    def _parts(self, pages: Iterable[Run]) -> Iterator[Run]:
+        """These pages, as many at once as may be evicted together."""
+        for page, count in pages:
+            end = page + count
+            while page < end:
+                part = min(self._most, end - page)
+                yield page, part
+                page += part
 
     def _pass_used(self, page: int, count: int, which: bytes) -> None:
         """Pages that are old and in use count as if they had come now, and are marked anew."""
@@ -320,7 +321,7 @@ class Lpet:
 
     def _evict_as_the_wiki_does(self, needed: int) -> int:
         here: Iterable[Run] = self._lspt.here()
-        if self._refusal:  # then a page that was written is not to be chosen
+        if self._only_clean():
             here = [clean for run in here for clean in self._clean(*run)]
         pages = list(pages_in(here))
         at = bisect.bisect_left(pages, self._hand)
@@ -339,19 +340,15 @@ class Lpet:
             self._hand = in_order[-1] + 1
             chosen += in_order
         self._mark(runs_of(sorted(hot)))
-        return sum(
-            self._evict_some(page, count, l.NO_HOLES) for page, count in runs_of(sorted(chosen))
-        )
+        return self._evict_all(runs_of(sorted(chosen)), l.NO_HOLES)
 
-    def _evict_some(self, page: int, count: int, which: bytes) -> int:
-        """_evict, in parts as large as may be; while the store refuses, of clean pages only."""
-        pages, end = 0, page + count
-        while page < end:
-            part = (page, min(self._most, end - page))
-            page += part[1]
-            for clean in self._clean(*part) if self._refusal else [part]:
-                pages += self._evict(*clean, which)
-        return pages
+    def _evict_all(self, pages: Iterable[Run], which: bytes) -> int:
+        """_evict, part by part; while the store refuses, of clean pages only."""
+        gone = 0
+        for part in self._parts(pages):
+            for run in self._clean(*part) if self._only_clean() else [part]:
+                gone += self._evict(*run, which)
+        return gone
 
     def _clean(self, page: int, count: int) -> Iterator[Run]:
         """The runs of pages that are HERE and were not written; a moment ago."""
@@ -366,14 +363,12 @@ class Lpet:
 
     def _unmap(self, pages: Iterable[Run]) -> None:
         """Take pages out of the page table, but leave them in the memfd: UnmapTracker's mark."""
-        for first, count in pages:
-            for page in range(first, first + count, self._batch):
-                part = min(self._batch, first + count - page)
-                left = self._lspt.leaving(page, part, l.NO_HOLES)
-                here = _in_hand(page, part, left)
-                spans, _ = self._take_out(page, left, here)
-                self._empty_pipe(spans)
-                self._put_back(page, left, here)
+        for page, count in self._parts(pages):
+            left = self._lspt.leaving(page, count, l.NO_HOLES)
+            here = _in_hand(page, count, left)
+            spans, _ = self._take_out(page, left, here)
+            self._empty_pipe(spans)
+            self._put_back(page, left, here)
 
     def _show_lspt(self) -> None:
         here = list(self._lspt.here())
@@ -390,9 +385,8 @@ class Lpet:
 
     def forget(self, page: int, count: int) -> None:
         """Evict those of these pages that are HERE, as far as the store takes them."""
-        self._refusal = None
-        for first, many in self._lspt.used(page, count):
-            self._evict_some(first, many, l.ANY_HERE)
+        self._again_at = 0.0
+        self._evict_all(self._lspt.used(page, count), l.ANY_HERE)
 
     # ------------------------------------------------------------ storing without evicting
 
@@ -402,24 +396,20 @@ class Lpet:
         What is written meanwhile is marked as written again. track_clean: the pages have marks.
         Raises OSError if the store refuses one, or if LPET has ended and has not let go of one.
         """
-        pages = 0
-        for first, count in self._lspt.used(0, self._lspt.pages):
-            for page in range(first, first + count, self._batch):
-                pages += self._store_part(page, min(self._batch, first + count - page), track_clean)
-        return pages
-
-    def _store_part(self, page: int, count: int, track_clean: bool) -> int:
-        pages, parts = 0, [(page, count)]
-        while parts:
-            page, count = parts.pop()
-            taken, later = self._lspt.take(page, count, l.NO_HOLES)
-            pages += self._store_taken(page, count, taken, track_clean)
-            if later and not self._lspt.stopped():  # they are HERE, or have been stored, soon
+        pages, runs = 0, list(self._lspt.used(0, self._lspt.pages))
+        while runs:
+            later: list[Run] = []
+            for page, count in self._parts(runs):
+                taken, others = self._lspt.take(page, count, l.NO_HOLES)
+                pages += self._store_taken(page, count, taken, track_clean)
+                later += others
+            if later and self._lspt.stopped():
+                if any(l.LEAVING in self._lspt.state[page : page + n] for page, n in later):
+                    raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
+                break  # what was COMING has not come
+            if later:  # they are HERE, or have been stored, soon
                 time.sleep(SETTLE)
-                parts += later
-            elif later and l.LEAVING in self._lspt.state[page : page + count]:
-                raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
-        self._lspt.figures[l.SENT] += pages * PAGE_SIZE
+            runs = later
         return pages
 
     def _store_taken(self, page: int, count: int, taken: list[Left], track_clean: bool) -> int:
@@ -438,6 +428,7 @@ class Lpet:
             raise
         finally:
             self._stays(taken)
+        self._lspt.figures[l.SENT] += written.count(255) * PAGE_SIZE
         return written.count(255)
 
     def _protect(self, page: int, length: int, protect: bool) -> None:
