@@ -30,6 +30,7 @@ import os
 import sys
 import time
 from _multiprocessing import SemLock
+from contextlib import suppress
 from ctypes import c_int, c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from fcntl import ioctl
 from struct import Struct
@@ -40,27 +41,6 @@ if sys.platform != "linux":
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")  # bytes
 # Pages at most that leave, or come, together: what a pipe of any user may hold, see pipe(7).
 PAGES_AT_ONCE = (1 << 20) // PAGE_SIZE
-
-# ---------------------------------------------------------------- <asm-generic/ioctl.h>
-
-_IOC_WRITE, _IOC_READ = 1, 2
-
-
-def _IOC(direction: int, kind: int, number: int, size: int) -> int:
-    return direction << 30 | size << 16 | kind << 8 | number
-
-
-def _IO(kind: int, number: int) -> int:
-    return _IOC(0, kind, number, 0)
-
-
-def _IOR(kind: int, number: int, block: Struct) -> int:
-    return _IOC(_IOC_READ, kind, number, block.size)
-
-
-def _IOWR(kind: int, number: int, block: Struct) -> int:
-    return _IOC(_IOC_READ | _IOC_WRITE, kind, number, block.size)
-
 
 # ---------------------------------------------------------------- <linux/userfaultfd.h>
 
@@ -74,14 +54,21 @@ uffdio_writeprotect = Struct("=QQQ")  # range, mode
 uffdio_poison = Struct("=QQQq")  # range, mode, updated
 
 UFFD_API = UFFDIO = 0xAA
-UFFDIO_API = _IOWR(UFFDIO, 0x3F, uffdio_api)
-UFFDIO_REGISTER = _IOWR(UFFDIO, 0x00, uffdio_register)
-UFFDIO_WAKE = _IOR(UFFDIO, 0x02, uffdio_range)
-UFFDIO_COPY = _IOWR(UFFDIO, 0x03, uffdio_copy)
-UFFDIO_ZEROPAGE = _IOWR(UFFDIO, 0x04, uffdio_zeropage)
-UFFDIO_WRITEPROTECT = _IOWR(UFFDIO, 0x06, uffdio_writeprotect)
-UFFDIO_POISON = _IOWR(UFFDIO, 0x08, uffdio_poison)
-USERFAULTFD_IOC_NEW = _IO(0xAA, 0x00)  # on /dev/userfaultfd
+
+
+def _request(number: int, block: Struct, direction: int = 3) -> int:
+    """The number of an ioctl: _IOWR, or with 2 _IOR, of <asm-generic/ioctl.h>."""
+    return direction << 30 | block.size << 16 | UFFDIO << 8 | number
+
+
+UFFDIO_API = _request(0x3F, uffdio_api)
+UFFDIO_REGISTER = _request(0x00, uffdio_register)
+UFFDIO_WAKE = _request(0x02, uffdio_range, 2)
+UFFDIO_COPY = _request(0x03, uffdio_copy)
+UFFDIO_ZEROPAGE = _request(0x04, uffdio_zeropage)
+UFFDIO_WRITEPROTECT = _request(0x06, uffdio_writeprotect)
+UFFDIO_POISON = _request(0x08, uffdio_poison)
+USERFAULTFD_IOC_NEW = UFFDIO << 8  # on /dev/userfaultfd; _IO, without a block
 
 UFFDIO_REGISTER_MODE_MISSING = 1 << 0
 UFFDIO_REGISTER_MODE_WP = 1 << 1
@@ -113,7 +100,7 @@ OTHER_FEATURES = UFFD_FEATURE_POISON
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
-_libc.mmap.restype = c_void_p
+_libc.mmap.restype = c_long  # an address of a process, or -1
 _libc.munmap.argtypes = (c_void_p, c_size_t)
 _libc.mprotect.argtypes = (c_void_p, c_size_t, c_int)
 _libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
@@ -131,9 +118,15 @@ _NR_userfaultfd, _NR_futex, _NR_seccomp, _NR_tgkill = _NUMBERS[_machine]
 _NR_pidfd_getfd = 438  # on every machine
 
 
-def _failed(name: str, number: int = 0) -> OSError:
-    number = number or ctypes.get_errno()
+def _error(name: str, number: int) -> OSError:
     return OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def _checked(name: str, result: int) -> int:
+    """What a call of the C library has returned. Raises OSError if that is -1."""
+    if result == -1:
+        raise _error(name, ctypes.get_errno())
+    return result
 
 
 def open_userfaultfd() -> tuple[int, str]:
@@ -153,15 +146,9 @@ def open_userfaultfd() -> tuple[int, str]:
         return fd, "system call"
     if ctypes.get_errno() == errno.ENOSYS:
         raise OSError(errno.ENOSYS, "userfaultfd: this kernel is built without CONFIG_USERFAULTFD")
-    try:
-        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        device = -1  # absent, or not for this user: the third way is left
-    if device >= 0:
-        fd = _libc.ioctl(device, USERFAULTFD_IOC_NEW, flags)
-        os.close(device)
-        if fd >= 0:
-            return fd, "/dev/userfaultfd"
+    # Absent, or not for this user: then the third way is left.
+    with suppress(OSError), open("/dev/userfaultfd", "r+b", 0) as device:
+        return ioctl(device, USERFAULTFD_IOC_NEW, flags), device.name
     fd = _libc.syscall(number, flags | UFFD_USER_MODE_ONLY)
     if fd >= 0:
         return fd, USER_MODE
@@ -190,26 +177,30 @@ class Userfaultfd:
         self.fd = fd
         self._block = bytearray(64)
 
-    def _call(self, name: str, request: int, block: Struct, *fields: int) -> tuple[int, ...]:
-        block.pack_into(self._block, 0, *fields)
+    def _call(self, name: str, request: int) -> bool:
+        """The ioctl, with what was packed into the block. False if it was interrupted (EAGAIN)."""
         try:
             ioctl(self.fd, request, self._block)
+            return True
         except OSError as error:
             if error.errno != errno.EAGAIN:
-                raise _failed(name, error.errno) from None
-        return block.unpack_from(self._block)
+                raise _error(name, error.errno) from None
+            return False
 
     def api(self, features: int) -> int:
         """The handshake, once per descriptor: ask for features, get those that there are.
 
         Raises OSError EINVAL if the kernel lacks one that was asked for.
         """
-        return self._call("UFFDIO_API", UFFDIO_API, uffdio_api, UFFD_API, features, 0)[1]
+        uffdio_api.pack_into(self._block, 0, UFFD_API, features, 0)
+        self._call("UFFDIO_API", UFFDIO_API)
+        return uffdio_api.unpack_from(self._block)[1]
 
     def register(self, start: int, length: int, write_protect: bool = True) -> None:
         """From now on, MISSING and WP faults of this range (bytes) become messages."""
         mode = UFFDIO_REGISTER_MODE_MISSING | (UFFDIO_REGISTER_MODE_WP if write_protect else 0)
-        self._call("UFFDIO_REGISTER", UFFDIO_REGISTER, uffdio_register, start, length, mode, 0)
+        uffdio_register.pack_into(self._block, 0, start, length, mode, 0)
+        self._call("UFFDIO_REGISTER", UFFDIO_REGISTER)
 
     def copy(self, dst: int, src: int, length: int, write_protect: bool = False) -> None:
         """Install length bytes of src (this process) at dst (the faulting one), and wake.
@@ -219,41 +210,36 @@ class Userfaultfd:
         when the process has ended.
         """
         mode = UFFDIO_COPY_MODE_WP if write_protect else 0
-        block = self._block
-        uffdio_copy.pack_into(block, 0, dst, src, length, mode, 0)
-        while True:
-            try:
-                ioctl(self.fd, UFFDIO_COPY, block)
-                return
-            except OSError as error:
-                if error.errno != errno.EAGAIN:
-                    raise _failed("UFFDIO_COPY", error.errno) from None
-            # Interrupted after `done` bytes; the next try goes on, or tells why.
-            dst, src, length, _, done = uffdio_copy.unpack_from(block)
+        uffdio_copy.pack_into(self._block, 0, dst, src, length, mode, 0)
+        while not self._call("UFFDIO_COPY", UFFDIO_COPY):
+            # After `done` bytes. The next try goes on, or tells why it can't.
+            dst, src, length, _, done = uffdio_copy.unpack_from(self._block)
             done = max(0, done)
-            uffdio_copy.pack_into(block, 0, dst + done, src + done, length - done, mode, 0)
+            uffdio_copy.pack_into(self._block, 0, dst + done, src + done, length - done, mode, 0)
 
     def zeropage(self, start: int, length: int) -> None:
         """Install zeroed, writable pages in this range (bytes), and wake. Raises as copy does."""
-        while length:
-            fields = start, length, 0, 0
-            done = self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE, uffdio_zeropage, *fields)[3]
-            if done > 0:
-                start, length = start + done, length - done
+        uffdio_zeropage.pack_into(self._block, 0, start, length, 0, 0)
+        while not self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE):
+            start, length, _, done = uffdio_zeropage.unpack_from(self._block)
+            done = max(0, done)
+            uffdio_zeropage.pack_into(self._block, 0, start + done, length - done, 0, 0)
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
         """Set the mark of these pages (bytes); or, protect=False, clear it and wake."""
         mode = UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
-        fields = start, length, mode
-        self._call("UFFDIO_WRITEPROTECT", UFFDIO_WRITEPROTECT, uffdio_writeprotect, *fields)
+        uffdio_writeprotect.pack_into(self._block, 0, start, length, mode)
+        self._call("UFFDIO_WRITEPROTECT", UFFDIO_WRITEPROTECT)
 
     def wake(self, start: int, length: int) -> None:
         """Wake the threads that sleep in a fault of this range (bytes); they try again."""
-        self._call("UFFDIO_WAKE", UFFDIO_WAKE, uffdio_range, start, length)
+        uffdio_range.pack_into(self._block, 0, start, length)
+        self._call("UFFDIO_WAKE", UFFDIO_WAKE)
 
     def poison(self, start: int, length: int) -> None:
         """Make this range (bytes) raise SIGBUS when touched, and wake. Linux 6.6."""
-        self._call("UFFDIO_POISON", UFFDIO_POISON, uffdio_poison, start, length, 0, 0)
+        uffdio_poison.pack_into(self._block, 0, start, length, 0, 0)
+        self._call("UFFDIO_POISON", UFFDIO_POISON)
 
     def read_faults(self) -> list[tuple[int, int, int, int]]:
         """(event, flags, address, thread) of the faults that wait, at most MESSAGES; none: [].
@@ -281,34 +267,28 @@ def mmap(addr: int, length: int, prot: int, flags: int, fd: int = -1, off: int =
     Raises OSError, with MAP_FIXED_NOREPLACE: EEXIST where something is mapped already, EPERM below
     vm.mmap_min_addr, ENOMEM beyond the end of the address space.
     """
-    got = _libc.mmap(addr, length, prot, flags, fd, off)
-    if got == c_void_p(-1).value:
-        raise _failed("mmap")
-    return got
+    return _checked("mmap", _libc.mmap(addr, length, prot, flags, fd, off))
 
 
 def munmap(addr: int, length: int) -> None:
     """munmap(2)."""
-    if _libc.munmap(addr, length):
-        raise _failed("munmap")
+    _checked("munmap", _libc.munmap(addr, length))
 
 
 def mprotect(addr: int, length: int, prot: int) -> None:
     """mprotect(2)."""
-    if _libc.mprotect(addr, length, prot):
-        raise _failed("mprotect")
+    _checked("mprotect", _libc.mprotect(addr, length, prot))
 
 
 def madvise(addr: int, length: int, advice: int) -> None:
     """madvise(2)."""
-    if _libc.madvise(addr, length, advice):
-        raise _failed("madvise")
+    _checked("madvise", _libc.madvise(addr, length, advice))
 
 
 def punch_hole(fd: int, offset: int, length: int, libc: ctypes.CDLL = _libc) -> None:
     """fallocate(2) with PUNCH_HOLE: give back the file's memory or disk there (bytes)."""
-    if libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length):
-        raise _failed("fallocate")
+    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    _checked("fallocate", libc.fallocate(fd, mode, offset, length))
 
 
 FUTEX_WAIT, FUTEX_WAKE = 0, 1  # between processes
@@ -336,22 +316,17 @@ def semaphore() -> SemLock:
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """pidfd_getfd(2): a duplicate of another process's descriptor. Linux 5.6."""
-    got = _libc.syscall(_NR_pidfd_getfd, pidfd, fd, 0)
-    if got < 0:
-        raise _failed("pidfd_getfd")
-    return got
+    return _checked("pidfd_getfd", _libc.syscall(_NR_pidfd_getfd, pidfd, fd, 0))
 
 
 def tgkill(process: int, thread: int, number: int) -> None:
     """tgkill(2): send a signal to this thread."""
-    if _libc.syscall(_NR_tgkill, process, thread, number):
-        raise _failed("tgkill")
+    _checked("tgkill", _libc.syscall(_NR_tgkill, process, thread, number))
 
 
 def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
-    if _libc.prctl(option, value, 0, 0, 0):
-        raise _failed("prctl")
+    _checked("prctl", _libc.prctl(option, value, 0, 0, 0))
 
 
 # <linux/seccomp.h>. The youngest of these is WAIT_KILLABLE_RECV: Linux 5.19.
@@ -370,6 +345,4 @@ def seccomp(flags: int, instructions: bytes) -> int:
     code = ctypes.create_string_buffer(instructions, len(instructions))
     program = sock_fprog.pack(len(instructions) // 8, ctypes.addressof(code))
     result = _libc.syscall(_NR_seccomp, SECCOMP_SET_MODE_FILTER, c_uint(flags), program)
-    if result < 0:
-        raise _failed("seccomp")
-    return result
+    return _checked("seccomp", result)
