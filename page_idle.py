@@ -5,15 +5,15 @@ In the picture: what LPET reads before it decides.
 Interface:
     Pagemap(fd)                  /proc/PID/pagemap: marks, presence, page frame numbers
     BitmapTracker, UnmapTracker  mark(runs), then later idle(runs)
-    choose_tracker(wanted)       the one that Config asks for, or the best there is
+    choose_tracker(wanted)       the name of the one that Config asks for, or of the best that works here
 
 A page is idle if nothing has read or written it since it was last marked.
 
 BitmapTracker is the wiki's way, by /sys/kernel/mm/page_idle/bitmap. It needs root and
-CONFIG_IDLE_PAGE_TRACKING, and knows two things about it:
-  * a page that still sits in a per-CPU LRU batch can't be marked: so it reads the marks back, and
-    where one is missing it has the batches drained and marks once more;
-  * a page frame number is good only at the moment when it is read, so it is read anew each time.
+CONFIG_IDLE_PAGE_TRACKING.
+  * A page that still sits in a per-CPU LRU batch can't be marked. So the marks are read back, and
+    where one is missing, the batches are drained, and all pages are marked once more.
+  * A page frame number is good only at the moment when it is read, so it is read anew each time.
 
 UnmapTracker needs neither root nor a kernel option. It takes a page out of the page table and leaves
 it in the memfd; the next touch maps it again inside the kernel, without an event, and "present" in
@@ -25,12 +25,10 @@ Rules: LPET only. Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from struct import Struct
 
 from edm import log
 from edm.lspt import Run
@@ -40,7 +38,6 @@ BITMAP = "/sys/kernel/mm/page_idle/bitmap"
 SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 HUGE = 2 << 20  # bytes
 
-_U64 = Struct("=Q")
 _PFN = (1 << 55) - 1
 _TOP_BYTE = slice(7, None, 8) if sys.byteorder == "little" else slice(0, None, 8)
 _PRESENT, _MARK = 0x80, 0x02  # bits 63 and 57, in the top byte
@@ -59,8 +56,8 @@ class Pagemap:
         return raw.ljust(8 * count, b"\0")  # a process that has ended has no pages
 
     def written(self, page: int, here: bytes) -> bytes:
-        """Of each page, from `page` on, whose byte in `here` is 255: 255 if it was written since it was
-        marked; else 0. Of those whose byte is 0: 0.
+        """For each page, from `page` on: 255 if its byte in `here` is 255, and it was written since it was
+        marked; else 0.
 
         The mark (bit 57) of shared memory stays in the page table when the page has gone. Without
         one, a page counts as written: so do all, once the process has ended.
@@ -70,11 +67,11 @@ class Pagemap:
         return both.to_bytes(len(here), "big")
 
     def present(self, page: int, count: int) -> list[bool]:
-        """Of each page: is it in the page table (bit 63)?"""
+        """For each page: is it in the page table (bit 63)?"""
         return [bool(b & _PRESENT) for b in self._read(page, count)[_TOP_BYTE]]
 
     def pfns(self, page: int, count: int) -> list[int]:
-        """Of each page: its page frame number; 0 if it has none, or for who may not know it."""
+        """For each page: its page frame number; 0 if it has none, or this process may not know it."""
         entries = array("Q", self._read(page, count))
         return [e & _PFN if e >> 63 else 0 for e in entries]
 
@@ -105,18 +102,18 @@ class BitmapTracker:
                 if pfn:
                     words[pfn // 64] = words.get(pfn // 64, 0) | 1 << pfn % 64
         for word, bits in words.items():  # a zero bit changes nothing
-            os.pwrite(self._fd, _U64.pack(bits), 8 * word)
+            os.pwrite(self._fd, bits.to_bytes(8, sys.byteorder), 8 * word)
 
     def idle(self, runs: Iterable[Run]) -> set[int]:
         """The pages of these runs that nothing has touched since they were marked."""
         found = set()
         for page, count in runs:
             for at, pfn in enumerate(self._pagemap.pfns(page, count)):
-                # A page that isn't in the page table (pfn 0) can't have been touched either, but
-                # this tracker never takes one out; who did is not known, so it stays.
+                # A page that is not in the page table (pfn 0) counts as used: this tracker takes none
+                # out of it, so it is not known since when nothing has touched it.
                 if pfn:
-                    (bits,) = _U64.unpack(os.pread(self._fd, 8, pfn // 64 * 8))
-                    if bits >> pfn % 64 & 1:
+                    word = os.pread(self._fd, 8, 8 * (pfn // 64))
+                    if int.from_bytes(word, sys.byteorder) >> pfn % 64 & 1:
                         found.add(page + at)
         return found
 
@@ -159,11 +156,9 @@ def bitmap_missing() -> str:
 
 def pfns_missing() -> str:
     """Why this process can't know page frame numbers; "" if it can. Raises OSError without /proc."""
-    here = mmap.mmap(-1, PAGE_SIZE)
-    here[0] = 1
-    address = ctypes.addressof(ctypes.c_char.from_buffer(here))
+    touched = ctypes.c_int(1)
     with open("/proc/self/pagemap", "rb") as pagemap:
-        pfn = Pagemap(pagemap.fileno(), 0).pfns(address // PAGE_SIZE, 1)[0]
+        [pfn] = Pagemap(pagemap.fileno(), 0).pfns(ctypes.addressof(touched) // PAGE_SIZE, 1)
     return "" if pfn else "/proc/PID/pagemap hides page frame numbers: CAP_SYS_ADMIN shows them"
 
 
@@ -174,15 +169,12 @@ def unmap_missing() -> str:
     a memfd would put pages of zeros where nothing is to be. Source:
     Documentation/admin-guide/mm/transhuge.rst.
     """
-    memfd = os.memfd_create("edm")
-    try:
-        os.ftruncate(memfd, 4 * HUGE)
-        os.pwrite(memfd, bytes(PAGE_SIZE), HUGE + PAGE_SIZE)
-        if os.fstat(memfd).st_blocks * 512 > PAGE_SIZE:
-            return f"this kernel makes huge pages of memory files: echo advise > {SHMEM_ENABLED}"
-        return ""
-    finally:
-        os.close(memfd)
+    with open(os.memfd_create("edm"), "r+b", 0) as memfd:
+        memfd.truncate(4 * HUGE)
+        os.pwrite(memfd.fileno(), bytes(PAGE_SIZE), HUGE + PAGE_SIZE)
+        if os.fstat(memfd.fileno()).st_blocks * 512 <= PAGE_SIZE:
+            return ""
+    return f"this kernel makes huge pages of memory files: echo advise > {SHMEM_ENABLED}"
 
 
 def choose_tracker(wanted: str) -> str:

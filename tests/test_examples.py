@@ -97,7 +97,8 @@ def test_a_page_that_is_evicted_can_be_followed_through_all_actors(way, tracker)
     ended = way.run(
         "-m", "edm.examples.eviction", "--log-level", "debug", "--idle-tracker", tracker
     )
-    found = log_of(ended.stdout.partition("reached high threshold")[2])
+    # Either process may be the first to write its line.
+    found = log_of(re.split("reached high threshold|START LPET", ended.stdout, maxsplit=1)[1])
     page = "0x1d4d000"
     expected = {
         "Lpet": [
@@ -120,7 +121,7 @@ def test_a_page_that_is_evicted_can_be_followed_through_all_actors(way, tracker)
     assert ("MpiClient" in found) != way.alone
     assert found["DMS"].count("[Debug]-[DMS] - Page evicted successfully, sending ack") == 2
     sleeps = "[Debug]-[DmHandler] - avoid memory flood- dmhandler goes to sleep"
-    assert found["DmHandler"][0] == sleeps, "and sleeps until LPET has ended"
+    assert sleeps in found["DmHandler"][:2], "and sleeps until LPET has ended"
     end, goes_on = "---END LPET---", "[DmHandler] - send request for the page in address 0x1d5c000"
     assert 0 < ended.stdout.index(end) < ended.stdout.index(goes_on)
 
