@@ -5,8 +5,9 @@ its own, forked from the pager, as a thread would wait for the pager's GIL. Over
 the pager. The code is the same: it shares nothing with the DM-Handler but the LSPT and the store.
 
 Interface: run() is LPET. forget() evicts what the application does not need (advice.py), and store()
-sends the store what it does not have yet, without evicting it: both are called by another thread, on
-an Lpet of that thread's own. figures are in the LSPT.
+sends the store what it does not have yet, without evicting it. Both are called by another thread, on
+an Lpet that is made for the call and closed after it: a user may have a limited number of pipes as large
+as an Lpet's (pipe(7), pipe-user-pages-soft). figures are in the LSPT.
 
 It sleeps until the DM-Handler finds that many pages are here (LSPT.expect, LSPT.expect_more), and
 evicts until only low_threshold are left.
@@ -304,7 +305,8 @@ class Lpet:
         for page, count in pages:
             end = page + count
             while page < end:
-                part = min(self._most, end - page)
+                most = self._batch if self._only_clean() else self._most
+                part = min(most, end - page)
                 yield page, part
                 page += part
 

@@ -25,10 +25,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import Any
-
 STREAMS = 8  # followed at once
 REMEMBERED = 16  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 8
@@ -48,7 +44,7 @@ class Stream:
     def __init__(self, next: int, window: int, stride: int) -> None:
         self.window = window  # pages to fetch when it is continued
         self.stride = stride  # between them; -1: downward
-        self.ahead: dict[range, Any] = {}  # pages → what the store's ask_get returned
+        self.ahead: dict[range, object] = {}  # pages → what the store's ask_get returned
         self.expect_from(next)
 
     def expect_from(self, next: int) -> None:
@@ -64,7 +60,7 @@ class Stream:
 
 
 class Readahead:
-    def __init__(self, max_window: int, drop: Callable[[Any], None]) -> None:
+    def __init__(self, max_window: int, drop: Callable[[object], None]) -> None:
         """max_window: pages at most in one window; less than 2 turns readahead off. drop: called with
         what was asked for ahead and is not needed."""
         self.max_window, self._drop = max_window, drop
