@@ -9,7 +9,7 @@ set by the pager for --report.
 A page comes because somebody waits for it, or because it will be needed. The first is _claim: for a fault
 of the application, for a fault of a forked child, and for bring(), which a thread of the pager calls for
 a system call. The second is _bring_asked: for ask_for(), the application's advice, and only while no fault
-waits. Beside a page that is claimed, readahead may bring those that follow.
+waits. With a page that is claimed, readahead may bring those that follow.
 
 One fault, from the message to the woken application:
 
@@ -56,7 +56,7 @@ from edm import uffd_ctypes as u
 from edm.children import Children
 from edm.lspt import LSPT, runs_of
 from edm.page_store import CONTENT
-from edm.readahead import Readahead, Stream, bounds
+from edm.readahead import Readahead, Stream
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
@@ -290,7 +290,7 @@ class DmHandler:
                 break
         runs = [range(first, first + count) for first, count in runs_of(claimed)]
         for run in runs:
-            self._readahead.come(run.start, run.stop)
+            self._readahead.come(run)
         pieces = [piece for run in runs for piece in self._pieces(run)]
         for piece, asked in [(piece, self._ask(piece)) for piece in pieces]:
             self._bring(piece, asked)
@@ -304,7 +304,7 @@ class DmHandler:
         if state == l.NEW:  # what was asked for ahead is from before it was freed
             self._readahead.drop_ahead(stream)
         ahead, stream.ahead = stream.ahead, {}
-        self._readahead.come(*bounds(pages))
+        self._readahead.come(pages)
         # What has not come when the application ends is left there for Readahead.end.
         pieces = list(self._pieces(pages))
         for piece in pieces:

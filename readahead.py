@@ -35,11 +35,6 @@ MAX_STRIDE = 64
 NEAR = 16
 
 
-def bounds(pages: range) -> tuple[int, int]:
-    """The (first, end) of these pages, upward or downward."""
-    return min(pages[0], pages[-1]), max(pages[0], pages[-1]) + 1
-
-
 class Stream:
     def __init__(self, next: int, window: int, stride: int) -> None:
         self.window = window  # pages to fetch when it is continued
@@ -64,13 +59,13 @@ class Readahead:
         """max_window: pages at most in one window; less than 2 turns readahead off. drop: called with
         what was asked for ahead and is not needed."""
         self.max_window, self._drop = max_window, drop
-        self._streams: list[Stream] = []  # the one used last is the last
+        self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # pages of single faults, sorted
 
     def stream(self, page: int) -> Stream | None:
         """The stream that a fault of this page continues. If there is none, the page comes alone, and what
         was asked for ahead of it is dropped."""
-        for stream in reversed(self._streams):
+        for stream in self._streams:
             if page in stream.reach:
                 if page in stream.reach[:NEAR]:
                     return stream
@@ -87,10 +82,10 @@ class Readahead:
             stride = page - before
             if stride in (1, -1) or stride > 1 and before - stride in recent:
                 recent.remove(before)
-                window = min(FIRST_WINDOW, self.max_window)
-                self._streams.append(Stream(page + stride, window, stride))
+                first_window = min(FIRST_WINDOW, self.max_window)
+                self._streams.insert(0, Stream(page + stride, first_window, stride))
                 if len(self._streams) > STREAMS:
-                    self.drop_ahead(self._streams.pop(0))
+                    self.drop_ahead(self._streams.pop())
                 return
         if len(recent) == REMEMBERED:
             recent.clear()
@@ -103,13 +98,15 @@ class Readahead:
         stream.window = min(2 * stream.window, most)
         stream.expect_from(pages[-1] + stream.stride)
         self._streams.remove(stream)
-        self._streams.append(stream)
+        self._streams.insert(0, stream)
 
-    def come(self, low: int, high: int) -> None:
-        """Pages of range(low, high) come in another way: what was asked for ahead of them is dropped."""
+    def come(self, pages: range) -> None:
+        """These pages, upward or downward, come in another way: what was asked for ahead between the first
+        and the last of them is dropped."""
+        low, high = sorted((pages[0], pages[-1]))
         for stream in self._streams:
-            first, end = bounds(stream.reach)
-            if low < end and first < high:
+            first, last = sorted((stream.reach[0], stream.reach[-1]))
+            if low <= last and first <= high:
                 self.drop_ahead(stream)
 
     def drop_ahead(self, stream: Stream) -> None:

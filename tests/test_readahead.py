@@ -123,7 +123,7 @@ def test_the_streams_that_were_not_used_for_longest_are_those_to_end(readahead, 
     readahead.continued(streams[0], range(1000, 1008))
     assert dropped == []
     streams += [begin(readahead, 1000 * n) for n in range(STREAMS + 2, STREAMS + 4)]
-    assert sorted(dropped) == [-3, -2, 2, 3] and readahead._streams == [
+    assert sorted(dropped) == [-3, -2, 2, 3] and readahead._streams[::-1] == [
         *streams[3:STREAMS], streams[0], *streams[STREAMS:],
     ]  # fmt: skip
     assert readahead.stream(2000) is readahead.stream(3000) is None
@@ -153,14 +153,14 @@ def test_what_was_asked_for_ahead_is_dropped_when_any_of_its_pages_comes_otherwi
     other.ahead = {range(980, 1001): "others"}
     other.reach = range(1000, 979, -1)
     for pages in range(90, 100), range(120, 980), range(1001, 1002):
-        readahead.come(pages.start, pages.stop)
+        readahead.come(pages)
     assert dropped == []
     assert fault(readahead, 119) is None
     assert sorted(dropped) == ["some", "the rest"] and one.ahead == {}, "they are old all at once"
     assert fault(readahead, 119) is None
-    readahead.come(900, 981)
+    readahead.come(range(980, 899, -1))
     assert dropped[2:] == ["others"] and other.ahead == {}
-    assert readahead._streams == [one, other], "the streams go on"
+    assert readahead._streams == [other, one], "the streams go on"
 
 
 def test_two_streams_that_have_come_to_the_same_page_stay_two(readahead):
@@ -298,7 +298,7 @@ def test_bytes_that_were_asked_for_before_the_page_came_otherwise_are_not_instal
         write_and_evict(handler, 163, 12)
     else:
         claim(handler, 100, 101, 102, 110, 126)
-        assert list(handler._readahead._streams[-1].ahead) == [range(158, 174), range(174, 195)]
+        assert list(handler._readahead._streams[0].ahead) == [range(158, 174), range(174, 195)]
         claim(handler, 158)
         write_and_evict(handler, 158, 37)
     assert down.ahead == {}
@@ -326,6 +326,19 @@ def test_nothing_that_was_asked_for_is_forgotten_when_the_application_ends_in_a_
         claim(handler, 126)
     handler._readahead.end()
     assert {one.ended for one in handler._store.asked} == {1}
+
+
+def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are_passed(handler):
+    claim(handler, 110)
+    before = len(handler._store.asked)
+    handler.ask_for([range(100, 200), range(300, 301)])
+    handler._bring_asked()
+    assert here(handler) == [*range(100, 164)]
+    assert [one.pages for one in handler._store.asked[before:]] == [
+        range(100, 110), range(111, 127), range(127, 164),
+    ]  # fmt: skip
+    handler._bring_asked()
+    assert here(handler) == [*range(100, 200), 300] and not handler._asked
 
 
 @pytest.mark.parametrize("stride", [1, -1])
