@@ -80,7 +80,7 @@ class DmHandler:
     def __init__(
         self, uffd: int, store: Any, lspt: LSPT, start_addr: int, max_window: int, track_clean: bool
     ) -> None:
-        """max_window: pages at most that come at once. track_clean: pages that are read first get the
+        """max_window: at most this many pages come at once. track_clean: pages that come to be read get the
         mark."""
         self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
         self._start, self._track_clean = start_addr, track_clean
@@ -121,13 +121,13 @@ class DmHandler:
         return [ns if ns >= 0 else ns + time.monotonic_ns() for ns in self._waited]
 
     def _latency(self, share: float) -> float:
-        """So many µs at most took this share of the faults."""
+        """The µs that this share of the faults did not exceed."""
         at_most, counts = zip(*self.latencies() or [(0.0, 0)], strict=True)
         seen = list(itertools.accumulate(counts))
         return at_most[bisect.bisect_left(seen, share * seen[-1])]
 
     def latencies(self) -> list[tuple[float, int]]:
-        """(µs at most, how many faults took so long), ascending; without those that none took."""
+        """(at most this many µs, how many faults), ascending. Buckets without faults are left out."""
         return [
             (took * LATENCY_BUCKET / 1000, n) for took, n in sorted(self._latencies.copy().items())
         ]
@@ -135,9 +135,10 @@ class DmHandler:
     # ------------------------------------------------------------ for other threads
 
     def bring(self, pages: range, write: bool) -> None:
-        """Have those of these pages come that are not here, as if they had faulted.
+        """Bring those of these pages that are missing, as if they had faulted.
 
-        Returns when that was done, and after BRING at the latest. Pages that were LEAVING have not come.
+        Returns when that is done, but after BRING seconds at the latest. A page that was LEAVING has not
+        come then.
         """
         self._called.append((pages, write))
         os.eventfd_write(self._lspt.for_handler, 1)
@@ -145,7 +146,7 @@ class DmHandler:
             self._brought.get(timeout=BRING)
 
     def ask_for(self, runs: Iterable[range]) -> None:
-        """Have those of these pages come that are AWAY, while no fault waits."""
+        """Bring those of these pages that are AWAY, while no fault waits. Returns at once."""
         self._asked.extend(runs)
         os.eventfd_write(self._lspt.for_handler, 1)
 
@@ -163,7 +164,8 @@ class DmHandler:
             self._readahead.end()
 
     def _serve(self) -> None:
-        """Bring the pages that are waited for now; if there are none, some that were asked for."""
+        """Do what bring was called for, and resolve the faults that wait. If there are none, bring some of
+        the pages that were asked for."""
         while self._called:
             pages, write = self._called.popleft()
             for page in pages:
@@ -188,8 +190,8 @@ class DmHandler:
                 self._waited[FAULTS] += began
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
-        """Look for LOOK seconds, offering the core at every look: the next fault is often near. Then
-        sleep; but not while pages are asked for."""
+        """The faults that wait. If there are none, look again for LOOK seconds, and yield the core each
+        time; then sleep. If pages were asked for, don't wait."""
         until = time.monotonic() + LOOK
         while True:
             if self.children.uffds:
@@ -205,7 +207,8 @@ class DmHandler:
         return self._uffd.read_faults()
 
     def _serve_children(self) -> None:
-        """Bring what forked children miss as if the application had read it, and let them try again."""
+        """Bring the pages that forked children miss, as if the application had read them, and wake the
+        children."""
         for child in self.children.faulting():
             for _, _, address, _ in child.read_faults():
                 address &= -PAGE_SIZE
@@ -221,13 +224,13 @@ class DmHandler:
                 child.wake(address, PAGE_SIZE)
 
     def _hear(self) -> None:
-        """Sleep until there is room, or something else to do. Raises Stopped."""
+        """Sleep until for_handler is written to. Raises Stopped."""
         os.eventfd_read(self._lspt.for_handler)
         if self._lspt.stopped():
             raise Stopped
 
     def _resolve(self, flags: int, address: int) -> bool:
-        """One fault. Was it one that a page came for, or a first write?"""
+        """Resolve one fault. True if its page has come, or if it was a first write."""
         page = (address - self._start) // PAGE_SIZE
         if self._info:
             self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
@@ -244,7 +247,7 @@ class DmHandler:
         return resolved
 
     def _claim(self, page: int, write: bool) -> bool:
-        """A page is missing: see to it that it comes. False if it is here, or LPET has it."""
+        """Bring a page that was missing. False if it is here, or LEAVING."""
         while (state := self._lspt.expect(page)) is None:
             self._waited[ROOM] -= time.monotonic_ns()
             self._wait_for_room()
@@ -273,7 +276,8 @@ class DmHandler:
         self._hear()
 
     def _bring_asked(self) -> None:
-        """PIECE of the pages that were asked for, as far as there is room; it waits if there is none."""
+        """Bring at most PIECE of the pages that were asked for, as far as there is room. If there is none,
+        wait for it."""
         claimed: list[int] = []
         for _ in range(PIECE):
             pages = self._asked.popleft()
@@ -298,7 +302,7 @@ class DmHandler:
     # ------------------------------------------------------------ fetching, and reading ahead
 
     def _window(self, stream: Stream, page: int, state: int, write: bool) -> None:
-        """This page is COMING: let those come with it that the stream wants."""
+        """Bring this page, which is COMING, and with it the others that the stream wants."""
         wanted = stream.wanted(page, self._lspt.area(page))
         pages = wanted[: 1 + len(self._lspt.expect_more(wanted[1:], state))]
         if state == l.NEW:  # what was asked for ahead is from before it was freed
@@ -318,7 +322,7 @@ class DmHandler:
                 self._ask_ahead(stream)
 
     def _pieces(self, pages: range) -> Iterator[range]:
-        """Parts of these pages, which are in the order of need. Each part is ascending."""
+        """Parts of these pages, in the order of need. The pages of a part ascend."""
         most = FIRST_PIECE
         while part := pages[:most]:
             part = part[: self._store.together(part)]
@@ -341,8 +345,8 @@ class DmHandler:
                 stream.ahead[piece] = self._ask(piece)
 
     def _bring(self, pages: range, asked: Any, page: int = -1, write: bool = False) -> None:
-        """These pages are COMING, and were asked for: install them. One that can't be read is AWAY
-        again; or LOST, if it is the page that has faulted."""
+        """Install these pages, which are COMING and were asked for. A page that can't be read becomes AWAY;
+        or LOST, if it is `page`, the one that has faulted."""
         noted = self.came is not None and self._waited[FAULTS] < 0  # does a fault wait?
         take_get = self._take_get if noted else self._store.take_get
         while True:
@@ -371,7 +375,7 @@ class DmHandler:
             self._waited[STORE] += time.monotonic_ns()
 
     def _install(self, pages: range, source: int, write: bool) -> None:
-        """source: where their bytes are, one page behind the other; 0: they are zeros."""
+        """source: the address of their bytes; 0: they are zeros."""
         address = self._start + pages.start * PAGE_SIZE
         if self._info:
             known = "previously accessed" if source else "first access"
@@ -398,7 +402,7 @@ class DmHandler:
             self.came.extend((page, 1) for page in pages)
 
     def _lose(self, page: int, error: OSError) -> None:
-        """The store can't give this page back: touching it is a SIGBUS from now on, never zeros."""
+        """The store can't return this page: from now on touching it is a SIGBUS, and never gives zeros."""
         address, reason = self._start + page * PAGE_SIZE, error.strerror or error
         self._log.error("page in address %#x can't be brought back: %s", address, reason)
         self._lspt.not_coming(range(page, page + 1), l.LOST)

@@ -84,7 +84,7 @@ Span = tuple[int, int]  # (begin, end) of pages, counted from the first one of a
 
 
 def _in_hand(page: int, count: int, left: list[Left]) -> bytes:
-    """Of count pages from page: 255 for those that were HERE and are LEAVING in these ranges, else 0."""
+    """For each of count pages from `page`: 255 if it was HERE and is LEAVING in these ranges, else 0."""
     here = bytearray(count)
     for first, before in left:
         here[first - page : first - page + len(before)] = before.translate(_HERE_AS_255)
@@ -144,9 +144,9 @@ class Lpet:
     # ------------------------------------------------------------ one eviction
 
     def _evict(self, page: int, count: int, which: bytes) -> int:
-        """Evict those pages of a range, at most PAGES_AT_ONCE, that the table says; how many left.
+        """Evict the pages of a range that the table `which` selects. Returns how many.
 
-        The steps are explained at the top.
+        The steps are explained at the top. count: at most PAGES_AT_ONCE.
         """
         self._lspt.pins.drop_ended(page, count)
         left = self._lspt.leaving(page, count, which)  # 1
@@ -170,8 +170,8 @@ class Lpet:
         return self._count(here, written)
 
     def _take_out(self, page: int, left: list[Left], here: bytes) -> tuple[list[Span], bytes]:
-        """Steps 2 to 4: the pages are in the pipe, and nowhere else. (In which spans of the range; what
-        Pagemap.written says of them.)"""
+        """Steps 2 to 4: the pages are in the pipe, and nowhere else. Returns in which spans of the range,
+        and what Pagemap.written returns."""
         spans = [found.span() for found in _SPAN.finditer(here)]
         self._fill_pipe(page, spans)
         for first, before in left:
@@ -190,7 +190,8 @@ class Lpet:
             raise RuntimeError("readv: the pipe has less than was put into it")
 
     def _moved(self, first: int, spans: list[Span], written: bytes) -> bool:
-        """Step 5 without a copy, of dirty neighbours: pipe → disk. If not, the bytes are in _bytes."""
+        """Step 5 for dirty neighbours: pipe → disk, without a copy. False if that is not possible: then the
+        bytes are in _bytes."""
         begin, end = spans[0]
         if len(spans) > 1 or written.count(255) < end - begin:
             self._empty_pipe(spans)
@@ -199,21 +200,22 @@ class Lpet:
         return self._store.take_from(self._out, first + begin, content)
 
     def _taken(self, first: int, which: bytes) -> list[Bytes]:
-        """The bytes of those pages of the range whose byte in `which` is 255, in runs."""
+        """The bytes of the pages whose byte in `which` is 255, in runs. first: the first page of the
+        range."""
         return [
             (first + at, self._bytes[at * PAGE_SIZE : end * PAGE_SIZE])
             for at, end in (found.span() for found in _RUN_OF_255.finditer(which))
         ]
 
     def _put_back(self, page: int, left: list[Left], here: bytes) -> None:
-        """They are HERE again. The page table has kept their marks: who was clean is."""
+        """The pages are HERE again. The page table has kept their marks: those that were clean still are."""
         for first, content in self._taken(page, here):
             if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
                 raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
         self._stays(left)
 
     def _wake(self, left: list[Left]) -> None:
-        """The faults that came meanwhile are tried again; others between these pages, too."""
+        """Let the faults of these pages, and of those between them, be tried again."""
         if left:
             start, end = left[0][0], left[-1][0] + len(left[-1][1])
             self._uffd.wake(self._start + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
@@ -268,10 +270,10 @@ class Lpet:
     # ------------------------------------------------------------ which pages
 
     def _evict_until_low_threshold(self) -> int:
-        """One run; how many pages have left."""
-        # Counted once: the pages that come from here on are not this run's business.
+        """One run. Returns how many pages have left."""
+        # Counted once: the pages that come from here on are for the next run.
         needed = self._lspt.figures[l.RESIDENT] - self._lspt.low
-        if needed <= 0:  # it was woken once more than there was need, or pages were freed
+        if needed <= 0:  # it was woken twice, or pages were freed meanwhile
             return 0
         self._lspt.figures[l.LPET_RUNS] += 1
         if self._info:
@@ -311,7 +313,7 @@ class Lpet:
                 page += part
 
     def _pass_used(self, page: int, count: int, which: bytes) -> None:
-        """Pages that are old and in use count as if they had come now, and are marked anew."""
+        """Old pages that were used get the current generation, and are marked again."""
         states = self._lspt.state[page : page + count].translate(which)
         old = [page + at for at, what in enumerate(states) if what == 2]
         idle = self._tracker.idle(runs_of(old))
@@ -345,7 +347,7 @@ class Lpet:
         return self._evict_all(runs_of(sorted(chosen)), l.NO_HOLES)
 
     def _evict_all(self, pages: Iterable[Run], which: bytes) -> int:
-        """_evict, part by part; while the store refuses, of clean pages only."""
+        """_evict, part by part. While the store refuses, clean pages only."""
         gone = 0
         for part in self._parts(pages):
             for run in self._clean(*part) if self._only_clean() else [part]:
@@ -353,7 +355,7 @@ class Lpet:
         return gone
 
     def _clean(self, page: int, count: int) -> Iterator[Run]:
-        """The runs of pages that are HERE and were not written; a moment ago."""
+        """The runs of pages that are HERE and were clean a moment ago."""
         here = self._lspt.state[page : page + count].translate(_HERE_AS_255)
         written = self._pagemap.written(page, here)
         clean = int.from_bytes(here, "big") ^ int.from_bytes(written, "big")
@@ -364,7 +366,7 @@ class Lpet:
         self._lspt.figures[l.MARKED_IDLE] += sum(count for _, count in pages)
 
     def _unmap(self, pages: Iterable[Run]) -> None:
-        """Take pages out of the page table, but leave them in the memfd: UnmapTracker's mark."""
+        """UnmapTracker's mark: take pages out of the page table, but leave them in the memfd."""
         for page, count in self._parts(pages):
             left = self._lspt.leaving(page, count, l.NO_HOLES)
             here = _in_hand(page, count, left)
@@ -386,17 +388,17 @@ class Lpet:
         self._banner.info(log.lspt_table(rows))
 
     def forget(self, page: int, count: int) -> None:
-        """Evict those of these pages that are HERE, as far as the store takes them."""
+        """Evict those of these pages that are HERE, except what the store refuses."""
         self._again_at = 0.0
         self._evict_all(self._lspt.used(page, count), l.ANY_HERE)
 
     # ------------------------------------------------------------ storing without evicting
 
     def store(self, track_clean: bool) -> int:
-        """Send the store every page that it does not have as it is, and keep it; how many.
+        """Send the store every page that was written since the store got it. Returns how many. All stay.
 
-        What is written meanwhile is marked as written again. track_clean: the pages have marks.
-        Raises OSError if the store refuses one, or if LPET has ended and has not let go of one.
+        A page that is written meanwhile counts as written. track_clean: the pages have marks. Raises
+        OSError if the store refuses one, or if LPET has ended in the midst of an eviction.
         """
         pages, runs = 0, list(self._lspt.used(0, self._lspt.pages))
         while runs:
