@@ -167,9 +167,8 @@ class Pager:
         bodies = [self._handler.run, lpet, self._answer]
         if listener:
             self._system_calls = SystemCalls(
-                *listener, self._ended, self._application, self._lspt, self._handler,
-                self._config.start_addr, self._uffd.fd, self._memfd,
-                unmark=self._track_clean == "events",
+                *listener, self._ended, self._application, self._process, self._lspt, self._handler,
+                self._config.start_addr, self._uffd.fd, unmark=self._track_clean == "events",
             )  # fmt: skip
             self._system_calls.hear_children = self._hear_children
             bodies.append(self._system_calls.run)

@@ -1,56 +1,55 @@
 """The system calls of an ordinary user, who may have userfaultfd for user mode only.
 
 In the picture: from the application to the pager, beside the page faults. Where userfaultfd is for
-user mode only, a system call fails with EFAULT on a page that is away. So such a call is stopped before
-it begins, and the pager brings its pages.
+user mode only, a system call fails with EFAULT on a page that is not here. So a seccomp filter stops
+such a call before it begins, and the pager brings its pages.
 
-Interface: listener(start, end) is the application's: it makes the kernel stop the calls, for good, and
-returns the descriptor that tells of them. SystemCalls is the pager's: run() is its thread.
+Interface: listener(start, end) is the application's. It installs the filter, for good, and returns the
+descriptor on which the kernel reports stopped calls. SystemCalls is the pager's: run() is its thread.
 
 One call, `write(fd, array)`:
 
-    1. The seccomp filter sees that the buffer begins in the space. The thread sleeps, and the listener
-       has a message. Other calls go on, and take 0.05 to 0.1 µs more. (A signal that has a handler
-       and comes before step 2 makes the call fail with EINTR, also a file's. Python makes the call again;
-       fwrite(3) does not.)
-    2. SystemCalls pins the first pages of the buffer, AT_ONCE or what there is room for (pins.py).
-    3. It has the DM-Handler bring those that are not here. (The kernel takes the mark from those that
-       the call writes. Where it can't, UFFD_FEATURE_WP_ASYNC, that is done here.)
-    4. It answers CONTINUE: the kernel makes the call. Where it meets a page that is away, behind the
-       pinned ones, it returns what it has done so far. Whoever reads files and reads and writes sockets
-       asks for the rest then, and that is a call of its own.
+    1. The filter sees that the buffer begins in the space. The thread sleeps, and the listener has a
+       message. Other calls go on, and take 0.05 to 0.1 µs more. (If a signal with a handler comes before
+       step 2, the call fails with EINTR, even on a file. Python calls again; fwrite(3) does not.)
+    2. SystemCalls pins the first pages of the buffer: AT_ONCE, or as many as there is room for (pins.py).
+    3. It has the DM-Handler bring those that are not here. Where UFFD_FEATURE_WP_ASYNC is missing, it
+       clears the mark of pages that the call writes; otherwise the kernel does that.
+    4. It answers CONTINUE, and the kernel makes the call. At a page that is not here, behind the pinned
+       ones, the call ends, and returns what it has done. Programs that read files, or use sockets,
+       call again for the rest.
 
-A write to a file or a pipe is not asked for again by everybody (`python -u` is who does not). So one whose
-buffer is more than was pinned is made by the pager, piece by piece, on the program's descriptor, which
-pidfd_getfd(2) gives it. Such a call returns when all is written, or what was written until an error or a
-signal came.
+Not every program calls write(2) again for the rest of a file or a pipe (`python -u` does not). So if the
+buffer is larger than what was pinned, the pager makes the call itself: it reads the bytes from
+/proc/TID/mem, and writes them to the program's descriptor, which pidfd_getfd(2) duplicates. The call
+returns when all is written, or at an error or a signal with what was written before.
 
-readv, writev, sendmsg, recvmsg and their kin have their buffers' addresses in memory, where the filter
-can't look. So all of these calls are stopped, one after the other, of every process that has the filter.
-Each takes 25 to 30 µs more. If it is of a process that has the space, step 2 reads the addresses from
-/proc/TID/mem; AT_ONCE counts for all buffers together. If that file can't be opened (Yama: of forked
-children), the call just goes on. Under edm.run, where the space ends before its process does, these
-calls are not stopped: they would fail for good when the pager is gone.
+readv, writev, sendmsg, recvmsg and their kin keep the addresses of their buffers in memory, where the
+filter can't look. So all of these calls are stopped, in every process that has the filter, and each
+takes 25 to 30 µs more. For a process that has the space, step 2 reads the addresses from
+/proc/TID/mem; AT_ONCE is for all buffers together. If that file can't be opened (Yama: of forked
+children), the call goes on. Under edm.run the space ends before its process does, and these calls are
+not stopped: they would fail for good when the pager is gone.
 
-What does not work so, and gives EFAULT as before: calls that are not in _CALLS, like sendmmsg;
-io_uring and O_DIRECT; datagrams that are larger than what is pinned. What may do less than it is asked
-for, where it would do all elsewhere: readv, writev and their kin; a raw file's readinto; recv with
-MSG_WAITALL; and in forked children a raw file's write. Where first writes are events, a sync at the very
-moment of a call that writes memory may mark its pages again.
+These still give EFAULT: calls that are not in _CALLS, like sendmmsg; io_uring and O_DIRECT; datagrams
+that are larger than what is pinned. These may do less than they are asked to: readv, writev and
+their kin; a raw file's readinto; recv with MSG_WAITALL; and a raw file's write in a forked child. Where
+first writes are events, a sync in the moment of a call that writes memory may mark its pages again.
 
-The filter is inherited, and for ever. Calls of processes that do not have the space just go on. Nobody is
-at the listener's other end when the pager is gone: then matching calls would fail with ENOSYS. So if such
-processes are left when the application has ended, or has become another program, the pager leaves a
-process behind that lets their calls go on, until the last of them has ended (SystemCalls.close). Where
-the pager was killed, nobody does that; the application is killed with it.
+A filter is inherited, and can't be removed. Calls of processes that do not have the space just go on.
+Without the pager nobody would read the listener, and matching calls would fail with ENOSYS. So if
+processes with the filter are left when the application has ended, or has become another program, the
+pager forks a process that lets their calls go on until the last of them has ended (SystemCalls.close).
+If the pager is killed there is none, but then the application is killed too.
 
-EDM's own messages are not stopped: the one that brings the pager the listener would wait for itself.
-Their flags tell, UNFILTERED.
+EDM's own messages have a flag, UNFILTERED, and are not stopped: the message that brings the pager the
+listener would wait for itself.
 
-Rules: the filter takes privileges from the program (PR_SET_NO_NEW_PRIVS): sudo and the like can't work
-in it. A process has one listener at most (EBUSY), and so have its children: EDM in EDM does without.
+Rules: the filter needs PR_SET_NO_NEW_PRIVS, so sudo and the like can't work in the program. A process
+and its children have one listener at most (EBUSY): EDM in EDM does without.
 
-Sources: seccomp(2), seccomp_unotify(2), <linux/seccomp.h>, <linux/bpf_common.h>, <linux/audit.h>.
+Sources: seccomp(2), seccomp_unotify(2), <linux/seccomp.h>, <linux/bpf_common.h>, <linux/audit.h>,
+proc_pid_mem(5).
 """
 
 from __future__ import annotations
@@ -79,19 +78,20 @@ if TYPE_CHECKING:
     from edm.lspt import LSPT
 
 AT_ONCE = 1 << 20  # bytes
-SETTLE = 100e-6  # seconds between two looks at pages that LPET has in its hands
+SETTLE = 100e-6  # seconds between two looks at pages that are LEAVING
 ROOM = 0.3  # seconds to wait for room for a pin
-AGAIN = 1e-3  # seconds between two looks whether there is some
+AGAIN = 1e-3  # seconds between two looks for it
+LOOK = 50  # milliseconds between two looks for a signal, while a write waits
 
-# Pages that are pinned at least. A call that meets a page which is away, further on, returns what it has
-# done; but a socket's fails if that is not a whole part of what it copies. Sent are 64 KiB at once, and
-# received is what TCP has joined, 17 times 32 KiB (MAX_SKB_FRAGS). By whether the call writes memory.
+# The least number of pages to pin; by whether the call writes memory. A call on a socket fails if it can't
+# copy a whole part. A part is 64 KiB when sending, and when receiving what TCP has joined: 17 times
+# 32 KiB (MAX_SKB_FRAGS).
 LEAST = {False: (64 << 10) // PAGE_SIZE + 1, True: (576 << 10) // PAGE_SIZE + 1}
 
-# What an argument is: a buffer, with its length behind it; the address of an array of struct iovec, with
-# their count behind it; the address of a struct msghdr, which has such an address.
+# What an argument is: a buffer, and the next argument its length; an array of struct iovec, and the next
+# one their count; a struct msghdr, which points to such an array.
 BUFFER, VECTOR, MESSAGE = range(3)
-# name: which argument; does the call write to the buffers? What is it?
+# name: (which argument, whether the call writes to the buffers, what the argument is)
 _CALLS = {
     "read": (1, True, BUFFER), "write": (1, False, BUFFER), "pread64": (1, True, BUFFER),
     "pwrite64": (1, False, BUFFER), "recvfrom": (1, True, BUFFER), "sendto": (1, False, BUFFER),
@@ -99,7 +99,7 @@ _CALLS = {
     "preadv": (1, True, VECTOR), "pwritev": (1, False, VECTOR), "preadv2": (1, True, VECTOR),
     "pwritev2": (1, False, VECTOR), "recvmsg": (1, True, MESSAGE), "sendmsg": (1, False, MESSAGE),
 }  # fmt: skip
-# By machine: AUDIT_ARCH, and the numbers of these calls.
+# By machine: AUDIT_ARCH, and the numbers of these calls, in the same order.
 _MACHINES = {
     "x86_64": (0xC000003E, (0, 1, 17, 18, 45, 44, 318, 19, 20, 295, 296, 327, 328, 47, 46)),
     "aarch64": (0xC00000B7, (63, 64, 67, 68, 207, 206, 278, 65, 66, 69, 70, 286, 287, 212, 211)),
@@ -107,8 +107,6 @@ _MACHINES = {
 AUDIT_ARCH, _NUMBERS = _MACHINES[os.uname().machine]
 CALLS = dict(zip(_NUMBERS, _CALLS.values(), strict=True))
 WRITE, PWRITE = _NUMBERS[1], _NUMBERS[3]
-PIECE = 64  # pages that the pager writes at once to a file; of others each page is waited for
-LOOK = 50  # milliseconds between two looks whether a signal waits for a thread that waits
 SIGPIPE = 13  # signal.SIGPIPE, without importing signal: the application imports this module
 
 iovec, msghdr = Struct("=QQ"), Struct("=16xQQ")  # base, len; of its fields iov, iovlen
@@ -133,11 +131,11 @@ _NR, _ARCH, _ARGS = 0, 4, 16  # where they are in struct seccomp_data
 
 
 def listener(start: int, end: int, lasts: bool = False) -> int:
-    """From now on, the calls in _CALLS whose buffer begins in this space (bytes) wait for SystemCalls at
-    the descriptor that this returns. If it lasts as long as this process, so do those that have their
-    buffers' addresses in memory, wherever these are.
+    """Stop those of _CALLS whose buffer begins in this space (addresses), in all threads of this process
+    and in what it forks and executes. Returns the descriptor that SystemCalls answers them on.
 
-    For all threads of this process, and what it forks and executes. Raises OSError as u.seccomp does.
+    lasts: the space lasts as long as the process. Then all calls that have their buffers' addresses in
+    memory are stopped, too. Raises OSError as u.seccomp does.
     """
     u.prctl(u.PR_SET_NO_NEW_PRIVS, 1)
     flags = (
@@ -169,7 +167,7 @@ def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, 
 
 
 def _at_least(argument: int, bound: int, yes: int, no: int) -> Iterator[tuple[int, int, int, int]]:
-    """Is this argument at least so large? Then leave out `yes` of the next instructions, else `no`.
+    """Skip the next `yes` instructions if this argument is at least `bound`, otherwise the next `no`.
 
     An instruction compares 32 bits.
     """
@@ -190,37 +188,38 @@ class SystemCalls:
         listener: int,
         ended: int,
         application: int,
+        pidfd: int,
         lspt: LSPT,
         handler: DmHandler,
         start_addr: int,
         uffd: int,
-        memfd: int,
         unmark: bool,
     ) -> None:
-        """ended: an eventfd, whose writing ends run(). application: its process id. unmark: has the mark of a
-        page that is to be written to be taken away here?"""
-        self._application, self._memfd, self._unmark = application, memfd, unmark
-        self.processes = frozenset((application,))  # which have the space; others' calls just go on
+        """ended: an eventfd, whose writing ends run(). application: its process id; pidfd: its other name.
+        unmark: the mark of a page that a call writes has to be cleared here."""
+        self._listener, self._ended = listener, ended
+        self._application, self._pidfd = application, pidfd
+        self._lspt, self._handler, self._start = lspt, handler, start_addr
+        self._uffd, self._unmark = u.Userfaultfd(uffd), unmark
+        self.processes = frozenset((application,))  # those with the space; calls of others go on
         self.hear_children: Callable[[], object] = bool  # called when a process is unknown
-        self._listener, self._lspt, self._handler = listener, lspt, handler
-        self._start, self._uffd = start_addr, u.Userfaultfd(uffd)
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
             ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
-        self._poll = select.poll()
-        for fd in (listener, ended):
-            self._poll.register(fd, select.POLLIN)
 
     def run(self) -> None:
-        """Let system calls go on when their pages are here, until there is nobody left who may make
-        any, or it is to end."""
-        while self._poll.poll() == [(self._listener, select.POLLIN)]:
-            self._let_go_on()
+        """Serve system calls, until no process has the filter any more, or `ended` is written."""
+        poll = select.poll()
+        for fd in (self._listener, self._ended):
+            poll.register(fd, select.POLLIN)
+        while poll.poll() == [(self._listener, select.POLLIN)]:
+            with contextlib.suppress(FileNotFoundError):  # ENOENT: the thread was killed
+                self._serve()
 
     def close(self, leave: bool) -> None:
-        """Close the listener, when run() has ended.
+        """Close the listener, when run() has ended and this is the only thread.
 
-        leave: the space lasts as long as the application. If processes are left that have the filter, one
-        is forked that lets their calls go on. There is no other thread.
+        leave: the space lasts as long as the application. If other processes have the filter, a process
+        is forked that lets their calls go on.
         """
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -228,42 +227,50 @@ class SystemCalls:
             try:
                 os.dup2(self._listener, 0)
                 os.closerange(1, 1 << 30)
-                SystemCalls(0, 0, 0, self._lspt, self._handler, 0, -1, -1, False).run()
+                self._listener = self._ended = 0
+                self.processes, self.hear_children = frozenset(), bool
+                self.run()
             finally:
                 os._exit(0)
         os.close(self._listener)
 
-    def _let_go_on(self) -> None:
+    def _serve(self) -> None:
         """Receive a call, bring its pages, and answer."""
         message = bytearray(seccomp_notif.size)
-        with contextlib.suppress(FileNotFoundError):  # ENOENT: its thread was killed meanwhile
-            ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
-            number, thread, _, *call = seccomp_notif.unpack(message)
-            if not (process := self._process_of(thread)):
-                self.hear_children()
-                process = self._process_of(thread)
-            whole = not process or self._bring(thread, call[0], call[3:])
-            if not whole and call[0] in (WRITE, PWRITE) and process == self._application:
-                # EBADF, EPERM: the kernel makes what it can of it.
-                with contextlib.suppress(OSError):
-                    work = number, thread, call[0] == PWRITE, self._descriptor(call[3]), *call[4:7]
-                    _thread.start_new_thread(self._write, work)  # it may wait
+        ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
+        number, thread, _, nr, _, _, *arguments = seccomp_notif.unpack(message)
+        if not (process := self._process_of(thread)):
+            self.hear_children()
+            process = self._process_of(thread)
+        call = nr, *arguments
+        whole = not process or self._bring(thread, call)
+        if not whole and nr in (WRITE, PWRITE) and process == self._application:
+            # EBADF, EPERM: the kernel makes what it can of it.
+            with contextlib.suppress(OSError):
+                fd = u.pidfd_getfd(self._pidfd, arguments[0])
+                if not stat.S_ISSOCK(os.fstat(fd).st_mode):  # a part would be a message of its own
+                    _thread.start_new_thread(self._write, (number, thread, call, fd))
                     return
-            answer = seccomp_notif_resp.pack(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
-            ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
+                os.close(fd)
+        self._answer(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
+
+    def _answer(self, number: int, done: int, error: int, flags: int) -> None:
+        answer = seccomp_notif_resp.pack(number, done, -error, flags)
+        ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
 
     def _process_of(self, thread: int) -> int:
         """Which of the processes that have the space has this thread; 0: none."""
         found = (pid for pid in self.processes if os.path.exists(f"/proc/{pid}/task/{thread}"))
         return next(found, 0)
 
-    def _bring(self, thread: int, number: int, arguments: list[int]) -> bool:
-        """Bring the first pages of this call's buffers, and pin them. Is that all of it, if it has one?"""
+    def _bring(self, thread: int, call: tuple[int, ...], done: int = 0) -> bool:
+        """Pin the first pages of the call's buffers, without `done` bytes, and bring them. Was that all?"""
+        number, *arguments = call
         argument, writes, kind = CALLS[number]
-        address, length = arguments[argument : argument + 2]
+        address, length = arguments[argument] + done, arguments[argument + 1] - done
         buffers = [(address, length)] if kind == BUFFER else _buffers(thread, kind, address, length)
         wanted = self._pages_of(buffers)
-        pages = self._pin(wanted, LEAST[writes], thread, (number, *arguments)) if wanted else []
+        pages = self._pin(wanted, LEAST[writes], thread, call) if wanted else []
         for run in pages:
             while self._lspt.is_missing(run) and not self._lspt.stopped():
                 self._handler.bring(run, writes)
@@ -277,8 +284,8 @@ class SystemCalls:
         return address % PAGE_SIZE + length <= sum(map(len, pages)) * PAGE_SIZE
 
     def _pages_of(self, buffers: list[tuple[int, int]]) -> list[range]:
-        """The pages of those of these buffers (address, bytes) that begin in the space, AT_ONCE in all, in
-        the order in which a call touches them."""
+        """The pages of the buffers (address, bytes) that begin in the space, AT_ONCE in all, in the order in
+        which the call touches them."""
         runs: list[range] = []
         room, space = AT_ONCE // PAGE_SIZE, self._lspt.pages * PAGE_SIZE
         for address, length in buffers:
@@ -295,8 +302,8 @@ class SystemCalls:
     def _pin(
         self, wanted: list[range], least: int, thread: int, call: tuple[int, ...]
     ) -> list[range]:
-        """As Pins.pin, but wait for room. If all of it is of calls that wait, too, as recv_into does, this
-        one goes without: very likely its pages are still here when it touches them."""
+        """As Pins.pin, but wait for room. If other calls that wait, such as recv_into, keep all of it, the
+        pages stay unpinned: very likely they are still here when the call touches them."""
         pins, give_up = self._lspt.pins, time.monotonic() + ROOM
         while not (pages := pins.pin(wanted, least, thread, call)):
             if time.monotonic() > give_up:
@@ -306,67 +313,49 @@ class SystemCalls:
 
     # ------------------------------------------------------------ large writes
 
-    def _descriptor(self, fd: int) -> int:
-        """A duplicate of the application's descriptor. Raises OSError, for a socket too: its parts are
-        messages, and whoever writes there asks for the rest."""
-        process = os.pidfd_open(self._application)
-        try:
-            copy = u.pidfd_getfd(process, fd)
-        finally:
-            os.close(process)
-        if stat.S_ISSOCK(os.fstat(copy).st_mode):
-            os.close(copy)
-            raise OSError(errno.ENOTSUP, "a socket")
-        return copy
-
-    def _write(
-        self, number: int, thread: int, at: bool, fd: int, address: int, length: int, offset: int
-    ) -> None:
-        """A thread: make a call of write(2), or with `at` of pwrite64(2), and answer."""
-        done, failed, begin = 0, 0, address - self._start
+    def _write(self, number: int, thread: int, call: tuple[int, ...], fd: int) -> None:
+        """A thread, as it may wait: make a call of write(2) or pwrite64(2), and answer."""
+        nr, _, _, length, offset, *_ = call
+        done = failed = 0
         to_file = stat.S_ISREG(os.fstat(fd).st_mode)
         try:
             while done < length:
-                if not to_file:
-                    _wait_for_room(fd, thread)
-                page = (begin + done) // PAGE_SIZE
-                end = min(begin + length, (page + (PIECE if to_file else 1)) * PAGE_SIZE)
-                content = self._read(begin + done, end)
-                done += os.pwrite(fd, content, offset + done) if at else os.write(fd, content)
+                content = self._read(thread, call, done)
+                while content:
+                    part = content
+                    if not to_file:
+                        part = content[:PAGE_SIZE]
+                        _wait_for_room(fd, thread)
+                    n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
+                    done, content = done + n, content[n:]
         except OSError as error:
             failed = error.errno if not done else 0
             if error.errno == errno.EPIPE:
                 os.kill(self._application, SIGPIPE)
         os.close(fd)
-        answer = seccomp_notif_resp.pack(number, done, -failed, 0)
-        with contextlib.suppress(FileNotFoundError):  # ENOENT: its thread was killed meanwhile
-            ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
+        with contextlib.suppress(FileNotFoundError):  # ENOENT: the thread was killed
+            self._answer(number, done, failed, 0)
 
-    def _read(self, begin: int, end: int) -> bytes:
-        """What the application has there, counted in bytes from the start of the space."""
-        from edm.lspt import LOST, NO_HOLES  # the application does without
+    def _read(self, thread: int, call: tuple[int, ...], done: int) -> memoryview:
+        """The bytes that the call has behind the first `done` ones, AT_ONCE at most. Raises OSError."""
+        from edm.lspt import LOST  # the application does without
 
-        pages = range(begin // PAGE_SIZE, -(-end // PAGE_SIZE))
-        while not self._lspt.stopped():
-            if self._lspt.is_missing(pages):
-                self._handler.bring(pages, False)
-            taken, _ = self._lspt.take(pages.start, len(pages), NO_HOLES)
-            whole = sum(len(before) for _, before in taken) == len(pages)
-            content = os.pread(self._memfd, end - begin, begin) if whole else b""
-            self._lspt.stays(taken)
-            for first, before in taken:
-                self._uffd.wake(self._start + first * PAGE_SIZE, len(before) * PAGE_SIZE)
-            if whole:
-                return content
-            if LOST in self._lspt.state[pages.start : pages.stop]:
-                break
-            time.sleep(SETTLE)
-        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        address, length = call[2] + done, min(call[3] - done, AT_ONCE)
+        page = (address - self._start) // PAGE_SIZE
+        with open(f"/proc/{thread}/mem", "rb", 0) as memory:
+            while page < self._lspt.pages and self._lspt.state[page] != LOST:
+                self._bring(thread, call, done)
+                # It ends before a page that is not here. EIO: that is the first one.
+                with contextlib.suppress(OSError):
+                    return memoryview(os.pread(memory.fileno(), length, address))
+                if self._lspt.stopped():
+                    break
+        raise OSError(errno.EFAULT, "a page can't be brought")
 
 
 def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int, int]]:
-    """(address, bytes) of the buffers of a call that has them in memory; none if that can't be read: the
-    call finds out itself."""
+    """(address, bytes) of each buffer of a call that has their addresses in memory; none if these can't be
+    read: then the call fails by itself."""
     wrong = OSError, OverflowError, struct.error
     with contextlib.suppress(*wrong), open(f"/proc/{thread}/mem", "rb", 0) as file:
         memory = file.fileno()
@@ -378,15 +367,15 @@ def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int
 
 
 def _wait_for_room(fd: int, thread: int) -> None:
-    """Until a page can be written there without waiting. Raises OSError EINTR when a signal has come for
-    the thread whose call this is, and has a handler; EAGAIN if it does not want to wait."""
-    poll = select.poll()
+    """Wait until a page can be written there. Raises OSError: EAGAIN if the descriptor does not block, EINTR
+    if a signal with a handler waits for the thread whose call this is."""
+    poll, blocks = select.poll(), os.get_blocking(fd)
     poll.register(fd, select.POLLOUT)
-    while not poll.poll(0 if not os.get_blocking(fd) else LOOK):
-        if not os.get_blocking(fd):
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    while not poll.poll(LOOK if blocks else 0):
+        if not blocks:
+            raise OSError(errno.EAGAIN, "no room")
         with open(f"/proc/{thread}/status") as file:
             fields = dict(line.split(":\t", 1) for line in file)
         mask = {name: int(fields[name], 16) for name in ("SigPnd", "ShdPnd", "SigCgt", "SigBlk")}
         if (mask["SigPnd"] | mask["ShdPnd"]) & mask["SigCgt"] & ~mask["SigBlk"]:
-            raise OSError(errno.EINTR, os.strerror(errno.EINTR))
+            raise OSError(errno.EINTR, "a signal has come")
