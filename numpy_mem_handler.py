@@ -6,22 +6,22 @@ Interface:
     numpy_allocator(space, threshold)   a context manager: arrays made meanwhile, of at least so many
                                         bytes, live in the space
 
-NumPy asks its data memory handler for the memory of every array (NEP 49): four C functions, here
-ctypes callbacks, so that every array costs some microseconds more. PyDataMem_SetHandler would set a
-handler for the current context only, and a new thread begins with another context, and NumPy's
-default handler; so it is the default handler's functions that are replaced, for all threads.
+NumPy asks its data memory handler for the memory of every array (NEP 49). A handler is four C functions;
+here they are ctypes callbacks, which cost each array some microseconds. PyDataMem_SetHandler sets a
+handler for the current context only, and a new thread begins in another context, with NumPy's default
+handler. So the functions of the default handler itself are replaced, for all threads.
 
-    malloc, calloc   from the threshold on an area of its own, which is zeros; else what NumPy does
-    realloc          moves an array into the space when it grows to the threshold, to where it can
-                     grow on without being moved
-    free             an area is unmapped, and its pages are freed, here and in the store; but a few
-                     small ones are kept, for the next malloc of the same size
+    malloc, calloc   from the threshold on, an area of its own, whose pages are zeros; below it, NumPy's
+    realloc          moves an array into the space when it grows to the threshold, to a place where it
+                     can grow without being moved again
+    free             unmaps the area and frees its pages, here and in the store. A few small areas are
+                     kept for the next malloc of the same size
 
-Rules: any thread that has the GIL, at any moment; arrays are freed while an exception is on its way,
-too, and signal handlers raise in the midst of a callback: see _callback. An array outlives the
-context manager if it is still in use; free and realloc stay replaced for that. A process that the
-application forks gets NumPy's own memory. Where a recursion has reached Python's limit no callback
-can run, and a program that makes or frees arrays just there may crash.
+Rules: any thread that has the GIL calls these, at any moment: while an exception is being raised, and with
+signal handlers that raise in the middle of a callback; see Callback. free and realloc stay replaced
+after the context manager, for the arrays that are still in use. A process that the application forks
+gets NumPy's own memory. At Python's recursion limit no callback can run: a program that makes or frees
+arrays there may crash.
 
 Sources: NEP 49; "Memory management in NumPy" in its reference guide; numpy/_core/include/numpy/
 ndarraytypes.h; for callbacks, CPython's Modules/_ctypes/callbacks.c and Python/ceval.c.
@@ -52,17 +52,15 @@ if TYPE_CHECKING:
 SET_HANDLER, GET_HANDLER = 304, 305
 HANDLER_NAME = b"mem_handler"  # of a capsule with a handler
 
-SPARE = 16  # areas to be used again have at most this part of the resident limit
-SPARES = 16  # and are no more than these
-TRIES = 4  # of one request, if signal handlers keep raising in the midst of it
-READ = 1 << 20  # bytes of a file in one piece
+SPARE = 16  # the areas that are kept have at most 1/SPARE of the resident limit together
+SPARES = 16  # and are at most so many
+TRIES = 4  # of one request, if signal handlers raise in the middle of each
 
-# An allocator's functions, by how many arguments they have. They are called by who has the GIL, and
-# call what needs no more. An address is a c_size_t.
+# An allocator's functions, by their number of arguments; an address is a c_size_t. The caller has the GIL.
 _TWO = ctypes.PYFUNCTYPE(c_size_t, c_size_t, c_size_t)
 _THREE = ctypes.PYFUNCTYPE(c_size_t, c_size_t, c_size_t, c_size_t)
-# free's size comes and goes with its bytes reversed: for a number whose lower half is -1, ctypes
-# would clear the exception that is set.
+# free's size is passed with its bytes reversed: if the lower half of a number is -1, ctypes clears the
+# exception that is set.
 _FREE = ctypes.PYFUNCTYPE(c_size_t, c_size_t, c_size_t, c_size_t.__ctype_be__)
 
 
@@ -76,14 +74,14 @@ class PyDataMem_Handler(ctypes.Structure):
     _fields_ = [("name", c_char * 127), ("version", c_uint8), ("allocator", PyDataMemAllocator)]
 
 
-# Under `edm run` the program registers its exit functions after this, and they are called before.
+# Under `edm run` this is registered before the program's exit functions, and so called after them.
 _at_exit = contextlib.ExitStack()
 atexit.register(_at_exit.close)
 
 
 @contextlib.contextmanager
 def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
-    """NumPy arrays made meanwhile, by any thread, live in the space from threshold bytes on.
+    """NumPy arrays of at least threshold bytes that are made meanwhile, by any thread, live in the space.
 
     Raises ImportError if there is no NumPy, or one that is older than 1.22.
     """
@@ -95,36 +93,34 @@ def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
         handler.threshold = before
 
 
-def _read_through_ordinary_memory(handler: MemHandler) -> None:
-    """Replace numpy.fromfile, which np.load calls: where system calls fail on a page that is not
-    here, it would take that for the end of the file, and say nothing."""
+def _replace_fromfile() -> None:
+    """Have numpy.fromfile, which np.load calls, copy from a mapping of the file. Where system calls fail on
+    a page that is not here, it would take the failure for the end of the file."""
     import numpy
 
     fromfile = numpy.fromfile
 
     @wraps(fromfile)
-    def in_parts(file, dtype=float, count=-1, sep="", offset=0, **like):
+    def mapped(file, dtype=float, count=-1, sep="", offset=0, **like):
         dtype = numpy.dtype(dtype)
         if sep or not dtype.itemsize:
             return fromfile(file, dtype, count, sep, offset, **like)
         with contextlib.nullcontext(file) if hasattr(file, "seek") else open(file, "rb") as opened:
-            opened.seek(offset, os.SEEK_CUR)
-            if count < 0:
-                count = (os.fstat(opened.fileno()).st_size - opened.tell()) // dtype.itemsize
-            array, at = numpy.empty(count, dtype), 0
-            step = max(1, min(handler.threshold - 1, READ) // dtype.itemsize)
-            while len(part := fromfile(opened, dtype, min(step, count - at))):
-                array[at : at + len(part)] = part
-                at += len(part)
-        return array[:at]
+            begin = opened.seek(offset, os.SEEK_CUR)
+            there = max(0, os.fstat(opened.fileno()).st_size - begin) // dtype.itemsize
+            array = numpy.empty(there if count < 0 else min(count, there), dtype)
+            if array.size:
+                array[:] = numpy.memmap(opened, dtype, "r", begin, array.shape)
+            opened.seek(begin + array.nbytes)
+        return array
 
-    numpy.fromfile = in_parts
+    numpy.fromfile = mapped
 
 
 class MemHandler:
     """What NumPy calls: malloc, calloc, realloc and free. NumPy's own ones have a _ before the name.
 
-    `done` is for work that may not be done twice: see _callback.
+    `done` is where they note an answer after which they may not be called again: see Callback.
     """
 
     def __init__(self, space: Space) -> None:
@@ -132,31 +128,30 @@ class MemHandler:
         capsule = contextvars.Context().run(_numpy_api(GET_HANDLER))
         handler = PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
         numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
-        self._malloc, self._calloc = numpys.malloc, numpys.calloc
-        self._realloc, self._free = numpys.realloc, numpys.free
+        self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
         self.threshold = sys.maxsize  # bytes
         self._space, self._start, self._end = space, space.start_addr, space.end_addr
         self._spare: deque[tuple[int, int]] = deque()  # (length, address) of areas to be used again
         self._libraries = os.path.dirname(sys.modules["numpy"].__path__[0]), __file__
         handler.allocator = self._callbacks = PyDataMemAllocator(
             0,
-            _TWO(_callback(self.malloc, numpys)),
-            _THREE(_callback(self.calloc, numpys)),
-            _THREE(_callback(self.realloc, numpys)),
-            _FREE(_callback(self.free, numpys, raising=True)),
+            _TWO(Callback(self.malloc).call),
+            _THREE(Callback(self.calloc).call),
+            _THREE(Callback(self.realloc).call),
+            _FREE(Callback(self.free).fetch),
         )
         os.register_at_fork(after_in_child=self._spare.clear)
-        # When the interpreter takes itself apart, no callback works any more. Arrays are made in
-        # NumPy's own memory then, and what is freed is left to the kernel: abs(ctx) is 0, or NULL.
-        at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_abs), _FREE(_abs))
+        # No callback works while the interpreter finalizes. Then arrays are made in NumPy's own memory,
+        # and nothing is freed: labs(ctx) is 0, or NULL.
+        at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
         _at_exit.callback(setattr, handler, "allocator", at_end)
         if space.user_mode_only:
-            _read_through_ordinary_memory(self)
+            _replace_fromfile()
 
-    # Every array of this process comes by these: no attribute more than it takes.
+    # Every array of this process passes through these: each attribute counts.
 
     def malloc(self, done: list[int], ctx: int, size: int) -> int:
-        """An area that is spare, if there is one of this size; its bytes are anything."""
+        """A kept area, if there is one of this size. Its bytes are undefined."""
         if size < self.threshold:
             return self._malloc(ctx, size)
         for spare in list(self._spare):
@@ -167,7 +162,7 @@ class MemHandler:
         return self.calloc(done, ctx, 1, size)
 
     def calloc(self, done: list[int], ctx: int, count: int, size: int, grows: bool = False) -> int:
-        # What is larger than the whole space can never be there: a limit may have made it small.
+        # An array that is larger than the space is in NumPy's memory: a limit may have made the space small.
         fits = self.threshold <= count * size <= self._end - self._start
         if not fits or not self._space.can_be_called():
             return self._calloc(ctx, count, size)
@@ -178,9 +173,6 @@ class MemHandler:
 
     def realloc(self, done: list[int], ctx: int, old: int, size: int) -> int:
         inside = self._start <= old < self._end
-        if not inside and size < self.threshold:
-            done += map(self._realloc, [ctx], [old], [size])
-            return done[0]
         before = self._space.allocated(old) if inside else _usable_size(old)
         grows = size > before
         if inside and not grows and before // 2 < size:
@@ -195,7 +187,7 @@ class MemHandler:
         return new
 
     def free(self, done: list[int], ctx: int, address: int, size: int) -> int:
-        done += [0]  # if this is interrupted, an area is lost, rather than given to two
+        done += [0]  # first: an area may get lost, but is not given to two arrays
         if self._start <= address < self._end:
             self._free_area(address)
         else:
@@ -205,9 +197,9 @@ class MemHandler:
     # ------------------------------------------------------------ areas
 
     def _free_area(self, address: int) -> None:
-        """Keep the area for the next array of its size, if it is small: its pages are here already.
+        """Keep the area for the next array of its size, if it is small: its pages are already here.
 
-        With a limit of 256 MiB, arithmetic on arrays of 1 to 8 MiB is three to five times as fast so.
+        With a limit of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
         """
         length, most = self._space.allocated(address), self._space.resident_limit // SPARE
         if length > most or self._space.is_forked:
@@ -219,7 +211,7 @@ class MemHandler:
                 self._space.release(self._spare.popleft()[1])
 
     def _made_in(self) -> str:
-        """file:line of the program: the innermost one that is not installed beside NumPy."""
+        """file:line of the innermost frame whose file is not installed beside NumPy."""
         frame: Any = sys._getframe(1)
         while frame and frame.f_code.co_filename.startswith(self._libraries):
             frame = frame.f_back
@@ -232,108 +224,111 @@ _handler_of = cache(MemHandler)  # for each space
 # ---------------------------------------------------------------- callbacks and exceptions
 
 
-def _callback(
-    work: Callable[..., int], numpys: PyDataMemAllocator, raising: bool = False
-) -> Callable[..., int]:
-    """For ctypes to call: it calls work(done, ...), and leaves exceptions to the program.
-
-    A ctypes callback can't raise. What it raises is printed and forgotten, and C code is handed a
-    pointer that is anything. But C code frees arrays while an exception is set, and that must stay
-    set (`raising`: it may be so). And Python runs signal handlers in the midst of a callback, and
-    what they raise the program must get. So an exception that is set is fetched before any Python
-    code runs, and one that comes meanwhile is caught. The work is done all the same. Both are raised
-    after the callback, when ctypes lets go of what the callback has returned: an int that has an
-    array, whose memory handler is one of its own with PyObject_CallNoArgs for free(ctx, ...).
-
-        NumPy: free(ctx, address, size)
-          │
-          ▼                                errcheck
-        ctypes: PyErr_Fetch, if raising ──────────► guarded: work(done, ctx, address, size)
-                                                      │ if an exception was set, or came
-                                                      ▼
-                takes the result ◄─────────────────  finish: an _Answer, with an _array
-                lets go of the _Answer, so the array is freed: PyObject_CallNoArgs calls
-                  PyThreadState_SetAsyncExc: what came is raised where Python code runs next
-                  PyErr_Restore: what was set is set again
-          ┌───────┘
-          ▼
-        NumPy goes on
-
-    Signal handlers run after calls and jumps, and at the beginning of a function, but not after
-    operators. So what must not be interrupted is written with operators: `done += map(function, ..)`
-    calls a C function and notes its result, `calls += later` is the last that happens before the
-    return, and finish[...] is a call. Work that was interrupted is done again, unless its result is
-    in `done`.
-    """
-    fetched = (c_size_t * 3)()  # type, value and traceback
-
-    @_begins_in_its_try
-    def guarded(*arguments: Any) -> int:
-        try:
-            was_set, done = fetched[:], []
-            if raising:
-                arguments = arguments[2][3:]  # an errcheck's; PyErr_Fetch has got three more
-            if not was_set[0]:
-                return work(done, *arguments)
-        except BaseException as error:  # noqa: BLE001 - whichever it is, it has to go on
-            return finish[arguments, done, was_set, error, TRIES]
-        return finish[arguments, done, was_set, None, TRIES]
-
-    class Finish:
-        @_begins_in_its_try
-        def __getitem__(self, state: tuple) -> int:
-            try:
-                arguments, done, was_set, came, tries = state
-                answer = _Answer(done[0] if done else work(done, *arguments) if tries > 0 else 0)
-                calls, later = [], []
-                if came is not None:
-                    kind = type(came)  # a class is wanted, and called
-                    kind = type(kind.__name__, (kind,), {"__new__": lambda *_: came})
-                    later.append(partial(_raise_soon, get_ident(), kind))
-                if was_set[0]:
-                    later.append(partial(_restore, *was_set))
-                answer.after = _array(calls, numpys)
-                calls += later
-                return answer
-            except BaseException as error:  # noqa: BLE001
-                return self[arguments, done, was_set, error, tries - 1]
-
-    finish = Finish()
-    if not raising:
-        return guarded
-    fetch = _function("PyErr_Fetch", None)
-    fetch.errcheck = guarded
-    return partial(fetch, *(ctypes.byref(fetched, n * sizeof(c_size_t)) for n in range(3)))
-
-
 def _begins_in_its_try(function: Any) -> Any:
-    """Have no signal handler run before the first statement, a try: with 3, RESUME does not look."""
+    """Have no signal handler run before the function's first statement, a try."""
     code = bytearray(function.__code__.co_code)
-    if "RESUME" in dis.opmap:  # Python 3.10 does not look before a try
+    if "RESUME" in dis.opmap:  # with 3 it does not look for signals; Python 3.10 has none
         code[2 * code[::2].index(dis.opmap["RESUME"]) + 1] = 3
     function.__code__ = function.__code__.replace(co_code=bytes(code))
     return function
 
 
-class _Answer(int):
-    """What a callback returns, and in the attribute `after` what is done by letting go of it."""
+class Callback:
+    """What ctypes calls. It calls work(done, ...), and no exception gets lost.
+
+    A callback can't raise: ctypes prints the exception, and C gets a pointer that is anything. Yet there
+    are exceptions. C code frees arrays while one is set, with which no Python code may run, and which has
+    to be set afterwards. And a signal handler may raise in the middle of the callback, for the program to
+    catch. So the first is fetched before any Python code runs, and the second is caught, and the work is
+    done all the same. Both are raised again when no Python code of the callback is left: by the
+    destructor of what it returns, an int with an array whose memory is "freed" by PyObject_CallNoArgs.
+
+        NumPy: free(ctx, address, size)
+          │
+          ▼              its errcheck
+        PyErr_Fetch ─────────────────► fetched: work(done, ctx, address, size)
+                                          │ if an exception was set, or has come
+                                          ▼
+        ctypes takes the int ◄──────── self[...]: an Answer, with an array
+          │ and drops it: the array is freed
+          ▼
+        PyObject_CallNoArgs ─────────► PyThreadState_SetAsyncExc: what came is raised by the next Python code
+          │                            PyErr_Restore: what was set is set again
+          ▼
+        NumPy goes on
+
+    The others of NumPy's functions are never called with an exception set; `call` is theirs.
+
+    Python runs signal handlers after calls, after jumps and where a function begins, but not after
+    operators. Hence what must not be interrupted here is written with operators: self[...] is a call, and
+    `calls += later` is the last thing before the return. Interrupted work is done again, unless its answer
+    is in `done`.
+    """
+
+    def __init__(self, work: Callable[..., int]) -> None:
+        self._work = work
+        self._set = (c_size_t * 3)()  # type, value and traceback of the exception that is set
+        fetch = _function("PyErr_Fetch", None)
+        fetch.errcheck = self.fetched
+        self.fetch = partial(
+            fetch, *(ctypes.byref(self._set, n * sizeof(c_size_t)) for n in range(3))
+        )
+
+    @_begins_in_its_try
+    def call(self, *arguments: int) -> int:
+        try:
+            done: list[int] = []
+            return self._work(done, *arguments)
+        except BaseException as error:  # noqa: BLE001 - whichever it is, the program gets it
+            return self[arguments, done, (0,), error, TRIES]
+
+    @_begins_in_its_try
+    def fetched(self, result: None, fetch: object, arguments: tuple) -> int:
+        try:
+            was_set, arguments, done = self._set[:], arguments[3:], []
+            if not was_set[0]:
+                return self._work(done, *arguments)
+        except BaseException as error:  # noqa: BLE001
+            return self[arguments, done, was_set, error, TRIES]
+        return self[arguments, done, was_set, None, TRIES]
+
+    @_begins_in_its_try
+    def __getitem__(self, state: tuple) -> int:
+        try:
+            arguments, done, was_set, came, tries = state
+            answer = Answer(done[0] if done else self._work(done, *arguments) if tries > 0 else 0)
+            calls, later = [], []
+            if came is not None:
+                kind = type(came)  # SetAsyncExc wants a class, and makes an instance
+                kind = type(kind.__name__, (kind,), {"__new__": lambda *_: came})
+                later.append(partial(_raise_soon, get_ident(), kind))
+            if was_set[0]:
+                later.append(partial(_restore, *was_set))
+            answer.after = _array(calls)
+            calls += later
+            return answer
+        except BaseException as error:  # noqa: BLE001
+            return self[arguments, done, was_set, error, tries - 1]
 
 
-def _array(calls: list[Callable[[], object]], numpys: PyDataMemAllocator) -> object:
-    """When the array that this returns is freed, the calls will have been made, by C code."""
+class Answer(int):
+    """What a callback returns. Its attribute `after` is an array, and dropped with it."""
+
+
+def _array(calls: list[Callable[[], object]]) -> object:
+    """An array; when it is freed, C code makes these calls."""
     import numpy
 
     call = partial(list, map(partial.__call__, calls))
-    allocator = PyDataMemAllocator(id(call), numpys.malloc, free=_call_ctx)
+    # Its memory is labs(ctx), which is ctx: nobody reads it.
+    allocator = PyDataMemAllocator(id(call), _TWO(_LABS), free=_FREE(_CALL))
     handler = PyDataMem_Handler(b"after a callback", 1, allocator)
     capsule = _new_capsule(ctypes.addressof(handler), HANDLER_NAME, None)
     dtype = numpy.dtype(numpy.uint8, metadata={"kept": (handler, call)})
-    # By C code too, and in a context of its own: nothing else ever gets this handler.
-    set_handler = partial(_numpy_api(SET_HANDLER, py_object), capsule)
-    steps = map(partial.__call__, [set_handler, partial(numpy.empty, 1, dtype)])
-    _, array = contextvars.Context().run(list, steps)
-    calls += [partial(numpys.free, 0, array.ctypes.data, 1)]
-    return array
+    # In a context of its own: no other array gets this handler.
+    context = contextvars.Context()
+    context.run(_numpy_api(SET_HANDLER, py_object), capsule)
+    return context.run(numpy.empty, 1, dtype)
 
 
 # ---------------------------------------------------------------- C functions
@@ -341,7 +336,7 @@ def _array(calls: list[Callable[[], object]], numpys: PyDataMemAllocator) -> obj
 
 @cache
 def _numpy_api(index: int, *arguments: type) -> Callable[..., Any]:
-    """A function of NumPy's C API that returns an object."""
+    """The function of NumPy's C API with this index; it returns an object."""
     import numpy
 
     core = getattr(numpy, "_core", None) or numpy.core
@@ -362,5 +357,4 @@ _new_capsule = _function("PyCapsule_New", py_object, c_void_p, c_char_p, c_void_
 _raise_soon = _function("PyThreadState_SetAsyncExc", c_int, c_ulong, py_object)
 _restore = _function("PyErr_Restore", None, c_void_p, c_void_p, c_void_p)
 _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
-_call_ctx = _FREE(("PyObject_CallNoArgs", ctypes.pythonapi))
-_abs = "abs", ctypes.pythonapi
+_CALL, _LABS = ("PyObject_CallNoArgs", ctypes.pythonapi), ("labs", ctypes.pythonapi)
