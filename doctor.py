@@ -1,13 +1,12 @@
-"""python -m edm doctor: can EDM run on this machine? And if not, what is missing, and what gives it.
+"""python -m edm doctor: can EDM run on this machine? If not, what is missing, and which command gives it?
 
-In the picture: nothing; it tries each arrow of it once, by itself.
+In the picture: nothing. It tries each arrow once.
 
 Interface: main() prints a line for each check, and returns the exit status: 0 if EDM can run. A line
-begins with "ok", with "missing" (EDM can't run), or with "without" (EDM runs, but has to do without).
-The last one is about the tests. What follows "try:" is a command to type.
+begins with "ok", "missing" (EDM can't run) or "without" (EDM runs with less). The last line is about the
+tests. What follows "try:" is a command to type.
 
-Rules: what may hang, or end its process, is tried in another process. MPI is imported there only, as it
-may be what is missing.
+Rules: what may hang, or end its process, is tried in another process. So is the import of MPI.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ ENOUGH_DISK = 1 << 30  # bytes
 PERMIT = "sudo sysctl vm.unprivileged_userfaultfd=1"
 PIP_INSTALL = f"{sys.executable} -m pip install"
 
-Finding = tuple[str, str, str]  # ("ok", "missing" or "without", what was found, what to try)
+# "ok", "missing" or "without"; what was found; a command to try, or "".
+Finding = tuple[str, str, str]
 
 
 def main() -> int:
@@ -132,7 +132,7 @@ def mpi() -> Finding:
 
 
 def find_mpirun() -> str | None:
-    """The path of mpirun: the one of this Python's environment, else the one on PATH."""
+    """The path of mpirun: the one of this Python's environment, or the one on PATH."""
     own = os.path.join(sys.prefix, "bin", "mpirun")
     return own if os.path.exists(own) else shutil.which("mpirun")
 
@@ -157,8 +157,10 @@ def two_ranks() -> Finding:
 
 
 def _run(*command: str) -> tuple[int, list[str]]:
-    """Run a command to its end: (exit status, the lines that it printed, or else one that tells it)."""
-    with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe could outlive it
+    """Run a command: (its exit status, the lines that it printed). If it printed none, one says how it
+    ended."""
+    # A file, as children of the command could keep a pipe open.
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         try:
             status = subprocess.run(command, timeout=DEADLINE, check=False, **streams).returncode
@@ -195,15 +197,12 @@ PACKAGES = (
 
 
 def for_tests() -> Finding:
-    missing = [name for name in PACKAGES if not find_spec(name)]
-    remedy = f"{PIP_INSTALL} -e '.[test]'" if missing else ""
-    if not shutil.which("cc"):
-        missing.append("a C compiler")
-    if not (shutil.which("chromium") or shutil.which("google-chrome")):
-        missing.append("chromium")
-    if os.getuid():
-        missing.append("root")
-    if missing:
+    found = {name: find_spec(name) for name in PACKAGES}
+    remedy = "" if all(found.values()) else f"{PIP_INSTALL} -e '.[test]'"
+    found["a C compiler"] = shutil.which("cc")
+    found["chromium"] = shutil.which("chromium") or shutil.which("google-chrome")
+    found["root"] = not os.getuid()
+    if missing := [name for name in found if not found[name]]:
         return "without", f"those that need {', '.join(missing)} are skipped", remedy
     return "ok", "all that they need is here", ""
 

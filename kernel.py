@@ -2,19 +2,18 @@
 
     python -m edm kernel install --resident 8G --name edm
 
-In the picture: nothing. Jupyter starts a kernel by the command line in its kernel spec, which is
-`python -m edm run` with the options given here, and then ipykernel. So the kernel is the application.
+In the picture: nothing. Jupyter starts a kernel by the command line in its kernel spec: here `python -m
+edm run`, the options that were given, and ipykernel. So the kernel is the application.
 
 Interface: main(arguments) is the command.
 
-Rules: a mistake is told in one line, with exit status 2, and nothing is written.
+Rules: a mistake is reported in one line, with exit status 2, and nothing is written.
 
 Source: "Kernel specs" in the documentation of jupyter_client.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -27,14 +26,8 @@ PROGRAM = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
 def main(arguments: list[str]) -> None:
     """Give this user's Jupyter a kernel spec, and say where it is."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        usage=argparse.SUPPRESS,  # else it would be told with each mistake
-        description=f"usage: {PROG} [--name NAME] [option of {launch.PROG} ...]\n\n"
-        "Give Jupyter a kernel whose arrays live in EDM's space.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    purpose = "Give Jupyter a kernel whose arrays live in EDM's space."
+    parser = launch.command_parser(PROG, f"[--name NAME] [option of {launch.PROG} ...]", purpose)
     parser.add_argument("--name", default="edm", help="what Jupyter calls it (edm)")
     args, options = parser.parse_known_args(arguments)
     if launch.parse([*options, *PROGRAM])[2] != PROGRAM:

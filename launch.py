@@ -3,14 +3,15 @@
     python -m edm run --resident 12G script.py ...                       on one machine
     mpirun -n 3 python -m edm run --dms 1 --resident 12G script.py ...   rank 0 is a DMS
 
-In the picture: starts it all. The process that the user started checks the command line, and then
-replaces itself by `python script.py ...`. On its way to the script, that interpreter imports
-startup/sitecustomize.py, which starts EDM; see there. All that Python does for a program, Python does.
+In the picture: starts it all. The process that the user started checks the command line, and replaces
+itself by `python script.py ...`. Before the script, that interpreter imports startup/sitecustomize.py,
+which starts EDM. Python itself does all the rest.
 
-Interface: main(arguments) is the command. parse(arguments), for kernel.py, checks a command line.
+Interface: main(arguments) is the command. For kernel.py: parse(arguments) checks a command line, and
+command_parser() makes a parser.
 
-Rules: a mistake is told in one line, with exit status 2, before anything is started. Settings go to
-startup/sitecustomize.py in one environment variable, which is removed there.
+Rules: a mistake is reported in one line, with exit status 2, before anything is started. Settings are
+passed to startup/sitecustomize.py in one environment variable, which is removed there.
 
 Sources: "Command line and environment" in Python's documentation; proc_meminfo(5); Documentation/
 admin-guide/cgroup-v2.rst.
@@ -31,13 +32,13 @@ from edm.edm import PAGE_SIZE, Config, add_settings, launched, refuse
 
 PROG = "python -m edm run"
 SPACE = 256 << 30  # bytes
-# What --resident is if nothing is said: so many % of the free memory. But at least so many bytes are left
-# to the pager, the interpreter and small arrays, unless less than so many % would remain.
+# The default of --resident: SHARE % of the free memory. But OTHERS bytes are left to the pager, the
+# interpreter and small arrays, unless that makes it less than LEAST % of the free memory.
 SHARE, OTHERS, LEAST = 80, 128 << 20, 25
 
 
 def main(arguments: list[str]) -> None:
-    """Become the Python process that runs the program which the arguments name."""
+    """Become the Python process that runs the program named by the arguments."""
     args, config, program = parse(arguments)
     if sys.flags.ignore_environment or sys.flags.no_site:
         print(f"{PROG}: EDM is not used: python -I, -E and -S switch it off", file=sys.stderr)
@@ -55,10 +56,10 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
-    """The options, the settings that they are, and the program with its arguments."""
+    """The options, the settings they make, and the program with its arguments."""
     parser = _parser()
-    # The program begins with the first word that is no option of EDM's. -m and -c are none, but look
-    # like one: argparse sees them without their dash.
+    # The program begins with the first word that is no option of EDM's. -m and -c look like options, so
+    # argparse sees them without their dash.
     args = parser.parse_args([re.sub("^-(?=[mc])", "", word) for word in arguments])
     program = arguments[len(arguments) - len(args.program) :]
     try:
@@ -67,17 +68,24 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
         refuse(parser, error)
 
 
+def command_parser(prog: str, usage: str, purpose: str) -> argparse.ArgumentParser:
+    """A parser for a command of this package, which reports a mistake in one line, without the usage."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        usage=argparse.SUPPRESS,
+        description=f"usage: {prog} {usage}\n\n{purpose}",
+        allow_abbrev=False,
+        # Without a width, argparse asks for the terminal's at each option.
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        usage=argparse.SUPPRESS,  # else it would be told with each mistake
-        description=f"usage: {PROG} [option ...] "
-        "(SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]\n\n"
+    parser = command_parser(
+        PROG,
+        "[option ...] (SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]",
         "Run a Python program with more memory than this machine has.\n"
         "COMMAND is one that is written in Python, such as pytest.",
-        allow_abbrev=False,
-        # With a width, as argparse looks for the terminal's at each option otherwise.
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
     )
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -93,11 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--numpy-threshold", type=size_in_bytes, default="1M", metavar="SIZE",
         help="arrays from this size on (1M)",
     )  # fmt: skip
-    parser.add_argument(
-        "--dms", type=int, default=0,
-        help="so many ranks of an MPI job, the first ones, keep the pages of the others (0)",
-    )  # fmt: skip
-    add_settings(parser, ("high_threshold", "low_threshold", "dms"), end_addr=None)
+    add_settings(parser, ("high_threshold", "low_threshold"), end_addr=None, dms=0)
     return parser
 
 
@@ -131,7 +135,7 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _as_python_takes_it(program: list[str]) -> list[str]:
-    """The program, with a command's path for its name. Raises ValueError if there is no program."""
+    """The program, with the path of a command instead of its name. Raises ValueError if there is none."""
     if not program:
         raise ValueError("which program? SCRIPT, COMMAND, -m MODULE, -c CODE or -")
     name, *arguments = program
@@ -147,14 +151,14 @@ def _as_python_takes_it(program: list[str]) -> list[str]:
         raise ValueError(f"can't open file {os.path.abspath(name)!r}: there is no such file")
     with open(path, "rb") as file:
         begin = file.read(4096)
-    # The second is pip's, where the path of the interpreter is too long for a first line.
+    # The second form is pip's, if the interpreter's path is too long for a first line.
     if not re.match(rb"#!.*python|#!/bin/sh\n'''exec' .*python", begin):
         raise ValueError(f"{path} is not written in Python: its first line names no python")
     return [path, *arguments]
 
 
 def _interpreter_options() -> list[str]:
-    """What stood between `python` and `-m edm`, or the path of the command `edm`."""
+    """The options of Python between `python` and `-m edm`, or the path of the command `edm`."""
     *options, last = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
     if last == "edm" and options and re.fullmatch(r"-\w*m", options[-1]):
         last = options.pop() + last
@@ -167,22 +171,24 @@ def _interpreter_options() -> list[str]:
 
 
 def _instances_here(dms: int) -> int:
-    """How many instances share this machine's memory, as far as an MPI launcher tells."""
+    """How many instances share this machine's memory, as far as the MPI launcher says."""
     here = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
     ranks = os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
-    return max(1, int(here or 1) - (dms if here == ranks else 0))  # all are here: the DMSs too
+    return max(
+        1, int(here or 1) - (dms if here == ranks else 0)
+    )  # all ranks are here, DMSs included
 
 
 def _memory() -> tuple[int, int]:
-    """(all, free) bytes of this machine's memory, as far as its cgroups let this process."""
+    """(all, free) bytes of this machine's memory, within the limits of this process's cgroups."""
     info = dict(re.findall(r"(\w+): +(\d+) kB", _text("/proc/meminfo")))
     total, free = (int(info[name]) << 10 for name in ("MemTotal", "MemAvailable"))
     for line in _text("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)  # of version 2 the controllers are not told
+        _, controllers, path = line.split(":", 2)  # version 2 names no controllers
         names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
         group = f"/sys/fs/cgroup/{controllers}{path}"
         while group.startswith("/sys/fs/cgroup"):
-            with contextlib.suppress(OSError, ValueError):  # not of memory; "max"
+            with contextlib.suppress(OSError, ValueError):  # no memory controller; "max"
                 limit, used = (int(_text(f"{group}/memory.{name}")) for name in names)
                 stat = dict(map(str.split, _text(f"{group}/memory.stat").splitlines()))
                 total = min(total, limit)

@@ -5,6 +5,7 @@ In the picture: in the application process, between NumPy and the Space.
 Interface:
     numpy_allocator(space, threshold)   a context manager: arrays made meanwhile, of at least so many
                                         bytes, live in the space
+    handler_of(space).threshold         may be set for good
 
 NumPy asks its data memory handler for the memory of every array (NEP 49). A handler is four C functions;
 here they are ctypes callbacks, which cost each array some microseconds. PyDataMem_SetHandler sets a
@@ -37,7 +38,6 @@ import dis
 import os
 import sys
 from _thread import get_ident
-from collections import deque
 from collections.abc import Callable, Iterator
 from ctypes import c_char, c_char_p, c_int, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
 from functools import cache, partial, wraps
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 SET_HANDLER, GET_HANDLER = 304, 305
 HANDLER_NAME = b"mem_handler"  # of a capsule with a handler
 
-SPARE = 16  # the areas that are kept have at most 1/SPARE of the resident limit together
-SPARES = 16  # and are at most so many
+SHARE = 16  # the areas that are kept have at most 1/SHARE of the resident limit together
+AREAS = 16  # and are at most so many
 TRIES = 4  # of one request, if signal handlers raise in the middle of each
 
 # An allocator's functions, by their number of arguments; an address is a c_size_t. The caller has the GIL.
@@ -85,7 +85,7 @@ def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
 
     Raises ImportError if there is no NumPy, or one that is older than 1.22.
     """
-    handler = _handler_of(space)
+    handler = handler_of(space)
     before, handler.threshold = handler.threshold, threshold
     try:
         yield
@@ -131,7 +131,7 @@ class MemHandler:
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
         self.threshold = sys.maxsize  # bytes
         self._space, self._start, self._end = space, space.start_addr, space.end_addr
-        self._spare: deque[tuple[int, int]] = deque()  # (length, address) of areas to be used again
+        self._kept: dict[int, int] = {}  # address → length, of areas for the next malloc
         self._libraries = os.path.dirname(sys.modules["numpy"].__path__[0]), __file__
         handler.allocator = self._callbacks = PyDataMemAllocator(
             0,
@@ -140,7 +140,7 @@ class MemHandler:
             _THREE(Callback(self.realloc).call),
             _FREE(Callback(self.free).fetch),
         )
-        os.register_at_fork(after_in_child=self._spare.clear)
+        os.register_at_fork(after_in_child=self._kept.clear)
         # No callback works while the interpreter finalizes. Then arrays are made in NumPy's own memory,
         # and nothing is freed: labs(ctx) is 0, or NULL.
         at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
@@ -154,11 +154,11 @@ class MemHandler:
         """A kept area, if there is one of this size. Its bytes are undefined."""
         if size < self.threshold:
             return self._malloc(ctx, size)
-        for spare in list(self._spare):
-            if spare[0] == whole_pages(size):
-                with contextlib.suppress(ValueError):  # another thread has just taken it
-                    self._spare.remove(spare)
-                    return spare[1]
+        wanted = whole_pages(size)
+        for address, length in self._kept.copy().items():
+            # Another thread may have taken it meanwhile.
+            if length == wanted and self._kept.pop(address, 0) == wanted:
+                return address
         return self.calloc(done, ctx, 1, size)
 
     def calloc(self, done: list[int], ctx: int, count: int, size: int, grows: bool = False) -> int:
@@ -201,14 +201,15 @@ class MemHandler:
 
         With a limit of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
         """
-        length, most = self._space.allocated(address), self._space.resident_limit // SPARE
+        length, most = self._space.allocated(address), self._space.resident_limit // SHARE
         if length > most or self._space.is_forked:
             self._space.release(address)
             return
-        self._spare.append((length, address))
-        while len(spare := list(self._spare)) > SPARES or sum(length for length, _ in spare) > most:
-            with contextlib.suppress(IndexError):  # another thread has just taken it
-                self._space.release(self._spare.popleft()[1])
+        self._kept[address] = length
+        while len(kept := self._kept.copy()) > AREAS or sum(kept.values()) > most:
+            oldest = next(iter(kept))
+            if self._kept.pop(oldest, 0):
+                self._space.release(oldest)
 
     def _made_in(self) -> str:
         """file:line of the innermost frame whose file is not installed beside NumPy."""
@@ -218,7 +219,7 @@ class MemHandler:
         return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
 
 
-_handler_of = cache(MemHandler)  # for each space
+handler_of = cache(MemHandler)  # a space has one
 
 
 # ---------------------------------------------------------------- callbacks and exceptions

@@ -1,17 +1,15 @@
 """Starts EDM in the interpreter that runs the user's program, before the program begins.
 
 In the picture: the first thing that happens in the application. `python -m edm run` (launch.py) puts
-this folder first on PYTHONPATH, and Python's site imports what is called sitecustomize.
+this folder first on PYTHONPATH, and Python's site imports the module sitecustomize.
 
-Interface: the environment variable EDM_RUN, from launch.py, and edm.edm.start. There is nothing here
-for other modules to import.
+Interface: the environment variable EDM_RUN, from launch.py. Nothing here is for other modules to import.
 
 Rules: the program finds what plain Python gives it. So this module removes itself from the environment
-and from sys.path, and leaves sys.modules["sitecustomize"] to the user's own. It takes all modules that
-EDM has imported out of sys.modules: EDM keeps them, and the program imports its own, from wherever it
-finds them. Only `import edm` gives the program the EDM that was started. EDM imports nothing after
-that: an import would find the program's modules. A module that both use is there twice; it shows where
-EDM's objects meet the program's copy: dataclasses.fields(edm.Config) is empty.
+and from sys.path, and imports the user's own sitecustomize in its place. It removes all modules that EDM
+has imported from sys.modules: EDM keeps using them, and the program imports its own copies. Only
+`import edm` gives the program the EDM that was started. EDM imports nothing after that, as an import
+would find the program's modules.
 
 Sources: site, importlib and sys.meta_path in Python's documentation; importlib/_bootstrap.py.
 """
@@ -45,13 +43,12 @@ def start():
     except (ValueError, OSError) as error:
         print(f"python -m edm run: error: {error}", file=sys.stderr)
         os._exit(2)
-    allocators = []  # kept for ever: threads and exit functions make arrays after the script's end
 
     def use_numpy(module):
         threshold = settings["numpy_threshold"]
         if threshold is not None and hasattr(module, "ndarray"):  # else it is only called numpy
-            allocators.append(edm.numpy_mem_handler.numpy_allocator(space, threshold))
-            allocators[-1].__enter__()
+            # For ever: threads and exit functions make arrays after the script's end.
+            edm.numpy_mem_handler.handler_of(space).threshold = threshold
 
     use_numpy(sys.modules.get("numpy"))
     imported = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
