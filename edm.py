@@ -87,7 +87,7 @@ class Config(SimpleNamespace):
     evict_batch: pages at most that are evicted at once
     clean_tracking: how first writes are noticed, by the kernel alone, by events, or not
     plain: go the wiki's way: readahead 1, evict_batch 1, clean_tracking none, and faults wait for LPET
-    dms: how many MPI ranks, the first ones, are DMSs (default: run 0; a program 1 under mpirun -n 2 or more)
+    dms: how many MPI ranks, the first ones, are DMSs (default: 0; without `run`, 1 under mpirun)
     stats: whether a table at the end tells what EDM did
     progress: whether a live line tells what EDM does, where stderr is a terminal
     report: path of an HTML page to write, of what EDM did

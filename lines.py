@@ -1,27 +1,27 @@
 """Which Python lines fault: samples of the application's frames, for --report.
 
 In the picture: in the pager, beside the DM-Handler. It sends SIGURG to a thread that sleeps in a fault.
-The handler in the application is the C code of Python's faulthandler (address_space.py registers it),
-which runs no Python and takes no GIL: it writes the thread's frames to a memfd, which is read here.
+The handler in the application is the C code of Python's faulthandler (address_space.py registers it). It
+runs no Python code and needs no GIL: it writes the thread's frames to a memfd, which is read here.
 
-Interface: begins(thread, page) and ended(took) are called around a fault that is resolved. `found` is
-the table: {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
+Interface: begins(thread, page) and ended(took) are called before and after a fault is resolved. `found`
+is the table: {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
 
-A sample is a fault by chance, about one in INTERVAL. It stands for all faults since the sample before
-it. Each of them counts as long as the last ones of the same array, on average: the sampled fault itself
-takes longer. The signal is sent before the page comes: it ends the thread's sleep, the thread answers, and
-faults again at the same instruction. So when it faults again the answer is there, and whole.
+A sample is a random fault, about one per INTERVAL. It stands for all faults since the sample before. Each
+of them counts with the mean duration of the last faults of the same array, as the sampled fault itself
+takes longer. The signal is sent before the page comes: it wakes the thread, which writes its frames and
+faults again at the same instruction. So at this second fault the answer is complete.
 
-The default action of SIGURG is to ignore it, so it can't end a process that has no such handler any
-more: Python has come to its end, or the process has become another program. No signal is sent to
-    * a thread in a system call: the kernel would not let it sleep in its faults until that has ended
+The default action of SIGURG is to ignore it, so it harms no process that has lost the handler: because
+Python is finalizing, or the process has executed another program. No signal is sent to
+    * a thread in a system call: with a signal pending, the kernel would not let it sleep in its faults
     * a thread that blocks the signal
-    * a thread that has not answered once: it runs no Python, or the program has a handler of its own
+    * a thread that did not answer once: it runs no Python, or the program has a handler of its own
     * any thread, if the program has closed the memfd: its descriptor may be another file now
-What the first three wait for counts without a line.
+The faults of the first three are counted without a line.
 
-Rules: the DM-Handler's thread; the others may copy `found`. Memory is bounded: `found` has at most
-LINES lines, those that came first.
+Rules: for the DM-Handler's thread; others may copy `found`. Memory is bounded: `found` keeps the first
+LINES lines.
 
 Sources: faulthandler in Python's documentation, signal(7), proc_pid_syscall(5), userfaultfd(2) on
 UFFD_FEATURE_THREAD_ID.
@@ -38,12 +38,12 @@ from signal import SIGURG
 from edm.lspt import LSPT
 from edm.uffd_ctypes import tgkill
 
-INTERVAL = 10_000_000  # nanoseconds
-MOST = 128  # faults from a sample to the next, on average
+INTERVAL = 10_000_000  # nanoseconds from one sample to the next, about
+MOST = 128  # faults from one sample to the next, on average
 LINES = 10_000
-MEAN_OF = 16  # faults of an array, about
-ARRAYS = 1021  # that have a mean of their own; of more, some share one
-ANSWER = 1 << 16  # bytes; there are 100 frames at most
+MEAN_OF = 16  # the last faults of an array, about
+ARRAYS = 1021  # with a mean of their own; if there are more, some share one
+ANSWER = 1 << 16  # bytes; faulthandler writes at most 100 frames
 NO_LINE = "a thread that tells no line"
 
 FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)\n')
@@ -53,17 +53,17 @@ LIBRARIES = STANDARD_LIBRARY, f"{HERE}/numpy_mem_handler", "-packages/", "<froze
 
 class Lines:
     def __init__(self, process: int, its_end: int, memfd: int, lspt: LSPT) -> None:
-        """process: the application. its_end: the descriptor that the memfd has there."""
+        """process: the application. its_end: the number of the memfd's descriptor there."""
         self._process, self._memfd, self._lspt = process, memfd, lspt
         self._its_end = f"/proc/{process}/fd/{its_end}"
         self.found: dict[tuple[str, int, int], list[int]] = {}
-        self._silent: set[int] = set()  # threads that have not answered
-        self._took = [0] * ARRAYS  # nanoseconds: the mean of the last faults
+        self._silent: set[int] = set()  # threads that did not answer
+        self._took = [0] * ARRAYS  # nanoseconds: the mean duration of the last faults
         self._faults = self._skip = 0  # since the last sample, and until the next one
-        self._asked, self._when = 0, time.monotonic_ns()  # a thread that is to be heard
+        self._asked, self._when = 0, time.monotonic_ns()  # the thread that was asked, or 0
 
     def begins(self, thread: int, page: int) -> int:
-        """This thread waits for a page. Returns how many nanoseconds the sample has taken, if it is one."""
+        """This thread waits for a page. Returns how many nanoseconds a sample took here, or 0."""
         self._area = self._lspt.area(page)
         if self._skip:
             self._skip -= 1
@@ -82,7 +82,7 @@ class Lines:
         self._took[self._area.start % ARRAYS] = mean + (took - mean) // MEAN_OF
 
     def _sample(self, thread: int, now: int) -> None:
-        """Ask the thread for its line, if that may be."""
+        """Ask the thread for its line, unless it must not get the signal."""
         mean = min(MOST, self._faults * INTERVAL // (now - self._when))
         self._skip = random.randrange(2 * mean + 2)
         of_thread = f"/proc/{self._process}/task/{thread}"
@@ -95,10 +95,10 @@ class Lines:
                     instead = "a system call"
                 elif int(re.search(r"SigBlk:\t(\w+)", status.read())[1], 16) >> SIGURG - 1 & 1:
                     instead = NO_LINE
-            os.ftruncate(self._memfd, 0)  # an answer may have come too late
+            os.ftruncate(self._memfd, 0)  # a late answer may be there
             if not instead:
                 tgkill(self._process, thread, SIGURG)
-        except OSError:  # the thread has ended, the memfd is closed, or this user may not look
+        except OSError:  # the thread has ended, the memfd is closed, or reading is not permitted
             return
         self._of_sample = self._area, self._faults, self._took[self._area.start % ARRAYS]
         self._asked, self._when, self._faults = thread, now, 0
@@ -106,7 +106,7 @@ class Lines:
             self._count(instead)
 
     def _hear(self, thread: int) -> None:
-        """The thread that was asked has answered, if it is this one, or it had the time to."""
+        """Read the answer of the thread that was asked: it faults again, or had INTERVAL for it."""
         frames = FRAME.findall(os.pread(self._memfd, ANSWER, 0).decode(errors="replace"))
         own = [frame for frame in frames if not any(part in frame[0] for part in LIBRARIES)]
         if frames:
@@ -115,7 +115,7 @@ class Lines:
         elif thread == self._asked:
             self._silent.add(thread)
             self._count(NO_LINE)
-        self._asked = 0  # else it is too late
+        self._asked = 0
 
     def _count(self, line: str) -> None:
         area, faults, took = self._of_sample

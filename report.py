@@ -1,30 +1,29 @@
-"""What a job tells of itself: --stats, --progress, --report.
+"""What a job reports of itself: --stats, --progress, --report.
 
-In the picture: beside the pager, which asks for each of them when it is time.
+In the picture: beside the pager, which calls it.
 
 Interface:
     table(figures, title)     what --stats prints
-    Report                    collects samples while the job runs. --progress: each is told by a live
-                              line on a terminal. --report: all of them are one HTML page in the end
+    Report                    collects samples while the job runs. --progress prints each of them as a
+                              live line on a terminal; --report writes an HTML page of all in the end
 
-The page is report.html with one JSON object in it, which a script there draws, in the browser. The
-object has (times in seconds, as time.monotonic; counts in pages, if nothing else is said):
+The page is report.html with one JSON object in it, which a script there draws in the browser. The
+object has (times in seconds, as time.monotonic; counts in pages, unless a unit is given):
     title, page_size (bytes), start_addr, start_time, summary (what summary() returns)
     place          the size of a place: a part of the address space, by its number from start_addr on
-    samples        until: when it was taken; resident, away: then; the counters FAULTS, EVICTIONS and
-                   WAITS (seconds): from the start until then; came: pages since the sample before it,
-                   by place
+    samples        until: when it was taken; resident, away: at that time; the counters FAULTS, EVICTIONS
+                   and WAITS (seconds): since the start; came: pages since the sample before, by place
     latencies      [µs at most, faults], ascending
-    areas          page: the first, in the space; count; name; mapped, unmapped: when, the latter null
-                   if it never was; ended_up: pages, by where they were in the end
+    areas          page: the first, in the space; count; name; mapped, unmapped: when, or null; ended_up:
+                   pages, by where they were in the end
     lines          [line, its array's first page, count of pages, faults, nanoseconds], see lines.py
-    areas_in_all   how many areas there were, with those that are left out
+    areas_in_all   how many areas there were, including those that are left out
 
-Rules: no two threads at a time call sample or write, nor mapped, unmapped or write. The DM-Handler
-appends to Report.came meanwhile. Memory is bounded however long the job runs: when there are more than
-COLUMNS samples, the two neighbours that are about the shortest time become one; when the samples have
-more than CELLS counts of places, each two neighbouring places become one; and of the areas that were
-unmapped, the largest AREAS are remembered.
+Rules: one thread at a time calls sample or write; one calls mapped, unmapped or write. The DM-Handler
+appends to Report.came meanwhile. Memory is bounded however long the job runs. If there are more than
+COLUMNS samples, the two neighbours that cover the shortest time are merged. If all samples together have
+more than CELLS counts of places, neighbouring places are merged in pairs. Of the areas that were unmapped,
+the largest AREAS are kept.
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
 WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}  # the others: here
 
-NO_WRAP = "\x1b[?7l{}\x1b[?7h"  # a line that is too long for the terminal ends where that does
+NO_WRAP = "\x1b[?7l{}\x1b[?7h"  # the terminal cuts off a line that is too long
 
 Figures = dict[str, object]
 Latencies = Sequence[tuple[float, int]]  # (µs, faults), ascending
 
 
 def size(pages: float) -> str:
-    """So many pages, in bytes, for people."""
+    """The size of so many pages, in words."""
     amount, unit = pages * PAGE_SIZE, "bytes"
     for larger in ("KiB", "MiB", "GiB"):
         if amount >= 1024:
@@ -65,7 +64,7 @@ def size(pages: float) -> str:
 
 
 def summary(f: Figures) -> dict[str, str]:
-    """What the figures of pager.py say: {what: in words}."""
+    """The figures of pager.py in words: {name: words}."""
     each = ", ".join(map(str, f.get("from_each_dms", ())))
     return {
         "faults": f"{sum(f[name] for name in FAULTS)}: {f['faults_first_access']} first accesses, "
@@ -90,9 +89,9 @@ def table(figures: Figures, title: str) -> str:
 
 class Report:
     def __init__(self, title: str, start_addr: int, state: Sequence[int], live: bool) -> None:
-        """title: the page's. state: of each page of the space, as lspt.py's, at any time.
+        """title: the title of the HTML page. state: the states of the space's pages, see lspt.py.
 
-        live: with a line on stderr, written over at each sample.
+        live: print a line to stderr, which each sample overwrites.
         """
         self.came: deque[tuple[int, int]] = deque()  # (page, count) of what was installed
         self._title, self._start_addr, self._state, self._live = title, start_addr, state, live
@@ -106,7 +105,7 @@ class Report:
         self._areas = 0  # how many there were in all
 
     def mapped(self, page: int, count: int, name: str) -> None:
-        """page: the first one of the area, in the space. count: its pages. Again, if it has grown."""
+        """An area begins at this page of the space, with count pages; or it has grown to count pages."""
         if grown := self._here.get(page):
             grown["count"] = count
             return
@@ -116,13 +115,12 @@ class Report:
 
     def unmapped(self, page: int) -> None:
         """Before the area's pages are freed."""
-        if area := self._here.pop(page, None):  # else it was told before
+        if area := self._here.pop(page, None):  # None: this was called before
             area["unmapped"] = time.monotonic()
             self._gone = _largest([*self._gone, self._ended(area)])
 
     def sample(self, figures: Figures, away: int) -> None:
-        """Note what has happened since this was last called. away: pages that the store has and this
-        instance has not."""
+        """Note what has happened since the last call. away: the number of pages that only the store has."""
         came: Counter[int] = Counter()
         for _ in range(len(self.came)):
             page, count = self.came.popleft()
@@ -150,10 +148,7 @@ class Report:
                     sample["came"][place >> 1] += count
 
     def write(self, path: str | None, figures: Figures, latencies: Latencies) -> None:
-        """At the end: the live line goes, and the page is written, if it has a path.
-
-        Raises OSError if it can't be written.
-        """
+        """At the end: erase the live line, and write the HTML page if it has a path. Raises OSError."""
         if self._live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         if not path:
@@ -177,14 +172,14 @@ class Report:
         Path(path).write_text(page.replace("REPORT_AS_JSON", text), encoding="utf-8")
 
     def _ended(self, area: dict) -> dict:
-        """The area, with where its pages are now."""
+        """The area, and where its pages are now."""
         states = bytes(self._state[area["page"] : area["page"] + area["count"]])
         ended_up = {name: states.count(byte) for byte, name in WHERE.items()}
         return {**area, "ended_up": ended_up | {"here": len(states) - sum(ended_up.values())}}
 
 
 def _line(before: dict, now: dict) -> str:
-    """What --progress tells of the time between two samples, which is a second."""
+    """The line of --progress, about the second between two samples."""
 
     def rate(*names: str) -> float:
         happened = sum(now[name] - before.get(name, 0) for name in names)

@@ -1,7 +1,7 @@
-"""Installs edm.pth beside the package, which setup.cfg can't say; see there for all the rest.
+"""Installs edm.pth beside the package. setup.cfg can't, and has all the rest.
 
 In the picture: nothing. `python -m edm` looks for edm in the current folder first, where a program may
-have a module of that name. Only what Python's site runs comes before: the lines of .pth files.
+have a module of that name. Only Python's site comes before that, which runs the lines of .pth files.
 
 Source: "site" and "-m" in Python's documentation.
 """
@@ -23,12 +23,12 @@ __import__("edm")
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
-        # What is to be in the wheel: with pip install -e, the folder that "install" makes it of.
+        # The folder whose files get into the wheel; with pip install -e it is that of "install".
         install = self.get_finalized_command("install")
         folder = install.install_lib if self.editable_mode else self.build_lib
         with open(os.path.join(folder, "edm.pth"), "w") as file:
             file.write(PTH)
 
 
-# Told its name, setuptools does not take this file for a module of the package.
+# With script_name, setuptools does not take this file for a module of the package.
 setup(script_name="setup.py", cmdclass={"build_py": BuildPy})

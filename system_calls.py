@@ -287,17 +287,14 @@ class SystemCalls:
         """The pages of the buffers (address, bytes) that begin in the space, AT_ONCE in all, in the order in
         which the call touches them."""
         runs: list[range] = []
-        room, space = AT_ONCE // PAGE_SIZE, self._lspt.pages * PAGE_SIZE
         for address, length in buffers:
             begin = address - self._start
-            if length and 0 <= begin < space and room > 0:
-                end = min(begin + min(length, AT_ONCE), space)
-                first, stop = begin // PAGE_SIZE, -(-end // PAGE_SIZE)
+            first, stop = begin // PAGE_SIZE, -(-(begin + length) // PAGE_SIZE)
+            if length and 0 <= first < self._lspt.pages:
                 if runs and first in (runs[-1].stop - 1, runs[-1].stop):
                     first = runs.pop().start
-                runs.append(range(first, stop))
-                room = AT_ONCE // PAGE_SIZE - sum(map(len, runs))
-        return runs
+                runs.append(range(first, min(stop, self._lspt.pages)))
+        return first_of(runs, AT_ONCE // PAGE_SIZE)
 
     def _pin(
         self, wanted: list[range], least: int, thread: int, call: tuple[int, ...]
