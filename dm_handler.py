@@ -399,7 +399,7 @@ class DmHandler:
             return
         self._lspt.arrived(pages)
         if self.came is not None:
-            self.came.extend((page, 1) for page in pages)
+            self.came.extend(pages)
 
     def _lose(self, page: int, error: OSError) -> None:
         """The store can't return this page: from now on touching it is a SIGBUS, and never gives zeros."""

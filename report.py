@@ -93,7 +93,7 @@ class Report:
 
         live: print a line to stderr, which each sample overwrites.
         """
-        self.came: deque[tuple[int, int]] = deque()  # (page, count) of what was installed
+        self.came: deque[int] = deque()  # the pages that were installed
         self._title, self._start_addr, self._state, self._live = title, start_addr, state, live
         self._start_time = time.monotonic()
         self._samples: list[dict] = []  # see above
@@ -121,10 +121,7 @@ class Report:
 
     def sample(self, figures: Figures, away: int) -> None:
         """Note what has happened since the last call. away: the number of pages that only the store has."""
-        came: Counter[int] = Counter()
-        for _ in range(len(self.came)):
-            page, count = self.came.popleft()
-            came[page >> self._shift] += count
+        came = Counter(self.came.popleft() >> self._shift for _ in range(len(self.came)))
         samples = self._samples
         now = {name: figures[name] for name in (*FAULTS, *EVICTIONS, *WAITS, "resident")}
         now |= {"until": time.monotonic(), "came": came, "away": away}

@@ -46,7 +46,7 @@ def sampled(clock, samples, places=1, faults=3, **options):
     made = begun(**options)
     for n in range(1, samples + 1):
         clock[0] += 1
-        made.came.append((n * 256 % (places * 256), 5))
+        made.came.extend([n * 256 % (places * 256)] * 5)
         made.sample(FIGURES | {"faults_refetch": faults * n}, away=n)
     return made
 
@@ -102,7 +102,7 @@ def test_what_came_is_told_for_the_interval_in_which_it_came(clock):
     made = begun()
     for second in range(2000):
         clock[0] += 1
-        made.came.append((second << report.PLACE, 1))
+        made.came.append(second << report.PLACE)
         made.sample(FIGURES, away=0)
     assert made._shift == report.PLACE
     began = BEGAN
@@ -119,7 +119,7 @@ def test_however_much_memory_a_job_has_its_places_are_few_and_no_page_is_lost(cl
     for _ in range(250):
         clock[0] += 1
         pages = [place << report.PLACE for place in randomly.choices(range(places), k=1000)]
-        made.came.extend((page, 2) for page in pages)
+        made.came.extend(pages * 2)
         made.sample(FIGURES, away=0)
         assert sum(len(sample["came"]) for sample in made._samples) <= CELLS
     assert sum(sample["came"].total() for sample in made._samples) == 250 * 2000
