@@ -138,7 +138,7 @@ class MemHandler:
             _TWO(Callback(self.malloc).call),
             _THREE(Callback(self.calloc).call),
             _THREE(Callback(self.realloc).call),
-            _FREE(Callback(self.free).fetch),
+            _FREE(Callback(self.free).call),
         )
         os.register_at_fork(after_in_child=self._kept.clear)
         # No callback works while the interpreter finalizes. Then arrays are made in NumPy's own memory,
@@ -235,34 +235,33 @@ def _begins_in_its_try(function: Any) -> Any:
 
 
 class Callback:
-    """What ctypes calls. It calls work(done, ...), and no exception gets lost.
+    """A function for ctypes to call: it calls work(done, ...), and loses no exception.
 
-    A callback can't raise: ctypes prints the exception, and C gets a pointer that is anything. Yet there
-    are exceptions. C code frees arrays while one is set, with which no Python code may run, and which has
-    to be set afterwards. And a signal handler may raise in the middle of the callback, for the program to
-    catch. So the first is fetched before any Python code runs, and the second is caught, and the work is
-    done all the same. Both are raised again when no Python code of the callback is left: by the
-    destructor of what it returns, an int with an array whose memory is "freed" by PyObject_CallNoArgs.
+    A callback can't raise: ctypes prints the exception, and C code goes on with an undefined pointer. But
+    there are two kinds of exceptions here. C code frees arrays while an exception is set; no Python code
+    may run with it, and it must be set again afterwards. And a signal handler may raise in the middle of
+    the callback, and the program has to get that. So an exception that is set is fetched before any Python
+    code runs; one that comes is caught, and the work is done nevertheless. Both are raised when no Python
+    code of the callback is left: by the destructor of what it returns. That is an int with an array, whose
+    memory is "freed" by PyObject_CallNoArgs(ctx).
 
-        NumPy: free(ctx, address, size)
+        NumPy: malloc, calloc, realloc or free
           │
           ▼              its errcheck
-        PyErr_Fetch ─────────────────► fetched: work(done, ctx, address, size)
+        PyErr_Fetch ─────────────────► fetched: work(done, ...)
                                           │ if an exception was set, or has come
                                           ▼
         ctypes takes the int ◄──────── self[...]: an Answer, with an array
           │ and drops it: the array is freed
           ▼
-        PyObject_CallNoArgs ─────────► PyThreadState_SetAsyncExc: what came is raised by the next Python code
+        PyObject_CallNoArgs ─────────► PyThreadState_SetAsyncExc: the next Python code raises what came
           │                            PyErr_Restore: what was set is set again
           ▼
         NumPy goes on
 
-    The others of NumPy's functions are never called with an exception set; `call` is theirs.
-
-    Python runs signal handlers after calls, after jumps and where a function begins, but not after
-    operators. Hence what must not be interrupted here is written with operators: self[...] is a call, and
-    `calls += later` is the last thing before the return. Interrupted work is done again, unless its answer
+    Python runs signal handlers after calls, after backward jumps and at the start of a function, but not
+    after operators. So what must not be interrupted is written with operators: self[...] is a call, and
+    `calls += later` is the last step before the return. Interrupted work is done again, unless its answer
     is in `done`.
     """
 
@@ -271,25 +270,17 @@ class Callback:
         self._set = (c_size_t * 3)()  # type, value and traceback of the exception that is set
         fetch = _function("PyErr_Fetch", None)
         fetch.errcheck = self.fetched
-        self.fetch = partial(
+        self.call = partial(
             fetch, *(ctypes.byref(self._set, n * sizeof(c_size_t)) for n in range(3))
         )
 
     @_begins_in_its_try
-    def call(self, *arguments: int) -> int:
-        try:
-            done: list[int] = []
-            return self._work(done, *arguments)
-        except BaseException as error:  # noqa: BLE001 - whichever it is, the program gets it
-            return self[arguments, done, (0,), error, TRIES]
-
-    @_begins_in_its_try
     def fetched(self, result: None, fetch: object, arguments: tuple) -> int:
         try:
-            was_set, arguments, done = self._set[:], arguments[3:], []
-            if not was_set[0]:
+            was_set, arguments, done = self._set[0] and self._set[:], arguments[3:], []
+            if not was_set:
                 return self._work(done, *arguments)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001 - whichever it is, the program gets it
             return self[arguments, done, was_set, error, TRIES]
         return self[arguments, done, was_set, None, TRIES]
 
@@ -303,7 +294,7 @@ class Callback:
                 kind = type(came)  # SetAsyncExc wants a class, and makes an instance
                 kind = type(kind.__name__, (kind,), {"__new__": lambda *_: came})
                 later.append(partial(_raise_soon, get_ident(), kind))
-            if was_set[0]:
+            if was_set:
                 later.append(partial(_restore, *was_set))
             answer.after = _array(calls)
             calls += later
