@@ -172,11 +172,9 @@ def _interpreter_options() -> list[str]:
 
 def _instances_here(dms: int) -> int:
     """How many instances share this machine's memory, as far as the MPI launcher says."""
-    here = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    ranks = os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
-    return max(
-        1, int(here or 1) - (dms if here == ranks else 0)
-    )  # all ranks are here, DMSs included
+    told = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    here = int(told or 1)
+    return max(1, here - (dms if here == launched()[1] else 0))  # all ranks are here, with the DMSs
 
 
 def _memory() -> tuple[int, int]:
