@@ -91,22 +91,20 @@ LEAST = {False: (64 << 10) // PAGE_SIZE + 1, True: (576 << 10) // PAGE_SIZE + 1}
 # What an argument is: a buffer, and the next argument its length; an array of struct iovec, and the next
 # one their count; a struct msghdr, which points to such an array.
 BUFFER, VECTOR, MESSAGE = range(3)
-# name: (which argument, whether the call writes to the buffers, what the argument is)
+# name: (number on x86-64, on aarch64, which argument, whether the call writes to the buffers, what it is)
 _CALLS = {
-    "read": (1, True, BUFFER), "write": (1, False, BUFFER), "pread64": (1, True, BUFFER),
-    "pwrite64": (1, False, BUFFER), "recvfrom": (1, True, BUFFER), "sendto": (1, False, BUFFER),
-    "getrandom": (0, True, BUFFER), "readv": (1, True, VECTOR), "writev": (1, False, VECTOR),
-    "preadv": (1, True, VECTOR), "pwritev": (1, False, VECTOR), "preadv2": (1, True, VECTOR),
-    "pwritev2": (1, False, VECTOR), "recvmsg": (1, True, MESSAGE), "sendmsg": (1, False, MESSAGE),
+    "read": (0, 63, 1, True, BUFFER), "write": (1, 64, 1, False, BUFFER),
+    "pread64": (17, 67, 1, True, BUFFER), "pwrite64": (18, 68, 1, False, BUFFER),
+    "recvfrom": (45, 207, 1, True, BUFFER), "sendto": (44, 206, 1, False, BUFFER),
+    "readv": (19, 65, 1, True, VECTOR), "writev": (20, 66, 1, False, VECTOR),
+    "preadv": (295, 69, 1, True, VECTOR), "pwritev": (296, 70, 1, False, VECTOR),
+    "preadv2": (327, 286, 1, True, VECTOR), "pwritev2": (328, 287, 1, False, VECTOR),
+    "recvmsg": (47, 212, 1, True, MESSAGE), "sendmsg": (46, 211, 1, False, MESSAGE),
+    "getrandom": (318, 278, 0, True, BUFFER),
 }  # fmt: skip
-# By machine: AUDIT_ARCH, and the numbers of these calls, in the same order.
-_MACHINES = {
-    "x86_64": (0xC000003E, (0, 1, 17, 18, 45, 44, 318, 19, 20, 295, 296, 327, 328, 47, 46)),
-    "aarch64": (0xC00000B7, (63, 64, 67, 68, 207, 206, 278, 65, 66, 69, 70, 286, 287, 212, 211)),
-}
-AUDIT_ARCH, _NUMBERS = _MACHINES[os.uname().machine]
-CALLS = dict(zip(_NUMBERS, _CALLS.values(), strict=True))
-WRITE, PWRITE = _NUMBERS[1], _NUMBERS[3]
+AUDIT_ARCH, _COLUMN = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}[os.uname().machine]
+CALLS = {call[_COLUMN]: call[2:] for call in _CALLS.values()}  # by number
+WRITE, PWRITE = _CALLS["write"][_COLUMN], _CALLS["pwrite64"][_COLUMN]
 SIGPIPE = 13  # signal.SIGPIPE, without importing signal: the application imports this module
 
 iovec, msghdr = Struct("=QQ"), Struct("=16xQQ")  # base, len; of its fields iov, iovlen
@@ -195,7 +193,7 @@ class SystemCalls:
         uffd: int,
         unmark: bool,
     ) -> None:
-        """ended: an eventfd, whose writing ends run(). application: its process id; pidfd: its other name.
+        """ended: an eventfd; writing it ends run(). application, pidfd: its process id, and a pidfd of it.
         unmark: the mark of a page that a call writes has to be cleared here."""
         self._listener, self._ended = listener, ended
         self._application, self._pidfd = application, pidfd
@@ -235,7 +233,7 @@ class SystemCalls:
         os.close(self._listener)
 
     def _serve(self) -> None:
-        """Receive a call, bring its pages, and answer."""
+        """Receive a call, bring its pages, and answer it."""
         message = bytearray(seccomp_notif.size)
         ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
         number, thread, _, nr, _, _, *arguments = seccomp_notif.unpack(message)
@@ -245,7 +243,7 @@ class SystemCalls:
         call = nr, *arguments
         whole = not process or self._bring(thread, call)
         if not whole and nr in (WRITE, PWRITE) and process == self._application:
-            # EBADF, EPERM: the kernel makes what it can of it.
+            # EBADF, EPERM: then the kernel makes the call.
             with contextlib.suppress(OSError):
                 fd = u.pidfd_getfd(self._pidfd, arguments[0])
                 if not stat.S_ISSOCK(os.fstat(fd).st_mode):  # a part would be a message of its own
@@ -259,12 +257,13 @@ class SystemCalls:
         ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
 
     def _process_of(self, thread: int) -> int:
-        """Which of the processes that have the space has this thread; 0: none."""
+        """The process that has this thread, of those that have the space; 0 if none has."""
         found = (pid for pid in self.processes if os.path.exists(f"/proc/{pid}/task/{thread}"))
         return next(found, 0)
 
     def _bring(self, thread: int, call: tuple[int, ...], done: int = 0) -> bool:
-        """Pin the first pages of the call's buffers, without `done` bytes, and bring them. Was that all?"""
+        """Pin the first pages of the call's buffers, behind `done` bytes, and bring them. Returns whether
+        these are all pages of a call that has one buffer."""
         number, *arguments = call
         argument, writes, kind = CALLS[number]
         address, length = arguments[argument] + done, arguments[argument + 1] - done

@@ -59,7 +59,7 @@ def start():
 
 
 class Finder:
-    """First on sys.meta_path: what happens when the program imports edm, or numpy."""
+    """First on sys.meta_path, for the program's imports of edm and numpy."""
 
     def __init__(self, edm_spec, use_numpy):
         self._edm_spec, self._use_numpy = edm_spec, use_numpy
@@ -70,8 +70,8 @@ class Finder:
         finders = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
         spec = next(filter(None, (f.find_spec(name, path, target) for f in finders)), None)
         if name == "edm":
-            # Without a spec, EDM was found on a path of the launcher's only. Else its folder tells:
-            # Python that was started there finds edm.py, and not __init__.py.
+            # None: only the launcher's path has EDM. Its folder is compared, as a Python that was started
+            # there finds edm.py instead of __init__.py.
             is_ours = spec is None or os.path.realpath(os.path.dirname(spec.origin or "")) == EDM
             return self._edm_spec if is_ours else spec
         if spec is not None and spec.loader is not None:
@@ -94,6 +94,6 @@ if "EDM_RUN" in os.environ:  # else this is a subinterpreter: its sys.path begin
     except Exception:  # noqa: BLE001 - site would go on, without EDM
         sys.excepthook(*sys.exc_info())
         os._exit(1)
-# The user's own, or else ImportError, which site expects. This one is not found any more.
+# The user's own, or ImportError, which site expects. This module is not found any more.
 del sys.modules["sitecustomize"]
 import sitecustomize  # noqa: F401
