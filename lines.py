@@ -46,6 +46,7 @@ ARRAYS = 1021  # with a mean of their own; if there are more, some share one
 ANSWER = 1 << 16  # bytes; faulthandler writes at most 100 frames
 NO_LINE = "a thread that tells no line"
 
+# A frame of a file whose name has one of LIBRARIES in it is not the program's.
 FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)\n')
 STANDARD_LIBRARY, HERE = os.path.dirname(os.__file__), os.path.dirname(__file__)
 LIBRARIES = STANDARD_LIBRARY, f"{HERE}/numpy_mem_handler", "-packages/", "<frozen ", "<__array_"

@@ -44,10 +44,6 @@ from functools import cache, partial, wraps
 
 from edm.address_space import Space, whole_pages
 
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import Any
-
 # PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
 SET_HANDLER, GET_HANDLER = 304, 305
 HANDLER_NAME = b"mem_handler"  # of a capsule with a handler
@@ -213,7 +209,7 @@ class MemHandler:
 
     def _made_in(self) -> str:
         """file:line of the innermost frame whose file is not installed beside NumPy."""
-        frame: Any = sys._getframe(1)
+        frame = sys._getframe(1)
         while frame and frame.f_code.co_filename.startswith(self._libraries):
             frame = frame.f_back
         return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
@@ -225,7 +221,7 @@ handler_of = cache(MemHandler)  # a space has one
 # ---------------------------------------------------------------- callbacks and exceptions
 
 
-def _begins_in_its_try(function: Any) -> Any:
+def _begins_in_its_try(function: Callable[..., int]) -> Callable[..., int]:
     """Have no signal handler run before the function's first statement, a try."""
     code = bytearray(function.__code__.co_code)
     if "RESUME" in dis.opmap:  # with 3 it does not look for signals; Python 3.10 has none
@@ -327,7 +323,7 @@ def _array(calls: list[Callable[[], object]]) -> object:
 
 
 @cache
-def _numpy_api(index: int, *arguments: type) -> Callable[..., Any]:
+def _numpy_api(index: int, *arguments: type) -> Callable[..., object]:
     """The function of NumPy's C API with this index; it returns an object."""
     import numpy
 
@@ -339,7 +335,7 @@ def _numpy_api(index: int, *arguments: type) -> Callable[..., Any]:
     return ctypes.PYFUNCTYPE(py_object, *arguments)(address)
 
 
-def _function(name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
+def _function(name: str, result: type | None, *arguments: type) -> Callable[..., object]:
     """A function of Python's C API, or of the C library."""
     return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
 
