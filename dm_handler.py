@@ -89,7 +89,7 @@ class DmHandler:
         self._epoll.register(uffd, select.EPOLLIN)
         self._epoll.register(lspt.for_handler, select.EPOLLIN)
         self.children = Children(self._epoll)
-        self.came: deque[tuple[int, int]] | None = None  # gets (page, count) of what is installed
+        self.came: deque[int] | None = None  # gets the pages that are installed
         self.lines: Any = None  # a lines.Lines, which samples the faults
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
