@@ -56,7 +56,7 @@ from edm import uffd_ctypes as u
 from edm.children import Children
 from edm.lspt import LSPT, runs_of
 from edm.page_store import CONTENT
-from edm.readahead import Readahead, Stream
+from edm.readahead import FIRST_WINDOW, Readahead, Stream
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
@@ -259,7 +259,6 @@ class DmHandler:
             else:
                 pages = range(page, page + 1)
                 self._bring(pages, self._ask(pages), page, write)
-                self._readahead.single(page)
             return True
         self._figures[l.OTHER] += 1
         if state >= l.HERE or state == l.LOST:
@@ -318,7 +317,9 @@ class DmHandler:
         self._readahead.continued(stream, pages)
         for piece in pieces:
             self._bring(piece, stream.ahead.pop(piece), page, write)
-            if piece is pieces[0]:  # the application works on it meanwhile
+            if (
+                piece is pieces[0] and len(pages) > FIRST_WINDOW
+            ):  # the application works on it meanwhile
                 self._ask_ahead(stream)
 
     def _pieces(self, pages: range) -> Iterator[range]:

@@ -2,15 +2,14 @@
 
 In the picture: a part of the DM-Handler, which does what this decides.
 
-Interface: Readahead.stream(page) returns the Stream that a fault of this page continues, if any. The
-DM-Handler fetches the pages that the stream wants, reports them (continued), and asks the store for the
-next ones ahead of need (Stream.ahead). It also reports the faults that continue no stream (single): they
-may begin one.
+Interface: Readahead.stream(page) returns the Stream that a fault of this page continues or begins, if any.
+The DM-Handler fetches the pages that the stream wants, reports them (continued), and asks the store for
+the next ones ahead of need (Stream.ahead).
 
-A stream begins after two faults in neighbouring pages, upward or downward, or after three at equal
-distances (its stride, at most MAX_STRIDE, upward). Its window is small at first, and doubles each
-time that one was used up, to at most max_window. Random access only ever pays for a look at each of
-the few streams.
+A stream begins with the second of two faults in neighbouring pages, upward or downward, or with the third
+of three at equal distances (its stride, at most MAX_STRIDE, upward). Its window is small at first, as the
+two may have been all, and doubles each time that one was used up, to at most max_window. Random access
+only ever pays for a look at each of the few streams.
 
 What was asked for ahead is a hint: its pages stay AWAY until one of them faults. It is dropped when
 any of its pages comes in another way, as its bytes may then be old.
@@ -27,7 +26,7 @@ from collections.abc import Callable
 
 STREAMS = 8  # followed at once
 REMEMBERED = 16  # single faults that may yet turn out to begin a stream
-FIRST_WINDOW = 8
+FIRST_WINDOW = 4  # mm/readahead.c's
 STRIDED_WINDOW = 64  # at most: the pages of one are read and installed one by one
 MAX_STRIDE = 64
 # Strides: a fault so near after a window continues its stream. Few, as random faults that hit an old stream
@@ -63,34 +62,32 @@ class Readahead:
         self._recent: list[int] = []  # pages of single faults, sorted
 
     def stream(self, page: int) -> Stream | None:
-        """The stream that a fault of this page continues. If there is none, the page comes alone, and what
-        was asked for ahead of it is dropped."""
+        """The stream that a fault of this page continues or begins. If there is none, the page comes alone,
+        and what was asked for ahead of it is dropped."""
         for stream in self._streams:
             if page in stream.reach:
                 if page in stream.reach[:NEAR]:
                     return stream
                 self.drop_ahead(stream)
-        return None
+        return self._begin(page) if self.max_window > 1 else None
 
-    def single(self, page: int) -> None:
-        """This page has faulted, continues no stream, and has come alone."""
-        if self.max_window < 2:
-            return
+    def _begin(self, page: int) -> Stream | None:
         recent = self._recent
         at = bisect_left(recent, page)
         for before in recent[bisect_left(recent, page - MAX_STRIDE) : at + 1]:
             stride = page - before
             if stride in (1, -1) or stride > 1 and before - stride in recent:
                 recent.remove(before)
-                first_window = min(FIRST_WINDOW, self.max_window)
-                self._streams.insert(0, Stream(page + stride, first_window, stride))
+                stream = Stream(page, min(FIRST_WINDOW, self.max_window), stride)
+                self._streams.insert(0, stream)
                 if len(self._streams) > STREAMS:
                     self.drop_ahead(self._streams.pop())
-                return
+                return stream
         if len(recent) == REMEMBERED:
             recent.clear()
             at = 0
         recent.insert(at, page)
+        return None
 
     def continued(self, stream: Stream, pages: range) -> None:
         """The stream has been continued with these pages, in the order of need."""
