@@ -30,7 +30,7 @@ the write is a fault, which _resolve answers with UFFDIO_WRITEPROTECT.
 Rules: this thread alone reads the userfaultfds and makes pages COME.
 
 Waiting: to wake another core that is idle takes longer than all the rest of a fault. So this thread
-looks for the next fault for LOOK seconds before it sleeps. To follow the application to its core, and
+looks for the next fault for SPIN seconds before it sleeps. To follow the application to its core, and
 sleep at once, was measured too: 41 to 44 µs a random read, where looking takes 22 to 32.
 """
 
@@ -63,10 +63,9 @@ TYPE_CHECKING = False  # for type checkers it is true; typing takes long to impo
 if TYPE_CHECKING:
     from typing import Any
 
-BRING = 0.1  # seconds
-LOOK = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
+BRING = 0.1  # seconds; then the caller looks itself whether the pages have come
+SPIN = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
 FIRST_PIECE, PIECE = 16, 64  # pages of a window that are installed at once
-SETTLE = 100e-6  # seconds that a child waits for a page that is LEAVING, before it tries again
 LATENCY_BUCKET = 1000  # nanoseconds
 WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in seconds
 FAULTS, STORE, ROOM = range(3)  # their places
@@ -190,9 +189,9 @@ class DmHandler:
                 self._waited[FAULTS] += began
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
-        """The faults that wait. If there are none, look again for LOOK seconds, and yield the core each
+        """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each
         time; then sleep. If pages were asked for, don't wait."""
-        until = time.monotonic() + LOOK
+        until = time.monotonic() + SPIN
         while True:
             if self.children.uffds:
                 self._serve_children()
@@ -214,7 +213,7 @@ class DmHandler:
                 address &= -PAGE_SIZE
                 page = (address - self._start) // PAGE_SIZE
                 if self._lspt.state[page] == l.LEAVING:
-                    time.sleep(SETTLE)  # LPET wakes the application only
+                    time.sleep(l.SETTLE)  # LPET wakes the application only
                 else:
                     self._claim(page, False)
                 if self._lspt.state[page] == l.LOST:

@@ -32,9 +32,9 @@ from edm.edm import PAGE_SIZE, Config, add_settings, launched, refuse
 
 PROG = "python -m edm run"
 SPACE = 256 << 30  # bytes
-# The default of --resident: SHARE % of the free memory. But OTHERS bytes are left to the pager, the
-# interpreter and small arrays, unless that makes it less than LEAST % of the free memory.
-SHARE, OTHERS, LEAST = 80, 128 << 20, 25
+# The default of --resident: DEFAULT_PERCENT of the free memory. But OTHERS bytes are left to the pager, the
+# interpreter and small arrays, unless that makes it less than LEAST_PERCENT of the free memory.
+DEFAULT_PERCENT, OTHERS, LEAST_PERCENT = 80, 128 << 20, 25
 
 
 def main(arguments: list[str]) -> None:
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resident", type=size_in_bytes, metavar="SIZE",
         help="memory to use, at most: 512M, 12G, or 80%% of this machine's (default: "
-        f"{SHARE}%% of what is free)",
+        f"{DEFAULT_PERCENT}%% of what is free)",
     )  # fmt: skip
     parser.add_argument(
         "--numpy", action=argparse.BooleanOptionalAction, default=True,
@@ -122,7 +122,8 @@ def _config(args: argparse.Namespace) -> Config:
         raise ValueError(f"dms: needs more MPI ranks; start it as: {how}")
     if args.resident is None:
         free = _memory()[1] // _instances_here(args.dms)
-        args.resident = max(min(free * SHARE // 100, free - OTHERS), free * LEAST // 100)
+        part = min(free * DEFAULT_PERCENT // 100, free - OTHERS)
+        args.resident = max(part, free * LEAST_PERCENT // 100)
     if args.resident < 2 * PAGE_SIZE:
         raise ValueError(f"resident: {args.resident} bytes are less than two pages")
     if args.end_addr is None:

@@ -71,9 +71,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 AGE = 1  # generations: with 2, zipf fetches 2 % fewer pages, but LPET takes 1.5 times as long for each
-GRACE = 5.0  # seconds
+GRACE = 5.0  # seconds: by then whoever fills the disk may have made room
 REST = 0.1  # seconds between two tries of what was refused
-SETTLE = 100e-6  # seconds between two looks at pages that another thread has in its hands
 # Pages that are to leave, and a few others between them: one more splice costs as much as copying
 # four pages.
 _SPAN = re.compile(rb"\xff+(?:\0{1,4}\xff+)*")
@@ -265,7 +264,7 @@ class Lpet:
                 "no page can be evicted, and the application needs another one: "
                 f"{self._refusal.strerror or self._refusal}",
             )
-        return max(self._again_at - now, SETTLE)
+        return max(self._again_at - now, l.SETTLE)
 
     # ------------------------------------------------------------ which pages
 
@@ -412,7 +411,7 @@ class Lpet:
                     raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
                 break  # what was COMING has not come
             if later:  # they are HERE, or have been stored, soon
-                time.sleep(SETTLE)
+                time.sleep(l.SETTLE)
             runs = later
         return pages
 

@@ -56,6 +56,9 @@ HERE, GENERATIONS = 128, 128  # HERE and its generation
 
 PART = 4096  # pages: their bytes are one page of memory, which the first access allocates
 QUARTERS = 4  # generations in one turnover of high_threshold pages
+# Seconds between two looks at a page that another thread has LEAVING: part of an eviction, which takes
+# 100 µs for one page and a millisecond for 256.
+SETTLE = 100e-6
 SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algorithm to the letter
 
 # Tables for `leaving`, by state: 2: the page leaves; 1: it may be a hole; 0: it stays as it is.

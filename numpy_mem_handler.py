@@ -48,8 +48,8 @@ from edm.address_space import Space, whole_pages
 SET_HANDLER, GET_HANDLER = 304, 305
 HANDLER_NAME = b"mem_handler"  # of a capsule with a handler
 
-SHARE = 16  # the areas that are kept have at most 1/SHARE of the resident limit together
-AREAS = 16  # and are at most so many
+KEPT_PART = 16  # the areas that are kept have at most 1/KEPT_PART of the resident limit together
+KEPT_AREAS = 16  # and are at most so many
 TRIES = 4  # of one request, if signal handlers raise in the middle of each
 
 # An allocator's functions, by their number of arguments; an address is a c_size_t. The caller has the GIL.
@@ -197,12 +197,12 @@ class MemHandler:
 
         With a limit of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
         """
-        length, most = self._space.allocated(address), self._space.resident_limit // SHARE
+        length, most = self._space.allocated(address), self._space.resident_limit // KEPT_PART
         if length > most or self._space.is_forked:
             self._space.release(address)
             return
         self._kept[address] = length
-        while len(kept := self._kept.copy()) > AREAS or sum(kept.values()) > most:
+        while len(kept := self._kept.copy()) > KEPT_AREAS or sum(kept.values()) > most:
             oldest = next(iter(kept))
             if self._kept.pop(oldest, 0):
                 self._space.release(oldest)

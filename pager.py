@@ -75,13 +75,13 @@ TYPE_CHECKING = False  # for type checkers it is true; typing takes long to impo
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-SHARE = 64  # a readahead window is at most this part of high_threshold
-GRACE = 3  # seconds from a signal to the pager until the application is killed
-AGAIN = 0.001  # seconds between two tries to free pages that are COMING or LEAVING
+WINDOW_PART = 64  # a readahead window is at most this part of high_threshold
+TERM_TO_KILL = 3  # seconds from a signal to the pager until the application is killed
+FREE_AGAIN = 0.001  # seconds between two tries to free pages that are COMING or LEAVING
 
 # Milliseconds from one sample of --progress and --report to the next. An application that has
 # closed its end of the socket pair is looked at as often: it may have become another program.
-LOOK = 100
+SAMPLE = 100
 
 # Seconds that a thread may keep the GIL when another one wants it. With the default, a fault would
 # wait for up to 5 ms while another thread computes.
@@ -125,7 +125,7 @@ class Pager:
             from edm.report import Report  # it takes long to import
 
             self._report = Report(self._title, start, lspt.state, live)
-        window = min(config.readahead, config.high_threshold // SHARE)
+        window = min(config.readahead, config.high_threshold // WINDOW_PART)
         self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.track_clean))
         if self._report:
             self._handler.came = self._report.came
@@ -249,13 +249,13 @@ class Pager:
     def _end_by(self, number: int, frame: object) -> None:
         """A rank's signal handler: pass SIGTERM or SIGINT on to the application.
 
-        The next signal kills it. After GRACE seconds this is SIGALRM.
+        The next signal kills it. After TERM_TO_KILL seconds this is SIGALRM.
         """
         if self._ended_by:
             self._kill_application()
             return
         self._ended_by = signal.Signals(number).name
-        signal.alarm(GRACE)
+        signal.alarm(TERM_TO_KILL)
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.killpg(self._application, number)  # its subprocesses too, as a terminal does
 
@@ -264,12 +264,12 @@ class Pager:
         poll = select.poll()
         for fd in (self._process, self._ended, self._control.fileno()):
             poll.register(fd, select.POLLIN)
-        timeout = LOOK if self._report else None
+        timeout = SAMPLE if self._report else None
         while True:
             ready = [fd for fd, _ in poll.poll(timeout)]
             if self._control.fileno() in ready and not self._hear_children():
                 poll.unregister(self._control)
-                timeout = LOOK
+                timeout = SAMPLE
             if self._process in ready or self._ended in ready or self._pagemap.is_gone():
                 return
             with self._telling:
@@ -333,7 +333,7 @@ class Pager:
             while runs and not self._lspt.stopped():
                 runs = [left for run in runs for left in self._free(*run)]
                 if runs:
-                    time.sleep(AGAIN)
+                    time.sleep(FREE_AGAIN)
         elif what == m.PREFETCH:
             self._handler.ask_for(range(first, first + n) for first, n in m.RUN.iter_unpack(name))
         elif what == m.FORGET:

@@ -78,15 +78,15 @@ if TYPE_CHECKING:
     from edm.lspt import LSPT
 
 AT_ONCE = 1 << 20  # bytes
-SETTLE = 100e-6  # seconds between two looks at pages that are LEAVING
-ROOM = 0.3  # seconds to wait for room for a pin
-AGAIN = 1e-3  # seconds between two looks for it
-LOOK = 50  # milliseconds between two looks for a signal, while a write waits
+BRING_AGAIN = 100e-6  # seconds, as lspt.SETTLE, which the application is not to import
+PIN_WAIT = 0.3  # seconds to wait for room for a pin
+PIN_AGAIN = 1e-3  # seconds between two looks for it
+SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
 
 # The least number of pages to pin; by whether the call writes memory. A call on a socket fails if it can't
 # copy a whole part. A part is 64 KiB when sending, and when receiving what TCP has joined: 17 times
 # 32 KiB (MAX_SKB_FRAGS).
-LEAST = {False: (64 << 10) // PAGE_SIZE + 1, True: (576 << 10) // PAGE_SIZE + 1}
+LEAST_PINNED = {False: (64 << 10) // PAGE_SIZE + 1, True: (576 << 10) // PAGE_SIZE + 1}
 
 # What an argument is: a buffer, and the next argument its length; an array of struct iovec, and the next
 # one their count; a struct msghdr, which points to such an array.
@@ -269,12 +269,12 @@ class SystemCalls:
         address, length = arguments[argument] + done, arguments[argument + 1] - done
         buffers = [(address, length)] if kind == BUFFER else _buffers(thread, kind, address, length)
         wanted = self._pages_of(buffers)
-        pages = self._pin(wanted, LEAST[writes], thread, call) if wanted else []
+        pages = self._pin(wanted, LEAST_PINNED[writes], thread, call) if wanted else []
         for run in pages:
             while self._lspt.is_missing(run) and not self._lspt.stopped():
                 self._handler.bring(run, writes)
                 if self._lspt.is_missing(run):
-                    time.sleep(SETTLE)
+                    time.sleep(BRING_AGAIN)
             if writes and self._unmark:
                 start = self._start + run.start * PAGE_SIZE
                 # ENOENT, ESRCH: the application is ending.
@@ -300,11 +300,11 @@ class SystemCalls:
     ) -> list[range]:
         """As Pins.pin, but wait for room. If other calls that wait, such as recv_into, keep all of it, the
         pages stay unpinned: very likely they are still here when the call touches them."""
-        pins, give_up = self._lspt.pins, time.monotonic() + ROOM
+        pins, give_up = self._lspt.pins, time.monotonic() + PIN_WAIT
         while not (pages := pins.pin(wanted, least, thread, call)):
             if time.monotonic() > give_up:
                 return first_of(wanted, min(least, pins.most))
-            time.sleep(AGAIN)
+            time.sleep(PIN_AGAIN)
         return pages
 
     # ------------------------------------------------------------ large writes
@@ -367,7 +367,7 @@ def _wait_for_room(fd: int, thread: int) -> None:
     if a signal with a handler waits for the thread whose call this is."""
     poll, blocks = select.poll(), os.get_blocking(fd)
     poll.register(fd, select.POLLOUT)
-    while not poll.poll(LOOK if blocks else 0):
+    while not poll.poll(SIGNAL_LOOK if blocks else 0):
         if not blocks:
             raise OSError(errno.EAGAIN, "no room")
         with open(f"/proc/{thread}/status") as file:

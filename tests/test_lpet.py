@@ -403,7 +403,7 @@ def test_while_the_store_refuses_only_clean_pages_leave_and_then_it_is_tried_aga
     instance.store.refuses = refuse_nothing
     assert instance.evict_once() == []
     clock.now += lpet_module.REST
-    assert len(instance.evict_once()) == 28 and instance.lpet._rest() == lpet_module.SETTLE
+    assert len(instance.evict_once()) == 28 and instance.lpet._rest() == l.SETTLE
 
 
 def test_all_clean_pages_that_are_due_are_looked_at_in_the_turn_in_which_the_store_refuses(make):
