@@ -108,8 +108,8 @@ def read_until(job: Job, words: str, seconds: float = 30) -> str:
 def wait_until_gone(job: Job, seconds: float = 5) -> None:
     """Poll until no process of the job is left."""
     deadline = time.monotonic() + seconds
-    while left := job.processes():
-        assert time.monotonic() < deadline, f"still there after {seconds} s: {left}"
+    while job.processes():
+        assert time.monotonic() < deadline, f"still there after {seconds} s:\n{job.whereabouts()}"
         time.sleep(0.005)
 
 
@@ -245,18 +245,29 @@ class Job(subprocess.Popen):
                     return int(variable.removeprefix(name))
         return None
 
-    def waits(self) -> str:
-        """In which system call, and where in the kernel, each thread of the job waits now: proc_pid_wchan(5),
-        proc_pid_syscall(5)."""
+    def whereabouts(self) -> str:
+        """What each thread of each process waits for in the kernel."""
         lines = []
         for pid in self.processes():
             with contextlib.suppress(OSError):  # it has ended
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                lines.append(f"{pid}: {command}")
-                for thread in Path(f"/proc/{pid}/task").iterdir():
-                    where = [(thread / name).read_text().strip() for name in ("wchan", "syscall")]
-                    lines.append(f"    {thread.name}: {' '.join(where)}")
+                command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+                lines.append(f"{pid}: {' '.join(command.replace(chr(0), ' ').split())[:300]}")
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    lines.append(f"  thread {task.name}")
+                    for name in ("wchan", "syscall", "stack"):
+                        with contextlib.suppress(OSError):  # another user's
+                            lines[-1] += f", {name} {' '.join((task / name).read_text().split())}"
         return "\n".join(lines)
+
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple:
+        """As Popen's, but it fails after timeout seconds, and tells where the processes are."""
+        try:
+            return super().communicate(input, timeout)
+        except subprocess.TimeoutExpired:
+            where = self.whereabouts()
+            self.kill_all()
+            output, _ = super().communicate()
+            return pytest.fail(f"still running after {timeout} s:\n{where}\nOutput:\n{output}")
 
     def kill_all(self) -> None:
         """By SIGKILL: SIGTERM does not reach a process in a hung page fault."""
@@ -307,13 +318,7 @@ def run(start: Callable[..., Job]) -> Run:
 
     def run(*command: object, timeout: float = 60, **options: object) -> Run:
         job = start(*command, **options)
-        try:
-            output, _ = job.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            waits = job.waits()
-            job.kill_all()
-            output, _ = job.communicate()
-            pytest.fail(f"still running after {timeout} s:\n{output}\n{waits}")
+        output, _ = job.communicate(timeout=timeout)
         return subprocess.CompletedProcess(job.args, job.returncode, output)
 
     return run

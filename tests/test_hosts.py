@@ -222,5 +222,9 @@ def test_a_fault_does_not_wait_for_another_instances_sync(mpirun, tmp_path):
 
 
 def test_a_stopped_instance_does_not_keep_another_one_from_its_pages(mpirun, tmp_path):
-    figures = beside(mpirun, tmp_path, "stop")
-    assert figures["during"] < 0.1, "each stop takes longer"
+    during = []
+    while len(during) < 3 and min(during, default=1) >= 0.1:  # others may make it wait, too
+        folder = tmp_path / f"{len(during)}"
+        folder.mkdir()
+        during.append(beside(mpirun, folder, "stop")["during"])
+    assert min(during) < 0.1, "each stop takes longer"

@@ -77,8 +77,13 @@ def test_starting_and_ending_takes_at_most_three_tenths_of_a_second_more_than_pl
         assert run(*command).returncode == 0
         return time.monotonic() - began
 
-    plain = min(seconds(sys.executable, "-c", "pass") for _ in range(5))
-    assert min(seconds(*EDM_RUN, "-c", "pass") for _ in range(5)) < plain + 0.3
+    plain, within = [], []
+    for tries in range(20):  # others on this machine may make some of them wait
+        plain.append(seconds(sys.executable, "-c", "pass"))
+        within.append(seconds(*EDM_RUN, "-c", "pass"))
+        if tries >= 4 and min(within) < min(plain) + 0.3:
+            break
+    assert min(within) < min(plain) + 0.3, (plain, within)
 
 
 GROW = """

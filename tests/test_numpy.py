@@ -9,18 +9,18 @@ from conftest import PROGRAMS, needs_userfaultfd
 
 pytest.importorskip("numpy", exc_type=ImportError)
 pytestmark = needs_userfaultfd
-RESIDENT = 16  # MiB
+RESIDENT = 8  # MiB
 EDM_RUN = (sys.executable, "-m", "edm", "run", "--resident", f"{RESIDENT}M")
 
 
-def plain(*command):
+def plain(*command, **options):
     return subprocess.run(
-        [sys.executable, *map(str, command)], text=True, capture_output=True, check=True
+        [sys.executable, *map(str, command)], text=True, capture_output=True, check=True, **options
     ).stdout
 
 
 def test_arrays_live_in_the_space_cost_nothing_untouched_and_give_everything_back(run):
-    ended = run(*EDM_RUN, PROGRAMS / "numpy_arrays.py", timeout=120)
+    ended = run(*EDM_RUN, "--resident", "16M", PROGRAMS / "numpy_arrays.py", timeout=120)
     assert (ended.returncode, ended.stdout) == (0, "numpy SUCCESS\n")
 
 
@@ -48,9 +48,9 @@ def test_an_unchanged_program_sorts_an_array_eight_times_the_resident_limit(run)
 
 
 def test_the_example_sorts_reduces_and_multiplies_with_known_answers(way):
-    ended = way.run("-m", "edm.examples.numpy_sort", "--size", 32, "--high-threshold", 2048)
+    ended = way.run("-m", "edm.examples.numpy_sort", "--size", 16, "--high-threshold", 1024)
     assert ended.returncode == 0 and "numpy_sort SUCCESS" in ended.stdout, ended.stdout
-    assert int(re.search(r"at most (\d+) pages of them here", ended.stdout)[1]) <= 2048
+    assert int(re.search(r"at most (\d+) pages of them here", ended.stdout)[1]) <= 1024
 
 
 @pytest.mark.parametrize(
@@ -69,20 +69,21 @@ def test_pandas_and_scikit_learn_give_the_same_answers_on_four_times_the_residen
     assert dirty + clean > 2 * RESIDENT * 256  # it was out of memory indeed
 
 
-def test_numpys_own_tests_of_its_core_give_the_same_passes(run, request):
+def test_numpys_own_tests_of_its_core_give_the_same_passes(run, request, tmp_path):
     """All of test_multiarray with --long: four minutes; else a part of it."""
     which = [NUMPYS]
     if not request.config.getoption("--long"):
         which = ["-k", "not zeros_big", *(f"{NUMPYS}::{name}" for name in NUMPYS_CLASSES)]
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", *which]
     limits = ["--numpy-threshold", "4K", "--resident", "16M"]
-    ended = run(sys.executable, "-m", "edm", "run", *limits, *tests, timeout=900)
+    command = (sys.executable, "-m", "edm", "run", *limits, *tests)
+    ended = run(*command, cwd=tmp_path, timeout=900)
     assert ended.returncode == 0, ended.stdout[-5000:]
 
     def counts(output):
         return re.search(r"\d+ passed.*?(?=, \d+ warning| in)", output)[0]
 
-    assert counts(ended.stdout) == counts(plain(*tests))
+    assert counts(ended.stdout) == counts(plain(*tests, cwd=tmp_path))
 
 
 NUMPYS = "numpy._core.tests.test_multiarray"

@@ -193,7 +193,7 @@ def test_no_name_can_end_the_script_or_change_the_object(clock, tmp_path, name):
 
 @pytest.mark.skipif(not BROWSER, reason="neither chromium nor google-chrome is on PATH")
 @pytest.mark.parametrize("idle", [False, True])
-def test_a_browser_draws_it(clock, tmp_path, run, idle):
+def test_a_browser_draws_it(clock, public_path, run, idle):
     state = bytes((NEW, AWAY, LOST, HERE)) * 200
     made = sampled(clock, 1 if idle else 20, places=3, title=HOSTILE, state=state)
     if idle:
@@ -204,13 +204,14 @@ def test_a_browser_draws_it(clock, tmp_path, run, idle):
         made.lines = {("few.py:1 in f", 0, 0): [5, 10**8], (HOSTILE, 0, 512): [70, 2 * 10**9]}
     clock[0] += 1
     made.unmapped(600)
-    page = tmp_path / "page.html"
+    page = public_path / "page.html"
     latencies = () if idle else ((20.0, 3), (3000.0, 1))
     written(made, page, latencies=latencies)
+    # Its sockets are in TMPDIR, and the path of a socket has 107 bytes at most: so not in tmp_path.
     ended = run(
-        "env", f"HOME={tmp_path}", f"TMPDIR={tmp_path}", BROWSER,
+        "env", f"HOME={public_path}", f"TMPDIR={public_path}", BROWSER,
         "--headless", "--enable-logging=stderr", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--window-size=1000,2000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+        "--window-size=1000,2000", f"--user-data-dir={public_path / 'profile'}", "--dump-dom",
         page.as_uri(),
     )  # fmt: skip
     dom = re.sub(r"<script.*?</script>", "", ended.stdout, flags=re.DOTALL)

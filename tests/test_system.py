@@ -117,6 +117,18 @@ def test_a_killed_application_ends_the_job_within_five_seconds_and_leaves_no_pro
     wait_until_gone(job)
 
 
+def test_where_a_jobs_threads_hang_is_told_when_it_takes_too_long(start):
+    code = (
+        "import os, threading; ends = os.pipe(); threading.Thread(target=os.read, args=ends).start()"
+        "; print('ready', flush=True); os.read(*ends)"
+    )
+    job = start(sys.executable, "-c", code)
+    wait_for(lambda: len(re.findall(r"  thread \d+, wchan \w*pipe_read,", job.whereabouts())) == 2)
+    with pytest.raises(pytest.fail.Exception, match=r"wchan \w*pipe_read,(.|\n)*Output:\nready\n"):
+        job.communicate(timeout=0.01)
+    assert job.returncode == -signal.SIGKILL
+
+
 def test_no_process_and_no_file_is_left_behind(way, tmp_path):
     before = set(os.listdir("/dev/shm"))
     job = way.start("-m", "edm.examples.eviction", cwd=tmp_path)

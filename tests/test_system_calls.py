@@ -56,11 +56,7 @@ def as_user(start, public_path):
 def succeeds(as_user):
     def succeeds(*arguments, **options):
         job = as_user(*arguments, **options)
-        try:
-            output, _ = job.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            job.kill_all()
-            output, _ = job.communicate()
+        output, _ = job.communicate(timeout=60)
         assert job.returncode == 0 and f"{arguments[0]} SUCCESS" in output, output
         return output
 

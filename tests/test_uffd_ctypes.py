@@ -12,7 +12,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import needs_userfaultfd
+from conftest import needs_userfaultfd, wait_for
 
 from edm import uffd_ctypes as u
 from edm.page_idle import Pagemap
@@ -272,6 +272,7 @@ def test_with_its_feature_a_fault_tells_the_thread_which_can_be_signalled(make):
         assert came, "no handler ran"
     finally:
         signal.signal(signal.SIGURG, before)
+    wait_for(lambda: not os.path.exists(f"/proc/self/task/{thread}"))  # join returns before
     with pytest.raises(ProcessLookupError, match="tgkill"):
         u.tgkill(os.getpid(), thread, signal.SIGURG)
 
