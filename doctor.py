@@ -193,6 +193,7 @@ def disk() -> Finding:
 
 PACKAGES = (
     "hypothesis", "ipykernel", "jupyter_client", "numpy", "pandas", "pytest", "ruff", "sklearn",
+    "xdist",
 )  # fmt: skip
 
 

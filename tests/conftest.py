@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import select
@@ -13,6 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long", action="store_true", help="crash, soak and property tests at full length"
     )
+    if not find_spec("xdist"):  # then the tests run one after another
+        for option in ("--numprocesses", "--dist"):
+            parser.addoption(option, help="needs pytest-xdist")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -49,6 +54,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         of_test = item.callspec.params if hasattr(item, "callspec") else {}
         if of_test.get("way") == "mpi" and of_test.get("tracking") in ("events", "none"):
             item.add_marker(pytest.mark.skip(reason="over MPI, with --long only"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Of the tests that pytest-xdist's workers run at once, an undisturbed one has no other beside it.
+
+    Each test holds a lock, shared, and an undisturbed one holds it alone. It keeps the gate shut while
+    it waits for that. The locks are of folders that there are. They are let go of by name, as a forked
+    process that lives on has them, too.
+    """
+    if not hasattr(item.config, "workerinput"):
+        yield
+        return
+    gate, lock = fds = [os.open(folder, os.O_RDONLY) for folder in (PROGRAMS.parent, PROGRAMS)]
+    try:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(
+            lock, fcntl.LOCK_EX if item.get_closest_marker("undisturbed") else fcntl.LOCK_SH
+        )
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+    finally:
+        for fd in fds:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
 
 
 needs_userfaultfd = pytest.mark.skipif(bool(_userfaultfd_missing()), reason=_userfaultfd_missing())
@@ -278,16 +308,19 @@ class Job(subprocess.Popen):
         self.wait()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_shared_memory_is_left() -> Iterator[None]:
-    """MPI's, of ranks that were killed. Files that a process has mapped are somebody else's.
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    """At the end, remove what MPI has left in shared memory of ranks that were killed.
 
-    They are listed before the processes are looked at: a job that starts meanwhile, of another session,
-    would hang in MPI_Init for ever if one rank found the file, and the next one did not.
+    Files that a process has mapped are somebody else's; so are, for a worker, those of the others. They
+    are listed before the processes are looked at: a job of another session that starts meanwhile would
+    hang in MPI_Init for ever if one rank found the file, and the next one did not.
     """
     shm = Path("/dev/shm")
     before = set(shm.iterdir())
     yield
+    if hasattr(session.config, "workerinput"):
+        return
     left = set(shm.iterdir()) - before
     mapped = ""
     for maps in Path("/proc").glob("[0-9]*/maps"):

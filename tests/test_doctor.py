@@ -48,7 +48,8 @@ def test_it_names_what_the_tests_need(monkeypatch, capsys):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     extras = setup["options.extras_require"]["test"].split()
-    names = {name.replace("sklearn", "scikit-learn") for name in doctor.PACKAGES}
+    of_pypi = {"sklearn": "scikit-learn", "xdist": "pytest-xdist"}
+    names = {of_pypi.get(name, name) for name in doctor.PACKAGES}
     assert {*names, "mpich"} == set(extras)
     assert doctor.for_tests()[0] == ("ok" if os.getuid() == 0 else "without")
     monkeypatch.setattr(doctor, "PACKAGES", ("pytest", "no_such_package"))
@@ -206,6 +207,7 @@ def test_it_is_right_for_a_user_without_privileges(as_nobody):
     assert (ended.returncode, ended.stdout) == (0, "True True\n")
 
 
+@pytest.mark.undisturbed
 @needs_userfaultfd
 @pytest.mark.parametrize("most", [1, 2, 3, 4])  # root has no such limit
 def test_too_few_processes_are_told_in_one_line(as_nobody, most):

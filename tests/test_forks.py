@@ -52,6 +52,7 @@ def test_a_child_that_outlives_the_application_lives_until_it_touches_the_memory
     assert (tmp_path / "output").read_bytes() == b"lives"
 
 
+@pytest.mark.undisturbed
 @pytest.mark.parametrize("who", ["pager", "application"])
 def test_when_the_pager_is_killed_children_are_too_and_else_only_who_touches_the_memory(way, who):
     job = way.start(PROGRAMS / "forks.py", "waits")

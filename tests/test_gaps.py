@@ -109,6 +109,7 @@ def test_whenever_a_signal_handler_raises_no_address_is_given_to_two_and_few_are
     assert edges == sorted(set(edges))  # they lie apart
 
 
+@pytest.mark.undisturbed
 def test_an_area_costs_the_same_however_many_there_are():
     dice, gaps, areas = random.Random(1), Gaps(0, 1 << 45), []
 

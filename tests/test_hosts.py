@@ -101,7 +101,8 @@ def test_numpys_own_tests_pass_with_a_dms_on_another_host(run, hosts, needs_long
     pytest.importorskip("numpy", exc_type=ImportError)
     tests = [f"numpy._core.tests.test_{name}" for name in ("shape_base", "indexing", "getlimits")]
     limits = ("--numpy-threshold", "4K", "--resident", "16M")
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", *tests)
+    one_process = ("--numprocesses", 0, "-p", "no:cacheprovider")
+    command = ("-m", "pytest", "-q", *one_process, "--pyargs", *tests)
     whole = hosts.command("-m", "edm", "run", "--dms", 1, *limits, *command, on=[B, A])
     ended = run(*whole, timeout=600)
     assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout[-5000:]
@@ -188,6 +189,7 @@ def rate(hosts):
         return float(receiver.stdout.read())
 
 
+@pytest.mark.undisturbed
 @needs_hosts
 def test_a_slow_link_delays_random_reads_and_readahead_hides_it_from_sequential_ones(
     run, tmp_path, needs_long
@@ -214,6 +216,7 @@ def beside(mpirun, folder, *arguments):
     return figures
 
 
+@pytest.mark.undisturbed
 def test_a_fault_does_not_wait_for_another_instances_sync(mpirun, tmp_path):
     slow = 0.4  # seconds that an fsync takes at least
     figures = beside(mpirun, tmp_path, "sync", 4, slow)
@@ -221,6 +224,7 @@ def test_a_fault_does_not_wait_for_another_instances_sync(mpirun, tmp_path):
     assert figures["during"] < slow / 4 and figures["longest"] < slow
 
 
+@pytest.mark.undisturbed
 def test_a_stopped_instance_does_not_keep_another_one_from_its_pages(mpirun, tmp_path):
     during = []
     while len(during) < 3 and min(during, default=1) >= 0.1:  # others may make it wait, too

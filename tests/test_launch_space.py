@@ -71,6 +71,7 @@ def test_what_keeps_edm_from_starting_is_told_in_one_line_with_status_2(run):
     assert ended.stdout.startswith("python -m edm run: error: ") and "/nowhere/disk" in ended.stdout
 
 
+@pytest.mark.undisturbed
 def test_starting_and_ending_takes_at_most_three_tenths_of_a_second_more_than_plain_python(run):
     def seconds(*command):
         began = time.monotonic()
@@ -186,6 +187,7 @@ PROGRESS = (
 )
 
 
+@pytest.mark.undisturbed
 def test_progress_is_a_live_line_on_a_terminal_and_nothing_elsewhere(run):
     code = (
         WORK + "; import time; t = time.time()\nwhile time.time() < t + 0.7: a[:] = bytes(len(a))"

@@ -47,6 +47,7 @@ def test_a_page_that_the_disk_has_lost_is_told_and_its_neighbours_are_read(mpiru
     succeeds(mpirun, "lost", tmp_path / "disk")
 
 
+@pytest.mark.undisturbed
 def test_whoever_waits_for_a_dms_that_was_killed_is_told_within_a_second(mpirun):
     succeeds(mpirun, "killed")
 

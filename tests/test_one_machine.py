@@ -47,6 +47,7 @@ def check(ended, words="SUCCESS\n"):
 # ---------------------------------------------------------------- who dies
 
 
+@pytest.mark.undisturbed
 def test_when_the_pager_is_killed_the_kernel_kills_the_application(alone):
     def attempt():
         job, parts = waiting(alone, "return")  # with all signals blocked
@@ -59,6 +60,7 @@ def test_when_the_pager_is_killed_the_kernel_kills_the_application(alone):
     at_best(0.1, attempt)
 
 
+@pytest.mark.undisturbed
 def test_when_the_pager_is_killed_while_threads_sleep_in_faults_the_application_is_killed(alone):
     def attempt():
         job, parts = waiting(alone, "faults")
@@ -79,6 +81,7 @@ def test_when_the_pager_is_killed_while_threads_sleep_in_faults_the_application_
     at_best(0.1, attempt)
 
 
+@pytest.mark.undisturbed
 @pytest.mark.parametrize("kept", [False, True], ids=["scratch", "kept"])
 def test_when_lpet_is_killed_the_job_ends_and_says_so(alone, tmp_path, kept):
     job, parts = waiting(alone, "return", *([tmp_path / "disk"] if kept else []))
@@ -133,6 +136,7 @@ edm.main(app, edm.Config(high_threshold=64, low_threshold=32, disk=sys.argv[1], 
     assert again.stdout == f"{b'1' * 60}\n", ended.stdout + again.stdout
 
 
+@pytest.mark.undisturbed
 @pytest.mark.parametrize("kept", [False, True], ids=["scratch", "kept"])
 @pytest.mark.parametrize("how", ["return", "exit", "_exit", "kill", "exec"])
 def test_pager_and_lpet_end_within_a_second_of_the_application(alone, tmp_path, how, kept):
@@ -146,6 +150,7 @@ def test_pager_and_lpet_end_within_a_second_of_the_application(alone, tmp_path, 
         job.wait(5)
 
 
+@pytest.mark.undisturbed
 def test_a_busy_lpet_ends_within_a_tenth_of_a_second(alone):
     def attempt():
         job = alone.start("-m", "edm.examples.bigger_than_memory", "--size", "256")
@@ -322,6 +327,7 @@ except RuntimeError:
     check(alone.run("-c", code))
 
 
+@pytest.mark.undisturbed
 def test_start_makes_an_application_of_an_interpreter_that_has_threads(alone):
     code = """
 import edm, threading
@@ -359,6 +365,7 @@ def cpu_seconds(pid):
     return sum(map(int, times)) / 1e9
 
 
+@pytest.mark.undisturbed
 def test_an_idle_pager_and_lpet_take_less_than_half_a_percent_of_a_core(alone):
     _, parts = waiting(alone, "return")
     time.sleep(0.2)  # the last eviction ends
@@ -368,6 +375,7 @@ def test_an_idle_pager_and_lpet_take_less_than_half_a_percent_of_a_core(alone):
     assert sum(map(cpu_seconds, pids)) - before < 0.005 * silence
 
 
+@pytest.mark.undisturbed
 def test_freeing_an_area_never_waits_for_a_round_of_lpet(alone):
     for _ in range(3):  # others on this machine may make it wait
         ended = alone.run(PROGRAMS / "freeing.py")

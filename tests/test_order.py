@@ -53,6 +53,7 @@ def test_no_update_is_lost_however_first_writes_are_noticed(run, library, tracki
     assert wrong == 0 and dirty > 100 and (clean > 0 or tracking == "none")
 
 
+@pytest.mark.undisturbed
 @pytest.mark.parametrize("order", ["bytes first", "marks first"])
 def test_a_wrong_order_is_found_within_ten_seconds(run, library, order):
     for _ in range(5):

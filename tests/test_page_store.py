@@ -570,6 +570,7 @@ def test_a_sync_writes_only_the_blocks_of_the_table_that_have_changed(path, monk
     assert blocks(lambda: None) == [0, 5] and blocks(lambda: None) == []
 
 
+@pytest.mark.undisturbed
 def test_a_sync_of_few_pages_in_a_large_space_takes_milliseconds(path, monkeypatch):
     pages = (64 << 30) // PAGE_SIZE
     kept = Kept(path, START, START + pages * PAGE_SIZE)
@@ -583,6 +584,7 @@ def test_a_sync_of_few_pages_in_a_large_space_takes_milliseconds(path, monkeypat
     assert min(took) < 0.01 and sorted(took)[len(took) // 2] < 0.02, took
 
 
+@pytest.mark.undisturbed
 def test_a_huge_range_is_freed_and_looked_at_at_once_and_costs_no_memory():
     store = PageStore(None, START, START + (256 << 30))
     pages = (256 << 30) // PAGE_SIZE

@@ -174,6 +174,7 @@ def test_sync_returns_how_many_pages_it_sent_and_evicts_none(way):
     assert ended.returncode == 0 and "syncs SUCCESS" in ended.stdout, ended.stdout
 
 
+@pytest.mark.undisturbed
 def test_faults_that_need_room_do_not_wait_for_a_sync_to_end(way):
     ended = way.run(PROGRAMS / "room_in_sync.py")
     assert ended.returncode == 0 and "room SUCCESS" in ended.stdout, ended.stdout
@@ -209,6 +210,7 @@ def test_without_poison_a_page_that_can_not_be_brought_back_ends_the_job(way, tm
 # ---------------------------------------------------------------- who dies
 
 
+@pytest.mark.undisturbed
 @pytest.mark.parametrize("who", ["pager", "DMS"])
 def test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs(
     start, mpirun_command, who
@@ -553,6 +555,7 @@ def test_malformed_messages_are_refused_and_the_dms_goes_on_serving(mpirun):
 # ---------------------------------------------------------------- who else may look
 
 
+@pytest.mark.undisturbed
 def test_another_user_can_open_neither_the_disk_nor_the_memory_of_a_job(way, public_path):
     if os.getuid():
         pytest.skip("becoming another user needs root")

@@ -129,6 +129,7 @@ def test_where_a_jobs_threads_hang_is_told_when_it_takes_too_long(start):
     assert job.returncode == -signal.SIGKILL
 
 
+@pytest.mark.undisturbed
 def test_no_process_and_no_file_is_left_behind(way, tmp_path):
     before = set(os.listdir("/dev/shm"))
     job = way.start("-m", "edm.examples.eviction", cwd=tmp_path)
@@ -232,6 +233,7 @@ def test_mpi_imported_before_run_is_refused_where_it_matters(way):
 # ---------------------------------------------------------------- what it costs
 
 
+@pytest.mark.undisturbed
 def test_a_page_in_use_takes_less_than_16_bytes_and_64_gib_begin_in_under_a_second(way, tmp_path):
     """For all processes but the application together; apart from what MPI takes to begin."""
 
@@ -252,6 +254,7 @@ def test_a_page_in_use_takes_less_than_16_bytes_and_64_gib_begin_in_under_a_seco
     assert began - began_small < 1
 
 
+@pytest.mark.undisturbed
 def test_a_silent_dms_takes_less_than_5_percent_of_a_core_and_wakes_when_needed(mpirun):
     def cpu_seconds(silence):
         ended = mpirun(PROGRAMS / "silence.py", silence)
