@@ -34,6 +34,8 @@ it writes is its own. It can't call Space. Touching the memory is a SIGSEGV wher
 work: in a child's child, after a fork that Python does not see, when the program has closed EDM's
 descriptor, and with vm.overcommit_memory=2.
 
+A core dump leaves the space out (MADV_DONTDUMP): the kernel would try each page, of 256 GiB.
+
 This module and its imports are all that a program under `edm run` has to carry, so it imports
 little.
 
@@ -340,6 +342,7 @@ class Space:
             why = f"overlaps what is mapped, or can't be mapped at all ({reason})"
             raise ValueError(f"{where} {why}; choose other addresses") from None
         u.madvise(self.start_addr, length, u.MADV_DONTFORK)
+        u.madvise(self.start_addr, length, u.MADV_DONTDUMP)
         self._mailbox = m.Mailbox(self.end_addr)
 
     def _unmap(self) -> None:
@@ -430,6 +433,7 @@ class Space:
             flags = u.MAP_PRIVATE | u.MAP_NORESERVE | u.MAP_FIXED_NOREPLACE
             u.mmap(*space, u.PROT_NONE, flags, memfd)
             u.madvise(*space, u.MADV_DONTFORK)
+            u.madvise(*space, u.MADV_DONTDUMP)
             self._register(u.Userfaultfd(uffd), "none")
             # The userfaultfd and the lifeline stay open: the pager may die before it reads this.
             send(control, b"%d" % os.getpid(), [process, uffd, lifeline, pagers_end])

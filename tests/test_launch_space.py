@@ -31,6 +31,26 @@ def test_a_program_may_have_a_command_line_of_any_length(run):
     assert (ended.returncode, ended.stdout) == (0, "True 50001\n")
 
 
+FLAGS = """
+import edm, os
+start = f"{edm.space().start_addr:x}-"
+if os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+_, _, mapping = open("/proc/self/smaps").read().partition(start)
+print(next(line for line in mapping.splitlines() if line.startswith("VmFlags:")))
+_, _, mapping = open(f"/proc/{os.getppid()}/smaps").read().partition(start)
+print(next(line for line in mapping.splitlines() if line.startswith("VmFlags:")))
+"""
+
+
+def test_a_core_dump_leaves_the_space_out_also_of_forked_children(run):
+    ended = run(*EDM_RUN, "-c", FLAGS)
+    assert ended.returncode == 0 and len(ended.stdout.splitlines()) == 2, ended.stdout
+    assert all(" dd " in line for line in ended.stdout.splitlines()), (
+        ended.stdout
+    )  # proc_pid_smaps(5)
+
+
 WHERE = """
 import numpy, sys, edm
 space = edm.space()
