@@ -1,5 +1,5 @@
 """python -m edm COMMAND: `run` starts a program, `doctor` tells whether EDM can run here, and
-`kernel install` gives Jupyter a kernel that is run so."""
+`kernel install` gives Jupyter a kernel that runs this way."""
 
 import sys
 
@@ -23,7 +23,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m edm")
     what = (
-        "run a program with more memory (see: run --help), give Jupyter a kernel that is run so (see: "
+        "run a program with more memory (see: run --help), give Jupyter a kernel that runs this way (see: "
         "kernel install --help), or tell whether EDM can run here (doctor)"
     )
     parser.add_argument("command", choices=("run", "kernel install", "doctor"), help=what)

@@ -21,8 +21,8 @@ Behind the space, the memfd has the mailbox by which this process calls the page
 addresses of an area that was released are a gap again when the pager has freed its pages.
 
 Rules: any thread of the application may call Space. One call is made at a time (`_lock`). A signal
-handler that calls Space in the midst of another call gets a RuntimeError. An allocator is called by
-the garbage collector in the midst of anything, even of one of these methods. So it asks
+handler that calls Space during another call gets a RuntimeError. An allocator is called by the
+garbage collector during anything, even during one of these methods. So it asks
 can_be_called first, and release leaves its work to the call that is under way. A signal handler may
 raise at any point. That may lose addresses, which are not used again, and nothing else.
 
@@ -34,7 +34,7 @@ it writes is its own. It can't call Space. Touching the memory is a SIGSEGV wher
 work: in a child's child, after a fork that Python does not see, when the program has closed EDM's
 descriptor, and with vm.overcommit_memory=2.
 
-A core dump leaves the space out (MADV_DONTDUMP): the kernel would try each page, of 256 GiB.
+A core dump leaves the space out (MADV_DONTDUMP): the kernel would try each page, of up to 256 TiB.
 
 This module and its imports are all that a program under `edm run` has to carry, so it imports
 little.
@@ -205,10 +205,9 @@ class Space:
     def munmap(self, area: memoryview) -> None:
         """Unmap an area that mmap returned. Its bytes are gone, here and in the store.
 
-        Raises ValueError if it is no such area, and BufferError while something else uses it (a
-        slice, a NumPy array); then nothing has changed. Raises OSError with the store's reason if a
-        kept disk can't forget the bytes. Then the area can't be used, its bytes stay, and munmap
-        may be called again. Source: munmap(2).
+        Raises ValueError if it is not such an area, and BufferError while something else uses it (a
+        slice, a NumPy array); then nothing has changed. Raises OSError if the pager can't free
+        the pages. Then the area can't be used, its bytes stay, and munmap may be called again. Source: munmap(2).
         """
         view, addr = self._views.get(id(area), (None, 0))
         if view is None:
@@ -386,7 +385,7 @@ class Space:
         if tells and sys.stdout is not None:
             with contextlib.suppress(Exception):  # Python tries again, and reports the error
                 sys.stdout.flush()
-        # RuntimeError: the space has ended, or a signal handler exits in the midst of a call
+        # RuntimeError: the space has ended, or a signal handler exits during a call
         with contextlib.suppress(OSError, RuntimeError):
             self._call(m.END)
 
@@ -490,7 +489,7 @@ class Gaps:
 
     Every method takes a few bisections, however many gaps there are. A signal handler may raise
     between any two bytecodes: the list by address changes in one step, and the list by length is
-    made anew by the next call, if it was left in the midst of a change.
+    made anew by the next call, if a change was interrupted.
     """
 
     def __init__(self, start: int, end: int) -> None:
@@ -617,7 +616,7 @@ spawned()
 
 
 def spawn_pager() -> Any:
-    """Start a pager that is no child of this process; the socket that connects to it, for Space.
+    """Start a pager that is not a child of this process; the socket that connects to it, for Space.
 
     Descriptor 2 must be open: the pager inherits it.
     """

@@ -4,7 +4,7 @@ In the picture: in the pager, between the userfaultfd and the store.
 
 Interface: run() is the thread; figures() and latencies() what it has counted. For other threads:
 bring() and ask_for(). `children`: the forked ones of the application (children.py). `came` and `lines`:
-set by the pager for --report.
+set by the pager for --report and --progress.
 
 A page comes because somebody waits for it, or because it will be needed. The first is _claim: for a fault
 of the application, for a fault of a forked child, and for bring(), which a thread of the pager calls for
@@ -27,11 +27,11 @@ A page that is installed because it was read gets the page table's mark. Its fir
 so that LPET knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it itself. Without,
 the write is a fault, which _resolve answers with UFFDIO_WRITEPROTECT.
 
-Rules: this thread alone reads the userfaultfds and makes pages COME.
+Rules: this thread alone reads the userfaultfds and makes pages COMING.
 
 Waiting: to wake another core that is idle takes longer than all the rest of a fault. So this thread
 looks for the next fault for SPIN seconds before it sleeps. To follow the application to its core, and
-sleep at once, was measured too: 41 to 44 µs a random read, where looking takes 22 to 32.
+sleep at once, was measured too: 41 to 44 µs a random read, and 22 to 32 with SPIN in the same runs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class DmHandler:
     def __init__(
         self, uffd: int, store: Any, lspt: LSPT, start_addr: int, max_window: int, track_clean: bool
     ) -> None:
-        """max_window: at most this many pages come at once. track_clean: pages that come to be read get the
+        """max_window: pages at most in a readahead window. track_clean: pages that come to be read get the
         mark."""
         self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
         self._start, self._track_clean = start_addr, track_clean
@@ -176,7 +176,7 @@ class DmHandler:
             self._bring_asked()
         began = time.monotonic_ns()
         for _, flags, address, thread in faults:
-            if self.lines:  # what it does is no part of the latency
+            if self.lines:  # that does not count as latency
                 began += self.lines.begins(thread, (address - self._start) // PAGE_SIZE)
             self._waited[FAULTS] -= began
             if self._resolve(flags, address & -PAGE_SIZE):
@@ -246,7 +246,7 @@ class DmHandler:
         return resolved
 
     def _claim(self, page: int, write: bool) -> bool:
-        """Bring a page that was missing. False if it is here, or LEAVING."""
+        """Bring this page if it is NEW or AWAY. False if it is HERE, LEAVING or LOST."""
         while (state := self._lspt.expect(page)) is None:
             self._waited[ROOM] -= time.monotonic_ns()
             self._wait_for_room()
@@ -393,7 +393,7 @@ class DmHandler:
                 else:
                     self._uffd.zeropage(address, length)
                 address += pages.step * PAGE_SIZE
-        except FileNotFoundError:  # ENOENT: the application has unmapped the space under its feet
+        except FileNotFoundError:  # ENOENT: the application has unmapped the space itself
             self._uffd.wake(address, length)
             self._lspt.not_coming(pages)
             return

@@ -1,18 +1,20 @@
 """DMS, the disk manager server: serves a PageStore to each instance, over MPI.
 
-In the picture: the box on the right, rank 0 of the job, if that has many machines. With several DMSs,
-ranks 0, 1, ... each have a share of every instance's pages (stripes.py).
+In the picture: the right end of the MPI arrow, rank 0 of the job. With several DMSs, ranks 0, 1, ...
+each have a share of every instance's pages (stripes.py).
 
 Interface: DMS(comm, ...).serve() answers the instances' requests until the last has said BYE.
 
 Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason.
-Nothing that arrives ends the DMS, nor do SIGTERM and SIGINT: the instances end it, when they have written
-back what they hold. An eviction is acknowledged when its bytes are written to the disk file. An instance
-knows itself which pages it has: an EVICT of a page that the SPT has elsewhere has overtaken the GET.
+No message ends the DMS, nor do SIGTERM and SIGINT: the instances end it, when they have written back what
+they hold. An eviction is acknowledged when its bytes are written to the disk file. An instance knows
+itself which pages it has: if the SPT says that a page of an EVICT is not there, the EVICT has overtaken
+the GET.
 
-Nobody waits for another instance. One thread receives, answers and sends, and none of these blocks it: a
-message that is under way is a generator (_exchange), which is continued at each look, while others are
-served. A sync takes as long as the disk does, so each has a thread of its own, which calls no MPI.
+Nobody waits for another instance's messages. One thread receives, answers and sends. A message that is
+under way does not block it: it is a generator (_exchange), which is continued at each look, while others
+are served. Only the disk blocks it, for one batch. A sync may take seconds, so each has a thread of its
+own, which calls no MPI.
 
 Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next one without pause
 for a moment, offering its core at every look. Then it naps between looks, the longer the silence.
@@ -57,11 +59,11 @@ class DMS:
         self, comm: MPI.Comm, path: str | None, start_addr: int, end_addr: int, keep: bool = False,
         share: Share = ALL,
     ) -> None:  # fmt: skip
-        """The server of all ranks of comm that are no DMSs.
+        """The server of all ranks of comm that are not DMSs.
 
         path: the disk file of the first instance; each further instance's has its number added. keep:
         as Config's. share: the pages that this DMS has. Raises OSError when a disk can't be made,
-        ValueError when it is not to be used.
+        ValueError when one may not be used.
         """
         self._comm, self._first = comm, share.of  # the first rank that is an instance
         self._geometry = (m.VERSION, PAGE_SIZE, start_addr, end_addr, *share[1:])
@@ -120,7 +122,7 @@ class DMS:
         waiting, to be continued at the next look.
 
         A message that is too long is received whole, and refused: some MPIs write behind a buffer that
-        is too small. It is dropped if there is no memory for it, or MPI can't count so far.
+        is too small. It is dropped if there is no memory for it, or MPI can't count that high.
         """
         buffer = self._unused.pop() if self._unused else m.MessageBuffer()
         question = buffer.whole
@@ -174,7 +176,7 @@ class DMS:
     ) -> tuple[Callable[[Asked], Any], Asked]:
         """What to call for this question. Raises ValueError if it is wrong."""
         if not m.HEADER.size <= len(question) <= m.MAX_MESSAGE:
-            raise ValueError(f"a message of {len(question)} bytes is none of the EDM's")
+            raise ValueError(f"a message of {len(question)} bytes is not one of EDM's")
         kind, more, count, page = m.HEADER.unpack_from(question)
         if store in self._left:
             raise ValueError("it has said BYE")

@@ -96,7 +96,7 @@ def idle_pages() -> Finding:
         return "ok", "the kernel's bitmap can be used", ""
     if why := unmap_missing():
         return "missing", f"{missing}, and {why}", ""
-    return "without", f"the kernel's bitmap ({missing}); LPET takes unmapping", ""
+    return "without", f"the kernel's bitmap ({missing}); LPET uses unmapping", ""
 
 
 def pagemap() -> Finding:
@@ -183,7 +183,7 @@ def disk() -> Finding:
     with open("/proc/self/mountinfo") as mounts:
         kinds = {line.split()[2]: line.partition(" - ")[2].split()[0] for line in mounts}
     if kinds.get(f"{os.major(device)}:{os.minor(device)}") == "tmpfs":
-        found, free = f"{folder} is memory (tmpfs), so pages kept there are no gain", 0
+        found, free = f"{folder} is memory (tmpfs), so pages kept there gain nothing", 0
     if free < ENOUGH_DISK:
         return "without", found, "export TMPDIR=/a/folder/on/a/larger/disk"
     return "ok", found, ""

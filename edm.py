@@ -31,9 +31,11 @@ Interface:
 `python -m edm run` (launch.py) runs a program that knows nothing of all this.
 
 Rules: the application is the process that calls run or start. On one machine that spawns the pager.
-Under an MPI launcher the first ranks are DMSs, and every other rank forks *before* MPI is initialised: the
-child is the application, and goes on with the program; the parent is the pager, and ends with the
-application's status. So such a program must not import mpi4py.MPI first.
+Under an MPI launcher, the first ranks are DMSs if there are to be any. Every other rank forks *before* MPI
+is initialised: the child is the application, and goes on with the program; the parent is the pager, and
+ends with the application's status. So such a program must not import mpi4py.MPI first.
+
+The wiki, which the names and the log's lines come from, is that of the original: "End to End Examples".
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
 
-# Seconds that a rank with nothing to tell waits before it ends with an error: Open MPI's mpirun then kills
+# Seconds that a rank with nothing to report waits before it ends with an error: Open MPI's mpirun then kills
 # the others, of which one may still be telling.
 TELLING = 0.3
 
@@ -78,8 +80,8 @@ class Config(SimpleNamespace):
 
     start_addr: where the address space begins (an address, whole pages)
     end_addr: where it ends (an address, whole pages; not part of it)
-    high_threshold: pages; an instance never holds more, and when it holds so many, LPET wakes
-    low_threshold: pages; LPET evicts until no more are left (default: 7/8 of high_threshold)
+    high_threshold: pages that an instance holds at most; LPET evicts before, or when it holds so many
+    low_threshold: pages; a run of LPET evicts down to so many (default: 7/8 of high_threshold)
     disk: path of the disk file (default: one without a name, in $TMPDIR or /var/tmp)
     keep: whether the disk outlives the job, and the next one finds its memory there
     idle_tracker: how LPET finds idle pages, by the kernel's idle bitmap (root only) or by unmapping
@@ -187,7 +189,7 @@ def main(app: Callable[[Space], object], config: Config) -> None:
 
 def _run(app: Callable[[Space], object], config: Config, started: Space | None) -> None:
     global _space
-    if started is None:  # this rank was the DMS
+    if started is None:  # this rank was a DMS
         return
     from edm import log
 
@@ -207,7 +209,7 @@ def start(config: Config | None = None) -> Space:
     Raises as run. Under an MPI launcher, this does not return in a DMS.
     """
     started = _begin(config or Config(), lasts=True)
-    if started is None:  # this rank was the DMS
+    if started is None:  # this rank was a DMS
         from edm import rank
 
         rank.end(0)
@@ -253,7 +255,7 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
 
 
 def space() -> Space:
-    """The Space of this application. Raises RuntimeError in a process that is none."""
+    """The Space of this application. Raises RuntimeError in any other process."""
     if _space is None:
         raise RuntimeError("edm.space: this process is not an application of EDM's")
     return _space
@@ -273,7 +275,7 @@ def launched() -> tuple[int, int]:
     """(rank, ranks), if an MPI launcher has started this process; else (0, 1).
 
     This does not need MPI to be initialised. MPICH's variables count only while its descriptor is open,
-    because processes that are no ranks inherit them too.
+    because processes that are not ranks inherit them too.
     """
     names = ("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
     for rank, ranks in (*names, ("PMIX_RANK", "SLURM_STEP_NUM_TASKS")):

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
     """The options, the settings they make, and the program with its arguments."""
     parser = _parser()
-    # The program begins with the first word that is no option of EDM's. -m and -c look like options, so
+    # The program begins with the first word that is not an option of EDM's. -m and -c look like options, so
     # argparse sees them without their dash.
     args = parser.parse_args([re.sub("^-(?=[mc])", "", word) for word in arguments])
     program = arguments[len(arguments) - len(args.program) :]
@@ -109,7 +109,7 @@ def size_in_bytes(text: str) -> int:
     """512M, 12G, or 80% of this machine's memory, in bytes. Raises argparse.ArgumentTypeError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT]?)(?:i?B)?|(%))", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; 512M, 12G or 80% are")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; use 512M, 12G or 80%")
     number, unit, share = found.groups()
     if share:
         return int(_memory()[0] * float(number) / 100)

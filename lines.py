@@ -44,7 +44,7 @@ LINES = 10_000
 MEAN_OF = 16  # the last faults of an array, about
 ARRAYS = 1021  # with a mean of their own; if there are more, some share one
 ANSWER = 1 << 16  # bytes; faulthandler writes at most 100 frames
-NO_LINE = "a thread that tells no line"
+NO_LINE = "a thread whose line is unknown"
 
 # A frame of a file whose name has one of LIBRARIES in it is not the program's.
 FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)\n')

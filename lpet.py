@@ -9,8 +9,8 @@ sends the store what it does not have yet, without evicting it. Both are called 
 an Lpet that is made for the call and closed after it: a user may have a limited number of pipes as large
 as an Lpet's (pipe(7), pipe-user-pages-soft). figures are in the LSPT.
 
-It sleeps until the DM-Handler finds that many pages are here (LSPT.expect, LSPT.expect_more), and
-evicts until only low_threshold are left.
+It sleeps until as many pages are resident as wake it, or a fault finds no room (LSPT.expect,
+LSPT.expect_more). Then it evicts down to low_threshold.
 
 One eviction (Lpet._evict) is safe under writers, although nothing is protected before it:
 
@@ -21,7 +21,7 @@ One eviction (Lpet._evict) is safe under writers, although nothing is protected 
     4. marks    /proc/PID/pagemap: a page whose mark is still set was clean when it left.
     5. put      the pages are read out of the pipe, and the store writes the dirty ones. Clean pages
                 are dropped without writing: the store has their bytes. Neighbours that are all dirty
-                go from the pipe to the disk file, where there is one, without a copy in between.
+                go from the pipe to the disk file without a copy in between, if the store can do that.
     6. gone     LEAVING → AWAY. Faults that came meanwhile are woken, and try again.
 
 If the store refuses in step 5, the pages are written back into the memfd, and are HERE again. The
@@ -29,19 +29,19 @@ order of 2 and 3, and of 3 and 4, matters: bytes or marks that are read while a 
 be old (tests/test_order.py has both wrong orders, which fail).
 
 Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
-where it stopped. Pages that came AGE generations ago leave, neighbours together. If a turn of the
+where it stopped. Pages that came at least AGE generations ago leave, neighbours together. If a turn of the
 clock does not find enough, younger ones do. A page that the kernel's idle bitmap says was used is
 passed. While the LSPT is small (lspt.SMALL), or if the settings are plain, the wiki's algorithm is
 followed in full: every page is asked, idle ones leave, the others are marked and passed, and if that was
 not enough, they leave in order. A page that a system call of an ordinary user is about to touch is always
 passed (pins.py).
 
-When the store refuses, because its disk is full or fails, LPET evicts clean pages only for REST seconds
+When the store refuses, because its disk is full or fails, LPET evicts only clean pages for REST seconds
 (until _again_at). Then it tries again with half as many pages at once (_most), as some may fit; each success
 doubles that. If a fault has waited for room, and the store has refused, both for GRACE seconds (since
 _refused_since), LPET raises the store's reason (_refusal), which ends the job.
 
-Rules: an Lpet belongs to one thread. It holds the LSPT's lock for no system call.
+Rules: an Lpet belongs to one thread. It never takes the LSPT's lock itself.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Lpet:
         batch: int,
         tracker: str,
     ) -> None:
-        """memfd: the application's memory. tracker: its name.
+        """memfd: the application's memory. tracker: the idle tracker's name.
 
         batch: pages that are looked at and evicted at once.
         """
@@ -121,7 +121,7 @@ class Lpet:
         )
         self._hand = 0  # the page where the clock goes on
         self._most = self._batch  # pages to evict at once
-        self._again_at = 0.0  # seconds of the clock, as is the next
+        self._again_at = 0.0  # time.monotonic, as is the next
         self._refused_since = math.inf  # the first refusal since the store took dirty pages
         self._refusal = OSError()  # the last one
         self._log, self._banner = log.logger("Lpet"), log.logger()
@@ -387,7 +387,7 @@ class Lpet:
         self._banner.info(log.lspt_table(rows))
 
     def forget(self, page: int, count: int) -> None:
-        """Evict those of these pages that are HERE, except what the store refuses."""
+        """Evict those of these pages that are HERE, except pinned pages, and what the store refuses."""
         self._again_at = 0.0
         self._evict_all(self._lspt.used(page, count), l.ANY_HERE)
 

@@ -10,28 +10,31 @@ change one:
      │ gone: the store has its   │ not_coming: AWAY or LOST      │ leaving, take
      │ bytes, or needs none      ▼                               ▼
      └───────────────────────────────────────────────── LEAVING ◄┘
-                                                        └── stays ────► HERE
- freeing: any state but COMING and LEAVING → LEAVING;  freed: LEAVING → NEW
 
-    NEW       never accessed: zeros
-    AWAY      only the store has it
+ stays: LEAVING → the state before
+ freeing: any state but COMING and LEAVING → LEAVING;  freed: LEAVING → NEW
+ on_disk: NEW → AWAY, when the pager begins with a kept disk
+
+    NEW       never accessed, or freed: zeros
+    AWAY      only the store has it, or it left without ever being written
     COMING    the DM-Handler is installing it
-    HERE      in the application's memory
-    LEAVING   LPET, a sync or a free is working on it
+    HERE      in the memfd, the application's memory
+    LEAVING   it is being evicted, stored or freed; or it is a hole in a range that is
     LOST      its bytes can't be read: touching it is a SIGBUS
 
 Whether a page is clean is not stored here: the page table knows.
 
 Generations: a new one begins when a quarter of high_threshold has come. The byte of a page that is HERE
-includes the generation in which the page came, modulo GENERATIONS.
+includes the generation in which the page came, or was last found used, modulo GENERATIONS.
 
 Interface: the methods on the arrows. Two eventfds wake those who wait: `for_handler` the DM-Handler,
-when there is room or it has to stop; `for_lpet` LPET, when there are pages to evict or it has to stop.
+when there is room, another thread wants pages, or it has to stop; `for_lpet` LPET, when there are pages to evict or it has to stop.
 `figures` are counters that any process may read.
 
 Rules:
-    * `lock` protects every change of a state or a counter, except in `arrived`. The methods take it. The
-      only system call under it is the write to an eventfd.
+    * `lock` protects every change of a state, except in `arrived`, and of RESIDENT, PEAK, FETCHED and
+      ROOM_WANTED. The other counters are only figures, and may miss an increment. The methods take the
+      lock. The only system call under it is the write to an eventfd.
     * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
       thread touches its memory or its state. So `arrived` needs no lock. A fault of a LEAVING page
       sleeps until the owner has changed the state and wakes the range. Then the fault is tried again.
@@ -56,12 +59,12 @@ HERE, GENERATIONS = 128, 128  # HERE and its generation
 
 PART = 4096  # pages: their bytes are one page of memory, which the first access allocates
 QUARTERS = 4  # generations in one turnover of high_threshold pages
-# Seconds between two looks at a page that another thread has LEAVING: part of an eviction, which takes
+# Seconds between two looks at a page that is LEAVING in another thread's hands: part of an eviction, which takes
 # 100 µs for one page and a millisecond for 256.
 SETTLE = 100e-6
 SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algorithm to the letter
 
-# Tables for `leaving`, by state: 2: the page leaves; 1: it may be a hole; 0: it stays as it is.
+# Tables for `leaving` and `take`, by state: 2: the page leaves; 1: it may be a hole; 0: it stays as it is.
 ANY_HERE = bytes(2 if byte >= HERE else byte <= AWAY for byte in range(256))
 NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
 _SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
@@ -108,8 +111,8 @@ def _here_becomes(state: int) -> bytes:
 
 
 class ByteTable:
-    """A byte a page, in shared memory. A part that was never set costs one byte: it is not read, because
-    reading shared memory allocates it."""
+    """A byte a page, in shared memory. A part that was never set costs one byte: used() and read() skip
+    it, because reading shared memory allocates it."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
@@ -352,7 +355,7 @@ class LSPT(ByteTable):
         """PageStore.locations of these pages, with INSTANCE for those that are HERE. The store sets it for
         all pages that it has sent, also for those that were read ahead and have not come.
 
-        The states are read first. So a page that leaves in between is on the disk, not nowhere.
+        The states are read first. So a page that leaves in between is here or on the disk, never nowhere.
         """
         states = self.read(page, count)
         return bytes(

@@ -1,6 +1,6 @@
 """Mailbox: what the application asks of the pager, in memory that both map.
 
-In the picture: the arrow from the application to the pager that is no page fault. A socket would be
+In the picture: the arrow from the application to the pager that is not a page fault. A socket would be
 a descriptor in a program that knows nothing of it, and may close it: this has none.
 
 Interface: Mailbox(address), made by both ends of the same memory.

@@ -2,7 +2,7 @@
 
 In the picture: the arrow marked MPI. mpi_client.py sends the questions, dms.py the answers.
 
-A message is a header of 16 bytes and a body, if it has one. MPI tells its length.
+A message is a header of 16 bytes and a body, if it has one. MPI gives its length.
 
     header   u16 kind, u16 more, u32 count, u64 page           (little-endian)
 

@@ -191,7 +191,7 @@ class MpiStore:
             yield from runs(at, states, ON_DISK)
 
     def close(self) -> None:
-        """Say BYE: this instance has ended. Nothing else may be called then."""
+        """Say BYE: this instance has ended. Nothing else may be called after that."""
         self._request(m.BYE)
         for process in self._processes:
             os.close(process)

@@ -49,7 +49,7 @@ SET_HANDLER, GET_HANDLER = 304, 305
 HANDLER_NAME = b"mem_handler"  # of a capsule with a handler
 
 KEPT_PART = 16  # the areas that are kept have at most 1/KEPT_PART of the resident limit together
-KEPT_AREAS = 16  # and are at most so many
+KEPT_AREAS = 16  # and are at most this many
 TRIES = 4  # of one request, if signal handlers raise in the middle of each
 
 # An allocator's functions, by their number of arguments; an address is a c_size_t. The caller has the GIL.

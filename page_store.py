@@ -11,7 +11,8 @@ Interface: PageStore(path, start_addr, end_addr, ...)
     take_from            as put, from a pipe
     free, sync, locations, runs_on_disk, table, close
     offers, start        a kept store with a share of the pages: the syncs that it can resume from
-    sync_steps           a sync of several stores as one: all take a step before any takes the next
+    sync_steps           a sync of several stores as one: all call one of these before any calls the next.
+                         They check, do steps 1 to 3 (see below), and do step 4
     SPT                  a byte a page: where the page is
     disk_folder          where a disk without a path is made
 
@@ -19,9 +20,9 @@ Rules:
     * A page belongs to one thread of one process at a time, which the LSPT ensures. So its byte in
       the SPT and its checksum need no lock.
     * All state that changes is in shared memory. A process that is forked after the store was made
-      may call put while its parent calls the other methods.
+      may call put and take_from while its parent calls the other methods.
     * A kept disk has one lock for all processes. put, free and sync hold it; get does not.
-      A process that is killed while it holds the lock blocks the others for ever, so its parent
+      A process that is killed while it holds the lock blocks the others forever, so its parent
       must end the job.
     * A disk that is not kept has no lock. Its calls share nothing but the pages that they name.
     * Only one thread calls take_get.
@@ -65,7 +66,8 @@ was ever used.
     start   takes the newer header whose crc32 is right. If the headers differ, it first makes them
             the same and durable, as steps 3 and 4 do.
 
-If step 2 or 3 fails, it is not known which epoch is durable. Nothing is written after that.
+If step 2 or 3 fails, it is not known which epoch is durable. Nothing is written after that, nor after
+step 4 has failed.
 
 Several stores, each with a Share of the pages (stripes.py), sync as one. Their client has all of them do
 steps 1 to 3, and step 4 only when all have succeeded. In between, nothing is put, freed or synced, and a

@@ -14,19 +14,19 @@ one machine address_space.py spawns a process that runs spawned(). Over MPI the 
 
 Application and pager each notice the end of the other. The pager polls a pidfd. The application has
 made a pipe whose only write end is here, and has asked the kernel to kill it when that end is
-closed (fcntl(2), F_SETSIG): its next fault would hang for ever. Each process that it forks does the
-same (children.py). When the application has ended, the pager switches this off for its children,
-and truncates the memfd. From then on they get a SIGBUS when they touch the application's memory.
+closed (fcntl(2), F_SETSIG): its next fault would hang forever. Each process that it forks does the
+same (children.py). When the application has ended, the pager truncates the memfd, and
+switches this off for the application's children. From then on they get a SIGBUS when they touch the application's memory.
 
 The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect, faults_other   faults
-    fetched                        pages that came, by those faults and by readahead
+    fetched                        pages that came: by those faults, readahead, or edm.prefetch
     latency_median, latency_99th   of the faults, in µs
     waited                         their sum, in seconds; the waits of several threads may overlap
     waited_for_store               the store's part of it; with --progress or --report only
     waited_for_room                and LPET's part, at high_threshold
     evicted_dirty, evicted_clean, marked_idle                                 pages
-    lpet_runs                      how often LPET was woken
+    lpet_runs                      how often LPET had something to evict
     refused                        pages that the store refused, counted each time
     bytes_sent, bytes_received     page content, to and from the store
     resident, peak_resident        pages
@@ -75,7 +75,7 @@ TYPE_CHECKING = False  # for type checkers it is true; typing takes long to impo
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-WINDOW_PART = 64  # a readahead window is at most this part of high_threshold
+WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
 TERM_TO_KILL = 3  # seconds from a signal to the pager until the application is killed
 FREE_AGAIN = 0.001  # seconds between two tries to free pages that are COMING or LEAVING
 
@@ -223,7 +223,7 @@ class Pager:
         """A thread: if LPET fails, so does the job. LPET has printed why, unless it was killed."""
         status = os.waitstatus_to_exitcode(os.waitpid(self._lpet_pid, 0)[1])
         if status < 0:
-            # It may have had the LSPT's lock, and then any thread that wants it waits for ever.
+            # It may have had the LSPT's lock, and then any thread that wants it waits forever.
             tell(OSError(f"LPET was killed by {signal.Signals(-status).name}"))
             self._kill_application()
             os._exit(2)  # a kept disk is as its last sync has left it
@@ -381,7 +381,7 @@ class Pager:
         in_order: the application has not ended, and the other threads work on.
         """
         if not isinstance(self._failure, OSError | None):
-            raise OSError(f"EDM has failed in the midst of its work: {self._failure}")
+            raise OSError(f"EDM has failed in the middle of its work: {self._failure}")
         with contextlib.closing(self._new_lpet()) as storing:
             pages = storing.store(bool(self._track_clean))
         if in_order and self._lspt.stopped():  # the other threads may have left pages half moved
@@ -430,7 +430,7 @@ class Pager:
             "idle_tracker": self._tracker,
             "pager_pid": os.getpid(),
             "lpet_pid": self._lpet_pid,
-            "from_each_dms": getattr(self._store, "came", []),  # a PageStore is none
+            "from_each_dms": getattr(self._store, "came", []),  # a PageStore has no DMSs
         }
 
 

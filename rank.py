@@ -46,7 +46,7 @@ READ = 0.3  # seconds at most that a launcher gets to read a message
 
 def fork_application(config: Config) -> tuple[Any, int] | None:
     """In the application, returns the socket that reaches its pager, and the instance's number; in a
-    DMS's rank None, when all instances have ended. Raises ValueError if MPI is initialised already.
+    DMS's rank None, when all instances have ended. Raises ValueError if mpi4py.MPI is imported already.
     """
     if "mpi4py.MPI" in sys.modules:
         raise ValueError("edm: mpi4py.MPI is imported already; import it after edm.run, if ever")

@@ -15,7 +15,7 @@ Rules:
     * Addresses and lengths are bytes, whole pages.
     * A Userfaultfd holds one argument block, so each thread makes its own around the descriptor.
     * The descriptor acts on the address space of the process that made it, whoever holds it.
-    * Every call lets go of the GIL, but for those by WITH_GIL. fcntl.ioctl is a microsecond faster than
+    * Every call releases the GIL, except those by WITH_GIL. fcntl.ioctl is a microsecond faster than
       ctypes, so the ioctls use it, with the arguments packed by struct.
 
 Sources: userfaultfd(2), ioctl_userfaultfd(2), <linux/userfaultfd.h>, <asm-generic/ioctl.h>,
@@ -88,7 +88,7 @@ UFFD_PAGEFAULT_FLAG_WP = 1 << 1
 UFFD_USER_MODE_ONLY = 1
 USER_MODE = "user mode only"  # open_userfaultfd's word for it
 
-# System calls that the C library has no function for, by machine: userfaultfd, futex, seccomp, tgkill.
+# System calls that not every C library has a function for, by machine: userfaultfd, futex, seccomp, tgkill.
 _NUMBERS = {"x86_64": (323, 202, 317, 234), "aarch64": (282, 98, 277, 131)}
 
 # What EDM can't do without: page faults of shared memory. And what tells that a page was written.

@@ -591,9 +591,9 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--resident", "12X", "x.py"], "resident: '12X' is no size"),
+        (["--resident", "12X", "x.py"], "resident: '12X' is not a size"),
         (["--resident", "4K", "x.py"], "resident: 4096 bytes are less than two pages"),
-        (["--numpy-threshold", "much", "x.py"], "numpy-threshold: 'much' is no size"),
+        (["--numpy-threshold", "much", "x.py"], "numpy-threshold: 'much' is not a size"),
         (["--readahead", "0", "x.py"], "readahead: 0 pages"),
         (["--readahead", "many", "x.py"], "--readahead"),
         (["--readahead"], "--readahead"),
