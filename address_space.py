@@ -206,8 +206,8 @@ class Space:
         """Unmap an area that mmap returned. Its bytes are gone, here and in the store.
 
         Raises ValueError if it is not such an area, and BufferError while something else uses it (a
-        slice, a NumPy array); then nothing has changed. Raises OSError if the pager can't free
-        the pages. Then the area can't be used, its bytes stay, and munmap may be called again. Source: munmap(2).
+        slice, a NumPy array); then nothing has changed. Raises OSError if the pager can't free the pages.
+        Then the area can't be used, its bytes stay, and munmap may be called again. Source: munmap(2).
         """
         view, addr = self._views.get(id(area), (None, 0))
         if view is None:

@@ -7,10 +7,10 @@ memfd. LPET knows nothing of children: pages that they have written are copies o
 hole that it punches takes the others out of their page tables.
 
 A child sends four descriptors: its pidfd, its userfaultfd, and both ends of its lifeline, a pipe.
-When the pager is killed, the write end, the only one, is closed, and the kernel kills the child, whose next fault
-would hang. When the application has ended, the pager switches this off with the read end before it
-ends: the child goes on if it does not touch the memory. A child that has executed another program
-is killed with the pager, too.
+When the pager is killed, the write end, the only one, is closed, and the kernel kills the child,
+whose next fault would hang. When the application has ended, the pager switches this off with the
+read end before it ends: the child goes on if it does not touch the memory. A child that has executed
+another program is killed with the pager, too.
 
 Interface: Children(epoll) is the DM-Handler's, whose epoll wakes it when a child faults or ends.
 adopt(fds) takes a new child, faulting() returns those that have faults, let_go() is for the end.

@@ -316,9 +316,8 @@ class DmHandler:
         self._readahead.continued(stream, pages)
         for piece in pieces:
             self._bring(piece, stream.ahead.pop(piece), page, write)
-            if (
-                piece is pieces[0] and len(pages) > FIRST_WINDOW
-            ):  # the application works on it meanwhile
+            # The application works on the first piece meanwhile. After a first window it is not asked ahead.
+            if piece is pieces[0] and len(pages) > FIRST_WINDOW:
                 self._ask_ahead(stream)
 
     def _pieces(self, pages: range) -> Iterator[range]:

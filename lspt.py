@@ -28,8 +28,8 @@ Generations: a new one begins when a quarter of high_threshold has come. The byt
 includes the generation in which the page came, or was last found used, modulo GENERATIONS.
 
 Interface: the methods on the arrows. Two eventfds wake those who wait: `for_handler` the DM-Handler,
-when there is room, another thread wants pages, or it has to stop; `for_lpet` LPET, when there are pages to evict or it has to stop.
-`figures` are counters that any process may read.
+when there is room, another thread wants pages, or it has to stop; `for_lpet` LPET, when there are pages
+to evict or it has to stop. `figures` are counters that any process may read.
 
 Rules:
     * `lock` protects every change of a state, except in `arrived`, and of RESIDENT, PEAK, FETCHED and
@@ -59,8 +59,8 @@ HERE, GENERATIONS = 128, 128  # HERE and its generation
 
 PART = 4096  # pages: their bytes are one page of memory, which the first access allocates
 QUARTERS = 4  # generations in one turnover of high_threshold pages
-# Seconds between two looks at a page that is LEAVING in another thread's hands: part of an eviction, which takes
-# 100 µs for one page and a millisecond for 256.
+# Seconds between two looks at a page that is LEAVING in another thread's hands: a part of an eviction,
+# which takes 100 µs for one page and a millisecond for 256.
 SETTLE = 100e-6
 SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algorithm to the letter
 

@@ -19,7 +19,9 @@ UnmapTracker needs neither root nor a kernel option. It takes a page out of the 
 it in the memfd; the next touch maps it again inside the kernel, without an event, and "present" in
 pagemap tells.
 
-Rules: any thread may use a Pagemap. A tracker belongs to one Lpet. Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, .../mm/pagemap.rst.
+Rules: any thread may use a Pagemap. A tracker belongs to one Lpet.
+
+Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, .../mm/pagemap.rst.
 """
 
 from __future__ import annotations

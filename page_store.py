@@ -29,7 +29,7 @@ Rules:
 
 A page's bytes stay on the disk while the instance has the page. So a clean page is dropped without
 writing: the disk already has its bytes. INSTANCE says that the page was sent to the instance and has
-not been put since.
+not left it since.
 
     SPT byte          location        after the page has left in a put
     NEW               never accessed

@@ -16,7 +16,8 @@ Application and pager each notice the end of the other. The pager polls a pidfd.
 made a pipe whose only write end is here, and has asked the kernel to kill it when that end is
 closed (fcntl(2), F_SETSIG): its next fault would hang forever. Each process that it forks does the
 same (children.py). When the application has ended, the pager truncates the memfd, and
-switches this off for the application's children. From then on they get a SIGBUS when they touch the application's memory.
+switches this off for the application's children. From then on they get a SIGBUS when they touch its
+memory.
 
 The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect, faults_other   faults

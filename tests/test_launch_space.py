@@ -36,10 +36,9 @@ import edm, os
 start = f"{edm.space().start_addr:x}-"
 if os.fork():
     raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
-_, _, mapping = open("/proc/self/smaps").read().partition(start)
-print(next(line for line in mapping.splitlines() if line.startswith("VmFlags:")))
-_, _, mapping = open(f"/proc/{os.getppid()}/smaps").read().partition(start)
-print(next(line for line in mapping.splitlines() if line.startswith("VmFlags:")))
+for pid in os.getpid(), os.getppid():
+    _, _, mapping = open(f"/proc/{pid}/smaps").read().partition(start)
+    print(next(line for line in mapping.splitlines() if line.startswith("VmFlags:")))
 """
 
 
