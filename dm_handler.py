@@ -54,7 +54,7 @@ from edm import log
 from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.children import Children
-from edm.lspt import LSPT, runs_of
+from edm.lspt import LSPT
 from edm.page_store import CONTENT
 from edm.readahead import FIRST_WINDOW, Readahead, Stream
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
@@ -276,23 +276,25 @@ class DmHandler:
     def _bring_asked(self) -> None:
         """Bring at most PIECE of the pages that were asked for, as far as there is room. If there is none,
         wait for it."""
-        claimed: list[int] = []
+        runs: list[range] = []
+        most = PIECE
         for _ in range(PIECE):
+            if not (most and self._asked):
+                break
             pages = self._asked.popleft()
-            if self._lspt.state[pages[0]] == l.AWAY:
-                if self._lspt.expect(pages[0]) is None:
+            run = pages[:1]
+            if self._lspt.state[run[0]] == l.AWAY:
+                if self._lspt.expect(run[0]) is None:
                     self._asked.appendleft(pages)
-                    if not claimed:
+                    if not runs:
                         self._wait_for_room()
                     break
-                claimed.append(pages[0])
-            if len(pages) > 1:
-                self._asked.appendleft(pages[1:])
-            if not self._asked:
-                break
-        runs = [range(first, first + count) for first, count in runs_of(claimed)]
-        for run in runs:
-            self._readahead.come(run)
+                run = pages[: 1 + len(self._lspt.expect_more(pages[1:most], l.AWAY))]
+                self._readahead.come(run)
+                runs.append(run)
+                most -= len(run)
+            if len(pages) > len(run):
+                self._asked.appendleft(pages[len(run) :])
         pieces = [piece for run in runs for piece in self._pieces(run)]
         for piece, asked in [(piece, self._ask(piece)) for piece in pieces]:
             self._bring(piece, asked)

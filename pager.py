@@ -312,7 +312,9 @@ class Pager:
                 try:
                     self._mailbox.answer(self._do(what, page, count, name))
                 except OSError as error:
-                    if what == m.RELEASE:  # its addresses must not be used again with old bytes
+                    # Nobody waits for these. Addresses must not be used again with old bytes, and no
+                    # page may stay LEAVING.
+                    if what in (m.RELEASE, m.FORGET):
                         raise
                     words = str(error.strerror or error)
                     self._mailbox.answer(words.encode(), error.errno or errno.EIO)

@@ -102,9 +102,10 @@ class Readahead:
         and the last of them is dropped."""
         low, high = sorted((pages[0], pages[-1]))
         for stream in self._streams:
-            first, last = sorted((stream.reach[0], stream.reach[-1]))
-            if low <= last and first <= high:
-                self.drop_ahead(stream)
+            if stream.ahead:
+                first, last = sorted((stream.reach[0], stream.reach[-1]))
+                if low <= last and first <= high:
+                    self.drop_ahead(stream)
 
     def drop_ahead(self, stream: Stream) -> None:
         """What was asked for ahead is not needed, or old."""
