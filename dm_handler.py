@@ -282,13 +282,13 @@ class DmHandler:
             if not (most and self._asked):
                 break
             pages = self._asked.popleft()
-            run = pages[:1]
-            if self._lspt.state[run[0]] == l.AWAY:
-                if self._lspt.expect(run[0]) is None:
-                    self._asked.appendleft(pages)
-                    if not runs:
-                        self._wait_for_room()
-                    break
+            state, run = self._lspt.expect(pages[0], l.AWAY), pages[:1]
+            if state is None:
+                self._asked.appendleft(pages)
+                if not runs:
+                    self._wait_for_room()
+                break
+            if state == l.AWAY:
                 run = pages[: 1 + len(self._lspt.expect_more(pages[1:most], l.AWAY))]
                 self._readahead.come(run)
                 runs.append(run)

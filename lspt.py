@@ -176,20 +176,17 @@ class LSPT(ByteTable):
         self._wake_at = self.high + 1 if self.as_the_wiki_does else (self.high + self.low) // 2
         self.quarter = max(1, high_threshold // QUARTERS)  # pages
 
-    def close(self) -> None:
-        os.close(self.for_handler)
-        os.close(self.for_lpet)
-
     # ------------------------------------------------------------ the DM-Handler's transitions
 
-    def expect(self, page: int) -> int | None:
-        """NEW or AWAY → COMING; any other state stays. Returns the state before.
+    def expect(self, page: int, least: int = NEW) -> int | None:
+        """NEW or AWAY → COMING; any other state stays, and with a `least` of AWAY, so does NEW. Returns the
+        state before.
 
         Returns None if there is no room for a page. LPET is woken, and for_handler as soon as there is.
         """
         with self.lock:
             state = self.state[page]
-            if state <= AWAY:
+            if least <= state <= AWAY:
                 if self.figures[RESIDENT] >= self.high:
                     self.figures[ROOM_WANTED] = time.monotonic_ns()
                     os.eventfd_write(self.for_lpet, 1)

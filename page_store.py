@@ -96,6 +96,7 @@ import fcntl
 import mmap
 import os
 import re
+import stat
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -497,6 +498,8 @@ class PageStore:
                     punch_hole(self.fd, self._place(first, place), many * PAGE_SIZE)
 
     def _begin(self, path: str) -> None:
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):  # root could make /dev/null its own
+            raise ValueError(f"disk: {path} is not a regular file; choose another path")
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,6 +11,11 @@ of three at equal distances (its stride, at most MAX_STRIDE, upward). Its window
 two may have been all, and doubles each time that one was used up, to at most max_window. Random access
 only ever pays for a look at each of the few streams.
 
+Random rows of a few pages would fault twice in each row. So where most single faults turn out to begin a
+stream upward, a stream begins with the first fault. Every PROBE-th fault still comes alone: whether the
+next page faults tells if this goes on. The streams that begin so take the places of each other, not those of
+the streams that were continued last.
+
 What was asked for ahead is a hint: its pages stay AWAY until one of them faults. It is dropped when
 any of its pages comes in another way, as its bytes may then be old.
 
@@ -27,6 +32,7 @@ from collections.abc import Callable
 STREAMS = 8  # followed at once
 REMEMBERED = 16  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 4  # mm/readahead.c's
+PROBE = 8
 STRIDED_WINDOW = 64  # at most: the pages of one are read and installed one by one
 MAX_STRIDE = 64
 # Strides: a fault so near after a window continues its stream. Few, as random faults that hit an old stream
@@ -60,6 +66,9 @@ class Readahead:
         self.max_window, self._drop = max_window, drop
         self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # pages of single faults, sorted
+        # How many more of these have gone on upward than have not; from 0 to 2 * REMEMBERED.
+        self._went_on = 0
+        self._singles = 0  # faults of no stream
 
     def stream(self, page: int) -> Stream | None:
         """The stream that a fault of this page continues or begins. If there is none, the page comes alone,
@@ -67,6 +76,8 @@ class Readahead:
         for stream in self._streams:
             if page in stream.reach:
                 if page in stream.reach[:NEAR]:
+                    self._streams.remove(stream)
+                    self._streams.insert(0, stream)
                     return stream
                 self.drop_ahead(stream)
         return self._begin(page) if self.max_window > 1 else None
@@ -78,24 +89,31 @@ class Readahead:
             stride = page - before
             if stride in (1, -1) or stride > 1 and before - stride in recent:
                 recent.remove(before)
-                stream = Stream(page, min(FIRST_WINDOW, self.max_window), stride)
-                self._streams.insert(0, stream)
-                if len(self._streams) > STREAMS:
-                    self.drop_ahead(self._streams.pop())
-                return stream
+                self._went_on = min(self._went_on + (stride == 1), 2 * REMEMBERED)
+                return self._new(page, stride, 0)
+        self._singles += 1
+        if self._went_on > REMEMBERED and self._singles % PROBE:
+            return self._new(page, 1, STREAMS // 2)
         if len(recent) == REMEMBERED:
             recent.clear()
+            self._went_on = max(self._went_on - REMEMBERED, 0)
             at = 0
         recent.insert(at, page)
         return None
+
+    def _new(self, page: int, stride: int, at: int) -> Stream:
+        """A stream that begins with this page, at this place of the list."""
+        if len(self._streams) == STREAMS:
+            self.drop_ahead(self._streams.pop())
+        stream = Stream(page, min(FIRST_WINDOW, self.max_window), stride)
+        self._streams.insert(at, stream)
+        return stream
 
     def continued(self, stream: Stream, pages: range) -> None:
         """The stream has been continued with these pages, in the order of need."""
         most = self.max_window if stream.stride in (1, -1) else min(self.max_window, STRIDED_WINDOW)
         stream.window = min(2 * stream.window, most)
         stream.expect_from(pages[-1] + stream.stride)
-        self._streams.remove(stream)
-        self._streams.insert(0, stream)
 
     def come(self, pages: range) -> None:
         """These pages, upward or downward, come in another way: what was asked for ahead between the first

@@ -182,7 +182,8 @@ class Instance:
 
     def close(self):
         self.lpet.close()
-        self.lspt.close()
+        os.close(self.lspt.for_handler)
+        os.close(self.lspt.for_lpet)
         os.close(self.pagemap_fd)
         self.memory.close()
 

@@ -48,7 +48,8 @@ def make():
 
     yield make
     for lspt in made:
-        lspt.close()
+        os.close(lspt.for_handler)
+        os.close(lspt.for_lpet)
 
 
 def expect(lspt, wanted):

@@ -9,6 +9,7 @@ import random
 import resource
 import select
 import signal
+import stat
 import tempfile
 import threading
 import time
@@ -1258,6 +1259,21 @@ def test_a_disk_in_use_is_refused(path, keep):
 def test_a_file_that_is_no_disk_is_refused_and_left_as_it_is(path, text, keep):
     path.write_bytes(text)
     refused(path, "is not an EDM disk", keep=keep)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_regular_file_is_refused_and_left_as_it_is(path, kind, keep):
+    if kind == "fifo":
+        os.mkfifo(path, 0o666)
+    elif os.geteuid() == 0:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.stat("/dev/null").st_rdev)
+    else:
+        pytest.skip("only root can make a device")
+    before = path.stat()
+    with pytest.raises(ValueError, match=f"^disk: {path} is not a regular file"):
+        PageStore(str(path), START, END, keep)
+    assert path.stat().st_mode == before.st_mode
 
 
 @BOTH

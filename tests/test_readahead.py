@@ -1,15 +1,16 @@
 """readahead.py: which faults are a stream, how its window grows, and what is asked for ahead of need."""
 
 import errno
+import os
 import random
 
 import pytest
 
 from edm.dm_handler import DmHandler
-from edm.lspt import AWAY, COMING, HERE, LOST, LSPT
+from edm.lspt import AWAY, COMING, HERE, LEAVING, LOST, LSPT, RESIDENT
 from edm.page_idle import pages_in
 from edm.page_store import CONTENT
-from edm.readahead import MAX_STRIDE, NEAR, REMEMBERED, STREAMS, Readahead
+from edm.readahead import FIRST_WINDOW, MAX_STRIDE, NEAR, PROBE, REMEMBERED, STREAMS, Readahead
 from edm.uffd_ctypes import PAGE_SIZE
 
 SPACE = range(10**9)
@@ -97,6 +98,48 @@ def test_random_faults_never_begin_a_stream(readahead):
     assert len(readahead._recent) <= REMEMBERED and readahead._streams == []
 
 
+def rows(readahead, count, pages, between=bool):
+    """Random rows of so many pages. Returns how many faults each took. between: is called after each."""
+    took = []
+    for row in random.Random(2).sample(range(10**6), count):
+        page, last, faults = 100 * row, 100 * row + pages - 1, 0
+        while page <= last:
+            stream = readahead.stream(page)
+            come = stream.wanted(page, SPACE) if stream else range(page, page + 1)
+            if stream:
+                readahead.continued(stream, come)
+            page, faults = come[-1] + 1, faults + 1
+        took.append(faults)
+        between()
+    return took
+
+
+@pytest.mark.parametrize("pages", [2, 3])
+def test_where_single_faults_go_on_a_row_takes_one_fault_except_for_probes(readahead, pages):
+    follow(readahead, 10**9, 2)
+    [sequential] = readahead._streams
+    at = [10**9 + 1 + FIRST_WINDOW]
+
+    def go_on():
+        stream, pages = readahead.stream(at[0]), range(at[0], at[0] + 4)
+        assert stream is sequential, "it is followed all the time"
+        readahead.continued(stream, pages)
+        at[0] += 4
+
+    took = rows(readahead, 1000, pages, go_on)
+    learnt = took[2 * REMEMBERED :]
+    assert {*took[:REMEMBERED]} == {2} and {*learnt} == {1, 2}
+    assert learnt.count(2) == pytest.approx(len(learnt) / PROBE, abs=1)
+
+
+def test_where_single_faults_do_not_go_on_any_more_they_come_alone_again(readahead):
+    rows(readahead, 1000, 3)
+    took = [readahead.stream(100 * page) for page in random.Random(3).sample(range(10**6), 1000)]
+    learnt = took[2 * REMEMBERED * PROBE :]
+    assert any(took) and not any(learnt)
+    assert all(stream.window == FIRST_WINDOW for stream in took if stream)
+
+
 @pytest.mark.parametrize("stride", [1, 5])
 def test_several_streams_are_recognised_between_each_other_and_followed_at_once(readahead, stride):
     starts = [10**6 * n for n in range(1, STREAMS + 1)]
@@ -119,7 +162,8 @@ def test_the_streams_that_were_not_used_for_longest_are_those_to_end(readahead, 
             range(1000 * n, 1000 * n + 8): n,
             range(1000 * n + 8, 1000 * n + 9): -n,
         }
-    readahead.continued(streams[0], range(1000, 1008))
+    assert readahead.stream(1001) is streams[0]
+    readahead.continued(streams[0], range(1001, 1008))
     assert dropped == []
     streams += [begin(readahead, 1000 * n) for n in range(STREAMS + 2, STREAMS + 4)]
     assert sorted(dropped) == [-3, -2, 2, 3] and readahead._streams[::-1] == [
@@ -243,7 +287,8 @@ def handler():
     handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False)
     handler._uffd = FakeUffd()
     yield handler
-    lspt.close()
+    os.close(lspt.for_handler)
+    os.close(lspt.for_lpet)
 
 
 def claim(handler, *pages):
@@ -344,6 +389,32 @@ def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are
     ]  # fmt: skip
     handler._bring_asked()
     assert here(handler) == [*range(100, 200), 300] and not handler._asked
+
+
+def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(handler):
+    lspt, lock = handler._lspt, handler._lspt.lock
+    claim(handler, 100, 110)
+    left = []
+
+    class LpetIsFirst:
+        """Whoever takes the lock next gets it after LPET has claimed these pages."""
+
+        def __enter__(self):
+            lspt.lock = lock
+            left.extend(lspt.leaving(100, 11))
+            lock.acquire()
+
+        def __exit__(self, *raised):
+            lock.release()
+
+    handler.ask_for([range(105, 106)])
+    lspt.lock = LpetIsFirst()
+    handler._bring_asked()
+    assert lspt.state[100:111] == bytes((LEAVING,)) * 11
+    lspt.gone(left)
+    assert lspt.state[100:111] == bytes((AWAY,)) * 11 and lspt.figures[RESIDENT] == 0
+    claim(handler, 105)
+    assert here(handler) == [105]
 
 
 @pytest.mark.parametrize("stride", [1, -1])
