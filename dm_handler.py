@@ -19,7 +19,7 @@ One fault, from the message to the woken application:
                 For a page that is LEAVING it does nothing: LPET wakes the application.
     _window     if readahead.py sees a stream: claims the pages that follow, and asks the store for
                 all of them, in pieces. The first piece is small: the application works on it while
-                the others come. Then it asks ahead for the next window.
+                the others come.
     _bring      takes a piece from the store, and again what the store could not return together.
     _install    makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application.
 
@@ -56,7 +56,7 @@ from edm import uffd_ctypes as u
 from edm.children import Children
 from edm.lspt import LSPT
 from edm.page_store import CONTENT
-from edm.readahead import FIRST_WINDOW, Readahead, Stream
+from edm.readahead import Readahead, Stream
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
@@ -83,7 +83,7 @@ class DmHandler:
         mark."""
         self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
         self._start, self._track_clean = start_addr, track_clean
-        self._readahead = Readahead(max_window, store.drop_get)
+        self._readahead = Readahead(max_window)
         self._epoll = select.epoll()
         self._epoll.register(uffd, select.EPOLLIN)
         self._epoll.register(lspt.for_handler, select.EPOLLIN)
@@ -99,6 +99,7 @@ class DmHandler:
         self._called: deque[tuple[range, bool]] = deque()  # what bring was called for
         self._brought: SimpleQueue[None] = SimpleQueue()  # an item for each of these that was done
         self._asked: deque[range] = deque()  # what ask_for was called for
+        self._no_room = False  # for these pages, until for_handler is written to
         # Nanoseconds. The clock is subtracted when a wait begins, and added when it ends. So a wait is under
         # way where the sum is negative.
         self._waited = [0, 0, 0]
@@ -160,7 +161,6 @@ class DmHandler:
             pass  # ESRCH: the application has ended
         finally:
             self._waited = self._waits()
-            self._readahead.end()
 
     def _serve(self) -> None:
         """Do what bring was called for, and resolve the faults that wait. If there are none, bring some of
@@ -190,12 +190,12 @@ class DmHandler:
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each
-        time; then sleep. If pages were asked for, don't wait."""
+        time; then sleep. If there are pages to bring that were asked for, don't wait."""
         until = time.monotonic() + SPIN
         while True:
             if self.children.uffds:
                 self._serve_children()
-            if (faults := self._uffd.read_faults()) or self._asked:
+            if (faults := self._uffd.read_faults()) or (self._asked and not self._no_room):
                 return faults
             os.sched_yield()
             if time.monotonic() > until:
@@ -224,7 +224,8 @@ class DmHandler:
 
     def _hear(self) -> None:
         """Sleep until for_handler is written to. Raises Stopped."""
-        os.eventfd_read(self._lspt.for_handler)
+        os.read(self._lspt.for_handler, 8)  # unlike os.eventfd_read, this goes on after a signal
+        self._no_room = False
         if self._lspt.stopped():
             raise Stopped
 
@@ -248,8 +249,11 @@ class DmHandler:
     def _claim(self, page: int, write: bool) -> bool:
         """Bring this page if it is NEW or AWAY. False if it is HERE, LEAVING or LOST."""
         while (state := self._lspt.expect(page)) is None:
+            if self._info:
+                self._log.info("reached high threshold, waking up lpet")
+                self._log.debug("avoid memory flood- dmhandler goes to sleep")
             self._waited[ROOM] -= time.monotonic_ns()
-            self._wait_for_room()
+            self._hear()
             self._waited[ROOM] += time.monotonic_ns()
         if state <= l.AWAY:
             self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
@@ -267,15 +271,10 @@ class DmHandler:
             self._log.info("page in address : %#x is being evicted, wait for it", address)
         return False
 
-    def _wait_for_room(self) -> None:
-        if self._info:
-            self._log.info("reached high threshold, waking up lpet")
-            self._log.debug("avoid memory flood- dmhandler goes to sleep")
-        self._hear()
-
     def _bring_asked(self) -> None:
-        """Bring at most PIECE of the pages that were asked for, as far as there is room. If there is none,
-        wait for it."""
+        """Bring at most PIECE of the pages that were asked for, as far as there is room. Raises Stopped."""
+        if self._lspt.stopped():
+            raise Stopped
         runs: list[range] = []
         most = PIECE
         for _ in range(PIECE):
@@ -285,12 +284,10 @@ class DmHandler:
             state, run = self._lspt.expect(pages[0], l.AWAY), pages[:1]
             if state is None:
                 self._asked.appendleft(pages)
-                if not runs:
-                    self._wait_for_room()
+                self._no_room = True
                 break
             if state == l.AWAY:
                 run = pages[: 1 + len(self._lspt.expect_more(pages[1:most], l.AWAY))]
-                self._readahead.come(run)
                 runs.append(run)
                 most -= len(run)
             if len(pages) > len(run):
@@ -305,22 +302,10 @@ class DmHandler:
         """Bring this page, which is COMING, and with it the others that the stream wants."""
         wanted = stream.wanted(page, self._lspt.area(page))
         pages = wanted[: 1 + len(self._lspt.expect_more(wanted[1:], state))]
-        if state == l.NEW:  # what was asked for ahead is from before it was freed
-            self._readahead.drop_ahead(stream)
-        ahead, stream.ahead = stream.ahead, {}
-        self._readahead.come(pages)
-        # What has not come when the application ends is left there for Readahead.end.
-        pieces = list(self._pieces(pages))
-        for piece in pieces:
-            stream.ahead[piece] = ahead.pop(piece, None) or self._ask(piece)
-        for unused in ahead.values():
-            self._store.drop_get(unused)
         self._readahead.continued(stream, pages)
-        for piece in pieces:
-            self._bring(piece, stream.ahead.pop(piece), page, write)
-            # The application works on the first piece meanwhile. After a first window it is not asked ahead.
-            if piece is pieces[0] and len(pages) > FIRST_WINDOW:
-                self._ask_ahead(stream)
+        # The application works on the first piece while the others come.
+        for piece, asked in [(piece, self._ask(piece)) for piece in self._pieces(pages)]:
+            self._bring(piece, asked, page, write)
 
     def _pieces(self, pages: range) -> Iterator[range]:
         """Parts of these pages, in the order of need. The pages of a part ascend."""
@@ -335,15 +320,6 @@ class DmHandler:
             address = self._start + pages.start * PAGE_SIZE
             self._log.info("send request for the page in address %#x from DMS", address)
         return self._store.ask_get(pages)
-
-    def _ask_ahead(self, stream: Stream) -> None:
-        """Ask for the stream's next window before it is needed."""
-        page = stream.reach.start
-        wanted = self._lspt.alike(stream.wanted(page, self._lspt.area(page)), l.AWAY)
-        if len(wanted) > 1:
-            stream.reach = max(stream.reach, wanted, key=len)
-            for piece in self._pieces(wanted):
-                stream.ahead[piece] = self._ask(piece)
 
     def _bring(self, pages: range, asked: Any, page: int = -1, write: bool = False) -> None:
         """Install these pages, which are COMING and were asked for. A page that can't be read becomes AWAY;

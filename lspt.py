@@ -62,6 +62,7 @@ QUARTERS = 4  # generations in one turnover of high_threshold pages
 # Seconds between two looks at a page that is LEAVING in another thread's hands: a part of an eviction,
 # which takes 100 µs for one page and a millisecond for 256.
 SETTLE = 100e-6
+NEVER = (1 << 63) - 1  # nanoseconds of the clock
 SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algorithm to the letter
 
 # Tables for `leaving` and `take`, by state: 2: the page leaves; 1: it may be a hole; 0: it stays as it is.
@@ -179,8 +180,9 @@ class LSPT(ByteTable):
     # ------------------------------------------------------------ the DM-Handler's transitions
 
     def expect(self, page: int, least: int = NEW) -> int | None:
-        """NEW or AWAY → COMING; any other state stays, and with a `least` of AWAY, so does NEW. Returns the
-        state before.
+        """NEW or AWAY → COMING; any other state stays. Returns the state before.
+
+        least: AWAY for advice: NEW stays, too, and nobody waits for the page.
 
         Returns None if there is no room for a page. LPET is woken, and for_handler as soon as there is.
         """
@@ -188,7 +190,8 @@ class LSPT(ByteTable):
             state = self.state[page]
             if least <= state <= AWAY:
                 if self.figures[RESIDENT] >= self.high:
-                    self.figures[ROOM_WANTED] = time.monotonic_ns()
+                    since = NEVER if least == AWAY else time.monotonic_ns()
+                    self.figures[ROOM_WANTED] = min(self.figures[ROOM_WANTED] or NEVER, since)
                     os.eventfd_write(self.for_lpet, 1)
                     return None
                 self._used[page // PART] = 1
@@ -370,7 +373,8 @@ class LSPT(ByteTable):
     # ------------------------------------------------------------ waiting
 
     def room_wanted_since(self) -> float:
-        """When the DM-Handler began to wait for room (time.monotonic); 0.0: it does not wait."""
+        """When the DM-Handler began to wait for room (time.monotonic); 0.0: it does not wait. If only
+        advice wants room, this is in the far future."""
         return self.figures[ROOM_WANTED] / 1e9
 
     def lpet_waits(self) -> bool:
@@ -379,7 +383,7 @@ class LSPT(ByteTable):
             if self.figures[RESIDENT] >= self._wake_at or self.figures[ROOM_WANTED]:
                 return True
             # It returns at once if there was a wake-up since the last read.
-            os.eventfd_read(self.for_lpet)
+            os.read(self.for_lpet, 8)  # unlike os.eventfd_read, this goes on after a signal
         return False
 
     def stopped(self) -> bool:

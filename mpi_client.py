@@ -83,6 +83,7 @@ class MpiStore:
         self._debug = self._log.isEnabledFor(DEBUG)
         self.came = [0] * dms  # pages that take_get has taken, from each DMS
         self._slots: list[Slot] = []  # the free ones
+        self._asked: list[Slot] = []  # that take_get has not taken
         self._taken: Slot | None = None  # has what take_get gave
         self._tags = itertools.count()
         self._processes: list[int] = []  # pidfds of the DMSs on this machine
@@ -124,6 +125,7 @@ class MpiStore:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
         share = self._shares[pages.start // self._shares[0].stripe % len(self._shares)]
         slot.send(share.which, m.GET, len(pages), share.below(pages.start), pages.step)
+        self._asked.append(slot)
         return slot
 
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
@@ -131,18 +133,13 @@ class MpiStore:
         if self._taken:
             self._slots.append(self._taken)
         self._taken = asked
+        self._asked.remove(asked)
         kind, got = self._answer(asked, patient=False)
         self.came[asked.dms] += got
         if self._debug:
             self._log.debug("get DMS's response for the page in address %#x", asked.address)
             self._log.debug("RequestPageFromDMS succeeded. ")
         return kind, got, asked.content_address
-
-    def drop_get(self, asked: Slot) -> None:
-        """See PageStore."""
-        with suppress(OSError):  # it can't be read, but is not needed
-            self._answer(asked, patient=False)
-        self._slots.append(asked)
 
     def put(self, gone: Sequence[Run], dirty: Sequence[Bytes]) -> None:
         """See PageStore. The pages between the ranges go, too: this only changes where the SPT says that
@@ -192,6 +189,9 @@ class MpiStore:
 
     def close(self) -> None:
         """Say BYE: this instance has ended. Nothing else may be called after that."""
+        for slot in self._asked:  # MPI writes to its memory until the answer is there
+            with suppress(OSError):
+                self._answer(slot)
         self._request(m.BYE)
         for process in self._processes:
             os.close(process)

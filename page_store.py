@@ -5,7 +5,7 @@ DMS (dms.py) has one for each instance, and the pager has an MpiStore (mpi_clien
 same methods.
 
 Interface: PageStore(path, start_addr, end_addr, ...)
-    ask_get, take_get    bring pages, for a pager: ask, and later take the answer; or drop_get
+    ask_get, take_get    bring pages, for a pager: ask, and later take the answer
     get                  the same in one step, for the DMS
     put                  pages leave the instance, or only their bytes are stored
     take_from            as put, from a pipe
@@ -275,7 +275,7 @@ class PageStore:
     def ask_get(self, pages: range) -> range:
         """Ask for these pages, at most PAGES_AT_ONCE, without waiting. pages may have a step.
 
-        The result is an argument for take_get or drop_get.
+        The result is an argument for take_get.
         """
         if len(pages) > 1 and pages.step == 1:
             byte = self.spt.state[pages.start]
@@ -289,9 +289,6 @@ class PageStore:
         are valid until the next call."""
         kind, got = self.get(asked, self._taken)
         return kind, got, self._taken_at
-
-    def drop_get(self, asked: range) -> None:
-        """The pages that were asked for are not needed."""
 
     def get(self, pages: range, into: memoryview) -> tuple[int, int]:
         """Send pages to the instance: (NEW_PAGES or CONTENT, the number of pages, from the first on). With

@@ -3,8 +3,7 @@
 In the picture: a part of the DM-Handler, which does what this decides.
 
 Interface: Readahead.stream(page) returns the Stream that a fault of this page continues or begins, if any.
-The DM-Handler fetches the pages that the stream wants, reports them (continued), and asks the store for
-the next ones ahead of need (Stream.ahead).
+The DM-Handler fetches the pages that the stream wants, and reports them (continued).
 
 A stream begins with the second of two faults in neighbouring pages, upward or downward, or with the third
 of three at equal distances (its stride, at most MAX_STRIDE, upward). Its window is small at first, as the
@@ -16,9 +15,6 @@ stream upward, a stream begins with the first fault. Every PROBE-th fault still 
 next page faults tells if this goes on. The streams that begin so take the places of each other, not those of
 the streams that were continued last.
 
-What was asked for ahead is a hint: its pages stay AWAY until one of them faults. It is dropped when
-any of its pages comes in another way, as its bytes may then be old.
-
 Rules: the DM-Handler's thread only. Pages, not bytes.
 
 The idea is the kernel's (mm/readahead.c).
@@ -27,7 +23,6 @@ The idea is the kernel's (mm/readahead.c).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 
 STREAMS = 8  # followed at once
 REMEMBERED = 16  # single faults that may yet turn out to begin a stream
@@ -41,16 +36,14 @@ NEAR = 16
 
 
 class Stream:
-    def __init__(self, next: int, window: int, stride: int) -> None:
+    def __init__(self, page: int, window: int, stride: int) -> None:
         self.window = window  # pages to fetch when it is continued
         self.stride = stride  # between them; -1: downward
-        self.ahead: dict[range, object] = {}  # pages → what the store's ask_get returned
-        self.expect_from(next)
+        self.expect_from(page)
 
-    def expect_from(self, next: int) -> None:
+    def expect_from(self, page: int) -> None:
         """The fault that continues the stream is this page's, or near: pages that are here do not fault."""
-        # All pages of ahead, and NEAR at least.
-        self.reach = range(next, next + NEAR * self.stride, self.stride)
+        self.reach = range(page, page + NEAR * self.stride, self.stride)
 
     def wanted(self, page: int, area: range) -> range:
         """The pages of this area to fetch when this one faults, in the order of need: this one first."""
@@ -60,10 +53,9 @@ class Stream:
 
 
 class Readahead:
-    def __init__(self, max_window: int, drop: Callable[[object], None]) -> None:
-        """max_window: pages at most in one window; less than 2 turns readahead off. drop: called with
-        what was asked for ahead and is not needed."""
-        self.max_window, self._drop = max_window, drop
+    def __init__(self, max_window: int) -> None:
+        """max_window: pages at most in one window; less than 2 turns readahead off."""
+        self.max_window = max_window
         self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # pages of single faults, sorted
         # How many more of these have gone on upward than have not; from 0 to 2 * REMEMBERED.
@@ -71,15 +63,13 @@ class Readahead:
         self._singles = 0  # faults of no stream
 
     def stream(self, page: int) -> Stream | None:
-        """The stream that a fault of this page continues or begins. If there is none, the page comes alone,
-        and what was asked for ahead of it is dropped."""
+        """The stream that a fault of this page continues or begins. If there is none, the page comes
+        alone."""
         for stream in self._streams:
             if page in stream.reach:
-                if page in stream.reach[:NEAR]:
-                    self._streams.remove(stream)
-                    self._streams.insert(0, stream)
-                    return stream
-                self.drop_ahead(stream)
+                self._streams.remove(stream)
+                self._streams.insert(0, stream)
+                return stream
         return self._begin(page) if self.max_window > 1 else None
 
     def _begin(self, page: int) -> Stream | None:
@@ -103,10 +93,9 @@ class Readahead:
 
     def _new(self, page: int, stride: int, at: int) -> Stream:
         """A stream that begins with this page, at this place of the list."""
-        if len(self._streams) == STREAMS:
-            self.drop_ahead(self._streams.pop())
         stream = Stream(page, min(FIRST_WINDOW, self.max_window), stride)
         self._streams.insert(at, stream)
+        del self._streams[STREAMS:]
         return stream
 
     def continued(self, stream: Stream, pages: range) -> None:
@@ -114,23 +103,3 @@ class Readahead:
         most = self.max_window if stream.stride in (1, -1) else min(self.max_window, STRIDED_WINDOW)
         stream.window = min(2 * stream.window, most)
         stream.expect_from(pages[-1] + stream.stride)
-
-    def come(self, pages: range) -> None:
-        """These pages, upward or downward, come in another way: what was asked for ahead between the first
-        and the last of them is dropped."""
-        low, high = sorted((pages[0], pages[-1]))
-        for stream in self._streams:
-            if stream.ahead:
-                first, last = sorted((stream.reach[0], stream.reach[-1]))
-                if low <= last and first <= high:
-                    self.drop_ahead(stream)
-
-    def drop_ahead(self, stream: Stream) -> None:
-        """What was asked for ahead is not needed, or old."""
-        while stream.ahead:
-            self._drop(stream.ahead.popitem()[1])
-
-    def end(self) -> None:
-        """Drop everything."""
-        for stream in self._streams:
-            self.drop_ahead(stream)

@@ -462,6 +462,24 @@ def test_refusals_end_nothing_while_no_fault_waits(make, clock):
         instance.lpet._rest()
 
 
+def test_advice_that_finds_no_room_never_ends_the_job_and_a_fault_that_does_has_grace(make, clock):
+    instance = make(high=8, batch=4)
+    instance.come((0, 8))
+    instance.lspt.on_disk(20, 2)
+    instance.store.refuses = refuse_all
+    for _ in range(3):
+        assert instance.lspt.expect(20, l.AWAY) is None
+        clock.now += 2 * lpet_module.GRACE
+        assert instance.evict_once() == [] and instance.lpet._rest() > 0
+    instance.lspt.expect(21)
+    assert instance.lpet._rest() > 0, "grace begins"
+    for _ in range(3):  # the fault and the advice try again
+        clock.now += lpet_module.GRACE / 3 + 0.1
+        assert instance.lspt.expect(20, l.AWAY) is instance.lspt.expect(21) is None
+    with pytest.raises(OSError, match="no room on this disk"):
+        instance.lpet._rest()
+
+
 @pytest.mark.parametrize("how", ["evicted", "freed"])
 def test_grace_begins_anew_when_a_fault_has_got_its_room(make, clock, how):
     instance = make(high=8, batch=4)

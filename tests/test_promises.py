@@ -438,7 +438,7 @@ def test_a_disk_in_use_and_other_mistakes_get_one_line(way, tmp_path):
         assert len(lines) == 1 and words in lines[0], ended.stdout
 
 
-@pytest.mark.parametrize("how", ["raise", "exit", "kill", "_exit", "exec"])
+@pytest.mark.parametrize("how", ["raise", "exit", "kill", "_exit", "exec", "prefetch"])
 def test_what_an_application_wrote_is_on_a_kept_disk_however_it_ended(way, tmp_path, how):
     job = way.start(PROGRAMS / "kept.py", tmp_path / "disk", how)
     output, _ = job.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""readahead.py: which faults are a stream, how its window grows, and what is asked for ahead of need."""
+"""readahead.py: which faults are a stream, how its window grows, and what comes with a fault."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from edm.dm_handler import DmHandler
+from edm.dm_handler import DmHandler, Stopped
 from edm.lspt import AWAY, COMING, HERE, LEAVING, LOST, LSPT, RESIDENT
 from edm.page_idle import pages_in
 from edm.page_store import CONTENT
@@ -17,13 +17,8 @@ SPACE = range(10**9)
 
 
 @pytest.fixture
-def dropped():
-    return []
-
-
-@pytest.fixture
-def readahead(dropped):
-    return Readahead(256, dropped.append)
+def readahead():
+    return Readahead(256)
 
 
 def singles(stride):
@@ -75,7 +70,7 @@ DOUBLING = [4, 8, 16, 32, 64, 128, 256, 256]
 def test_a_second_neighbouring_fault_or_a_third_at_equal_distances_begins_a_stream_whose_window_doubles(
     max_window, stride, windows
 ):
-    readahead = Readahead(max_window, None)
+    readahead = Readahead(max_window)
     assert follow(readahead, 10**6, singles(stride) + (len(windows) or 20), stride) == windows
 
 
@@ -154,27 +149,14 @@ def test_several_streams_are_recognised_between_each_other_and_followed_at_once(
         assert readahead.stream(start + 4 * stride) is stream and stream.stride == stride
 
 
-def test_the_streams_that_were_not_used_for_longest_are_those_to_end(readahead, dropped):
-    streams = []
-    for n in range(1, STREAMS + 1):
-        streams.append(begin(readahead, 1000 * n))
-        streams[-1].ahead = {
-            range(1000 * n, 1000 * n + 8): n,
-            range(1000 * n + 8, 1000 * n + 9): -n,
-        }
+def test_the_streams_that_were_not_used_for_longest_are_those_to_end(readahead):
+    streams = [begin(readahead, 1000 * n) for n in range(1, STREAMS + 1)]
     assert readahead.stream(1001) is streams[0]
     readahead.continued(streams[0], range(1001, 1008))
-    assert dropped == []
     streams += [begin(readahead, 1000 * n) for n in range(STREAMS + 2, STREAMS + 4)]
-    assert sorted(dropped) == [-3, -2, 2, 3] and readahead._streams[::-1] == [
-        *streams[3:STREAMS], streams[0], *streams[STREAMS:],
-    ]  # fmt: skip
+    assert readahead._streams[::-1] == [*streams[3:STREAMS], streams[0], *streams[STREAMS:]]
     assert readahead.stream(2000) is readahead.stream(3000) is None
-    assert readahead.stream(1008) is streams[0] and streams[0].ahead
-    readahead.end()
-    assert sorted(dropped) == [n for n in range(-STREAMS, STREAMS + 1) if n]
-    readahead.end()
-    assert len(dropped) == 2 * STREAMS, "once"
+    assert readahead.stream(1008) is streams[0]
 
 
 @pytest.mark.parametrize("stride", [1, -1, 5])
@@ -186,25 +168,6 @@ def test_a_fault_near_after_a_window_continues_its_stream_and_others_do_not(read
     for page in range(500, 1500):
         readahead._recent.clear()  # or a fault would begin a stream with the one before
         assert (readahead.stream(page) is stream) == (page in near)
-
-
-def test_what_was_asked_for_ahead_is_dropped_when_any_of_its_pages_comes_otherwise(
-    readahead, dropped
-):
-    one, other = begin(readahead, 100), begin(readahead, 1000, -1)
-    one.ahead = {range(100, 112): "some", range(112, 120): "the rest"}
-    one.reach = range(100, 120)
-    other.ahead = {range(980, 1001): "others"}
-    other.reach = range(1000, 979, -1)
-    for pages in range(90, 100), range(120, 980), range(1001, 1002):
-        readahead.come(pages)
-    assert dropped == []
-    assert readahead.stream(119) is None
-    assert sorted(dropped) == ["some", "the rest"] and one.ahead == {}, "they are old all at once"
-    assert readahead.stream(119) is None
-    readahead.come(range(980, 899, -1))
-    assert dropped[2:] == ["others"] and other.ahead == {}
-    assert readahead._streams == [other, one], "the streams go on"
 
 
 def test_two_streams_that_have_come_to_the_same_page_stay_two(readahead):
@@ -219,16 +182,8 @@ def test_two_streams_that_have_come_to_the_same_page_stay_two(readahead):
 # ---------------------------------------------------------------- with the DM-Handler
 
 
-class Asked:
-    def __init__(self, pages, versions):
-        self.pages, self.versions, self.ended = pages, versions, 0
-
-
 class Store:
-    """As over MPI: an answer has the bytes of the time when it was asked for."""
-
     def __init__(self):
-        self.version = dict.fromkeys(range(1000), 0)  # of each page's bytes
         self.asked = []
         self.unreadable = set()
 
@@ -237,43 +192,28 @@ class Store:
 
     def ask_get(self, pages):
         assert len(pages) <= 64
-        self.asked.append(Asked(pages, [self.version[page] for page in pages]))
-        return self.asked[-1]
+        self.asked.append(pages)
+        return pages
 
     def take_get(self, asked):
-        asked.ended += 1
         good = 0
-        while good < len(asked.pages) and asked.pages[good] not in self.unreadable:
+        while good < len(asked) and asked[good] not in self.unreadable:
             good += 1
         if not good:
             raise OSError(errno.EIO, "the checksum is wrong")
-        return CONTENT, good, Source(asked.versions)
-
-    def drop_get(self, asked):
-        asked.ended += 1
-
-
-class Source:
-    """The address of some pages."""
-
-    def __init__(self, versions):
-        self.versions = versions
-
-    def __add__(self, length):
-        return Source(self.versions[length // PAGE_SIZE :])
+        return CONTENT, good, 1 << 20
 
 
 class FakeUffd:
     def __init__(self):
-        self.version = {}  # of each page as it was installed last
         self.poisoned = []
-        self.ended_at = None  # a page: when it is to be installed, the application has ended
+        self.faults = []
+
+    def read_faults(self):
+        return self.faults
 
     def copy(self, address, source, length, mark):
-        first, count = address // PAGE_SIZE, length // PAGE_SIZE
-        if self.ended_at in range(first, first + count):
-            raise ProcessLookupError
-        self.version |= dict(zip(range(first, first + count), source.versions, strict=False))
+        pass
 
     def poison(self, address, length):
         self.poisoned.append(address // PAGE_SIZE)
@@ -300,82 +240,9 @@ def here(handler):
     return list(pages_in(handler._lspt.here()))
 
 
-def all_installed_are_of_today(handler):
-    pages, installed = here(handler), handler._uffd.version
-    return [installed[page] for page in pages] == [handler._store.version[page] for page in pages]
-
-
-def write_and_evict(handler, first, count):
-    """These pages are HERE: the application writes them, and LPET evicts them."""
-    left = handler._lspt.leaving(first, count)
-    assert left == [(first, left[0][1])] and len(left[0][1]) == count
-    for page in range(first, first + count):
-        handler._store.version[page] += 1
-    handler._lspt.gone(left)
-
-
-@pytest.mark.parametrize("stride", [1, -1, 5])
-def test_a_window_that_was_asked_for_ahead_comes_with_the_next_fault(handler, stride):
-    alone = [500 - n * stride for n in range(4 + singles(stride), 4, -1)]
-    claim(handler, *alone, 500 - 4 * stride, 500)
-    asked = len(handler._store.asked)
-    [stream] = handler._readahead._streams
-    ahead = range(500 + 8 * stride, 500 + 24 * stride, stride)
-    assert list(stream.ahead) == [ahead if stride > 0 else ahead[::-1]]
-    claim(handler, 500 + 8 * stride)
-    assert here(handler) == sorted(range(alone[0], 500 + 24 * stride, stride))
-    ended = [one.ended for one in handler._store.asked]
-    assert ended == [1] * asked + [0] * len(stream.ahead), "all but the window after it"
-    handler._readahead.end()
-    assert {one.ended for one in handler._store.asked} == {1}
-
-
 def test_a_row_of_a_few_pages_takes_two_faults_and_brings_few_other_pages(handler):
     claim(handler, 100, 101)
-    assert here(handler) == [*range(100, 105)] and not handler._readahead._streams[0].ahead
-
-
-@pytest.mark.parametrize("how", ["alone", "in a window", "in a window that was asked for ahead"])
-def test_bytes_that_were_asked_for_before_the_page_came_otherwise_are_not_installed(handler, how):
-    claim(handler, 223, 222, 218, 210)
-    [down] = handler._readahead._streams
-    assert list(down.ahead) == [range(179, 195), range(163, 179)]
-    if how == "alone":
-        claim(handler, 170)
-        write_and_evict(handler, 170, 1)
-    elif how == "in a window":
-        claim(handler, 158, 145, 146, 150, 159)  # nothing is asked for ahead of 158
-        write_and_evict(handler, 163, 12)
-    else:
-        claim(handler, 97, 98, 102, 110, 126)
-        assert list(handler._readahead._streams[0].ahead) == [range(158, 174), range(174, 195)]
-        claim(handler, 158)
-        write_and_evict(handler, 158, 37)
-    assert down.ahead == {}
-    claim(handler, 194)
-    assert {*range(163, 195)} <= {*here(handler)} and all_installed_are_of_today(handler)
-    handler._readahead.end()
-    assert {one.ended for one in handler._store.asked} == {1}
-
-
-def test_what_was_asked_for_ahead_of_pages_that_were_freed_meanwhile_is_dropped(handler):
-    claim(handler, 97, 98, 102)
-    lspt = handler._lspt
-    lspt.freed(lspt.freeing(0, 1000)[0])
-    handler._store.version = dict.fromkeys(range(1000), "zeros")
-    claim(handler, 110)
-    assert {*range(110, 126)} <= {*here(handler)} and all_installed_are_of_today(handler)
-    handler._readahead.end()
-    assert {one.ended for one in handler._store.asked} == {1}
-
-
-def test_nothing_that_was_asked_for_is_forgotten_when_the_application_ends_in_a_window(handler):
-    claim(handler, 97, 98, 102, 110)
-    handler._uffd.ended_at = 130
-    with pytest.raises(ProcessLookupError):
-        claim(handler, 126)
-    handler._readahead.end()
-    assert {one.ended for one in handler._store.asked} == {1}
+    assert here(handler) == [*range(100, 105)]
 
 
 def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are_passed(handler):
@@ -384,11 +251,38 @@ def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are
     handler.ask_for([range(100, 200), range(300, 301)])
     handler._bring_asked()
     assert here(handler) == [*range(100, 165)]  # 64 have come, and one was here
-    assert [one.pages for one in handler._store.asked[before:]] == [
+    assert handler._store.asked[before:] == [
         range(100, 110), range(111, 127), range(127, 165),
     ]  # fmt: skip
     handler._bring_asked()
     assert here(handler) == [*range(100, 200), 300] and not handler._asked
+
+
+def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them(handler):
+    lspt = handler._lspt
+    lspt.high = 60
+    handler.ask_for([range(100, 200)])
+    assert handler._next_faults() == []
+    handler._bring_asked()
+    assert here(handler) == [*range(100, 160)]
+    handler._hear()  # as ask_for has written
+    handler._bring_asked()
+    assert here(handler) == [*range(100, 160)] and lspt.room_wanted_since() > 1e9
+    handler._uffd.faults = [(0, 0, 0, 0)]
+    assert handler._next_faults() == handler._uffd.faults
+    handler._uffd.faults = []
+    lspt.gone(lspt.leaving(100, 20))
+    assert handler._next_faults() == []  # it has heard that there is room
+    handler._bring_asked()
+    assert here(handler) == [*range(120, 180)]
+
+
+def test_nothing_that_was_asked_for_comes_when_the_space_ends(handler):
+    handler.ask_for([range(100, 200)])
+    handler._lspt.stop()
+    with pytest.raises(Stopped):
+        handler._bring_asked()
+    assert here(handler) == []
 
 
 def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(handler):

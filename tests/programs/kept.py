@@ -27,6 +27,11 @@ def app(space):
     if how == "wait":
         print("written", flush=True)
         signal.pause()
+    if how == "prefetch":  # and ends while the pages are under way
+        import numpy as np
+
+        edm.prefetch(np.frombuffer(area).reshape(PAGES, -1), np.arange(0, PAGES, 2))
+        os._exit(3)
     if how == "raise":
         raise RuntimeError("boom")
     if how == "_exit":
