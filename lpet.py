@@ -5,9 +5,8 @@ its own, forked from the pager, as a thread would wait for the pager's GIL. Over
 the pager. The code is the same: it shares nothing with the DM-Handler but the LSPT and the store.
 
 Interface: run() is LPET. forget() evicts what the application does not need (advice.py), and store()
-sends the store what it does not have yet, without evicting it. Both are called by another thread, on
-an Lpet that is made for the call and closed after it: a user may have a limited number of pipes as large
-as an Lpet's (pipe(7), pipe-user-pages-soft). figures are in the LSPT.
+sends the store what it does not have yet, without evicting it. Both are called by another thread, which
+has an Lpet of its own. figures are in the LSPT.
 
 It sleeps until as many pages are resident as wake it, or a fault finds no room (LSPT.expect,
 LSPT.expect_more). Then it evicts down to low_threshold.
@@ -111,7 +110,10 @@ class Lpet:
         self._start = start_addr
         self._memfd = memfd
         self._out, self._in = os.pipe2(os.O_CLOEXEC)
-        size = fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, PAGES_AT_ONCE * PAGE_SIZE)
+        # A user may have a limited number of such pipes: pipe(7), pipe-user-pages-soft.
+        with suppress(PermissionError):
+            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, PAGES_AT_ONCE * PAGE_SIZE)
+        size = fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ)
         self._batch = min(batch, size // PAGE_SIZE)
         self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the pages in hand
         self._tracker: Any = (
@@ -134,11 +136,6 @@ class Lpet:
             self._lspt.run_ended()
             if not pages:
                 time.sleep(min(self._rest(), 0.05))  # short, as it may be told to stop
-
-    def close(self) -> None:
-        os.close(self._out)
-        os.close(self._in)
-        del self._tracker  # it refers to this Lpet, which would keep its memory until a collection
 
     # ------------------------------------------------------------ one eviction
 
@@ -436,6 +433,6 @@ class Lpet:
 
     def _protect(self, page: int, length: int, protect: bool) -> None:
         """length: bytes."""
-        # ESRCH: the application has ended, and writes no more.
-        with suppress(ProcessLookupError):
+        # ESRCH, ENOENT: the application has ended, or unmapped the space, and writes no more.
+        with suppress(ProcessLookupError, FileNotFoundError):
             self._uffd.writeprotect(self._start + page * PAGE_SIZE, length, protect)

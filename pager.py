@@ -57,7 +57,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 
 from edm import address_space, limits, log
@@ -77,6 +77,11 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM  # what _end_by handles, over MPI
+NOT_IGNORED = {
+    signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD,
+    signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT,
+}  # fmt: skip
 TERM_TO_KILL = 3  # seconds from a signal to the pager until the application is killed
 FREE_AGAIN = 0.001  # seconds between two tries to free pages that are COMING or LEAVING
 
@@ -160,7 +165,7 @@ class Pager:
         sys.setswitchinterval(SWITCH_INTERVAL)
         lpet = self._run_lpet
         if self._over_mpi:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+            for number in ENDING:
                 signal.signal(number, self._end_by)
         else:
             self._fork_lpet()
@@ -179,6 +184,8 @@ class Pager:
                 thread.start()
         except RuntimeError as error:  # Python does not pass on the errno, which can only be EAGAIN
             raise OSError(errno.EAGAIN, str(error)) from None
+        # rank.py has blocked them, so no other thread takes them: a signal ends a wait of this one.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         self._guarded(self._watch)
         self._lspt.stop()
         os.eventfd_write(self._ended, 1)
@@ -340,9 +347,8 @@ class Pager:
         elif what == m.PREFETCH:
             self._handler.ask_for(range(first, first + n) for first, n in m.RUN.iter_unpack(name))
         elif what == m.FORGET:
-            with contextlib.closing(self._new_lpet()) as evicting:
-                for run in m.RUN.iter_unpack(name):
-                    evicting.forget(*run)
+            for run in m.RUN.iter_unpack(name):
+                self._lpet.forget(*run)
         elif what == m.LOCATIONS:
             return self._lspt.located(page, count, self._store.locations)
         elif what == m.FIGURES:
@@ -352,6 +358,11 @@ class Pager:
         else:  # END: the application's interpreter ends; or CLOSE
             self._end()
         return b""
+
+    @cached_property
+    def _lpet(self) -> Lpet:
+        """For what the application asks. The LPET that runs has its own."""
+        return self._new_lpet()
 
     def _area(self, page: int) -> slice:
         """The place in LSPT.areas of the area that begins at this page; empty if there is none."""
@@ -385,8 +396,7 @@ class Pager:
         """
         if not isinstance(self._failure, OSError | None):
             raise OSError(f"EDM has failed in the middle of its work: {self._failure}")
-        with contextlib.closing(self._new_lpet()) as storing:
-            pages = storing.store(bool(self._track_clean))
+        pages = self._lpet.store(bool(self._track_clean))
         if in_order and self._lspt.stopped():  # the other threads may have left pages half moved
             raise OSError("the application has ended")
         self._store.sync()
@@ -421,9 +431,9 @@ class Pager:
             except OSError as error:
                 LOG.error("report: %s", error)
         if config.stats:
-            from edm.report import table  # it takes long to import
+            from edm.report import say, table  # it takes long to import
 
-            print(table(figures, self._title), file=sys.stderr, flush=True)
+            say(table(figures, self._title) + "\n")
 
     def figures(self) -> dict[str, object]:
         """See the top of this file."""
@@ -480,6 +490,7 @@ def page_for(
 def spawned() -> NoReturn:
     """Page for the application at the other end of descriptor 0. See spawn_pager."""
     control = _socket.socket(fileno=0)
+    u.close_from(3)  # whoever reads from the program's pipes waits for their end
     limits.lift()
     try:
         child = os.fork()
@@ -489,13 +500,17 @@ def spawned() -> NoReturn:
     if child:
         os._exit(0)  # the application's os.wait must not see the pager
     os.setsid()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the program may ignore it; LPET is waited for
+    for number in signal.valid_signals() - NOT_IGNORED:
         signal.signal(number, signal.SIG_IGN)  # the pager ends when the application does
     _run_process(partial(page_for, control, _open_disk))
 
 
 def _open_disk(config: Any) -> PageStore:
-    return PageStore(config.disk, config.start_addr, config.end_addr, config.keep)
+    store = PageStore(config.disk, config.start_addr, config.end_addr, config.keep)
+    config.report = config.report and os.path.abspath(config.report)
+    os.chdir("/")  # the program may unmount its folder, once it has left it
+    return store
 
 
 def _run_process(body: Callable[[], object]) -> NoReturn:

@@ -106,9 +106,11 @@ def _run(config: Config, application: int, control: Any) -> None:
     from edm.limits import lift
 
     lift()
-    from mpi4py import MPI  # this initialises MPI: not before the fork
+    from edm.pager import ENDING, SWITCH_INTERVAL, tell  # the application does not need its imports
 
-    from edm.pager import SWITCH_INTERVAL, tell  # the application does not need what this imports
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # in all of MPI's threads, see Pager.run
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
+    from mpi4py import MPI  # this initialises MPI: not before the fork
 
     sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
     world, dms = MPI.COMM_WORLD, config.dms or 1

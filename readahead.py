@@ -10,10 +10,9 @@ of three at equal distances (its stride, at most MAX_STRIDE, upward). Its window
 two may have been all, and doubles each time that one was used up, to at most max_window. Random access
 only ever pays for a look at each of the few streams.
 
-Random rows of a few pages would fault twice in each row. So where most single faults turn out to begin a
-stream upward, a stream begins with the first fault. Every PROBE-th fault still comes alone: whether the
-next page faults tells if this goes on. The streams that begin so take the places of each other, not those of
-the streams that were continued last.
+Random rows of a few pages would fault twice in each row. So where streams end with their first window,
+again and again, a single fault brings such a window, too. This begins no stream: it may as well be one of
+equal distances. Every PROBE-th single fault still comes alone, to see if the rows go on.
 
 Rules: the DM-Handler's thread only. Pages, not bytes.
 
@@ -58,8 +57,8 @@ class Readahead:
         self.max_window = max_window
         self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # pages of single faults, sorted
-        # How many more of these have gone on upward than have not; from 0 to 2 * REMEMBERED.
-        self._went_on = 0
+        # From 0 to 2 * REMEMBERED: what speaks for rows, more than against them.
+        self._rows = 0
         self._singles = 0  # faults of no stream
 
     def stream(self, page: int) -> Stream | None:
@@ -79,27 +78,30 @@ class Readahead:
             stride = page - before
             if stride in (1, -1) or stride > 1 and before - stride in recent:
                 recent.remove(before)
-                self._went_on = min(self._went_on + (stride == 1), 2 * REMEMBERED)
-                return self._new(page, stride, 0)
-        self._singles += 1
-        if self._went_on > REMEMBERED and self._singles % PROBE:
-            return self._new(page, 1, STREAMS // 2)
+                return self._new(page, stride)
+        in_rows = self._rows > REMEMBERED
         if len(recent) == REMEMBERED:
             recent.clear()
-            self._went_on = max(self._went_on - REMEMBERED, 0)
-            at = 0
+            at, self._rows = 0, self._rows if in_rows else 0
         recent.insert(at, page)
+        self._singles += 1
+        if in_rows and self._singles % PROBE:
+            return Stream(page, FIRST_WINDOW, 1)
+        self._rows -= in_rows
         return None
 
-    def _new(self, page: int, stride: int, at: int) -> Stream:
-        """A stream that begins with this page, at this place of the list."""
-        stream = Stream(page, min(FIRST_WINDOW, self.max_window), stride)
-        self._streams.insert(at, stream)
-        del self._streams[STREAMS:]
-        return stream
+    def _new(self, page: int, stride: int) -> Stream:
+        if len(self._streams) == STREAMS:
+            last = self._streams.pop()
+            is_row = last.stride == 1 and last.window == 2 * FIRST_WINDOW
+            self._rows = min(self._rows + 2 * is_row, 2 * REMEMBERED)
+        self._streams.insert(0, Stream(page, min(FIRST_WINDOW, self.max_window), stride))
+        return self._streams[0]
 
     def continued(self, stream: Stream, pages: range) -> None:
         """The stream has been continued with these pages, in the order of need."""
+        if stream.window > FIRST_WINDOW:
+            self._rows = max(self._rows - 1, 0)
         most = self.max_window if stream.stride in (1, -1) else min(self.max_window, STRIDED_WINDOW)
         stream.window = min(2 * stream.window, most)
         stream.expect_from(pages[-1] + stream.stride)

@@ -29,10 +29,11 @@ the largest AREAS are kept.
 from __future__ import annotations
 
 import json
-import sys
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from edm.dm_handler import WAITS
@@ -52,6 +53,12 @@ NO_WRAP = "\x1b[?7l{}\x1b[?7h"  # the terminal cuts off a line that is too long
 
 Figures = dict[str, object]
 Latencies = Sequence[tuple[float, int]]  # (µs, faults), ascending
+
+
+def say(words: str) -> None:
+    """Write to standard error, if there is still somebody who reads it."""
+    with suppress(OSError):
+        os.write(2, words.encode())
 
 
 def size(pages: float) -> str:
@@ -130,7 +137,7 @@ class Report:
             while now["until"] - self._last_second[1]["until"] >= 1:
                 self._last_second.popleft()
             line = NO_WRAP.format(_line(self._last_second[0], now))
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            say(f"\r\x1b[K{line}")
         samples.append(now)
         if len(samples) > COLUMNS:
             ends = [self._start_time, *(sample["until"] for sample in samples)]
@@ -147,7 +154,7 @@ class Report:
     def write(self, path: str | None, figures: Figures, latencies: Latencies) -> None:
         """At the end: erase the live line, and write the HTML page if it has a path. Raises OSError."""
         if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            say("\r\x1b[K")
         if not path:
             return
         areas = [self._ended(area) for area in self._here.values()]

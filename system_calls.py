@@ -224,7 +224,7 @@ class SystemCalls:
         if leave and (self._listener, select.POLLHUP) not in poll.poll(0) and not os.fork():
             try:
                 os.dup2(self._listener, 0)
-                os.closerange(1, 1 << 30)
+                u.close_from(1)
                 self._listener = self._ended = 0
                 self.processes, self.hear_children = frozenset(), bool
                 self.run()

@@ -8,7 +8,7 @@ Interface:
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
     mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, tgkill, prctl,
-    pidfd_getfd, seccomp
+    close_from, pidfd_getfd, seccomp
 
 Rules:
     * A call that fails raises OSError with its errno and its name.
@@ -312,6 +312,14 @@ def semaphore() -> SemLock:
     at once. It is what multiprocessing.Lock wraps; that takes long to import."""
     kind, name = 1, f"/edm-{os.getpid()}-{time.monotonic_ns()}"
     return SemLock(kind, 1, 1, name, True)
+
+
+def close_from(first: int) -> None:
+    """closefrom(3): close all descriptors from this number on."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd >= first:
+            with suppress(OSError):  # EBADF: it was that of the list
+                os.close(fd)
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:

@@ -181,7 +181,8 @@ class Instance:
         self.lpet._again_at = 0.0
 
     def close(self):
-        self.lpet.close()
+        os.close(self.lpet._out)
+        os.close(self.lpet._in)
         os.close(self.lspt.for_handler)
         os.close(self.lspt.for_lpet)
         os.close(self.pagemap_fd)

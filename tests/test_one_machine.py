@@ -309,6 +309,50 @@ os.fstat(3)
     check(alone.run("-c", code))
 
 
+def test_who_reads_from_a_programs_pipe_gets_its_end_when_the_program_has_closed_it(alone):
+    code = """
+import edm, os
+reading, writing = os.pipe()
+os.set_inheritable(writing, True)  # as in a program that was started with it
+def app(space):
+    os.close(writing)
+    assert os.read(reading, 1) == b""
+    print("SUCCESS", flush=True)
+edm.run(app)
+"""
+    check(alone.run("-c", code))
+
+
+def test_a_program_may_ignore_sigchld(alone):
+    code = """
+import edm, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def app(space):
+    space.mmap(edm.PAGE_SIZE)[0] = 1
+edm.run(app)
+print("SUCCESS")
+"""
+    check(alone.run("-c", code))
+
+
+def test_signals_to_all_python_processes_do_not_end_the_pager(alone):
+    code = """
+import edm, os, signal, time
+numbers = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM]
+def app(space):
+    area, figures = space.mmap(500 * edm.PAGE_SIZE), space.figures()
+    for number in numbers:
+        for name in "pager_pid", "lpet_pid":
+            os.kill(figures[name], number)
+    for page in range(500):
+        area[page * edm.PAGE_SIZE] = 1
+    assert space.figures()["evicted_dirty"] >= 400
+    print("SUCCESS", flush=True)
+edm.run(app, edm.Config(high_threshold=100))
+"""
+    check(alone.run("-c", code))
+
+
 def test_one_run_after_another_begins_with_zeros(alone):
     code = """
 import edm

@@ -10,7 +10,7 @@ from edm.dm_handler import DmHandler, Stopped
 from edm.lspt import AWAY, COMING, HERE, LEAVING, LOST, LSPT, RESIDENT
 from edm.page_idle import pages_in
 from edm.page_store import CONTENT
-from edm.readahead import FIRST_WINDOW, MAX_STRIDE, NEAR, PROBE, REMEMBERED, STREAMS, Readahead
+from edm.readahead import MAX_STRIDE, NEAR, PROBE, REMEMBERED, STREAMS, Readahead
 from edm.uffd_ctypes import PAGE_SIZE
 
 SPACE = range(10**9)
@@ -93,8 +93,8 @@ def test_random_faults_never_begin_a_stream(readahead):
     assert len(readahead._recent) <= REMEMBERED and readahead._streams == []
 
 
-def rows(readahead, count, pages, between=bool):
-    """Random rows of so many pages. Returns how many faults each took. between: is called after each."""
+def rows(readahead, count, pages):
+    """Random rows of so many pages. Returns how many faults each took."""
     took = []
     for row in random.Random(2).sample(range(10**6), count):
         page, last, faults = 100 * row, 100 * row + pages - 1, 0
@@ -105,34 +105,41 @@ def rows(readahead, count, pages, between=bool):
                 readahead.continued(stream, come)
             page, faults = come[-1] + 1, faults + 1
         took.append(faults)
-        between()
     return took
 
 
 @pytest.mark.parametrize("pages", [2, 3])
-def test_where_single_faults_go_on_a_row_takes_one_fault_except_for_probes(readahead, pages):
-    follow(readahead, 10**9, 2)
-    [sequential] = readahead._streams
-    at = [10**9 + 1 + FIRST_WINDOW]
-
-    def go_on():
-        stream, pages = readahead.stream(at[0]), range(at[0], at[0] + 4)
-        assert stream is sequential, "it is followed all the time"
-        readahead.continued(stream, pages)
-        at[0] += 4
-
-    took = rows(readahead, 1000, pages, go_on)
+def test_where_streams_end_with_their_first_window_a_row_takes_one_fault_except_for_probes(
+    readahead, pages
+):
+    took = rows(readahead, 1000, pages)
     learnt = took[2 * REMEMBERED :]
     assert {*took[:REMEMBERED]} == {2} and {*learnt} == {1, 2}
     assert learnt.count(2) == pytest.approx(len(learnt) / PROBE, abs=1)
 
 
-def test_where_single_faults_do_not_go_on_any_more_they_come_alone_again(readahead):
-    rows(readahead, 1000, 3)
-    took = [readahead.stream(100 * page) for page in random.Random(3).sample(range(10**6), 1000)]
-    learnt = took[2 * REMEMBERED * PROBE :]
-    assert any(took) and not any(learnt)
-    assert all(stream.window == FIRST_WINDOW for stream in took if stream)
+@pytest.mark.parametrize("pages", [1, 20])
+def test_pages_and_longer_rows_come_as_ever(readahead, pages):
+    assert {*rows(readahead, 1000, pages)} == {1 if pages == 1 else 4}
+
+
+@pytest.mark.parametrize("after", ["rows", "sequential phases"])
+@pytest.mark.parametrize("stride", [1, 4, 1000])
+def test_what_was_before_does_not_change_for_long_what_comes_with_a_fault(readahead, after, stride):
+    if after == "rows":
+        rows(readahead, 1000, 3)
+    else:
+        for n in range(1, 100):
+            follow(readahead, 10**9 * n, 20)
+    page, come = 10**8, set()
+    for touched in range(page, page + 3000 * stride, stride):
+        if touched not in come:
+            stream = readahead.stream(touched)
+            pages = stream.wanted(touched, SPACE) if stream else range(touched, touched + 1)
+            if stream:
+                readahead.continued(stream, pages)
+            come |= {*pages}
+    assert len(come) < 1.2 * 3000
 
 
 @pytest.mark.parametrize("stride", [1, 5])

@@ -263,7 +263,7 @@ def test_the_template_is_package_data():
     assert "report.html" in data.split()
 
 
-def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capsys):
+def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd):
     made = begun(live=True)
     for faults in (10, 40, 45, 50):
         clock[0] += 0.5
@@ -274,7 +274,7 @@ def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capsy
         }  # fmt: skip
         made.sample(FIGURES | figures, away=256)
     made.write(None, FIGURES, ())
-    begin, *lines, end = capsys.readouterr().err.split("\r\x1b[K")
+    begin, *lines, end = capfd.readouterr().err.split("\r\x1b[K")
     assert begin == end == ""
     memory = "resident 40 KiB, in the store 1.0 MiB"
     assert [re.sub(r"\x1b\[\?7[lh]", "", line) for line in lines] == [
