@@ -8,7 +8,7 @@ memory.
 Interface:
     for the application        Space: mmap, munmap, sync, areas, locations, figures
     for advice.py              Space: advise, resident
-    for numpy_mem_handler.py   Space: can_be_called, allocate, allocated, grow, release
+    for numpy_mem_handler.py   Space: can_be_called, allocate, allocated, arrays, grow, release
     for edm.py                 Space begins when it is made and ends with close; spawn_pager
     for the pager              receive, send_answer
 
@@ -149,7 +149,8 @@ class Space:
             # Without this the kernel kills this process if the pager refuses, and ends.
             if_it_fails.callback(fcntl.fcntl, lifeline, fcntl.F_SETFL, 0)
             hello = {
-                "config": vars(config), "pid": os.getpid(), "how": how, "track_clean": tracks,
+                "config": vars(config), "instance": instance, "pid": os.getpid(), "how": how,
+                "track_clean": tracks,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
                 "lines": lines,
             }  # fmt: skip
@@ -170,11 +171,21 @@ class Space:
             send(control, b"listener", listener)  # system calls may be waiting for it already
         self._socket = _high(control.detach())
         self._socket_is = os.fstat(self._socket).st_ino
-        # True if read(2) and the like fail with EFAULT on a page that is not here.
-        self.user_mode_only = how == u.USER_MODE and not listener
+        # True if read(2) and the like may fail, with EFAULT or EINTR, where they do not elsewhere.
+        self.user_mode = how == u.USER_MODE
         if how == u.USER_MODE:
-            sys.excepthook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY])
-        os.register_at_fork(after_in_child=self._forked)
+            if (
+                "PMI_RANK" in os.environ
+            ):  # MPICH would read pages of another rank's that are not here
+                os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
+            # NumPy's OSErrors have no errno. With the filter they are about something else.
+            numbers = {errno.EFAULT} if listener else {errno.EFAULT, None}
+            sys.excepthook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY], numbers)
+        # Else a signal handler might touch the memory in a child that has not mapped it yet. The last
+        # hook is no Python code, so what a handler raises then comes to the program.
+        block, restore = u.signal_mask()
+        os.register_at_fork(before=block, after_in_parent=restore, after_in_child=self._forked)
+        os.register_at_fork(after_in_child=restore)
         atexit.register(self._end, config.stats)
 
     # ------------------------------------------------------------ the API
@@ -307,6 +318,10 @@ class Space:
     def allocated(self, addr: int) -> int:
         """The length in bytes, whole pages, of the area at this address."""
         return self._lengths[addr]
+
+    def arrays(self) -> int:
+        """How many areas allocate has mapped that release has not freed."""
+        return len(self._lengths) - len(self._views)
 
     def release(self, addr: int) -> None:
         """Free the area that allocate has mapped there: now, or after the call that is under way.
@@ -594,11 +609,11 @@ def _users(view: memoryview) -> int:
 ALONE = _users(memoryview(b""))
 
 
-def _explain(hook: Any, words: list[str], *raised: Any) -> None:
-    """sys.excepthook, and an explanation of the first EFAULT. NumPy's OSErrors have no errno."""
+def _explain(hook: Any, words: list[str], numbers: set[int | None], *raised: Any) -> None:
+    """sys.excepthook, and an explanation of the first OSError with one of these errnos."""
     hook(*raised)
     error = raised[1]
-    if isinstance(error, OSError) and error.errno in (errno.EFAULT, None) and words:
+    if isinstance(error, OSError) and error.errno in numbers and words:
         sys.stderr.write(words.pop())
 
 

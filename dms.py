@@ -61,16 +61,14 @@ class DMS:
     ) -> None:  # fmt: skip
         """The server of all ranks of comm that are not DMSs.
 
-        path: the disk file of the first instance; each further instance's has its number added. keep:
-        as Config's. share: the pages that this DMS has. Raises OSError when a disk can't be made,
-        ValueError when one may not be used.
+        path, keep: as PageStore's. share: the pages that this DMS has. Raises OSError when a disk can't
+        be made, ValueError when one may not be used.
         """
         self._comm, self._first = comm, share.of  # the first rank that is an instance
         self._geometry = (m.VERSION, PAGE_SIZE, start_addr, end_addr, *share[1:])
         self._stores = []
         for instance in range(comm.size - share.of):
-            own = path if path is None or instance == 0 else f"{path}.{instance}"
-            self._stores.append(PageStore(own, start_addr, end_addr, keep, instance, share))
+            self._stores.append(PageStore(path, start_addr, end_addr, keep, instance, share))
         self._pages = share.below((end_addr - start_addr) // PAGE_SIZE)
         self._syncs = {store: threading.Lock() for store in self._stores}
         self._unused: list[m.MessageBuffer] = []

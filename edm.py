@@ -40,6 +40,7 @@ The wiki, which the names and the log's lines come from, is that of the original
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import time
@@ -71,6 +72,9 @@ CHOICES = {
     "clean_tracking": ("auto", "async", "events", "none"),
     "log_level": ("debug", "info", "warning", "error"),
 }
+
+# What a setting of this type is made of: also a NumPy integer, or a path.
+AS = {"int": operator.index, "bool": bool, "str": lambda value: str(os.fsdecode(value))}
 
 
 class Config(SimpleNamespace):
@@ -122,6 +126,12 @@ class Config(SimpleNamespace):
         if unknown := settings.keys() - vars(self).keys():
             raise TypeError(f"Config: there is no setting {', '.join(unknown)}")
         vars(self).update(settings, start_addr=start_addr, end_addr=end_addr)
+        for name, kind in Config.__annotations__.items():
+            if (value := vars(self)[name]) is not None or "None" not in kind:
+                try:
+                    vars(self)[name] = AS[kind.partition(" ")[0]](value)
+                except TypeError:
+                    raise ValueError(f"{name}: {value!r}; of type {kind}") from None
         if self.low_threshold is None:
             vars(self)["low_threshold"] = self.high_threshold - max(1, self.high_threshold // 8)
         if self.plain:
@@ -139,7 +149,8 @@ class Config(SimpleNamespace):
         """Each mistake that can be made: whether it was, and the message."""
         start, end, most = self.start_addr, self.end_addr, PAGES_AT_ONCE
         pages, high, low = (end - start) // PAGE_SIZE, self.high_threshold, self.low_threshold
-        folder = os.path.dirname(self.report or "") or "."
+        report = self.report or ""
+        there, folder = os.path.exists(report), os.path.dirname(report) or "."
         yield start <= 0 or start % PAGE_SIZE, f"start_addr: {start:#x}; whole pages, more than 0"
         yield end % PAGE_SIZE, f"end_addr: {end:#x}; whole pages"
         yield end <= start, f"end_addr: {end:#x}; it must be greater than start_addr, {start:#x}"
@@ -147,8 +158,9 @@ class Config(SimpleNamespace):
         yield high < 2, f"high_threshold: {high} pages; at least 2, as an instruction may touch two"
         yield not 0 <= low < high, f"low_threshold: {low} pages; less than high_threshold, {high}"
         yield self.keep and not self.disk, "keep: needs a disk with a name; give its path as disk"
-        no_folder = self.report and not os.path.isdir(folder)
-        yield no_folder, f"report: there is no folder for {self.report}; make it first"
+        cant_be = report and not os.access(report if there else folder, os.W_OK)
+        yield cant_be, f"report: {report} can't be written; make its folder, or choose another path"
+        yield there and not os.path.isfile(report), f"report: {report} is not a regular file"
         yield (self.dms or 0) < 0, f"dms: {self.dms} ranks; 0 or more"
         for name in ("readahead", "evict_batch"):
             value = getattr(self, name)
@@ -240,7 +252,7 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
             if connected is None:
                 return None
         else:
-            connected = spawn_pager(), 0
+            connected = spawn_pager(), launched()[0]  # several ranks may have files of one name
         _space = Space(config, *connected, lasts)
         return _space
     except OSError as error:

@@ -89,9 +89,11 @@ def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
         handler.threshold = before
 
 
+@cache
 def _replace_fromfile() -> None:
-    """Have numpy.fromfile, which np.load calls, copy from a mapping of the file. Where system calls fail on
-    a page that is not here, it would take the failure for the end of the file."""
+    """Have numpy.fromfile, which np.load calls, copy from a mapping of the file. Where a system call may
+    fail on a page that is not here, or by a signal (system_calls.py), it would take that for the end of the
+    file, and return zeros."""
     import numpy
 
     fromfile = numpy.fromfile
@@ -119,14 +121,15 @@ class MemHandler:
     `done` is where they note an answer after which they may not be called again: see Callback.
     """
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self) -> None:
         # In a context where nobody has set another handler.
         capsule = contextvars.Context().run(_numpy_api(GET_HANDLER))
         handler = PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
         numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
         self.threshold = sys.maxsize  # bytes
-        self._space, self._start, self._end = space, space.start_addr, space.end_addr
+        self._space: Space | None = None
+        self._start = self._end = 0
         self._kept: dict[int, int] = {}  # address → length, of areas for the next malloc
         self._libraries = os.path.dirname(sys.modules["numpy"].__path__[0]), __file__
         handler.allocator = self._callbacks = PyDataMemAllocator(
@@ -141,7 +144,22 @@ class MemHandler:
         # and nothing is freed: labs(ctx) is 0, or NULL.
         at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
         _at_exit.callback(setattr, handler, "allocator", at_end)
-        if space.user_mode_only:
+
+    def use(self, space: Space) -> None:
+        """Arrays live in this space from now on.
+
+        Raises RuntimeError if arrays of an earlier one are left: what frees them can't tell them from
+        arrays of this space, at the same addresses.
+        """
+        if self._space is space:
+            return
+        if self._space and (left := self._space.arrays() - len(self._kept)) > 0:
+            raise RuntimeError(
+                f"numpy_allocator: {left} arrays of an earlier space; delete them first"
+            )
+        self._kept.clear()
+        self._space, self._start, self._end = space, space.start_addr, space.end_addr
+        if space.user_mode:
             _replace_fromfile()
 
     # Every array of this process passes through these: each attribute counts.
@@ -215,7 +233,14 @@ class MemHandler:
         return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
 
 
-handler_of = cache(MemHandler)  # a space has one
+_handler = cache(MemHandler)  # a process has one
+
+
+def handler_of(space: Space) -> MemHandler:
+    """The handler, for arrays in this space. Raises RuntimeError, see MemHandler.use."""
+    handler = _handler()
+    handler.use(space)
+    return handler
 
 
 # ---------------------------------------------------------------- callbacks and exceptions

@@ -8,7 +8,7 @@ In the picture: the box in the middle. Its threads:
     system calls   system_calls.py, where the application has userfaultfd for user mode only
     the main one   starts the others, and ends everything when the application has ended
 
-Interface: page_for(control, open_store, instance) pages for an application until it has ended. On
+Interface: page_for(control, open_store, over_mpi) pages for an application until it has ended. On
 one machine address_space.py spawns a process that runs spawned(). Over MPI the rank is the pager
 (rank.py). tell(error) prints why a process of EDM ends.
 
@@ -98,7 +98,7 @@ LOG = log.logger("EDM CLIENT")
 
 class Pager:
     def __init__(
-        self, control: Any, hello: Any, fds: list[int], store: Any, instance: int | None
+        self, control: Any, hello: Any, fds: list[int], store: Any, over_mpi: bool
     ) -> None:
         """hello: what Space has sent, with the descriptors fds. See page_for for the others.
 
@@ -108,10 +108,10 @@ class Pager:
         # last one on. When it closes the userfaultfd, missing pages read as zeros: the application
         # must be dying by then.
         uffd, self._memfd, pagemap, *lines, self._lifelines_other_end, self._lifeline = fds
-        self._config, self._store, self._over_mpi = hello.config, store, instance is not None
+        self._config, self._store, self._over_mpi = hello.config, store, over_mpi
         config, start = hello.config, hello.config.start_addr
         self._application, self._track_clean = hello.pid, hello.track_clean
-        self._title = f"EDM, INSTANCE_{instance or 0}: {shlex.join(hello.command)}"
+        self._title = f"EDM, INSTANCE_{hello.instance}: {shlex.join(hello.command)}"
         self._tracker = choose_tracker(config.idle_tracker)
         self._control = control  # for forked children
         self._process = os.pidfd_open(self._application)  # readable when it has ended
@@ -298,7 +298,7 @@ class Pager:
                     return False
                 self._handler.children.adopt(fds)
                 if self._system_calls:
-                    self._system_calls.processes |= {int(content)}
+                    self._system_calls.adopt(int(content))
         return True
 
     def _let_go_of_children(self) -> None:
@@ -451,11 +451,11 @@ class Pager:
 
 
 def page_for(
-    control: Any, open_store: Callable[[Any], Any], instance: int | None = None
+    control: Any, open_store: Callable[[Any, int], Any], over_mpi: bool = False
 ) -> int | None:
     """Page for the application at the other end of a socket until it has ended; or refuse to.
 
-    open_store: makes the store for the application's settings. instance: its number, over MPI.
+    open_store: makes the store for the application's settings and the instance's number.
 
     Returns an exit status: 0, or 2 if the pager has failed and has printed why. None: the
     application has ended before it began.
@@ -465,15 +465,15 @@ def page_for(
         return None
     hello, store = SimpleNamespace(**marshal.loads(packet)), None
     config = hello.config = SimpleNamespace(**hello.config)
-    if instance and config.report:  # one file for each instance
+    if hello.instance and config.report:  # one file for each instance
         name, ending = os.path.splitext(config.report)
-        config.report = f"{name}.{instance}{ending}"
+        config.report = f"{name}.{hello.instance}{ending}"
     log.start(config.log_level)
     LOG.debug(" INIT")
     LOG.info("userfaultfd permitted by: %s", hello.how)
     try:
-        store = open_store(config)
-        pager = Pager(control, hello, fds, store, instance)
+        store = open_store(config, hello.instance)
+        pager = Pager(control, hello, fds, store, over_mpi)
     except (ValueError, OSError) as error:
         address_space.send_answer(control, error)
         if store:
@@ -506,8 +506,8 @@ def spawned() -> NoReturn:
     _run_process(partial(page_for, control, _open_disk))
 
 
-def _open_disk(config: Any) -> PageStore:
-    store = PageStore(config.disk, config.start_addr, config.end_addr, config.keep)
+def _open_disk(config: Any, instance: int) -> PageStore:
+    store = PageStore(config.disk, config.start_addr, config.end_addr, config.keep, instance)
     config.report = config.report and os.path.abspath(config.report)
     os.chdir("/")  # the program may unmount its folder, once it has left it
     return store

@@ -25,6 +25,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import sys
 import termios
@@ -67,6 +68,9 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
         os._exit(0)  # the rank has told why it can't begin
     if not told.isdigit():
         _watch(ours, told)
+    # The application is no rank: it may use MPI by itself, and so may its children.
+    for name in filter(re.compile("PMI|OMPI_|PRTE|HYDI|MPI_LOCAL").match, list(os.environ)):
+        del os.environ[name]
     return ours, int(told)
 
 
@@ -157,13 +161,12 @@ def _page(comm: Any, dms: int, application: int, control: Any) -> int:
     from edm.mpi_client import MpiStore
     from edm.pager import page_for
 
-    def open_store(config: Any) -> MpiStore:
+    def open_store(config: Any, instance: int) -> MpiStore:
         _begin_with_all(comm, None, application)
         return MpiStore(comm, dms, config.start_addr, config.end_addr)
 
-    instance = comm.rank - dms
-    control.send(b"%d" % instance)
-    failed = page_for(control, open_store, instance)
+    control.send(b"%d" % (comm.rank - dms))
+    failed = page_for(control, open_store, over_mpi=True)
     if failed is None:  # the application has ended, and has told why
         _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])

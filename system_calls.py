@@ -232,6 +232,10 @@ class SystemCalls:
                 os._exit(0)
         os.close(self._listener)
 
+    def adopt(self, child: int) -> None:
+        """This process has the space, too. One thread calls this at a time."""
+        self.processes = frozenset(filter(_is_there, self.processes)) | {child}
+
     def _serve(self) -> None:
         """Receive a call, bring its pages, and answer it."""
         message = bytearray(seccomp_notif.size)
@@ -243,13 +247,14 @@ class SystemCalls:
         call = nr, *arguments
         whole = not process or self._bring(thread, call)
         if not whole and nr in (WRITE, PWRITE) and process == self._application:
-            # EBADF, EPERM: then the kernel makes the call.
-            with contextlib.suppress(OSError):
+            # EBADF, EPERM, or no other thread: then the kernel makes the call.
+            with contextlib.suppress(OSError, RuntimeError), contextlib.ExitStack() as if_it_fails:
                 fd = u.pidfd_getfd(self._pidfd, arguments[0])
+                if_it_fails.callback(os.close, fd)
                 if not stat.S_ISSOCK(os.fstat(fd).st_mode):  # a part would be a message of its own
                     _thread.start_new_thread(self._write, (number, thread, call, fd))
+                    if_it_fails.pop_all()
                     return
-                os.close(fd)
         self._answer(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
 
     def _answer(self, number: int, done: int, error: int, flags: int) -> None:
@@ -258,7 +263,7 @@ class SystemCalls:
 
     def _process_of(self, thread: int) -> int:
         """The process that has this thread, of those that have the space; 0 if none has."""
-        found = (pid for pid in self.processes if os.path.exists(f"/proc/{pid}/task/{thread}"))
+        found = (pid for pid in self.processes if _is_there(f"{pid}/task/{thread}"))
         return next(found, 0)
 
     def _bring(self, thread: int, call: tuple[int, ...], done: int = 0) -> bool:
@@ -328,6 +333,8 @@ class SystemCalls:
             failed = error.errno if not done else 0
             if error.errno == errno.EPIPE:
                 os.kill(self._application, SIGPIPE)
+        except OverflowError:  # of pwrite: a negative offset
+            failed = errno.EINVAL
         os.close(fd)
         with contextlib.suppress(FileNotFoundError):  # ENOENT: the thread was killed
             self._answer(number, done, failed, 0)
@@ -347,6 +354,10 @@ class SystemCalls:
                 if self._lspt.stopped():
                     break
         raise OSError(errno.EFAULT, "a page can't be brought")
+
+
+def _is_there(process: object) -> bool:
+    return os.path.exists(f"/proc/{process}")
 
 
 def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int, int]]:

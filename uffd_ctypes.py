@@ -7,8 +7,8 @@ Interface:
     supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
-    mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, tgkill, prctl,
-    close_from, pidfd_getfd, seccomp
+    mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, signal_mask, tgkill,
+    prctl, close_from, pidfd_getfd, seccomp
 
 Rules:
     * A call that fails raises OSError with its errno and its name.
@@ -33,7 +33,12 @@ from _multiprocessing import SemLock
 from contextlib import suppress
 from ctypes import c_int, c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from fcntl import ioctl
+from functools import partial
 from struct import Struct
+
+TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 if sys.platform != "linux":
     raise OSError(f"EDM needs Linux 5.19 or later; this is {sys.platform}")
@@ -291,6 +296,7 @@ def punch_hole(fd: int, offset: int, length: int, libc: ctypes.CDLL = _libc) -> 
     _checked("fallocate", libc.fallocate(fd, mode, offset, length))
 
 
+SIG_BLOCK, SIG_SETMASK = 0, 2
 FUTEX_WAIT, FUTEX_WAKE = 0, 1  # between processes
 
 
@@ -312,6 +318,16 @@ def semaphore() -> SemLock:
     at once. It is what multiprocessing.Lock wraps; that takes long to import."""
     kind, name = 1, f"/edm-{os.getpid()}-{time.monotonic_ns()}"
     return SemLock(kind, 1, 1, name, True)
+
+
+def signal_mask() -> tuple[Callable[[], int], Callable[[], int]]:
+    """Two functions, without Python code: block all signals of this thread; restore what was before.
+
+    Source: pthread_sigmask(3).
+    """
+    every, before = ctypes.create_string_buffer(b"\xff" * 128), ctypes.create_string_buffer(128)
+    call = _libc.pthread_sigmask
+    return partial(call, SIG_BLOCK, every, before), partial(call, SIG_SETMASK, before, None)
 
 
 def close_from(first: int) -> None:

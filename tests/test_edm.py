@@ -19,19 +19,26 @@ from edm.uffd_ctypes import PAGES_AT_ONCE
 WRONG = {
     "start_addr": [{"start_addr": 0x1001}, {"start_addr": 0}, {"start_addr": -edm.PAGE_SIZE}],
     "end_addr": [
+        {"end_addr": "0x2000000000"},
         {"start_addr": 0x2000, "end_addr": 0x2000},
         {"end_addr": 0x20_0000_0001},
         {"end_addr": Config.start_addr + (MAX_PAGES + 1) * edm.PAGE_SIZE},
     ],
     "high_threshold": [{"high_threshold": 1}],
     "low_threshold": [{"high_threshold": 4, "low_threshold": 4}, {"low_threshold": -1}],
-    "readahead": [{"readahead": 0}, {"readahead": PAGES_AT_ONCE + 1}],
+    "readahead": [
+        {"readahead": 0},
+        {"readahead": 1.5},
+        {"readahead": None},
+        {"readahead": PAGES_AT_ONCE + 1},
+    ],
     "evict_batch": [{"evict_batch": 0}, {"evict_batch": PAGES_AT_ONCE + 1}],
     "idle_tracker": [{"idle_tracker": "psychic"}],
     "clean_tracking": [{"clean_tracking": "perhaps"}],
     "dms": [{"dms": -1}],
     "keep": [{"keep": True}],
-    "report": [{"report": "/nowhere/report.html"}],
+    "report": [{"report": path} for path in ("/nowhere/report.html", "/tmp", "/dev/full", b"/", 5)],
+    "disk": [{"disk": 5}],
     "log_level": [{"log_level": "loud"}],
 }
 
@@ -50,6 +57,20 @@ def test_the_largest_settings_are_none_that_is_wrong(tmp_path):
         evict_batch=PAGES_AT_ONCE, dms=1, keep=True, disk="disk", report=f"{tmp_path}/report.html",
     )  # fmt: skip
     Config(high_threshold=2, low_threshold=0, readahead=1, evict_batch=1, report="report.html")
+
+
+def test_what_is_like_a_number_or_a_path_becomes_one(tmp_path):
+    class Like:
+        """As a NumPy integer."""
+
+        def __index__(self):
+            return 0x1000000
+
+    config = Config(start_addr=Like(), readahead=True, keep=1, disk=tmp_path, report=None)
+    assert vars(config) == vars(
+        Config(start_addr=0x1000000, readahead=1, keep=True, disk=str(tmp_path))
+    )
+    assert [type(value) for value in vars(config).values()].count(Like) == 0
 
 
 def test_settings_have_names_and_do_not_change():

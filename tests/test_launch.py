@@ -605,7 +605,7 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
         ([], "which program?"),
         (["--stats"], "which program?"),
         (["-m"], "-m: an argument is missing"),
-        (["--report", "/nowhere/x.html", "-c", "pass"], "report: there is no folder"),
+        (["--report", "/nowhere/x.html", "-c", "pass"], "report: /nowhere/x.html can't be written"),
         (["--dms", "1", "x.py"], "start it as: mpirun -n 3 python -m edm run --dms 1 ..."),
         (["--dms", "2", "x.py"], "--dms"),
     ],

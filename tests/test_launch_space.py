@@ -236,3 +236,18 @@ def test_where_system_calls_may_not_fault_and_seccomp_is_refused_the_error_says_
     assert ended.returncode == 1
     assert ended.stdout.count("OSError: [Errno 14] Bad address") == 2, ended.stdout
     assert ended.stdout.count("vm.unprivileged_userfaultfd=1") == 1, ended.stdout
+
+
+def test_each_of_several_ranks_has_files_of_its_own(mpirun, tmp_path):
+    code = "import edm; edm.space().mmap(32 << 20)[::4096] = bytes(8192)"
+    disk, report = tmp_path / "disk", tmp_path / "report.html"
+    ended = mpirun(*EDM_RUN[1:], "--disk", disk, "--report", report, "-c", code, ranks=3)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    names = ["disk", "disk.1", "disk.2", "report.1.html", "report.2.html", "report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_program_beside_dmss_may_use_mpi_by_itself(mpirun):
+    code = "from mpi4py import MPI; print(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)"
+    ended = mpirun(*EDM_RUN[1:], "--dms", "1", "-c", code, ranks=3)
+    assert (ended.returncode, ended.stdout) == (0, "0 1\n" * 2)

@@ -105,3 +105,28 @@ def test_without_numpy_everything_else_works(run):
     assert (ended.returncode, ended.stdout) == (0, "")
     ended = run(*EDM_RUN, "-c", "import sys; sys.modules['numpy'] = None; import edm\n" + NO_NUMPY)
     assert (ended.returncode, ended.stdout) == (0, "")
+
+
+SPACES = """
+import edm, numpy as np
+kept = []
+def app(space):
+    with edm.numpy_allocator():
+        a = np.ones(1 << 20)
+        assert space.start_addr <= a.ctypes.data < space.end_addr and a.sum() == 1 << 20
+        kept.append(a if len(kept) == 2 else None)
+for _ in range(3):
+    edm.run(app)
+try:
+    edm.run(app)
+except RuntimeError as error:
+    print(error)
+kept.clear()
+edm.run(app)
+"""
+
+
+def test_a_process_may_have_spaces_one_after_another_but_no_arrays_of_an_earlier_one(alone):
+    ended = alone.run("-c", SPACES)
+    words = "numpy_allocator: 1 arrays of an earlier space; delete them first\n"
+    assert (ended.returncode, ended.stdout) == (0, words)

@@ -242,6 +242,17 @@ def not_served(space):
     check(area, range(1024))
 
 
+def signals(space):
+    """A handler that reads the memory, in a child that gets the signal as soon as it is there."""
+    area = filled(space, 64)
+    signal.signal(signal.SIGUSR1, lambda *_: area[8])
+    for _ in range(100):
+        pid = child(time.sleep, 0.01)
+        os.kill(pid, signal.SIGUSR1)
+        assert status(pid) == 0
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def limited(space):
     """Where there are no more descriptors it is a SIGSEGV too, and nothing else."""
     area = filled(space, 1024)
