@@ -324,7 +324,7 @@ def parse_arguments(
         refuse(parser, error)
 
 
-def refuse(parser: argparse.ArgumentParser, error: ValueError) -> NoReturn:
+def refuse(parser: argparse.ArgumentParser, error: ValueError | str) -> NoReturn:
     """End this rank for a mistake in the command line, which rank 0 tells."""
     leave_to_rank_0()
     parser.exit(2, f"{parser.prog}: error: {error}\n")

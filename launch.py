@@ -30,6 +30,10 @@ import sys
 from edm import limits
 from edm.edm import PAGE_SIZE, Config, add_settings, launched, refuse
 
+TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
+if TYPE_CHECKING:
+    from typing import NoReturn
+
 PROG = "python -m edm run"
 SPACE = 256 << 30  # bytes
 # The default of --resident: DEFAULT_PERCENT of the free memory. But OTHERS bytes are left to the pager, the
@@ -68,9 +72,14 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
         refuse(parser, error)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        refuse(self, message)
+
+
 def command_parser(prog: str, usage: str, purpose: str) -> argparse.ArgumentParser:
     """A parser for a command of this package, which reports a mistake in one line, without the usage."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=prog,
         usage=argparse.SUPPRESS,
         description=f"usage: {prog} {usage}\n\n{purpose}",

@@ -140,10 +140,16 @@ class MemHandler:
             _FREE(Callback(self.free).call),
         )
         os.register_at_fork(after_in_child=self._kept.clear)
-        # No callback works while the interpreter finalizes. Then arrays are made in NumPy's own memory,
-        # and nothing is freed: labs(ctx) is 0, or NULL.
+        # No callback works while the interpreter finalizes. Then nothing of this handler's is freed:
+        # labs(ctx) is 0, or NULL. What this thread makes then has a handler that is NumPy's own. Its
+        # memory is never freed.
         at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
         _at_exit.callback(setattr, handler, "allocator", at_end)
+        memory = numpys.malloc(numpys.ctx, sizeof(PyDataMem_Handler))
+        own = PyDataMem_Handler.from_address(memory)
+        own.name, own.version, own.allocator = handler.name, handler.version, numpys
+        capsule = _new_capsule(memory, HANDLER_NAME, None)
+        _at_exit.callback(_numpy_api(SET_HANDLER, py_object), capsule)
 
     def use(self, space: Space) -> None:
         """Arrays live in this space from now on.

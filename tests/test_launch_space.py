@@ -251,3 +251,10 @@ def test_a_program_beside_dmss_may_use_mpi_by_itself(mpirun):
     code = "from mpi4py import MPI; print(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)"
     ended = mpirun(*EDM_RUN[1:], "--dms", "1", "-c", code, ranks=3)
     assert (ended.returncode, ended.stdout) == (0, "0 1\n" * 2)
+
+
+def test_a_mistake_of_several_ranks_is_told_once(mpirun):
+    for arguments in (["--no-such"], ["--resident", "much"], ["--readahead", "0", "-c", "pass"]):
+        ended = mpirun(*EDM_RUN[1:], *arguments, ranks=3)
+        lines = [line for line in ended.stdout.splitlines() if "error:" in line]
+        assert ended.returncode == 2 and len(lines) == 1, ended.stdout

@@ -130,3 +130,20 @@ def test_a_process_may_have_spaces_one_after_another_but_no_arrays_of_an_earlier
     ended = alone.run("-c", SPACES)
     words = "numpy_allocator: 1 arrays of an earlier space; delete them first\n"
     assert (ended.returncode, ended.stdout) == (0, words)
+
+
+AT_THE_END = """
+import atexit, numpy as np, resource
+atexit._run_exitfuncs()
+a = np.ones(10)
+a.resize(1 << 20)
+print(a.sum(), np.fromiter(range(1000), int).sum())
+for _ in range(200):
+    np.ones(1 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 500_000)
+"""
+
+
+def test_when_the_interpreter_ends_arrays_grow_and_are_freed(run):
+    ended = run(*EDM_RUN, "-c", AT_THE_END)
+    assert (ended.returncode, ended.stdout) == (0, "10.0 499500\nTrue\n")
