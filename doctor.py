@@ -91,12 +91,11 @@ def features() -> Finding:
 
 
 def idle_pages() -> Finding:
-    missing = bitmap_missing()
-    if not missing:
-        return "ok", "the kernel's bitmap can be used", ""
     if why := unmap_missing():
-        return "missing", f"{missing}, and {why}", ""
-    return "without", f"the kernel's bitmap ({missing}); LPET uses unmapping", ""
+        return "missing", f"pages can't be written back into memory: {why}", ""
+    if missing := bitmap_missing():
+        return "without", f"the kernel's bitmap ({missing}); LPET uses unmapping", ""
+    return "ok", "the kernel's bitmap can be used", ""
 
 
 def pagemap() -> Finding:

@@ -353,7 +353,7 @@ class LSPT(ByteTable):
 
     def located(self, page: int, count: int, locations: Callable[[int, int], bytes]) -> bytes:
         """PageStore.locations of these pages, with INSTANCE for those that are HERE. The store sets it for
-        all pages that it has sent, also for those that were read ahead and have not come.
+        all pages that it has sent, also for those that are still COMING.
 
         The states are read first. So a page that leaves in between is here or on the disk, never nowhere.
         """

@@ -309,6 +309,15 @@ def test_a_kernel_that_is_too_old_is_told(monkeypatch):
         assert doctor.kernel()[0] == state
 
 
+@pytest.mark.parametrize("bitmap", ["", "no CONFIG_IDLE_PAGE_TRACKING"])
+def test_a_kernel_that_makes_huge_pages_of_memory_files_is_told_whatever_else_it_has(
+    monkeypatch, bitmap
+):
+    monkeypatch.setattr(doctor, "bitmap_missing", lambda: bitmap)
+    monkeypatch.setattr(doctor, "unmap_missing", lambda: "it makes huge pages")
+    assert doctor.idle_pages()[0] == "missing" and "huge pages" in doctor.idle_pages()[1]
+
+
 def test_a_disk_that_is_memory_is_told(monkeypatch):
     monkeypatch.setenv("TMPDIR", "/dev/shm")
     state, words, _ = doctor.disk()
