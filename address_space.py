@@ -48,6 +48,7 @@ the read end of the lifeline, a pipe.
 
 from __future__ import annotations
 
+import _signal
 import _socket
 import _thread
 import array
@@ -79,7 +80,6 @@ MAX_FDS = 6  # descriptors that come with a message
 HIGH = 512  # the lowest number of a descriptor that stays open: programs use the low ones
 # Flags of sendmsg(2) that no program uses: MSG_CONFIRM has no effect here. See system_calls.py.
 UNFILTERED = _socket.MSG_NOSIGNAL | _socket.MSG_CONFIRM
-SIGKILL = 9  # signal.SIGKILL: importing signal takes long
 
 _USER_MODE_ONLY = (
     "edm: this user may have userfaultfd for user mode only, so system calls may fail with EFAULT (Bad "
@@ -580,7 +580,7 @@ def _lifeline() -> tuple[int, int]:
     ours, pagers = os.pipe2(os.O_CLOEXEC)
     ours = _high(ours)
     fcntl.fcntl(ours, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(ours, fcntl.F_SETSIG, SIGKILL)
+    fcntl.fcntl(ours, fcntl.F_SETSIG, _signal.SIGKILL)
     fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC)
     return pagers, ours
 
@@ -591,13 +591,12 @@ def _tell_lines() -> list[int]:
     Returns the memfd's descriptor, which stays open, or nothing if the program handles SIGURG.
     """
     import faulthandler
-    from _signal import SIG_DFL, SIGURG, getsignal
 
-    if getsignal(SIGURG) != SIG_DFL:
+    if _signal.getsignal(_signal.SIGURG) != _signal.SIG_DFL:
         return []
     memfd = _high(os.memfd_create("edm lines"))
     fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
-    faulthandler.register(SIGURG, memfd, all_threads=False)
+    faulthandler.register(_signal.SIGURG, memfd, all_threads=False)
     return [memfd]
 
 
@@ -646,7 +645,9 @@ def spawn_pager() -> Any:
         # dup2(fd, fd) clears close-on-exec: posix_spawn_file_actions_adddup2(3)
         (os.POSIX_SPAWN_DUP2, 2, 2),
     ]
-    pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsigmask=[])
+    # All signals are blocked: it ends when the application does, and may be sent what is meant for that.
+    how = {"file_actions": actions, "setsigmask": _signal.valid_signals()}
+    pid = os.posix_spawn(sys.executable, command, os.environ, **how)
     theirs.close()
     # ECHILD: the program ignores SIGCHLD, or another of its threads waits for any child.
     with contextlib.suppress(ChildProcessError):

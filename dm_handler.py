@@ -99,7 +99,6 @@ class DmHandler:
         self._called: deque[tuple[range, bool]] = deque()  # what bring was called for
         self._brought: SimpleQueue[None] = SimpleQueue()  # an item for each of these that was done
         self._asked: deque[range] = deque()  # what ask_for was called for
-        self._no_room = False  # for these pages, until for_handler is written to
         # Nanoseconds. The clock is subtracted when a wait begins, and added when it ends. So a wait is under
         # way where the sum is negative.
         self._waited = [0, 0, 0]
@@ -195,8 +194,10 @@ class DmHandler:
         while True:
             if self.children.uffds:
                 self._serve_children()
-            if (faults := self._uffd.read_faults()) or (self._asked and not self._no_room):
+            if faults := self._uffd.read_faults():
                 return faults
+            if self._asked and not self._figures[l.ROOM_WANTED]:  # LPET tells when there is room
+                return []
             os.sched_yield()
             if time.monotonic() > until:
                 break
@@ -225,7 +226,6 @@ class DmHandler:
     def _hear(self) -> None:
         """Sleep until for_handler is written to. Raises Stopped."""
         os.read(self._lspt.for_handler, 8)  # unlike os.eventfd_read, this goes on after a signal
-        self._no_room = False
         if self._lspt.stopped():
             raise Stopped
 
@@ -281,10 +281,11 @@ class DmHandler:
             if not (most and self._asked):
                 break
             pages = self._asked.popleft()
-            state, run = self._lspt.expect(pages[0], l.AWAY), pages[:1]
+            run, state = pages[:1], self._lspt.state[pages[0]]
+            if state == l.AWAY:
+                state = self._lspt.expect(pages[0], l.AWAY)
             if state is None:
                 self._asked.appendleft(pages)
-                self._no_room = True
                 break
             if state == l.AWAY:
                 run = pages[: 1 + len(self._lspt.expect_more(pages[1:most], l.AWAY))]

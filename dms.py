@@ -8,8 +8,7 @@ Interface: DMS(comm, ...).serve() answers the instances' requests until the last
 Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason.
 No message ends the DMS, nor do SIGTERM and SIGINT: the instances end it, when they have written back what
 they hold. An eviction is acknowledged when its bytes are written to the disk file. An instance knows
-itself which pages it has: if the SPT says that a page of an EVICT is not there, the EVICT has overtaken
-the GET.
+itself which pages it has: the SPT may say that a page of an EVICT is not there.
 
 Nobody waits for another instance's messages. One thread receives, answers and sends. A message that is
 under way does not block it: it is a generator (_exchange), which is continued at each look, while others

@@ -276,7 +276,8 @@ def space() -> Space:
 def numpy_allocator(threshold: int = 1 << 20) -> contextlib.AbstractContextManager[None]:
     """A context manager: NumPy arrays that are made within, from threshold bytes on, live in the space.
 
-    Raises RuntimeError without a space, ImportError without NumPy 1.22 or later.
+    Raises RuntimeError without a space, and if arrays of an earlier space of this process are left;
+    ImportError without NumPy 1.22 or later.
     """
     from edm import numpy_mem_handler  # the only one that needs NumPy
 

@@ -203,7 +203,12 @@ class LSPT(ByteTable):
         """NEW or AWAY → COMING, for the first of these pages: as many as have this state, and as there is
         room for. Returns those pages."""
         with self.lock:
-            pages = self.alike(wanted[: max(0, self.high - self.figures[RESIDENT])], state)
+            wanted = wanted[: max(0, self.high - self.figures[RESIDENT])]
+            if not wanted:
+                return wanted
+            low, high = sorted((wanted[0], wanted[-1]))
+            states = self.state[low : high + 1][:: wanted.step]
+            pages = wanted[: (_NEW_RUN if state == NEW else _AWAY_RUN).match(states).end()]
             if pages:
                 self.set(pages if pages.step > 0 else pages[::-1], COMING)
                 self._coming(len(pages))
@@ -216,14 +221,6 @@ class LSPT(ByteTable):
         figures[PEAK] = max(figures[PEAK], resident)
         if resident - pages < self._wake_at <= resident:
             os.eventfd_write(self.for_lpet, 1)
-
-    def alike(self, wanted: range, state: int) -> range:
-        """The first of these pages, as many as have this state: NEW or AWAY."""
-        if not wanted:
-            return wanted
-        low, high = sorted((wanted[0], wanted[-1]))
-        states = self.state[low : high + 1][:: wanted.step]
-        return wanted[: (_NEW_RUN if state == NEW else _AWAY_RUN).match(states).end()]
 
     def arrived(self, pages: range) -> None:
         """COMING → HERE: the pages are installed."""

@@ -41,7 +41,7 @@ CONTENT = ANSWERED + ANSWER.size
 MAX_ANSWER = 1 << 16  # bytes of a content
 SIZE = -(-(CONTENT + MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
 NUMBERS = 1 << 32
-RUN = Struct("=QI")  # of PREFETCH and FORGET: first page, count of pages
+RUN = Struct("=QQ")  # of PREFETCH and FORGET: first page, count of pages
 RUNS = (ENTRY - REQUEST.size) // RUN.size
 
 _ASKED, _DONE = range(2)

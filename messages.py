@@ -33,7 +33,7 @@ before all requests that are about pages. Instead of any of these answers the DM
 reason; then every page is where it was. ERROR to a GET says that the first page can't be read.
 
 A question and its answer have the same MPI tag. No other question has that tag until the answer is there.
-Messages of different tags have no order: an EVICT may overtake the GET of its page.
+Messages of different tags have no order.
 """
 
 from __future__ import annotations

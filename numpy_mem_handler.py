@@ -79,7 +79,8 @@ atexit.register(_at_exit.close)
 def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
     """NumPy arrays of at least threshold bytes that are made meanwhile, by any thread, live in the space.
 
-    Raises ImportError if there is no NumPy, or one that is older than 1.22.
+    Raises ImportError if there is no NumPy, or one that is older than 1.22; RuntimeError, see
+    MemHandler.use.
     """
     handler = handler_of(space)
     before, handler.threshold = handler.threshold, threshold
@@ -101,16 +102,21 @@ def _replace_fromfile() -> None:
     @wraps(fromfile)
     def mapped(file, dtype=float, count=-1, sep="", offset=0, **like):
         dtype = numpy.dtype(dtype)
-        if sep or not dtype.itemsize:
-            return fromfile(file, dtype, count, sep, offset, **like)
         with contextlib.nullcontext(file) if hasattr(file, "seek") else open(file, "rb") as opened:
-            begin = opened.seek(offset, os.SEEK_CUR)
-            there = max(0, os.fstat(opened.fileno()).st_size - begin) // dtype.itemsize
-            array = numpy.empty(there if count < 0 else min(count, there), dtype)
-            if array.size:
-                array[:] = numpy.memmap(opened, dtype, "r", begin, array.shape)
-            opened.seek(begin + array.nbytes)
-        return array
+            found = os.fstat(opened.fileno())
+            # Devices and the files of /proc have no size.
+            if not sep and dtype.itemsize and not dtype.subdtype and not like and found.st_size:
+                begin = opened.seek(offset, os.SEEK_CUR)
+                there = max(0, found.st_size - begin) // dtype.itemsize
+                array = numpy.empty(there if count < 0 else min(count, there), dtype)
+                try:
+                    if array.size:
+                        array[:] = numpy.memmap(opened, dtype, "r", begin, array.shape)
+                    opened.seek(begin + array.nbytes)
+                    return array
+                except OSError:  # ENODEV: of /sys
+                    opened.seek(begin - offset)
+        return fromfile(file, dtype, count, sep, offset, **like)
 
     numpy.fromfile = mapped
 
@@ -141,13 +147,14 @@ class MemHandler:
         )
         os.register_at_fork(after_in_child=self._kept.clear)
         # No callback works while the interpreter finalizes. Then nothing of this handler's is freed:
-        # labs(ctx) is 0, or NULL. What this thread makes then has a handler that is NumPy's own. Its
-        # memory is never freed.
+        # labs(ctx) is 0, or NULL. What this thread makes then has a handler like NumPy's own: it and its
+        # name are never freed.
         at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
         _at_exit.callback(setattr, handler, "allocator", at_end)
         memory = numpys.malloc(numpys.ctx, sizeof(PyDataMem_Handler))
         own = PyDataMem_Handler.from_address(memory)
         own.name, own.version, own.allocator = handler.name, handler.version, numpys
+        _keep(HANDLER_NAME)
         capsule = _new_capsule(memory, HANDLER_NAME, None)
         _at_exit.callback(_numpy_api(SET_HANDLER, py_object), capsule)
 
@@ -375,5 +382,6 @@ _pointer = _function("PyCapsule_GetPointer", c_void_p, py_object, c_char_p)
 _new_capsule = _function("PyCapsule_New", py_object, c_void_p, c_char_p, c_void_p)
 _raise_soon = _function("PyThreadState_SetAsyncExc", c_int, c_ulong, py_object)
 _restore = _function("PyErr_Restore", None, c_void_p, c_void_p, c_void_p)
+_keep = _function("Py_IncRef", None, py_object)
 _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
 _CALL, _LABS = ("PyObject_CallNoArgs", ctypes.pythonapi), ("labs", ctypes.pythonapi)

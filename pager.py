@@ -77,11 +77,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
-ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM  # what _end_by handles, over MPI
-NOT_IGNORED = {
-    signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD,
-    signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT,
-}  # fmt: skip
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM  # what _end_by handles; rank.py blocks them
 TERM_TO_KILL = 3  # seconds from a signal to the pager until the application is killed
 FREE_AGAIN = 0.001  # seconds between two tries to free pages that are COMING or LEAVING
 
@@ -184,8 +180,8 @@ class Pager:
                 thread.start()
         except RuntimeError as error:  # Python does not pass on the errno, which can only be EAGAIN
             raise OSError(errno.EAGAIN, str(error)) from None
-        # rank.py has blocked them, so no other thread takes them: a signal ends a wait of this one.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        if self._over_mpi:  # no other thread takes them: a signal ends a wait of this one
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         self._guarded(self._watch)
         self._lspt.stop()
         os.eventfd_write(self._ended, 1)
@@ -455,7 +451,8 @@ def page_for(
 ) -> int | None:
     """Page for the application at the other end of a socket until it has ended; or refuse to.
 
-    open_store: makes the store for the application's settings and the instance's number.
+    open_store: makes the store for the application's settings and the instance's number. over_mpi: this
+    process is a rank.
 
     Returns an exit status: 0, or 2 if the pager has failed and has printed why. None: the
     application has ended before it began.
@@ -501,8 +498,6 @@ def spawned() -> NoReturn:
         os._exit(0)  # the application's os.wait must not see the pager
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the program may ignore it; LPET is waited for
-    for number in signal.valid_signals() - NOT_IGNORED:
-        signal.signal(number, signal.SIG_IGN)  # the pager ends when the application does
     _run_process(partial(page_for, control, _open_disk))
 
 

@@ -69,7 +69,8 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
     if not told.isdigit():
         _watch(ours, told)
     # The application is no rank: it may use MPI by itself, and so may its children.
-    for name in filter(re.compile("PMI|OMPI_|PRTE|HYDI|MPI_LOCAL").match, list(os.environ)):
+    of_rank = re.compile("(?!.*ALLOW_RUN_AS_ROOT)(PMI|OMPI_|PRTE|HYDI|MPI_LOCAL)")
+    for name in filter(of_rank.match, list(os.environ)):
         del os.environ[name]
     return ours, int(told)
 
@@ -112,8 +113,8 @@ def _run(config: Config, application: int, control: Any) -> None:
     lift()
     from edm.pager import ENDING, SWITCH_INTERVAL, tell  # the application does not need its imports
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # in all of MPI's threads, see Pager.run
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # in all of MPI's threads: Pager.run
+    ignored = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
     from mpi4py import MPI  # this initialises MPI: not before the fork
 
     sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
@@ -124,7 +125,10 @@ def _run(config: Config, application: int, control: Any) -> None:
         comm = world.Dup()  # the program may use COMM_WORLD in the DMSs when they have ended
         hosts = comm.allgather(os.uname().nodename)[:dms]
         if comm.rank < dms:
-            return _serve_pages(comm, config, hosts, application, control)
+            _serve_pages(comm, config, hosts, application, control)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.signal(signal.SIGCHLD, ignored)
+            return
         status = _page(comm, dms, application, control)
     except BaseException as error:  # noqa: BLE001 - it ends this process
         if isinstance(error, MPI.Exception):

@@ -2,7 +2,8 @@
 
 In the picture: a part of the DM-Handler, which does what this decides.
 
-Interface: Readahead.stream(page) returns the Stream that a fault of this page continues or begins, if any.
+Interface: Readahead.stream(page) returns the Stream that a fault of this page continues or begins, if any, or
+one that has the rest of a row.
 The DM-Handler fetches the pages that the stream wants, and reports them (continued).
 
 A stream begins with the second of two faults in neighbouring pages, upward or downward, or with the third
@@ -57,7 +58,8 @@ class Readahead:
         self.max_window = max_window
         self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # pages of single faults, sorted
-        # From 0 to 2 * REMEMBERED: what speaks for rows, more than against them.
+        # Grows with each row that was seen, and shrinks with what is no row. More than REMEMBERED: rows come
+        # at once.
         self._rows = 0
         self._singles = 0  # faults of no stream
 
@@ -93,7 +95,7 @@ class Readahead:
     def _new(self, page: int, stride: int) -> Stream:
         if len(self._streams) == STREAMS:
             last = self._streams.pop()
-            is_row = last.stride == 1 and last.window == 2 * FIRST_WINDOW
+            is_row = last.stride == 1 and last.window == 2 * FIRST_WINDOW < self.max_window
             self._rows = min(self._rows + 2 * is_row, 2 * REMEMBERED)
         self._streams.insert(0, Stream(page, min(FIRST_WINDOW, self.max_window), stride))
         return self._streams[0]

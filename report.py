@@ -58,7 +58,7 @@ Latencies = Sequence[tuple[float, int]]  # (µs, faults), ascending
 def say(words: str) -> None:
     """Write to standard error, if there is still somebody who reads it."""
     with suppress(OSError):
-        os.write(2, words.encode())
+        os.write(2, words.encode(errors="backslashreplace"))
 
 
 def size(pages: float) -> str:

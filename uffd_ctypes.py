@@ -326,7 +326,7 @@ def signal_mask() -> tuple[Callable[[], int], Callable[[], int]]:
     Source: pthread_sigmask(3).
     """
     every, before = ctypes.create_string_buffer(b"\xff" * 128), ctypes.create_string_buffer(128)
-    call = _libc.pthread_sigmask
+    call = WITH_GIL.pthread_sigmask  # threads share `before`
     return partial(call, SIG_BLOCK, every, before), partial(call, SIG_SETMASK, before, None)
 
 

@@ -141,7 +141,7 @@ def test_a_page_that_is_in_the_instance_is_given_again(dms):
         assert ask(dms, m.GET, page=9, count=1) == (CONTENT, 1, content(1))
 
 
-def test_an_eviction_may_overtake_the_get_of_its_page(dms):
+def test_a_page_may_leave_that_the_spt_has_not_in_the_instance(dms):
     assert ask(dms, **eviction(7, 2, (7, content(1))))[0] == m.OK
     assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, NEW))
     assert ask(dms, m.GET, page=7, count=2) == (CONTENT, 1, content(1))

@@ -3,6 +3,7 @@
 These need a space; what a program finds besides is in test_launch.py.
 """
 
+import os
 import re
 import sys
 import time
@@ -180,6 +181,11 @@ def test_without_dms_each_rank_runs_the_program_which_may_use_mpi(mpirun):
 # ---------------------------------------------------------------- what it tells of itself
 
 
+def test_stats_tells_of_a_command_line_that_is_no_text(run):
+    ended = run(*EDM_RUN, "--stats", "-c", "print('last words')", os.fsdecode(b"caf\xe9"))
+    assert ended.returncode == 0 and r"caf\udce9" in ended.stdout, ended.stdout
+
+
 def test_stats_prints_one_table_at_the_end(run):
     ended = run(*EDM_RUN, "--stats", "-c", WORK + "; print('last words')")
     words, title, *rows = ended.stdout.splitlines()
@@ -258,3 +264,17 @@ def test_a_mistake_of_several_ranks_is_told_once(mpirun):
         ended = mpirun(*EDM_RUN[1:], *arguments, ranks=3)
         lines = [line for line in ended.stdout.splitlines() if "error:" in line]
         assert ended.returncode == 2 and len(lines) == 1, ended.stdout
+
+
+SIGNALS = """
+import edm, signal
+before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+edm.run(lambda space: None)
+assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+print("as before\\n", end="")
+"""
+
+
+def test_a_program_goes_on_in_the_dms_with_its_signals_as_they_were(mpirun):
+    ended = mpirun("-c", SIGNALS)
+    assert (ended.returncode, ended.stdout) == (0, "as before\n" * 2)

@@ -37,11 +37,6 @@ def test_readahead_beside_writers_and_munmap_loses_nothing(way, tracking):
     assert ended.returncode == 0 and "streams SUCCESS" in ended.stdout, ended.stdout
 
 
-def test_two_streams_that_want_the_same_pages_never_get_old_bytes(way):
-    ended = way.run(PROGRAMS / "crossing.py")
-    assert ended.returncode == 0 and "crossing SUCCESS" in ended.stdout, ended.stdout
-
-
 def test_mmap_munmap_system_calls_and_fork_keep_their_promises(way):
     ended = way.run(PROGRAMS / "areas.py")
     assert ended.returncode == 0 and "areas SUCCESS" in ended.stdout, ended.stdout

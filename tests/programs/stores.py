@@ -69,7 +69,7 @@ def one_operation(dice, first, pages):
     page = first + dice.randrange(pages)
     count = dice.randint(1, min(PAGES_AT_ONCE, first + pages - page))
     stride = dice.choice((1, 1, 1, 2, 7))
-    what = dice.choice(("get", "get", "put", "put", "put", "free", "sync", "get"))
+    what = dice.choice(("get", "get", "get", "put", "put", "put", "free", "sync"))
     stay, dirty, at = dice.random() < 0.3, [], page
     while at < page + count:
         many = dice.randint(1, page + count - at)

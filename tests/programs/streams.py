@@ -110,7 +110,7 @@ def app(space):
     parts.check_resident(space)
     space.munmap(patches)
 
-    # A stream is cut off by munmap: what it has asked for ahead is given up, and then reads as zeros.
+    # A stream is cut off by munmap, and then reads zeros.
     for length in (10, 30, 100, 300):
         part = space.mmap(PAGES * PAGE)
         at = ctypes.addressof(ctypes.c_ubyte.from_address(space.areas()[-1][0]))

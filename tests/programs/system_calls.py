@@ -395,6 +395,13 @@ def arrays(space):
             assert np.array_equal(np.load(f"{folder}/numbers.npy"), numbers)
             assert np.array_equal(np.fromfile(f"{folder}/numbers", np.int64), numbers)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        assert len(np.fromfile("/dev/urandom", np.uint8, LENGTH)) == LENGTH
+        assert bytes(np.fromfile("/proc/self/comm", np.uint8, 6)) == b"python"
+        rows = np.fromfile(f"{folder}/numbers", "(4,)i8")
+        assert np.array_equal(rows.ravel(), numbers) and rows.shape[1:] == (4,)
+        with open(f"{folder}/numbers", "rb") as file:
+            file.seek(8)
+            assert np.fromfile(file, np.int64, 2, offset=8).tolist() == [2, 3] and file.tell() == 32
         with open(f"{folder}/pickled", "rb") as file:
             array = pickle.load(file)
         np.savez(f"{folder}/zipped", array=array)
