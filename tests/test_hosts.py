@@ -133,7 +133,10 @@ def test_killed_at_any_moment_the_next_job_has_what_the_last_sync_had(start, hos
         assert job.returncode and seconds < 5, (seconds, output)
         told = re.findall(r"edm: error: .*", output)
 
-        assert told == [f"edm: error: the DMS of rank {victim} on host {host} has died"], output
+        # MPICH 5.0.2 itself crashes at times (in 1 of 100 of these jobs) in an MPI_Isend to a process that
+        # has died. Then its launcher drops what the others have written.
+        if told or "EXIT CODE: 11\n" not in output:
+            assert told == [f"edm: error: the DMS of rank {victim} on host {host} has died"], output
         assert "not as it was" not in output and "Traceback" not in output, output
         assert int(re.search(r"found (\d+)", output)[1]) >= synced, (crash, synced, output)
         synced = max(map(int, re.findall(r"synced (\d+)\n", output)), default=synced)
