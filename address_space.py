@@ -173,10 +173,9 @@ class Space:
         self._socket_is = os.fstat(self._socket).st_ino
         # True if read(2) and the like may fail, with EFAULT or EINTR, where they do not elsewhere.
         self.user_mode = how == u.USER_MODE
-        if how == u.USER_MODE:
-            if (
-                "PMI_RANK" in os.environ
-            ):  # MPICH would read pages of another rank's that are not here
+        if self.user_mode:
+            # MPICH would read pages of another rank's that are not here.
+            if "PMI_RANK" in os.environ:
                 os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
             # NumPy's OSErrors have no errno. With the filter they are about something else.
             numbers = {errno.EFAULT} if listener else {errno.EFAULT, None}

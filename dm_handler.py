@@ -293,9 +293,7 @@ class DmHandler:
                 most -= len(run)
             if len(pages) > len(run):
                 self._asked.appendleft(pages[len(run) :])
-        pieces = [piece for run in runs for piece in self._pieces(run)]
-        for piece, asked in [(piece, self._ask(piece)) for piece in pieces]:
-            self._bring(piece, asked)
+        self._bring_runs(runs)
 
     # ------------------------------------------------------------ fetching, and reading ahead
 
@@ -304,8 +302,13 @@ class DmHandler:
         wanted = stream.wanted(page, self._lspt.area(page))
         pages = wanted[: 1 + len(self._lspt.expect_more(wanted[1:], state))]
         self._readahead.continued(stream, pages)
-        # The application works on the first piece while the others come.
-        for piece, asked in [(piece, self._ask(piece)) for piece in self._pieces(pages)]:
+        self._bring_runs([pages], page, write)
+
+    def _bring_runs(self, runs: list[range], page: int = -1, write: bool = False) -> None:
+        """As _bring, but ask for all of these pages first, in pieces. The application works on the first
+        piece of a window while the others come."""
+        pieces = [piece for run in runs for piece in self._pieces(run)]
+        for piece, asked in [(piece, self._ask(piece)) for piece in pieces]:
             self._bring(piece, asked, page, write)
 
     def _pieces(self, pages: range) -> Iterator[range]:

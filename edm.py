@@ -233,7 +233,7 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     global _space
     if _space is not None:
         raise RuntimeError("edm.start: this process is an application of EDM's already")
-    _, ranks = launched()
+    number, ranks = launched()
     if config.dms and ranks <= config.dms:
         leave_to_rank_0()
         n = config.dms + 1  # with one that is an instance
@@ -252,7 +252,7 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
             if connected is None:
                 return None
         else:
-            connected = spawn_pager(), launched()[0]  # several ranks may have files of one name
+            connected = spawn_pager(), number  # several ranks may have files of one name
         _space = Space(config, *connected, lasts)
         return _space
     except OSError as error:

@@ -131,7 +131,8 @@ class MemHandler:
         # In a context where nobody has set another handler.
         capsule = contextvars.Context().run(_numpy_api(GET_HANDLER))
         handler = PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
-        numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
+        own = PyDataMem_Handler.from_buffer_copy(handler)
+        numpys = own.allocator
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
         self.threshold = sys.maxsize  # bytes
         self._space: Space | None = None
@@ -151,11 +152,9 @@ class MemHandler:
         # name are never freed.
         at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
         _at_exit.callback(setattr, handler, "allocator", at_end)
-        memory = numpys.malloc(numpys.ctx, sizeof(PyDataMem_Handler))
-        own = PyDataMem_Handler.from_address(memory)
-        own.name, own.version, own.allocator = handler.name, handler.version, numpys
+        _keep(own)
         _keep(HANDLER_NAME)
-        capsule = _new_capsule(memory, HANDLER_NAME, None)
+        capsule = _new_capsule(ctypes.addressof(own), HANDLER_NAME, None)
         _at_exit.callback(_numpy_api(SET_HANDLER, py_object), capsule)
 
     def use(self, space: Space) -> None:

@@ -64,8 +64,8 @@ class Readahead:
         self._singles = 0  # faults of no stream
 
     def stream(self, page: int) -> Stream | None:
-        """The stream that a fault of this page continues or begins. If there is none, the page comes
-        alone."""
+        """The stream that a fault of this page continues or begins, or one that has the rest of a row. If
+        there is none, the page comes alone."""
         for stream in self._streams:
             if page in stream.reach:
                 self._streams.remove(stream)
@@ -84,7 +84,9 @@ class Readahead:
         in_rows = self._rows > REMEMBERED
         if len(recent) == REMEMBERED:
             recent.clear()
-            at, self._rows = 0, self._rows if in_rows else 0
+            at = 0
+            if not in_rows:
+                self._rows = 0
         recent.insert(at, page)
         self._singles += 1
         if in_rows and self._singles % PROBE:

@@ -30,15 +30,12 @@ import os
 import sys
 import time
 from _multiprocessing import SemLock
+from _signal import SIG_BLOCK, SIG_SETMASK
 from contextlib import suppress
 from ctypes import c_int, c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from fcntl import ioctl
 from functools import partial
 from struct import Struct
-
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 if sys.platform != "linux":
     raise OSError(f"EDM needs Linux 5.19 or later; this is {sys.platform}")
@@ -296,7 +293,6 @@ def punch_hole(fd: int, offset: int, length: int, libc: ctypes.CDLL = _libc) -> 
     _checked("fallocate", libc.fallocate(fd, mode, offset, length))
 
 
-SIG_BLOCK, SIG_SETMASK = 0, 2
 FUTEX_WAIT, FUTEX_WAKE = 0, 1  # between processes
 
 
@@ -320,7 +316,7 @@ def semaphore() -> SemLock:
     return SemLock(kind, 1, 1, name, True)
 
 
-def signal_mask() -> tuple[Callable[[], int], Callable[[], int]]:
+def signal_mask() -> tuple[partial[int], partial[int]]:
     """Two functions, without Python code: block all signals of this thread; restore what was before.
 
     Source: pthread_sigmask(3).
@@ -331,7 +327,8 @@ def signal_mask() -> tuple[Callable[[], int], Callable[[], int]]:
 
 
 def close_from(first: int) -> None:
-    """closefrom(3): close all descriptors from this number on."""
+    """closefrom(3): close all descriptors from this number on. os.closerange would try each number where
+    there is no close_range(2)."""
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd >= first:
             with suppress(OSError):  # EBADF: it was that of the list

@@ -26,6 +26,7 @@ mpi4py.rc(initialize=False, finalize=False)
 
 from edm import uffd_ctypes
 from edm.doctor import find_mpirun
+from edm.lspt import LSPT, Left
 from edm.page_idle import bitmap_missing
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -440,3 +441,28 @@ def shared_memory():
     """KiB that this process has of it."""
     with open("/proc/self/status") as status:
         return int(next(line for line in status if line.startswith("RssShmem")).split()[1])
+
+
+# ---------------------------------------------------------------- a table of one's own
+
+
+def close(lspt: LSPT) -> None:
+    os.close(lspt.for_handler)
+    os.close(lspt.for_lpet)
+
+
+def lpet_is_first(lspt: LSPT, page: int, count: int) -> list[Left]:
+    """Whoever takes the lock next gets it after LPET has claimed these pages, which are then in the list."""
+    lock, left = lspt.lock, []
+
+    class LpetIsFirst:
+        def __enter__(self):
+            lspt.lock = lock
+            left.extend(lspt.leaving(page, count))
+            lock.acquire()
+
+        def __exit__(self, *raised):
+            lock.release()
+
+    lspt.lock = LpetIsFirst()
+    return left

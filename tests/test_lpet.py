@@ -15,7 +15,7 @@ import time
 import types
 
 import pytest
-from conftest import needs_userfaultfd, wait_for
+from conftest import close, lpet_is_first, needs_userfaultfd, wait_for
 
 from edm import lpet as lpet_module
 from edm import lspt as l
@@ -183,8 +183,7 @@ class Instance:
     def close(self):
         os.close(self.lpet._out)
         os.close(self.lpet._in)
-        os.close(self.lspt.for_handler)
-        os.close(self.lspt.for_lpet)
+        close(self.lspt)
         os.close(self.pagemap_fd)
         self.memory.close()
 
@@ -800,18 +799,8 @@ def test_storing_waits_for_pages_that_somebody_else_has_in_hand(make, how):
 def test_storing_waits_for_a_page_that_lpet_takes_at_that_moment(make):
     instance = make()
     instance.come((10, 2))
-    lspt, lock, theirs = instance.lspt, instance.lspt.lock, []
-
-    class HeldByLpet:
-        def __enter__(self):
-            lspt.lock = lock
-            theirs.extend(lspt.leaving(11, 1))
-            lock.__enter__()
-
-        def __exit__(self, *error):
-            lock.__exit__(*error)
-
-    lspt.lock = HeldByLpet()
+    lspt = instance.lspt
+    theirs = lpet_is_first(lspt, 11, 1)
     thread, stored = start(lambda: instance.lpet.store(False))
     wait_for(lambda: instance.store.pages)
     thread.join(0.02)

@@ -10,7 +10,7 @@ import threading
 import traceback
 
 import pytest
-from conftest import shared_memory
+from conftest import close, shared_memory
 
 from edm.lspt import (
     ANY_HERE,
@@ -48,8 +48,7 @@ def make():
 
     yield make
     for lspt in made:
-        os.close(lspt.for_handler)
-        os.close(lspt.for_lpet)
+        close(lspt)
 
 
 def expect(lspt, wanted):

@@ -1,10 +1,10 @@
 """readahead.py: which faults are a stream, how its window grows, and what comes with a fault."""
 
 import errno
-import os
 import random
 
 import pytest
+from conftest import close, lpet_is_first
 
 from edm.dm_handler import DmHandler, Stopped
 from edm.lspt import AWAY, COMING, HERE, LEAVING, LOST, LSPT, RESIDENT
@@ -234,8 +234,7 @@ def handler():
     handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False)
     handler._uffd = FakeUffd()
     yield handler
-    os.close(lspt.for_handler)
-    os.close(lspt.for_lpet)
+    close(lspt)
 
 
 def claim(handler, *pages):
@@ -293,23 +292,10 @@ def test_nothing_that_was_asked_for_comes_when_the_space_ends(handler):
 
 
 def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(handler):
-    lspt, lock = handler._lspt, handler._lspt.lock
+    lspt = handler._lspt
     claim(handler, 100, 110)
-    left = []
-
-    class LpetIsFirst:
-        """Whoever takes the lock next gets it after LPET has claimed these pages."""
-
-        def __enter__(self):
-            lspt.lock = lock
-            left.extend(lspt.leaving(100, 11))
-            lock.acquire()
-
-        def __exit__(self, *raised):
-            lock.release()
-
     handler.ask_for([range(105, 106)])
-    lspt.lock = LpetIsFirst()
+    left = lpet_is_first(lspt, 100, 11)
     handler._bring_asked()
     assert lspt.state[100:111] == bytes((LEAVING,)) * 11
     lspt.gone(left)

@@ -15,6 +15,7 @@ import pytest
 from conftest import (
     PROGRAMS,
     TRACKINGS,
+    close,
     needs_userfaultfd,
     python_of,
     read_until,
@@ -232,8 +233,7 @@ def lspt():
     lspt = LSPT(1000, 1000, 0)
     lspt.state[:] = bytes([HERE]) * 1000
     yield lspt
-    os.close(lspt.for_handler)
-    os.close(lspt.for_lpet)
+    close(lspt)
 
 
 def leaving(lspt, page, count):
@@ -313,8 +313,7 @@ def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction():
     for high in (4, 6, 10):
         lspt = LSPT(100, high, 0)
         assert 1 <= pages_of(lspt.pins.pin([range(50)], 20, 1, CALL)) <= high - 2
-        os.close(lspt.for_handler)
-        os.close(lspt.for_lpet)
+        close(lspt)
 
 
 def test_a_pin_holds_as_long_as_the_thread_is_in_that_call(lspt, reading, monkeypatch):
