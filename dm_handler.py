@@ -330,7 +330,7 @@ class DmHandler:
         or LOST, if it is `page`, the one that has faulted."""
         noted = self.came is not None and self._waited[FAULTS] < 0  # does a fault wait?
         take_get = self._take_get if noted else self._store.take_get
-        while True:
+        while pages:
             try:
                 kind, got, source = take_get(asked)
             except OSError as error:
@@ -340,12 +340,9 @@ class DmHandler:
                 else:
                     self._lspt.not_coming(pages[:1])
             else:
-                came = pages if got == len(pages) else pages[:got]
-                self._install(came, source if kind == CONTENT else 0, write)
-            if got == len(pages):
-                return
-            pages = pages[got:]
-            asked = self._ask(pages)
+                self._install(pages[:got], source if kind == CONTENT else 0, write)
+            if pages := pages[got:]:
+                asked = self._ask(pages)
 
     def _take_get(self, asked: Any) -> tuple[int, int, int]:
         """The store's take_get, with a note of how long it takes."""

@@ -189,11 +189,11 @@ class Lpet:
         """Step 5 for dirty neighbours: pipe → disk, without a copy. False if that is not possible: then the
         bytes are in _bytes."""
         begin, end = spans[0]
-        if len(spans) > 1 or written.count(255) < end - begin:
-            self._empty_pipe(spans)
-            return False
-        content = self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE]
-        return self._store.take_from(self._out, first + begin, content)
+        if self._store.takes_pipes and len(spans) == 1 and written.count(255) == end - begin:
+            content = self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE]
+            return self._store.take_from(self._out, first + begin, content)
+        self._empty_pipe(spans)
+        return False
 
     def _taken(self, first: int, which: bytes) -> list[Bytes]:
         """The bytes of the pages whose byte in `which` is 255, in runs. first: the first page of the

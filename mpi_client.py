@@ -71,6 +71,8 @@ class Slot:
 
 
 class MpiStore:
+    takes_pipes = False  # the bytes go into a message
+
     def __init__(self, comm: MPI.Comm, dms: int, start_addr: int, end_addr: int) -> None:
         """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs.
 
@@ -155,12 +157,6 @@ class MpiStore:
             self._request(kind, page, count, dirty=dirty)
         if gone:
             self._log.debug("got ack for evict page of lpet in address %#x Ack message : ", address)
-
-    def take_from(self, pipe: int, page: int, content: memoryview) -> bool:
-        """See PageStore. Always False, as the bytes go into a message."""
-        if os.readv(pipe, [content]) < len(content):
-            raise RuntimeError("readv: the pipe has less than was put into it")
-        return False
 
     def free(self, page: int, count: int) -> None:
         """See PageStore."""

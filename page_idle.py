@@ -30,7 +30,7 @@ import ctypes
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from edm import log
 from edm.lspt import Run
@@ -89,9 +89,8 @@ class BitmapTracker:
         self._pagemap = pagemap
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def mark(self, runs: Iterable[Run]) -> None:
+    def mark(self, runs: Sequence[Run]) -> None:
         """Mark these pages idle."""
-        runs = list(runs)
         self._set_bits(runs)
         if len(self.idle(runs)) < sum(count for _, count in runs):
             drain_lru_batches()

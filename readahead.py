@@ -8,12 +8,14 @@ The DM-Handler fetches the pages that the stream wants, and reports them (contin
 
 A stream begins with the second of two faults in neighbouring pages, upward or downward, or with the third
 of three at equal distances (its stride, at most MAX_STRIDE, upward). Its window is small at first, as the
-two may have been all, and doubles each time that one was used up, to at most max_window. Random access
-only ever pays for a look at each of the few streams.
+two may have been all, and doubles each time that one was used up, to at most max_window.
 
 Random rows of a few pages would fault twice in each row. So where streams end with their first window,
 again and again, a single fault brings such a window, too. This begins no stream: it may as well be one of
 equal distances. Every PROBE-th single fault still comes alone, to see if the rows go on.
+
+Among single faults, every REMEMBERED of them, the stream that was used least recently is forgotten. So
+random access ends up with none to look at. A stream that was forgotten begins again with two faults.
 
 Rules: the DM-Handler's thread only. Pages, not bytes.
 
@@ -87,6 +89,7 @@ class Readahead:
             at = 0
             if not in_rows:
                 self._rows = 0
+                del self._streams[-1:]
         recent.insert(at, page)
         self._singles += 1
         if in_rows and self._singles % PROBE:

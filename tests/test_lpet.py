@@ -62,13 +62,10 @@ class Store:
         self.stayed = []  # of every put: was it with stay?
         self.refuses = lambda runs: False
         self.meanwhile = lambda: None  # called in the midst of a put
-        self.takes = False  # pages from a pipe?
+        self.takes_pipes = False
         self.taken = []  # the runs that it took
 
     def take_from(self, pipe, page, into):
-        if not self.takes:
-            assert os.readv(pipe, [into]) == len(into)
-            return False
         self.taken.append((page, len(into) // PAGE_SIZE))
         for at in range(len(into) // PAGE_SIZE):
             self.pages[page + at] = os.read(pipe, PAGE_SIZE)
@@ -264,7 +261,7 @@ def test_as_many_pages_as_a_pipe_holds_leave_at_once_with_any_holes_between_them
 def test_dirty_neighbours_go_from_the_pipe_to_the_disk_if_it_takes_them(make, takes):
     instance = make()
     instance.come((9, 4))
-    instance.store.takes = takes
+    instance.store.takes_pipes = takes
     assert instance.lpet._evict(0, 50, ANY_HERE) == 4
     assert instance.store.taken == ([(9, 4)] if takes else [])
     assert instance.store.tries == ([[]] if takes else [[(9, 4)]])
@@ -276,7 +273,7 @@ def test_dirty_neighbours_go_from_the_pipe_to_the_disk_if_it_takes_them(make, ta
 @pytest.mark.parametrize("what", ["holes", "clean", "far"])
 def test_only_neighbours_that_are_all_dirty_go_there(make, what):
     instance = make()
-    instance.store.takes = True
+    instance.store.takes_pipes = True
     instance.come(*{"holes": ((9, 2), (12, 2)), "clean": ((9, 4),), "far": ((9, 1), (20, 1))}[what])
     instance.pagemap.clean |= {10} if what == "clean" else set()
     pages = set(instance.here()) - instance.pagemap.clean
