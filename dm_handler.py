@@ -38,10 +38,8 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import ctypes
 import errno
 import itertools
-import mmap
 import os
 import select
 import time
@@ -93,8 +91,7 @@ class DmHandler:
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # The source of a zero page that is to have the mark, which UFFDIO_ZEROPAGE can't set.
-        self._zero_memory = mmap.mmap(-1, PIECE * PAGE_SIZE)
-        self._zeros = ctypes.addressof(ctypes.c_char.from_buffer(self._zero_memory))
+        self._zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
         self._figures = lspt.figures
         self._called: deque[tuple[range, bool]] = deque()  # what bring was called for
         self._brought: SimpleQueue[None] = SimpleQueue()  # an item for each of these that was done
@@ -255,13 +252,15 @@ class DmHandler:
             self._waited[ROOM] -= time.monotonic_ns()
             self._hear()
             self._waited[ROOM] += time.monotonic_ns()
-        if state <= l.AWAY:
+        if state < l.LOST:
             self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
             if stream := self._readahead.stream(page):
                 self._window(stream, page, state, write)
             else:
                 pages = range(page, page + 1)
                 self._bring(pages, self._ask(pages), page, write)
+                if state != l.NEW:
+                    self._lspt.came_back(page, state)
             return True
         self._figures[l.OTHER] += 1
         if state >= l.HERE or state == l.LOST:
@@ -281,13 +280,11 @@ class DmHandler:
             if not (most and self._asked):
                 break
             pages = self._asked.popleft()
-            run, state = pages[:1], self._lspt.state[pages[0]]
-            if state == l.AWAY:
-                state = self._lspt.expect(pages[0], l.AWAY)
+            run, state = pages[:1], self._lspt.expect(pages[0], l.AWAY)
             if state is None:
                 self._asked.appendleft(pages)
                 break
-            if state == l.AWAY:
+            if l.AWAY <= state < l.LOST:
                 run = pages[: 1 + len(self._lspt.expect_more(pages[1:most], l.AWAY))]
                 runs.append(run)
                 most -= len(run)

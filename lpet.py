@@ -29,7 +29,7 @@ be old (tests/test_order.py has both wrong orders, which fail).
 
 Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
 where it stopped. Pages that came at least AGE generations ago leave, neighbours together. If a turn of the
-clock does not find enough, younger ones do. A page that the kernel's idle bitmap says was used is
+clock does not find enough, younger ones do, and then those that came back soon (LSPT.came_back). A page that the kernel's idle bitmap says was used is
 passed. While the LSPT is small (lspt.SMALL), or if the settings are plain, the wiki's algorithm is
 followed in full: every page is asked, idle ones leave, the others are marked and passed, and if that was
 not enough, they leave in order. A page that a system call of an ordinary user is about to touch is always
@@ -122,6 +122,8 @@ class Lpet:
             else UnmapTracker(pagemap, self._unmap)
         )
         self._hand = 0  # the page where the clock goes on
+        # The generation in which the clock has made a whole turn. Until the next, no page gets AGE old.
+        self._turned = -1
         self._most = self._batch  # pages to evict at once
         self._again_at = 0.0  # time.monotonic, as is the next
         self._refused_since = math.inf  # the first refusal since the store took dirty pages
@@ -284,18 +286,19 @@ class Lpet:
         return pages
 
     def _evict_by_age(self, needed: int) -> int:
-        gone = 0
-        for age in range(AGE, -1, -1):
+        now, gone = self._lspt.generation(), 0
+        for age in (AGE, 0, -l.LONGER)[now == self._turned :]:
             start = self._hand
             behind = self._lspt.used(start, self._lspt.pages - start)
             for part in self._parts(itertools.chain(behind, self._lspt.used(0, start))):
                 self._hand = sum(part)
                 which = self._lspt.older_than(age)
-                if age and self._tracker.name == BitmapTracker.name:
+                if age > 0 and self._tracker.name == BitmapTracker.name:
                     self._pass_used(*part, which)
                 gone += self._evict_all([part], which)
                 if gone >= needed or self._lspt.stopped():
                     return gone
+            self._turned = now
         return gone
 
     def _parts(self, pages: Iterable[Run]) -> Iterator[Run]:

@@ -56,7 +56,6 @@ class Slot:
     def __init__(self, comm: MPI.Comm, tag: int) -> None:
         self.question, self.answer = m.MessageBuffer(), m.MessageBuffer()
         self.content_address = ctypes.addressof(ctypes.c_char.from_buffer(self.answer.body))
-        self.address = 0  # of the first page that was asked for
         self._comm, self._tag = comm, tag
 
     def send(self, dms: int, kind: int, count: int, page: int, more: int, *body: Part) -> None:
@@ -122,7 +121,7 @@ class MpiStore:
     def ask_get(self, pages: range) -> Slot:
         """See PageStore."""
         slot = self._slot()
-        slot.address = self._start + pages.start * PAGE_SIZE
+        slot.address = self._start + pages.start * PAGE_SIZE  # for take_get's log
         if self._debug:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
         share = self._shares[pages.start // self._shares[0].stripe % len(self._shares)]

@@ -467,8 +467,6 @@ class PageStore:
 
     def close(self) -> None:
         """Close the disk. If it has no name, it is gone."""
-        for table in (self.spt, self._synced):
-            table.state.close()
         os.close(self.fd)
 
     def _address(self, page: int) -> int:

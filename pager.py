@@ -79,7 +79,6 @@ if TYPE_CHECKING:
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM  # what _end_by handles; rank.py blocks them
 TERM_TO_KILL = 3  # seconds from a signal to the pager until the application is killed
-FREE_AGAIN = 0.001  # seconds between two tries to free pages that are COMING or LEAVING
 
 # Milliseconds from one sample of --progress and --report to the next. An application that has
 # closed its end of the socket pair is looked at as often: it may have become another program.
@@ -121,15 +120,14 @@ class Pager:
         os.ftruncate(self._memfd, space + m.SIZE)  # here, as the program may have an RLIMIT_FSIZE
         access = u.PROT_READ | u.PROT_WRITE
         self._mailbox = m.Mailbox(u.mmap(0, m.SIZE, access, u.MAP_SHARED, self._memfd, space))
+        window = min(config.readahead, config.high_threshold // WINDOW_PART)
+        self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.track_clean))
         self._report = None
         live = config.progress and sys.stderr.isatty()
         if live or config.report:
             from edm.report import Report  # it takes long to import
 
             self._report = Report(self._title, start, lspt.state, live)
-        window = min(config.readahead, config.high_threshold // WINDOW_PART)
-        self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.track_clean))
-        if self._report:
             self._handler.came = self._report.came
         if lines:
             from edm.lines import Lines  # its imports take long, too
@@ -339,7 +337,7 @@ class Pager:
             while runs and not self._lspt.stopped():
                 runs = [left for run in runs for left in self._free(*run)]
                 if runs:
-                    time.sleep(FREE_AGAIN)
+                    time.sleep(l.SETTLE)
         elif what == m.PREFETCH:
             self._handler.ask_for(range(first, first + n) for first, n in m.RUN.iter_unpack(name))
         elif what == m.FORGET:

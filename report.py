@@ -37,7 +37,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edm.dm_handler import WAITS
-from edm.lspt import AWAY, LOST, NEW
+from edm.lspt import AWAY, LOST, NEW, ONE_AWAY
 from edm.uffd_ctypes import PAGE_SIZE
 
 COLUMNS = 192  # samples
@@ -177,7 +177,7 @@ class Report:
 
     def _ended(self, area: dict) -> dict:
         """The area, and where its pages are now."""
-        states = bytes(self._state[area["page"] : area["page"] + area["count"]])
+        states = self._state[area["page"] : area["page"] + area["count"]].translate(ONE_AWAY)
         ended_up = {name: states.count(byte) for byte, name in WHERE.items()}
         return {**area, "ended_up": ended_up | {"here": len(states) - sum(ended_up.values())}}
 

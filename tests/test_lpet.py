@@ -21,7 +21,7 @@ from edm import lpet as lpet_module
 from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.lpet import AGE, Lpet
-from edm.lspt import ANY_HERE, AWAY, COMING, HERE, LEAVING, LSPT, NEW, NO_HOLES, SMALL
+from edm.lspt import ANY_HERE, AWAY, COMING, HERE, LEAVING, LOST, LSPT, NEW, NO_HOLES, SMALL
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -154,7 +154,7 @@ class Instance:
         """These pages are brought, and written."""
         for page in pages_in(runs):
             state = self.lspt.expect(page)
-            assert state in (NEW, *range(AWAY, HERE)), f"page {page} is {state}"
+            assert state in (NEW, *range(AWAY, LOST)), f"page {page} is {state}"
             self.memory.write(page, version)
             self.lspt.arrived(range(page, page + 1))
 
@@ -566,6 +566,56 @@ def test_old_pages_leave_before_younger_ones_wherever_the_hand_is(large):
     large.lspt.low = 1800
     assert set(large.evict_once()) <= set(range(1900)), "and at last those of today"
     assert large.figure(l.RESIDENT) <= 1800
+
+
+def test_pages_that_came_back_soon_leave_last(large):
+    now = large.lspt.generation()
+    large.lspt.stays(large.lspt.leaving(100, 1800), now + l.LONGER)
+    large.lspt.stays(large.lspt.leaving(1900, 50), now)
+    large.lspt.low = 1850
+    others = [*range(100), *range(1900, 2000)]
+    assert {*large.evict_once()} <= {*others}, "of old ones and those of today there were enough"
+    large.lspt.low = 1700
+    gone = large.evict_once()
+    assert len(gone) >= 150 and {*others} & {*large.here()} == set()
+
+
+def test_a_table_that_is_used_all_the_time_stays_while_other_pages_pass_once(make):
+    instance = make(pages=40_000, high=2048, low=1900, batch=256)
+    lspt, table, dice = instance.lspt, range(20_000, 20_000 + 1700), random.Random(3)
+    fetched = dict.fromkeys(("table", "others"), 0)
+
+    def touch(page, kind):
+        if (state := lspt.expect(page)) is None:
+            instance.lpet._evict_until_low_threshold()
+            state = lspt.expect(page)
+        if state < LOST:
+            os.pwrite(instance.memory.memfd, b".", page * PAGE_SIZE)
+            lspt.arrived(range(page, page + 1))
+            if state != NEW:
+                lspt.came_back(page, state)
+            fetched[kind] += 1
+
+    for passing in range(8_000):
+        touch(passing, "others")
+        for _ in range(10):
+            touch(dice.choice(table), "table")
+    assert fetched["others"] == 8_000
+    assert fetched["table"] < 4 * len(table), "without came_back it is fetched seven times"
+
+
+def test_a_generation_in_which_the_clock_has_gone_round_has_no_old_pages_left(large, monkeypatch):
+    now, ages = large.lspt.generation(), []
+    older_than = large.lspt.older_than
+    monkeypatch.setattr(large.lspt, "older_than", lambda age: ages.append(age) or older_than(age))
+    large.lspt.stays(large.lspt.leaving(0, 1990), now)
+    large.lspt.low = 1980
+    assert {*range(1990, 2000)} <= {*large.evict_once()} and {*ages} == {AGE, 0}
+    for later, expected in ((0, {0}), (1, {AGE})):
+        large.lspt.figures[l.FETCHED] += later * large.lspt.quarter
+        large.lspt.low = large.figure(l.RESIDENT) - 20
+        ages.clear()
+        assert large.evict_once() and {*ages} == expected
 
 
 def test_neighbours_leave_together_and_younger_pages_between_them_stay(large):

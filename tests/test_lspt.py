@@ -15,22 +15,26 @@ from conftest import close, shared_memory
 from edm.lspt import (
     ANY_HERE,
     AWAY,
+    AWAYS,
     COMING,
     FETCHED,
     GENERATIONS,
     HERE,
     HERE_RUN,
     LEAVING,
+    LONGER,
     LOST,
     LSPT,
     NEW,
     NO_HOLES,
+    ONE_AWAY,
     PART,
     PEAK,
     QUARTERS,
     RESIDENT,
     ROOM_WANTED,
     SMALL,
+    SOON,
     runs,
     runs_of,
 )
@@ -54,9 +58,9 @@ def make():
 def expect(lspt, wanted):
     """As the DM-Handler, when the first of these faults: its state, and which pages come."""
     state = lspt.expect(wanted[0])
-    if state is None or state > AWAY:
+    if state is None or state >= LOST:
         return state, range(0)
-    return state, wanted[: 1 + len(lspt.expect_more(wanted[1:], state))]
+    return ONE_AWAY[state], wanted[: 1 + len(lspt.expect_more(wanted[1:], state))]
 
 
 def ascending(pages):
@@ -184,8 +188,10 @@ def test_generations_count_on_when_their_numbers_begin_anew(make):
     come(lspt, 0)
     assert lspt.state[0] == HERE + 3
     assert lspt.leaving(0, 100, lspt.older_than(1)) == []
-    lspt.figures[FETCHED] = (2 * GENERATIONS + 2) * lspt.quarter
-    assert lspt.leaving(0, 100, lspt.older_than(GENERATIONS - 1)) == [(0, bytes((HERE + 3,)))]
+    lspt.figures[FETCHED] = (2 * GENERATIONS + 2 - LONGER) * lspt.quarter
+    age = GENERATIONS - 1 - LONGER
+    assert lspt.leaving(0, 100, lspt.older_than(age + 1)) == []
+    assert lspt.leaving(0, 100, lspt.older_than(age)) == [(0, bytes((HERE + 3,)))]
 
 
 def test_what_could_not_be_had_is_away_and_lost_is_lost_until_it_is_freed(make):
@@ -260,7 +266,7 @@ def test_only_pages_old_enough_leave_and_younger_ones_between_them_are_no_holes(
         lspt.figures[FETCHED] = generation * lspt.quarter
         come(lspt, page)
     lspt.figures[FETCHED] = 3 * lspt.quarter
-    assert lspt.older_than(0) == ANY_HERE
+    assert lspt.older_than(-LONGER) == ANY_HERE
     assert lspt.leaving(0, 100, lspt.older_than(2)) == [(10, bytes((HERE, HERE + 1)))]
     assert lspt.leaving(0, 100, lspt.older_than(2)) == []
     assert lspt.leaving(0, 100, lspt.older_than(1)) == [(13, bytes((HERE + 2,)))]
@@ -283,7 +289,43 @@ def test_gone_notes_when_the_pages_left(make):
     left = lspt.leaving(0, 100)
     lspt.figures[FETCHED] = (GENERATIONS + 5) * lspt.quarter
     lspt.gone(left)
-    assert lspt.state[10:12] == bytes((AWAY,)) * 2
+    assert lspt.state[10:12] == bytes((AWAY + (GENERATIONS + 5) % AWAYS,)) * 2
+
+
+@pytest.mark.parametrize("began", [0, AWAYS - 1, GENERATIONS - 1])
+@pytest.mark.parametrize("since, stays", [(0, True), (SOON, True), (SOON + 1, False)])
+def test_a_page_that_comes_back_soon_after_it_left_stays_longer(make, began, since, stays):
+    lspt, page = make(), 10
+    lspt.figures[FETCHED] = began * lspt.quarter
+    come(lspt, page)
+    evict(lspt, page)
+    now = began + since
+    lspt.figures[FETCHED] = now * lspt.quarter
+    state = lspt.expect(page)
+    lspt.arrived(range(page, page + 1))
+    lspt.came_back(page, state)
+    come(lspt, 11)
+    for later in range(LONGER + 2):
+        lspt.figures[FETCHED] = (now + later) * lspt.quarter
+        leaves = later > LONGER or (later and not stays)
+        assert (lspt.older_than(1)[lspt.state[page]] == 2) == leaves
+        assert (lspt.older_than(1)[lspt.state[11]] == 2) == (later > 0)
+        assert (lspt.older_than(0)[lspt.state[page]] == 2) == (later >= LONGER or not stays)
+        assert lspt.older_than(-LONGER)[lspt.state[page]] == 2
+
+
+def test_a_page_that_has_left_again_is_not_made_to_stay(make):
+    lspt = make()
+    come(lspt, 10)
+    evict(lspt, 10)
+    state = lspt.expect(10)
+    lspt.arrived(range(10, 11))
+    left = lspt.leaving(10, 1)
+    lspt.came_back(10, state)
+    assert lspt.state[10] == LEAVING
+    lspt.gone(left)
+    lspt.came_back(10, state)
+    assert lspt.state[10] == AWAY
 
 
 def test_stays_makes_the_pages_as_they_were_or_as_if_they_had_come_now(make):
@@ -346,7 +388,7 @@ def test_what_an_earlier_job_left_is_away_and_did_not_leave_of_late(make):
     assert lspt.away() == 5 and lspt.figures[RESIDENT] == 0
     assert expect(lspt, range(PART - 3, PART + 10)) == (NEW, range(PART - 3, PART - 2))
     state, pages = expect(lspt, range(PART - 2, PART + 10))
-    assert state == AWAY and pages == range(PART - 2, PART + 2)
+    assert ONE_AWAY[state] == AWAY and pages == range(PART - 2, PART + 2)
     lspt.arrived(range(PART - 2, PART - 1))
     assert lspt.state[PART - 2] == HERE, "it does not count as one that came back soon"
 
@@ -625,7 +667,7 @@ def test_what_a_forked_process_does_is_seen_here(make, fork):
     assert list(lspt.here()) == [(2 * PART + 1, 3)] and lspt.away() == 1
     assert (lspt.figures[RESIDENT], lspt.figures[PEAK]) == (3, 4)
     assert rings(lspt) and lspt.stopped()
-    assert lspt.state[2 * PART] == AWAY
+    assert lspt.state[2 * PART] == AWAY + lspt.generation()
 
 
 TRANSITIONS = {
@@ -766,7 +808,7 @@ def test_resident_counts_whatever_two_processes_do_at_once(make, fork):
         assert count(lspt, (COMING, LEAVING)) == 0
         assert lspt.figures[RESIDENT] == count(lspt, range(HERE, 256)) > 0
         assert lspt.figures[PEAK] == 100
-        assert count(lspt, range(AWAY, AWAY + 1)) == lspt.away() > 0
+        assert count(lspt, range(AWAY, LOST)) == lspt.away() > 0
         for pipe in sum(pipes, ()):
             for fd in pipe:
                 os.close(fd)
@@ -785,10 +827,10 @@ def test_any_sequence_of_transitions_does_to_each_page_what_the_picture_says(mak
         lspt = make(120, high=60)
         actor = Actor(lspt, seed)
         for _ in range(400):
-            before = [min(s, HERE) for s in lspt.state[:]]
+            before = [min(s, HERE) for s in lspt.state[:].translate(ONE_AWAY)]
             name = actor.dice.choice(list(allowed))
             getattr(actor, name)()
-            after = [min(s, HERE) for s in lspt.state[:]]
+            after = [min(s, HERE) for s in lspt.state[:].translate(ONE_AWAY)]
             for old, new in zip(before, after, strict=True):
                 if old != new:
                     assert new in allowed[name][old], f"{name}: {old} → {new}"

@@ -7,7 +7,7 @@ import pytest
 from conftest import close, lpet_is_first
 
 from edm.dm_handler import DmHandler, Stopped
-from edm.lspt import AWAY, COMING, HERE, LEAVING, LOST, LSPT, RESIDENT
+from edm.lspt import AWAY, COMING, LEAVING, LOST, LSPT, RESIDENT
 from edm.page_idle import pages_in
 from edm.page_store import CONTENT
 from edm.readahead import MAX_STRIDE, NEAR, PROBE, REMEMBERED, STREAMS, Readahead
@@ -311,7 +311,7 @@ def test_a_page_that_cant_be_read_is_lost_when_it_faults_and_not_before(handler,
     claim(handler, *(500 + n * stride for n in (-5, -4, 0)))
     others = {500 + n * stride for n in range(-5, 8)} - {unreadable}
     assert {*here(handler)} == others and COMING not in lspt.state[:]
-    assert AWAY <= lspt.state[unreadable] < HERE
+    assert AWAY <= lspt.state[unreadable] < LOST
     claim(handler, unreadable)
     assert lspt.state[unreadable] == LOST and handler._uffd.poisoned == [unreadable]
     assert {*here(handler)} == others
