@@ -60,6 +60,7 @@ import errno
 import fcntl
 import gc
 import marshal
+import operator
 import os
 import sys
 from collections import deque
@@ -197,14 +198,17 @@ class Space:
         earlier job has left them. The area takes whole pages and stays until munmap. name: what a
         report calls it. Raises ValueError for a length that is not positive, an addr that is not a
         multiple of PAGE_SIZE, and an area that leaves the space or overlaps another. Raises
-        MemoryError when no addr is given and no gap is large enough. Source: mmap(2).
+        MemoryError when no addr is given and no gap is large enough, and TypeError for what is no
+        integer. Source: mmap(2).
         """
+        length = operator.index(length)
         if length <= 0:
             raise ValueError(f"length: {length} bytes; an area has at least one")
         whole = whole_pages(length)
         if addr is None:
             addr, _ = self._gap(whole)
         else:
+            addr = operator.index(addr)
             self._check_free(addr, whole)
         self._take(addr, whole, name)
         view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
@@ -247,7 +251,11 @@ class Space:
 
     @_locked
     def locations(self, addr: int, length: int) -> list[str]:
-        """Where each page of a range (bytes, whole pages) is: NEW, INSTANCE_n or DISK."""
+        """Where each page of a range (bytes, whole pages) is: NEW, INSTANCE_n or DISK.
+
+        Raises ValueError for a range that is not of whole pages, or leaves the space.
+        """
+        self._check_inside(addr, length)
         here = f"INSTANCE_{self.instance}"
         spt = self._spt(*self._pages(addr, length))
         return [here if byte & 1 else "DISK" if byte else "NEW" for byte in spt]
@@ -457,14 +465,21 @@ class Space:
 
     def _check_free(self, addr: int, whole: int) -> None:
         """Raises ValueError if this area can't be mapped."""
-        if addr % PAGE_SIZE:
-            raise ValueError(f"addr: {addr:#x} is not a multiple of PAGE_SIZE, {PAGE_SIZE:#x}")
-        where = f"addr: the area {addr:#x}-{addr + whole:#x}"
-        if not self.start_addr <= addr <= addr + whole <= self.end_addr:
-            raise ValueError(f"{where} leaves the space {self.start_addr:#x}-{self.end_addr:#x}")
+        self._check_inside(addr, whole)
         self._reclaim(wait=True)
         if not self._gaps.around(addr, whole):
-            raise ValueError(f"{where} overlaps another")
+            raise ValueError(f"addr: the area {addr:#x}-{addr + whole:#x} overlaps another")
+
+    def _check_inside(self, addr: int, length: int) -> None:
+        """Raises ValueError unless these are whole pages of the space."""
+        for name, value in (("addr", addr), ("length", length)):
+            if value % PAGE_SIZE:
+                raise ValueError(
+                    f"{name}: {value:#x} is not a multiple of PAGE_SIZE, {PAGE_SIZE:#x}"
+                )
+        if not self.start_addr <= addr <= addr + length <= self.end_addr:
+            space = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
+            raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {space}")
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int]:
         """The smallest gap that has so many bytes, or the largest. Raises MemoryError."""
@@ -485,9 +500,10 @@ class Space:
 
     def _take(self, addr: int, whole: int, name: str = "", had: int = 0) -> None:
         """Make these bytes an area, or the area larger that has `had` of them."""
+        name_bytes = name.encode(errors="replace")
         self._gaps.take(addr + had, whole - had)
         self._lengths[addr] = whole
-        self._mailbox.ask(m.MAPPED, *self._pages(addr, whole), name.encode(errors="replace"))
+        self._mailbox.ask(m.MAPPED, *self._pages(addr, whole), name_bytes)
 
     def _pages(self, addr: int, length: int) -> tuple[int, int]:
         """A range in bytes as (first page, count of pages)."""

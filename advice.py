@@ -9,7 +9,7 @@ An array is one of NumPy's, or an object that numpy.asarray does not copy, like 
 Space.mmap. Parts that do not lie in the space are ignored.
 
 Rules: any thread of the application. Raises RuntimeError where there is no space, ImportError where
-there is no NumPy, and IndexError for a row that the array does not have.
+there is no NumPy, and IndexError for a row that the array does not have, or rows that are no integers.
 
 Source: madvise(2), MADV_WILLNEED and MADV_PAGEOUT.
 """
@@ -58,9 +58,12 @@ def _runs(array: Any, rows: Any) -> list[tuple[int, int]]:
     starts = np.array([a.__array_interface__["data"][0]])
     part = a
     if rows is not None or not (a.flags.c_contiguous or a.flags.f_contiguous):
-        indexes = np.arange(len(a)) if rows is None else np.asarray(rows).ravel()
-        if indexes.dtype == bool:
+        indexes = np.arange(len(a)) if rows is None else np.asarray(rows)
+        if indexes.dtype == bool and indexes.shape == (len(a),):
             indexes = np.flatnonzero(indexes)
+        if indexes.size and indexes.dtype.kind not in "iu":
+            raise IndexError("rows: neither integers nor a mask for each row")
+        indexes = indexes.ravel().astype(np.int64)
         if indexes.size and not -len(a) <= indexes.min() <= indexes.max() < len(a):
             raise IndexError(f"rows: not all of them are rows of an array that has {len(a)}")
         starts, part = starts + indexes % len(a) * a.strides[0], a[0]

@@ -159,7 +159,7 @@ def _run(*command: str) -> tuple[int, list[str]]:
     """Run a command: (its exit status, the lines that it printed). If it printed none, one says how it
     ended."""
     # A file, as children of the command could keep a pipe open.
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         try:
             status = subprocess.run(command, timeout=DEADLINE, check=False, **streams).returncode
@@ -175,11 +175,9 @@ def _run(*command: str) -> tuple[int, list[str]]:
 
 def disk() -> Finding:
     folder = disk_folder()
-    if not os.access(folder, os.W_OK):
-        return "missing", f"{folder} can't be written", "export TMPDIR=/a/folder/of/yours"
     device, free = os.stat(folder).st_dev, shutil.disk_usage(folder).free
     found = f"{free / (1 << 30):.1f} GiB free in {folder}, where EDM keeps pages by default"
-    with open("/proc/self/mountinfo") as mounts:
+    with open("/proc/self/mountinfo", encoding="utf-8") as mounts:
         kinds = {line.split()[2]: line.partition(" - ")[2].split()[0] for line in mounts}
     if kinds.get(f"{os.major(device)}:{os.minor(device)}") == "tmpfs":
         found, free = f"{folder} is memory (tmpfs), so pages kept there gain nothing", 0

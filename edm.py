@@ -159,8 +159,11 @@ class Config(SimpleNamespace):
         yield end % PAGE_SIZE, f"end_addr: {end:#x}; whole pages"
         yield end <= start, f"end_addr: {end:#x}; it must be greater than start_addr, {start:#x}"
         yield pages > MAX_PAGES, f"end_addr: {pages} pages of address space; at most {MAX_PAGES}"
+        yield end > 1 << 63, f"end_addr: {end:#x}; no address space has so much"
         yield high < 2, f"high_threshold: {high} pages; at least 2, as an instruction may touch two"
         yield not 0 <= low < high, f"low_threshold: {low} pages; less than high_threshold, {high}"
+        for name in ("disk", "report"):
+            yield "\0" in (getattr(self, name) or ""), f"{name}: a path has no null byte"
         yield self.keep and not self.disk, "keep: needs a disk with a name; give its path as disk"
         cant_be = report and not os.access(report if there else folder, os.W_OK)
         yield cant_be, f"report: {report} can't be written; make its folder, or choose another path"
@@ -236,7 +239,7 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     """Begin a space. None in a DMS, when the applications have ended."""
     global _space
     if _space is not None:
-        raise RuntimeError("edm.start: this process is an application of EDM's already")
+        raise RuntimeError("edm: this process is an application of EDM's already; see edm.space()")
     number, ranks = launched()
     if config.dms and ranks <= config.dms:
         leave_to_rank_0()

@@ -206,5 +206,5 @@ def _memory() -> tuple[int, int]:
 
 
 def _text(path: str) -> str:
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         return file.read()

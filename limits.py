@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import resource
+from _signal import SIGKILL
 
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -26,6 +27,7 @@ _ABOUT = {
     errno.EFBIG: ("RLIMIT_FSIZE", "ulimit -f"),
     errno.EMFILE: ("RLIMIT_NOFILE", "ulimit -n"),
     errno.EAGAIN: ("RLIMIT_NPROC", "ulimit -u"),
+    -SIGKILL: ("RLIMIT_CPU", "ulimit -t"),
 }
 
 
@@ -57,7 +59,8 @@ def space_size(most: int) -> tuple[int, str]:
 
 
 def limit_of(number: int | None) -> str:
-    """ "; RLIMIT_X (ulimit -x) is ..." if this errno may come from a limit that is set, else ""."""
+    """ "; RLIMIT_X (ulimit -x) is ..." if this errno, or negative number of a signal, may come from a limit
+    that is set, else ""."""
     name, command = _ABOUT.get(number, ("", ""))
     value = resource.getrlimit(getattr(resource, name))[0] if name else INFINITY
     return "" if value == INFINITY else f"; {name} ({command}) is {value}"

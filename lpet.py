@@ -29,7 +29,7 @@ be old (tests/test_order.py has both wrong orders, which fail).
 
 Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
 where it stopped. Pages that came at least AGE generations ago leave, neighbours together. If a turn of the
-clock does not find enough, younger ones do, and then those that came back soon (LSPT.came_back). A page that the kernel's idle bitmap says was used is
+clock does not find enough, younger ones do, and then those that came back soon (LSPT.stays_longer). A page that the kernel's idle bitmap says was used is
 passed. While the LSPT is small (lspt.SMALL), or if the settings are plain, the wiki's algorithm is
 followed in full: every page is asked, idle ones leave, the others are marked and passed, and if that was
 not enough, they leave in order. A page that a system call of an ordinary user is about to touch is always
@@ -289,8 +289,8 @@ class Lpet:
         now, gone = self._lspt.generation(), 0
         for age in (AGE, 0, -l.LONGER)[now == self._turned :]:
             start = self._hand
-            behind = self._lspt.used(start, self._lspt.pages - start)
-            for part in self._parts(itertools.chain(behind, self._lspt.used(0, start))):
+            behind = self._lspt.occupied(start, self._lspt.pages - start)
+            for part in self._parts(itertools.chain(behind, self._lspt.occupied(0, start))):
                 self._hand = sum(part)
                 which = self._lspt.older_than(age)
                 if age > 0 and self._tracker.name == BitmapTracker.name:

@@ -27,7 +27,7 @@ Whether a page is clean is not stored here: the page table knows.
 
 Generations: a new one begins when a quarter of high_threshold has come. The byte of a page that is HERE
 includes the generation in which the page came, or was last found used, modulo GENERATIONS. A page that
-faults again SOON after it has left is given a generation to come (came_back). So pages that are used all
+faults again SOON after it has left is given a generation to come (stays_longer). So pages that are used all
 the time stay, while a program passes through other memory once.
 
 Interface: the methods on the arrows. Two eventfds wake those who wait: `for_handler` the DM-Handler,
@@ -235,14 +235,15 @@ class LSPT(ByteTable):
         """COMING → HERE: the pages are installed."""
         self.set(pages, HERE + self.generation() % GENERATIONS)
 
-    def came_back(self, page: int, state: int) -> None:
-        """HERE → HERE, for a page that was AWAY, with this state, when it faulted: if that was soon after it
-        left, it stays longer."""
-        now = self.generation()
-        if (now - (state - AWAY)) % AWAYS <= SOON:
-            with self.lock:
-                if self.state[page] >= HERE:
-                    self.state[page] = HERE + (now + LONGER) % GENERATIONS
+    def left_soon_before(self, state: int) -> bool:
+        """Whether a page with this state is AWAY, and has left within the last SOON generations."""
+        return AWAY <= state < LOST and (self.generation() - (state - AWAY)) % AWAYS <= SOON
+
+    def stays_longer(self, page: int) -> None:
+        """HERE → HERE, with a generation to come, for a page that had left soon before it faulted."""
+        with self.lock:
+            if self.state[page] >= HERE:
+                self.state[page] = HERE + (self.generation() + LONGER) % GENERATIONS
 
     def not_coming(self, pages: range, state: int = AWAY) -> None:
         """COMING → AWAY: the pages could not be fetched; the store still has them. Or → LOST."""
@@ -307,6 +308,13 @@ class LSPT(ByteTable):
     def freed(self, left: list[Left]) -> None:
         """LEAVING → NEW."""
         self._end(left, bytes(256))
+        for first, before in left:
+            for page, _ in self.used(first, len(before)):
+                part = page // PART
+                with self.lock:
+                    # Else LPET would look there at every turn.
+                    if not self.state[part * PART : (part + 1) * PART].strip(b"\0"):
+                        self._used[part] = 0
 
     def _end(self, left: list[Left], becomes: bytes) -> None:
         """LEAVING → the state before, translated by this table."""
@@ -344,15 +352,21 @@ class LSPT(ByteTable):
         return taken, later
 
     def on_disk(self, page: int, count: int) -> None:
-        """NEW → AWAY, at the start: the store has these pages from an earlier job."""
+        """NEW → AWAY, at the start: the store has these pages from an earlier job, long ago."""
         with self.lock:
-            self.set(range(page, page + count), AWAY)
+            self.set(range(page, page + count), AWAY + AWAYS // 2)
 
     # ------------------------------------------------------------ looking
 
+    def occupied(self, page: int, count: int) -> Iterator[Run]:
+        """As used, but without the parts that have no page that is HERE."""
+        for first, many in self.used(page, count):
+            if not self.state[first : first + many].isascii():  # HERE is 128 and more
+                yield first, many
+
     def here(self) -> Iterator[Run]:
         """The runs of pages that are HERE, by address. Each part is read when the iteration gets there."""
-        for first, count in self.used(0, self.pages):
+        for first, count in self.occupied(0, self.pages):
             yield from runs(first, self.state[first : first + count], HERE_RUN)
 
     def is_missing(self, pages: range) -> bool:

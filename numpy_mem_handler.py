@@ -5,7 +5,7 @@ In the picture: in the application process, between NumPy and the Space.
 Interface:
     numpy_allocator(space, threshold)   a context manager: arrays made meanwhile, of at least so many
                                         bytes, live in the space
-    handler_of(space).threshold         may be set for good
+    handler_of(space).thresholds[0]     may be set for good
 
 NumPy asks its data memory handler for the memory of every array (NEP 49). A handler is four C functions;
 here they are ctypes callbacks, which cost each array some microseconds. PyDataMem_SetHandler sets a
@@ -37,12 +37,19 @@ import ctypes
 import dis
 import os
 import sys
-from _thread import get_ident
+from _thread import get_ident, get_native_id
 from collections.abc import Callable, Iterator
 from ctypes import c_char, c_char_p, c_int, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
 from functools import cache, partial, wraps
+from operator import index
 
 from edm.address_space import Space, whole_pages
+
+TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    import numpy
 
 # PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
 SET_HANDLER, GET_HANDLER = 304, 305
@@ -83,11 +90,11 @@ def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
     MemHandler.use.
     """
     handler = handler_of(space)
-    before, handler.threshold = handler.threshold, threshold
+    handler.thresholds.append(threshold)
     try:
         yield
-    finally:
-        handler.threshold = before
+    finally:  # another thread's block may have begun, or ended, meanwhile
+        handler.thresholds.remove(threshold)
 
 
 @cache
@@ -102,23 +109,34 @@ def _replace_fromfile() -> None:
     @wraps(fromfile)
     def mapped(file, dtype=float, count=-1, sep="", offset=0, **like):
         dtype = numpy.dtype(dtype)
-        with contextlib.nullcontext(file) if hasattr(file, "seek") else open(file, "rb") as opened:
-            found = os.fstat(opened.fileno())
-            # Devices and the files of /proc have no size.
-            if not sep and dtype.itemsize and not dtype.subdtype and not like and found.st_size:
-                begin = opened.seek(offset, os.SEEK_CUR)
-                there = max(0, found.st_size - begin) // dtype.itemsize
-                array = numpy.empty(there if count < 0 else min(count, there), dtype)
-                try:
-                    if array.size:
-                        array[:] = numpy.memmap(opened, dtype, "r", begin, array.shape)
-                    opened.seek(begin + array.nbytes)
-                    return array
-                except OSError:  # ENODEV: of /sys
-                    opened.seek(begin - offset)
+        simple = dtype.itemsize and not (sep or like or dtype.subdtype or dtype.hasobject)
+        if simple and hasattr(count, "__index__") and hasattr(offset, "__index__"):
+            is_path = isinstance(file, str | bytes | os.PathLike)
+            with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
+                if is_path or hasattr(opened, "readable") and opened.readable():
+                    array = _from_mapping(opened, dtype, index(count), index(offset))
+                    if array is not None:
+                        return array
         return fromfile(file, dtype, count, sep, offset, **like)
 
     numpy.fromfile = mapped
+
+
+def _from_mapping(file: BinaryIO, dtype: numpy.dtype, count: int, offset: int) -> object:
+    """What numpy.fromfile reads; None, and the file is where it was, if it has to do that itself."""
+    import numpy
+
+    begin, size = file.seek(offset, os.SEEK_CUR), os.fstat(file.fileno()).st_size
+    there = (size - begin) // dtype.itemsize
+    if there > 0:  # devices and the files of /proc have no size
+        array = numpy.empty(there if count < 0 else min(count, there), dtype)
+        with contextlib.suppress(OSError):  # ENODEV: of /sys
+            if array.size:
+                array[:] = numpy.memmap(file, dtype, "r", begin, array.shape)
+            file.seek(begin + array.nbytes)
+            return array
+    file.seek(begin - offset)
+    return None
 
 
 class MemHandler:
@@ -134,7 +152,7 @@ class MemHandler:
         own = PyDataMem_Handler.from_buffer_copy(handler)
         numpys = own.allocator
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
-        self.threshold = sys.maxsize  # bytes
+        self.thresholds = [sys.maxsize]  # bytes; the last one counts
         self._space: Space | None = None
         self._start = self._end = 0
         self._kept: dict[int, int] = {}  # address → length, of areas for the next malloc
@@ -178,7 +196,7 @@ class MemHandler:
 
     def malloc(self, done: list[int], ctx: int, size: int) -> int:
         """A kept area, if there is one of this size. Its bytes are undefined."""
-        if size < self.threshold:
+        if size < self.thresholds[-1]:
             return self._malloc(ctx, size)
         wanted = whole_pages(size)
         for address, length in self._kept.copy().items():
@@ -189,7 +207,7 @@ class MemHandler:
 
     def calloc(self, done: list[int], ctx: int, count: int, size: int, grows: bool = False) -> int:
         # An array that is larger than the space is in NumPy's memory: a limit may have made the space small.
-        fits = self.threshold <= count * size <= self._end - self._start
+        fits = self.thresholds[-1] <= count * size <= self._end - self._start
         if not fits or not self._space.can_be_called():
             return self._calloc(ctx, count, size)
         try:
@@ -287,7 +305,7 @@ class Callback:
         ctypes takes the int ◄──────── self[...]: an Answer, with an array
           │ and drops it: the array is freed
           ▼
-        PyObject_CallNoArgs ─────────► PyThreadState_SetAsyncExc: the next Python code raises what came
+        PyObject_CallNoArgs ─────────► Py_AddPendingCall: the next Python code raises what came
           │                            PyErr_Restore: what was set is set again
           ▼
         NumPy goes on
@@ -324,9 +342,7 @@ class Callback:
             answer = Answer(done[0] if done else self._work(done, *arguments) if tries > 0 else 0)
             calls, later = [], []
             if came is not None:
-                kind = type(came)  # SetAsyncExc wants a class, and makes an instance
-                kind = type(kind.__name__, (kind,), {"__new__": lambda *_: came})
-                later.append(partial(_raise_soon, get_ident(), kind))
+                later += _raising(came)
             if was_set:
                 later.append(partial(_restore, *was_set))
             answer.after = _array(calls)
@@ -338,6 +354,22 @@ class Callback:
 
 class Answer(int):
     """What a callback returns. Its attribute `after` is an array, and dropped with it."""
+
+
+def _raising(came: BaseException) -> list[Callable[[], object]]:
+    """C calls after which the next Python code raises this exception. Its traceback loses EDM's frames."""
+    trace = came.__traceback__
+    while trace and os.path.dirname(trace.tb_frame.f_code.co_filename) == _OWN:
+        trace = trace.tb_next
+    came.__traceback__ = trace
+    if get_native_id() == os.getpid():  # the main thread: it alone makes pending calls
+        noted = partial(_kinds.append, type(came)), partial(_values.append, came)
+        return [*noted, partial(_call_soon, _IS_TRUE, _RAISES)]
+    # Until Python 3.11, an exception that nobody catches is the class that is raised so, without a value. So
+    # sys.exit(5) would be status 0.
+    kind = type(came)
+    kind = type(kind.__name__, (kind,), {"__new__": lambda *_: came})
+    return [partial(_raise_soon, get_ident(), kind)]
 
 
 def _array(calls: list[Callable[[], object]]) -> object:
@@ -380,7 +412,26 @@ def _function(name: str, result: type | None, *arguments: type) -> Callable[...,
 _pointer = _function("PyCapsule_GetPointer", c_void_p, py_object, c_char_p)
 _new_capsule = _function("PyCapsule_New", py_object, c_void_p, c_char_p, c_void_p)
 _raise_soon = _function("PyThreadState_SetAsyncExc", c_int, c_ulong, py_object)
+_call_soon = _function("Py_AddPendingCall", c_int, c_void_p, py_object)
+_IS_TRUE = ctypes.cast(ctypes.pythonapi.PyObject_IsTrue, c_void_p)
+_set_error = _function("PyErr_SetObject", None, py_object, py_object)
 _restore = _function("PyErr_Restore", None, c_void_p, c_void_p, c_void_p)
 _keep = _function("Py_IncRef", None, py_object)
 _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
+_OWN = os.path.dirname(__file__)
 _CALL, _LABS = ("PyObject_CallNoArgs", ctypes.pythonapi), ("labs", ctypes.pythonapi)
+
+_kinds: list[type] = []  # of exceptions that are to be raised
+_values: list[BaseException] = []
+
+
+class Raises:
+    """An object whose truth value can't be had: asking for it raises the exception that was noted last. In C
+    code only, so no traceback, debugger or profile shows it."""
+
+    __bool__ = staticmethod(
+        partial(next, map(_set_error, iter(_kinds.pop, 0), iter(_values.pop, 0)))
+    )
+
+
+_RAISES = Raises()

@@ -160,8 +160,12 @@ _SPARE = {FIRST: re.compile(rb"[\x00\x0a]+"), SECOND: re.compile(rb"[\x00\x06]+"
 
 
 def disk_folder() -> str:
-    """The folder for a disk without a path: not /tmp, which is memory on many machines."""
-    return os.environ.get("TMPDIR") or "/var/tmp"
+    """The folder for a disk without a path: not /tmp, which is memory on many machines, if there is another
+    that can be written."""
+    for folder in (os.environ.get("TMPDIR") or "/var/tmp", "/var/tmp"):
+        with suppress(OSError), tempfile.TemporaryFile(dir=folder):
+            return folder
+    return tempfile.gettempdir()
 
 
 # ---------------------------------------------------------------- bytes

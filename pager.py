@@ -226,7 +226,8 @@ class Pager:
         status = os.waitstatus_to_exitcode(os.waitpid(self._lpet_pid, 0)[1])
         if status < 0:
             # It may have had the LSPT's lock, and then any thread that wants it waits forever.
-            tell(OSError(f"LPET was killed by {signal.Signals(-status).name}"))
+            by = signal.Signals(-status).name + limits.limit_of(status)
+            tell(OSError(f"LPET was killed by {by}"))
             self._kill_application()
             os._exit(2)  # a kept disk is as its last sync has left it
         if status == 1:

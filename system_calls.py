@@ -199,6 +199,7 @@ class SystemCalls:
         self._application, self._pidfd = application, pidfd
         self._lspt, self._handler, self._start = lspt, handler, start_addr
         self._uffd, self._unmark = u.Userfaultfd(uffd), unmark
+        self._files: dict[tuple[int, int], _thread.LockType] = {}  # of (device, inode)
         self.processes = frozenset((application,))  # those with the space; calls of others go on
         self.hear_children: Callable[[], object] = bool  # called when a process is unknown
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
@@ -251,7 +252,7 @@ class SystemCalls:
             with contextlib.suppress(OSError, RuntimeError), contextlib.ExitStack() as if_it_fails:
                 fd = u.pidfd_getfd(self._pidfd, arguments[0])
                 if_it_fails.callback(os.close, fd)
-                if not stat.S_ISSOCK(os.fstat(fd).st_mode):  # a part would be a message of its own
+                if self._can_be_made_here(fd):
                     _thread.start_new_thread(self._write, (number, thread, call, fd))
                     if_it_fails.pop_all()
                     return
@@ -314,21 +315,36 @@ class SystemCalls:
 
     # ------------------------------------------------------------ large writes
 
+    def _can_be_made_here(self, fd: int) -> bool:
+        """Not to a socket, where a part would be a message of its own, and not to a terminal, where a write
+        may block that a signal has to end. And not to a file that is to end at the program's own limit."""
+        import resource  # the application does without
+
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
+        return kind == stat.S_IFIFO or kind == stat.S_IFREG and limit == resource.RLIM_INFINITY
+
     def _write(self, number: int, thread: int, call: tuple[int, ...], fd: int) -> None:
         """A thread, as it may wait: make a call of write(2) or pwrite64(2), and answer."""
         nr, _, _, length, offset, *_ = call
         done = failed = 0
-        to_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        found, lock = os.fstat(fd), contextlib.nullcontext()
+        to_file = stat.S_ISREG(found.st_mode)
+        if to_file:  # no other write comes between the parts of this one
+            of_file = found.st_dev, found.st_ino
+            lock = self._files.setdefault(of_file, _thread.allocate_lock())
         try:
-            while done < length:
-                content = self._read(thread, call, done)
-                while content:
-                    part = content
-                    if not to_file:
-                        part = content[:PAGE_SIZE]
-                        _wait_for_room(fd, thread)
-                    n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
-                    done, content = done + n, content[n:]
+            with lock:
+                while done < length:
+                    content = self._read(thread, call, done)
+                    while content:
+                        part = content
+                        if not to_file:
+                            part = content[:PAGE_SIZE]
+                            _wait_for_room(fd, thread)
+                        at = offset + done
+                        n = os.pwrite(fd, part, at) if nr == PWRITE else os.write(fd, part)
+                        done, content = done + n, content[n:]
         except OSError as error:
             failed = error.errno if not done else 0
             if error.errno == errno.EPIPE:

@@ -23,6 +23,7 @@ WRONG = {
         {"start_addr": 0x2000, "end_addr": 0x2000},
         {"end_addr": 0x20_0000_0001},
         {"end_addr": Config.start_addr + (MAX_PAGES + 1) * edm.PAGE_SIZE},
+        {"start_addr": 1 << 64, "end_addr": (1 << 64) + 0x2000},
     ],
     "high_threshold": [{"high_threshold": 1}],
     "low_threshold": [{"high_threshold": 4, "low_threshold": 4}, {"low_threshold": -1}],
@@ -37,8 +38,10 @@ WRONG = {
     "clean_tracking": [{"clean_tracking": "perhaps"}],
     "dms": [{"dms": -1}],
     "keep": [{"keep": True}],
-    "report": [{"report": path} for path in ("/nowhere/report.html", "/tmp", "/dev/full", b"/", 5)],
-    "disk": [{"disk": 5}],
+    "report": [
+        {"report": path} for path in ("/nowhere/report.html", "/tmp", "/dev/full", b"/", 5, "a\0b")
+    ],
+    "disk": [{"disk": 5}, {"disk": "a\0b"}],
     "log_level": [{"log_level": "loud"}],
 }
 

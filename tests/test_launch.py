@@ -292,6 +292,48 @@ def test_a_program_ends_with_its_own_status_and_words(tmp_path, code):
         assert within == plain
 
 
+@pytest.mark.parametrize(
+    "handler",
+    ["sys.exit(5)", "sys.exit('stopped')", "os.kill(os.getpid(), signal.SIGINT)", "1 / 0"],
+)
+def test_a_signal_handler_that_ends_a_program_amid_its_arrays_does_so_in_its_own_way(
+    tmp_path, handler
+):
+    pytest.importorskip("numpy")
+    code = f"""
+import numpy, os, signal, sys, threading
+def on_alarm(*_):
+    {handler}
+def work():
+    a = numpy.ones(300_000)
+    while True: a + 1
+signal.signal(signal.SIGALRM, on_alarm)
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+work()
+"""
+    (tmp_path / "script.py").write_text(code)
+    (status, _, words), *within = (
+        found for _ in range(3) for found in both(["script.py"], cwd=tmp_path)
+    )
+    for found in within:
+        assert found[0] == status
+        assert ("in on_alarm" in found[2]) == ("in on_alarm" in words)
+        assert found[2].splitlines()[-1:] == words.splitlines()[-1:] and "numpy_mem" not in found[2]
+
+
+def test_warnings_that_are_errors_are_the_programs_own():
+    options = ["-X", "warn_default_encoding", "-W", "error", "-X", "dev"]
+    plain, within = both(["-c", "print(1)"], options, run=("-m", "edm", "run"))
+    assert within == plain
+
+
+@pytest.mark.parametrize("folder", ["/nowhere", "/proc", ""])
+def test_a_tmpdir_that_cant_be_written_is_not_used(folder):
+    code = "import tempfile, edm; print(tempfile.gettempdir())"
+    plain, within = both(["-c", code], env={**os.environ, "TMPDIR": folder})
+    assert within == plain and plain[0] == 0
+
+
 @pytest.mark.parametrize("program", [["-m", "nothing"], ["-m", "os.nothing"], ["empty"]])
 def test_what_python_says_of_a_program_that_is_not_there(tmp_path, program):
     (tmp_path / "empty").mkdir()

@@ -4,6 +4,7 @@ says which one is in the way."""
 import contextlib
 import os
 import resource
+import signal
 import sys
 import uuid
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import needs_userfaultfd, wait_for
 
-from edm import launch
+from edm import launch, limits
 
 pytestmark = needs_userfaultfd
 
@@ -85,6 +86,12 @@ def test_a_limit_that_leaves_too_little_is_named_in_one_line(run, limit, options
     ended = run(*EDM_RUN, *options, "-c", "print('started')", preexec_fn=limited(**limit))
     assert ended.returncode == 2 and told in ended.stdout, ended.stdout
     assert ended.stdout.count("\n") == 1, ended.stdout
+
+
+def test_a_signal_that_may_come_from_a_limit_of_time_names_it(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (7, 7))
+    assert limits.limit_of(-signal.SIGTERM) == ""
+    assert limits.limit_of(-signal.SIGKILL) == "; RLIMIT_CPU (ulimit -t) is 7"
 
 
 def test_a_kept_disk_has_two_places_for_each_page(run, tmp_path):

@@ -303,7 +303,9 @@ def test_a_page_that_comes_back_soon_after_it_left_stays_longer(make, began, sin
     lspt.figures[FETCHED] = now * lspt.quarter
     state = lspt.expect(page)
     lspt.arrived(range(page, page + 1))
-    lspt.came_back(page, state)
+    assert lspt.left_soon_before(state) == stays
+    if stays:
+        lspt.stays_longer(page)
     come(lspt, 11)
     for later in range(LONGER + 2):
         lspt.figures[FETCHED] = (now + later) * lspt.quarter
@@ -317,15 +319,13 @@ def test_a_page_that_comes_back_soon_after_it_left_stays_longer(make, began, sin
 def test_a_page_that_has_left_again_is_not_made_to_stay(make):
     lspt = make()
     come(lspt, 10)
-    evict(lspt, 10)
-    state = lspt.expect(10)
-    lspt.arrived(range(10, 11))
     left = lspt.leaving(10, 1)
-    lspt.came_back(10, state)
+    lspt.stays_longer(10)
     assert lspt.state[10] == LEAVING
     lspt.gone(left)
-    lspt.came_back(10, state)
+    lspt.stays_longer(10)
     assert lspt.state[10] == AWAY
+    assert not any(map(lspt.left_soon_before, (NEW, LOST, COMING, LEAVING, HERE)))
 
 
 def test_stays_makes_the_pages_as_they_were_or_as_if_they_had_come_now(make):
@@ -391,6 +391,25 @@ def test_what_an_earlier_job_left_is_away_and_did_not_leave_of_late(make):
     assert ONE_AWAY[state] == AWAY and pages == range(PART - 2, PART + 2)
     lspt.arrived(range(PART - 2, PART - 1))
     assert lspt.state[PART - 2] == HERE, "it does not count as one that came back soon"
+
+
+def test_parts_whose_pages_were_all_freed_are_looked_at_no_more(make):
+    lspt = make(10 * PART, 2 * PART)
+    come(lspt, 2 * PART - 2, PART + 4)  # in three parts
+    come(lspt, 3 * PART + 100)
+    come(lspt, 8 * PART)
+    taken, later = lspt.freeing(2 * PART - 2, PART + 4)
+    assert not later
+    lspt.freed(taken)
+    assert [page for page, _ in lspt.used(0, 10 * PART)] == [3 * PART, 8 * PART]
+    evict(lspt, 8 * PART)
+    lspt.expect(3 * PART + 200)
+    assert [page for page, _ in lspt.used(0, 10 * PART)] == [3 * PART, 8 * PART]
+    assert [page for page, _ in lspt.occupied(0, 10 * PART)] == [3 * PART]
+    evict(lspt, 3 * PART + 100)
+    assert [*lspt.occupied(0, 10 * PART)] == [*lspt.here()] == []
+    come(lspt, 2 * PART)
+    assert [*lspt.here()] == [(2 * PART, 1)], "they may be used again"
 
 
 def test_only_the_parts_that_pages_were_ever_in_are_looked_at(make):

@@ -132,6 +132,36 @@ def test_a_process_may_have_spaces_one_after_another_but_no_arrays_of_an_earlier
     assert (ended.returncode, ended.stdout) == (0, words)
 
 
+OVERLAPPING = """
+import edm, numpy as np
+def app(space):
+    def inside():
+        return space.start_addr <= np.ones(1 << 20).ctypes.data < space.end_addr
+    small, large = edm.numpy_allocator(1 << 12), edm.numpy_allocator(1 << 30)
+    with small:
+        print(inside())
+        with large:
+            print(inside())
+        print(inside())
+    small, large = edm.numpy_allocator(1 << 12), edm.numpy_allocator(1 << 30)
+    small.__enter__()  # as in two threads
+    large.__enter__()
+    small.__exit__(None, None, None)
+    print(inside())
+    large.__exit__(None, None, None)
+    print(inside())
+edm.run(app)
+"""
+
+
+def test_the_allocator_is_off_when_all_blocks_have_ended_in_whatever_order(alone):
+    ended = alone.run("-c", OVERLAPPING)
+    assert (ended.returncode, ended.stdout.split()) == (
+        0,
+        ["True"] + ["False", "True"] + ["False"] * 2,
+    )
+
+
 AT_THE_END = """
 import atexit, numpy as np, resource
 atexit._run_exitfuncs()

@@ -7,7 +7,19 @@ import pytest
 from conftest import close, lpet_is_first
 
 from edm.dm_handler import DmHandler, Stopped
-from edm.lspt import AWAY, COMING, LEAVING, LOST, LSPT, RESIDENT
+from edm.lspt import (
+    AWAY,
+    COMING,
+    FETCHED,
+    HERE,
+    LEAVING,
+    LONGER,
+    LOST,
+    LSPT,
+    ONE_AWAY,
+    RESIDENT,
+    SOON,
+)
 from edm.page_idle import pages_in
 from edm.page_store import CONTENT
 from edm.readahead import MAX_STRIDE, NEAR, PROBE, REMEMBERED, STREAMS, Readahead
@@ -242,6 +254,12 @@ def claim(handler, *pages):
         handler._claim(page, False)
 
 
+def touch(handler, pages):
+    for page in pages:
+        if handler._lspt.state[page] < HERE:
+            claim(handler, page)
+
+
 def here(handler):
     return list(pages_in(handler._lspt.here()))
 
@@ -249,6 +267,31 @@ def here(handler):
 def test_a_row_of_a_few_pages_takes_two_faults_and_brings_few_other_pages(handler):
     claim(handler, 100, 101)
     assert here(handler) == [*range(100, 105)]
+
+
+def test_pages_of_a_column_that_left_soon_before_come_alone_and_stay_longer(handler):
+    lspt, column = handler._lspt, range(100, 200, 5)
+    touch(handler, column)
+    assert len(handler._store.asked) < len(column), "windows"
+    lspt.gone(lspt.leaving(0, 1000))
+    handler._store.asked.clear()
+    touch(handler, column)
+    assert handler._store.asked == [range(page, page + 1) for page in column]
+    assert here(handler) == [*column]
+    assert {lspt.state[page] for page in column} == {HERE + lspt.generation() + LONGER}
+    lspt.gone(lspt.leaving(0, 1000))
+    lspt.figures[FETCHED] += (SOON + 1) * lspt.quarter
+    handler._store.asked.clear()
+    touch(handler, column)
+    assert len(handler._store.asked) < len(column), "windows again"
+
+
+def test_a_sequence_that_left_soon_before_comes_in_windows(handler):
+    touch(handler, range(100, 200))
+    handler._lspt.gone(handler._lspt.leaving(0, 1000))
+    handler._store.asked.clear()
+    touch(handler, range(100, 200))
+    assert len(handler._store.asked) < 20
 
 
 def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are_passed(handler):
@@ -299,7 +342,10 @@ def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(han
     handler._bring_asked()
     assert lspt.state[100:111] == bytes((LEAVING,)) * 11
     lspt.gone(left)
-    assert lspt.state[100:111] == bytes((AWAY,)) * 11 and lspt.figures[RESIDENT] == 0
+    assert (
+        lspt.state[100:111].translate(ONE_AWAY) == bytes((AWAY,)) * 11
+        and lspt.figures[RESIDENT] == 0
+    )
     claim(handler, 105)
     assert here(handler) == [105]
 

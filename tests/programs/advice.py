@@ -41,6 +41,8 @@ def many(space, a):
         "transposed": (a[:200].T, None, 200),
         "an area": (memoryview(a[:10]), None, 10),
         "nothing": (a[:0], None, 0),
+        "rows in one byte": (a, rows[rows < 128].astype(np.uint8), (rows < 128).sum()),
+        "rows in four bytes": (a, rows.astype(np.int32), len(rows)),
         "no row": (a, [], 0),
     }
     for name, (array, which, pages) in asked.items():
@@ -53,7 +55,7 @@ def many(space, a):
         assert faults(space) == before, f"{name}: they do not fault"
         edm.forget(a)
         wait_for(lambda: edm.resident(a) == 0, f"{name}: forget")
-    for wrong in ([ROWS], [-ROWS - 1], [0, 5000]):
+    for wrong in ([ROWS], [-ROWS - 1], [0, 5000], [1.0], [True], np.ones((ROWS, 2), bool), "rows"):
         try:
             edm.prefetch(a, wrong)
         except IndexError as error:

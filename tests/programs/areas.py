@@ -23,6 +23,14 @@ def refuses(error, words, call, *arguments, **options):
         sys.exit(f"{call} took {arguments} {options}")
 
 
+class Integer:
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
 def app(space):
     area = space.mmap(4 * PAGE, addr=0x1D4C000)
     assert isinstance(area, memoryview) and area.format == "B" and not area.readonly
@@ -37,7 +45,23 @@ def app(space):
     refuses(ValueError, "overlaps", space.mmap, PAGE, addr=0x1D4F000)
     refuses(ValueError, "overlaps", space.mmap, 2 * PAGE, addr=0x1D4B000)
     refuses(MemoryError, "end_addr", space.mmap, END - START)
+    refuses(TypeError, "float", space.mmap, 1e3)
+    refuses(TypeError, "float", space.mmap, PAGE, addr=float(0x1D5C000))
+    refuses(ValueError, "PAGE_SIZE", space.locations, START + 1, PAGE)
+    refuses(ValueError, "PAGE_SIZE", space.locations, START, 1)
+    for addr, length in (
+        (START - PAGE, PAGE),
+        (END - PAGE, 2 * PAGE),
+        (END, PAGE),
+        (1 << 70, PAGE),
+    ):
+        refuses(ValueError, "leaves the space", space.locations, addr, length)
+    refuses(ValueError, "leaves the space", space.locations, END, -PAGE)
+    assert space.locations(END - PAGE, PAGE) == ["NEW"] and space.locations(END, 0) == []
     assert space.areas() == [(0x1D4C000, 4 * PAGE)]
+
+    # A size that is another kind of integer, as NumPy's are.
+    space.munmap(space.mmap(Integer(PAGE), addr=Integer(0x1D5C000)))
 
     # Without an address: in the smallest gap that has room, here the one behind the area.
     low = space.mmap(100)

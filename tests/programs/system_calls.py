@@ -11,6 +11,8 @@ import errno
 import mmap
 import os
 import pickle
+import pty
+import resource
 import select
 import signal
 import socket
@@ -111,6 +113,45 @@ def large_writes(space):
         assert os.preadv(file.fileno(), [read], 0) == LENGTH and read == source
 
         refused(errno.EINVAL, os.pwrite, file.fileno(), source, -1)
+
+    with tempfile.TemporaryFile() as file:  # of several threads: one behind the other
+        records = [space.mmap(3 << 20) for _ in range(4)]
+        for number, record in enumerate(records):
+            record[:] = bytes((number,)) * len(record)
+        writers = [
+            threading.Thread(target=os.write, args=(file.fileno(), record)) for record in records
+        ]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        file.seek(0)
+        found = [set(file.read(3 << 20)) for _ in records]
+        assert sorted(map(list, found)) == [[0], [1], [2], [3]], "no record is torn"
+        for record in records:
+            space.munmap(record)
+
+    with tempfile.TemporaryFile() as file:  # up to the program's own limit
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, before[1]))
+        left = memoryview(source)[: 5 << 20]
+        while os.fstat(file.fileno()).st_size < 2 << 20:
+            left = left[os.write(file.fileno(), left) :]
+        assert len(left) == 3 << 20
+        refused(errno.EFBIG, os.write, file.fileno(), left)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    terminal, into = pty.openpty()  # that takes no more: a signal ends the write
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        while True:
+            os.write(into, source)
+    except Interrupted:
+        pass
+    os.close(terminal)
+    os.close(into)
 
     out, into = os.pipe()
     got = bytearray()
@@ -395,6 +436,23 @@ def arrays(space):
             assert np.array_equal(np.load(f"{folder}/numbers.npy"), numbers)
             assert np.array_equal(np.fromfile(f"{folder}/numbers", np.int64), numbers)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        with open(f"{folder}/numbers", "rb") as file, open(f"{folder}/numbers", "ab") as written:
+            file.seek(LENGTH - 8)
+            assert np.fromfile(file, np.int64).tolist() == [LENGTH // 8 - 1]
+            assert np.fromfile(file, np.int64).size == 0
+            for error, wrong in (
+                (ValueError, lambda: np.fromfile(f"{folder}/numbers", object)),
+                (ValueError, lambda: np.fromfile(f"{folder}/numbers", "i4,O")),
+                (ValueError, lambda: np.fromfile(f"{folder}/numbers", np.int64, offset=LENGTH + 8)),
+                (OSError, lambda: np.fromfile(written, np.int64)),
+                (AttributeError, lambda: np.fromfile(None)),
+            ):
+                try:
+                    wrong()
+                except error:
+                    continue
+                sys.exit("fromfile has read what it can't")
+        assert np.fromfile(f"{folder}/numbers", np.int64, True).tolist() == [0]
         assert len(np.fromfile("/dev/urandom", np.uint8, LENGTH)) == LENGTH
         assert bytes(np.fromfile("/proc/self/comm", np.uint8, 6)) == b"python"
         rows = np.fromfile(f"{folder}/numbers", "(4,)i8")
