@@ -289,7 +289,8 @@ class LSPT(ByteTable):
                 at, end = run.span()
                 self.state[page + at : page + end] = bytes((LEAVING,)) * (end - at)
                 taken.append((page + at, states[at:end]))
-        return taken, list(runs(page, states, _UNSETTLED))
+        unsettled = COMING in states or LEAVING in states  # which is quick; there are rarely any
+        return taken, list(runs(page, states, _UNSETTLED)) if unsettled else []
 
     def gone(self, left: list[Left]) -> None:
         """LEAVING → AWAY: the store has the pages' bytes, or needs none."""
@@ -312,8 +313,8 @@ class LSPT(ByteTable):
             for page, _ in self.used(first, len(before)):
                 part = page // PART
                 with self.lock:
-                    # Else LPET would look there at every turn.
-                    if not self.state[part * PART : (part + 1) * PART].strip(b"\0"):
+                    states = self.state[part * PART : (part + 1) * PART]
+                    if states == bytes(len(states)):  # or LPET would look there at every turn
                         self._used[part] = 0
 
     def _end(self, left: list[Left], becomes: bytes) -> None:

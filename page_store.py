@@ -432,10 +432,11 @@ class PageStore:
         """Forget these pages: they are NEW."""
         with self._lock:
             for first, many in self.spt.used(page, count):
+                before = self.spt.state[first : first + many]
                 self.spt.set(range(first, first + many), NEW)
                 for block in self._blocks_of(first, many):
                     self._changed[block] = self._changed[block] and WRITE_TWICE
-                if not self._words[NO_WRITES]:
+                if before.strip(b"\0\1") and not self._words[NO_WRITES]:  # some were written
                     self._punch_spare(first, many)
         if self._info:
             self._show()
