@@ -472,11 +472,8 @@ class Space:
 
     def _check_inside(self, addr: int, length: int) -> None:
         """Raises ValueError unless these are whole pages of the space."""
-        for name, value in (("addr", addr), ("length", length)):
-            if value % PAGE_SIZE:
-                raise ValueError(
-                    f"{name}: {value:#x} is not a multiple of PAGE_SIZE, {PAGE_SIZE:#x}"
-                )
+        if (addr | length) % PAGE_SIZE:
+            raise ValueError(f"addr, length: {addr:#x}, {length:#x}; PAGE_SIZE is {PAGE_SIZE:#x}")
         if not self.start_addr <= addr <= addr + length <= self.end_addr:
             space = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
             raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {space}")
@@ -500,10 +497,9 @@ class Space:
 
     def _take(self, addr: int, whole: int, name: str = "", had: int = 0) -> None:
         """Make these bytes an area, or the area larger that has `had` of them."""
-        name_bytes = name.encode(errors="replace")
         self._gaps.take(addr + had, whole - had)
         self._lengths[addr] = whole
-        self._mailbox.ask(m.MAPPED, *self._pages(addr, whole), name_bytes)
+        self._mailbox.ask(m.MAPPED, *self._pages(addr, whole), name.encode(errors="replace"))
 
     def _pages(self, addr: int, length: int) -> tuple[int, int]:
         """A range in bytes as (first page, count of pages)."""
