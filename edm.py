@@ -62,9 +62,6 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
-MARGIN = (
-    8192  # pages between the thresholds, at most: more of them would be memory that is not used
-)
 
 # Seconds that a rank with nothing to report waits before it ends with an error: Open MPI's mpirun then kills
 # the others, of which one may still be telling.
@@ -88,7 +85,7 @@ class Config(SimpleNamespace):
     start_addr: where the address space begins (an address, whole pages)
     end_addr: where it ends (an address, whole pages; not part of it)
     high_threshold: pages that an instance holds at most; LPET evicts before, or when it holds so many
-    low_threshold: pages; a run of LPET evicts down to so many (default: 1/8 of high_threshold less, at most 8192)
+    low_threshold: pages; a run of LPET evicts down to so many (default: 7/8 of high_threshold)
     disk: path of the disk file (default: one without a name, in $TMPDIR or /var/tmp)
     keep: whether the disk outlives the job, and the next one finds its memory there
     idle_tracker: how LPET finds idle pages, by the kernel's idle bitmap (root only) or by unmapping
@@ -136,8 +133,7 @@ class Config(SimpleNamespace):
                 except TypeError:
                     raise ValueError(f"{name}: {value!r}; of type {kind}") from None
         if self.low_threshold is None:
-            margin = max(1, min(self.high_threshold // 8, MARGIN))
-            vars(self)["low_threshold"] = self.high_threshold - margin
+            vars(self)["low_threshold"] = self.high_threshold - max(1, self.high_threshold // 8)
         if self.plain:
             vars(self).update(readahead=1, evict_batch=1, clean_tracking="none")
         for is_wrong, text in self._mistakes():

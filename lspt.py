@@ -80,9 +80,8 @@ _RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # pages that leave, and the hol
 _NEW_RUN, _AWAY_RUN = re.compile(rb"\x00*"), re.compile(rb"[\x01-\x40]*")
 HERE_RUN = re.compile(rb"[\x80-\xff]+")
 _UNSETTLED = re.compile(rb"[\x42\x43]+")
-ONE_AWAY = bytes(
-    AWAY if AWAY <= byte < LOST else byte for byte in range(256)
-)  # without generations
+# For bytes.translate: without the generations of pages that are AWAY.
+ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 
 Run = tuple[int, int]  # (first page, count of pages)
 Left = tuple[int, bytes]  # the first page of a LEAVING range, and its states before
