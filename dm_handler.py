@@ -254,15 +254,12 @@ class DmHandler:
             self._waited[ROOM] += time.monotonic_ns()
         if state < l.LOST:
             self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
-            stream, soon = self._readahead.stream(page), self._lspt.left_soon_before(state)
-            # Pages at a distance that have left soon before are a column, whose pages the next one needs.
-            # A window would bring others, and push these out again.
-            if stream and (stream.stride in (1, -1) or not soon):
+            if stream := self._readahead.stream(page):
                 self._window(stream, page, state, write)
             else:
                 pages = range(page, page + 1)
                 self._bring(pages, self._ask(pages), page, write)
-                if soon:
+                if self._lspt.left_soon_before(state):
                     self._lspt.stays_longer(page)
             return True
         self._figures[l.OTHER] += 1

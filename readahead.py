@@ -30,7 +30,10 @@ STREAMS = 8  # followed at once
 REMEMBERED = 16  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 4  # mm/readahead.c's
 PROBE = 8
-STRIDED_WINDOW = 64  # at most: the pages of one are read and installed one by one
+# Windows of strides have at most this part of max_window. A stride is often not exact, as that of a column
+# whose rows are no whole pages. Then a window brings pages that the next column needs no sooner, and pushes
+# others out.
+STRIDED_PART = 4
 MAX_STRIDE = 64
 # Strides: a fault so near after a window continues its stream. Few, as random faults that hit an old stream
 # would bring a window each.
@@ -102,13 +105,16 @@ class Readahead:
             last = self._streams.pop()
             is_row = last.stride == 1 and last.window == 2 * FIRST_WINDOW < self.max_window
             self._rows = min(self._rows + 2 * is_row, 2 * REMEMBERED)
-        self._streams.insert(0, Stream(page, min(FIRST_WINDOW, self.max_window), stride))
+        self._streams.insert(0, Stream(page, min(FIRST_WINDOW, self._most(stride)), stride))
         return self._streams[0]
+
+    def _most(self, stride: int) -> int:
+        """The pages at most in a window of this stride."""
+        return self.max_window if stride in (1, -1) else max(self.max_window // STRIDED_PART, 1)
 
     def continued(self, stream: Stream, pages: range) -> None:
         """The stream has been continued with these pages, in the order of need."""
         if stream.window > FIRST_WINDOW:
             self._rows = max(self._rows - 1, 0)
-        most = self.max_window if stream.stride in (1, -1) else min(self.max_window, STRIDED_WINDOW)
-        stream.window = min(2 * stream.window, most)
+        stream.window = min(2 * stream.window, self._most(stream.stride))
         stream.expect_from(pages[-1] + stream.stride)
