@@ -365,8 +365,8 @@ def _raising(came: BaseException) -> list[Callable[[], object]]:
     if get_native_id() == os.getpid():  # the main thread: it alone makes pending calls
         noted = partial(_kinds.append, type(came)), partial(_values.append, came)
         return [*noted, partial(_call_soon, _IS_TRUE, _RAISES)]
-    # Until Python 3.11, an exception that nobody catches is the class that is raised so, without a value. So
-    # sys.exit(5) would be status 0.
+    # SetAsyncExc wants a class, and makes an instance. Up to Python 3.11 it does not before somebody catches
+    # it: in the main thread, sys.exit(5) would be status 0.
     kind = type(came)
     kind = type(kind.__name__, (kind,), {"__new__": lambda *_: came})
     return [partial(_raise_soon, get_ident(), kind)]

@@ -252,7 +252,7 @@ class PageStore:
         self._lock = semaphore() if keep else nullcontext()
         self._taken = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # what take_get has read
         self._taken_at = ctypes.addressof(ctypes.c_char.from_buffer(self._taken))
-        self._page = [self._taken[:PAGE_SIZE]]  # of which a single page is the first
+        self._page = [self._taken[:PAGE_SIZE]]  # where take_get reads a single page
         self._log, self._banner = log.logger("DMS"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # A kept disk needs the bytes for their checksums, and a log names each page.

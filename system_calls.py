@@ -252,8 +252,9 @@ class SystemCalls:
             with contextlib.suppress(OSError, RuntimeError), contextlib.ExitStack() as if_it_fails:
                 fd = u.pidfd_getfd(self._pidfd, arguments[0])
                 if_it_fails.callback(os.close, fd)
-                if self._can_be_made_here(fd):
-                    _thread.start_new_thread(self._write, (number, thread, call, fd))
+                found = os.fstat(fd)
+                if self._can_be_made_here(found.st_mode):
+                    _thread.start_new_thread(self._write, (number, thread, call, fd, found))
                     if_it_fails.pop_all()
                     return
         self._answer(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
@@ -315,24 +316,23 @@ class SystemCalls:
 
     # ------------------------------------------------------------ large writes
 
-    def _can_be_made_here(self, fd: int) -> bool:
+    def _can_be_made_here(self, mode: int) -> bool:
         """Not to a socket, where a part would be a message of its own, and not to a terminal, where a write
         may block that a signal has to end. And not to a file that is to end at the program's own limit."""
         import resource  # the application does without
 
-        kind = stat.S_IFMT(os.fstat(fd).st_mode)
         limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
-        return kind == stat.S_IFIFO or kind == stat.S_IFREG and limit == resource.RLIM_INFINITY
+        return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) and limit == resource.RLIM_INFINITY
 
-    def _write(self, number: int, thread: int, call: tuple[int, ...], fd: int) -> None:
+    def _write(
+        self, number: int, thread: int, call: tuple[int, ...], fd: int, found: os.stat_result
+    ) -> None:
         """A thread, as it may wait: make a call of write(2) or pwrite64(2), and answer."""
         nr, _, _, length, offset, *_ = call
         done = failed = 0
-        found, lock = os.fstat(fd), contextlib.nullcontext()
-        to_file = stat.S_ISREG(found.st_mode)
+        to_file, lock = stat.S_ISREG(found.st_mode), contextlib.nullcontext()
         if to_file:  # no other write comes between the parts of this one
-            of_file = found.st_dev, found.st_ino
-            lock = self._files.setdefault(of_file, _thread.allocate_lock())
+            lock = self._files.setdefault((found.st_dev, found.st_ino), _thread.allocate_lock())
         try:
             with lock:
                 while done < length:
