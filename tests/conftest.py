@@ -23,6 +23,8 @@ import pytest
 
 # Some tests use classes that import mpi4py.MPI, without a job: MPI stays uninitialised.
 mpi4py.rc(initialize=False, finalize=False)
+# Unbuffered, print writes a line in pieces, and mpirun mixes the pieces of several ranks.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 from edm import uffd_ctypes
 from edm.doctor import find_mpirun

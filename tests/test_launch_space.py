@@ -254,7 +254,9 @@ def test_each_of_several_ranks_has_files_of_its_own(mpirun, tmp_path):
 
 
 def test_a_program_beside_dmss_may_use_mpi_by_itself(mpirun):
-    code = "from mpi4py import MPI; print(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)"
+    code = (
+        "from mpi4py import MPI; print(f'{MPI.COMM_WORLD.rank} {MPI.COMM_WORLD.size}\\n', end='')"
+    )
     ended = mpirun(*EDM_RUN[1:], "--dms", "1", "-c", code, ranks=3)
     assert (ended.returncode, ended.stdout) == (0, "0 1\n" * 2)
 
