@@ -188,6 +188,9 @@ class Space:
         os.register_at_fork(after_in_child=restore)
         atexit.register(self._end, config.stats)
 
+    def __str__(self) -> str:
+        return f"the space {self.start_addr:#x}-{self.end_addr:#x}"
+
     # ------------------------------------------------------------ the API
 
     @_locked
@@ -475,8 +478,7 @@ class Space:
         if (addr | length) % PAGE_SIZE:
             raise ValueError(f"addr, length: {addr:#x}, {length:#x}; PAGE_SIZE is {PAGE_SIZE:#x}")
         if not self.start_addr <= addr <= addr + length <= self.end_addr:
-            space = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
-            raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {space}")
+            raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {self}")
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int]:
         """The smallest gap that has so many bytes, or the largest. Raises MemoryError."""
@@ -484,8 +486,7 @@ class Space:
             self._reclaim(wait)
             if gap := self._gaps.find(whole, largest):
                 return gap
-        where = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
-        raise MemoryError(f"no gap of {whole} bytes in {where}; a larger end_addr makes room")
+        raise MemoryError(f"no gap of {whole} bytes in {self}; a larger end_addr makes room")
 
     def _reclaim(self, wait: bool) -> None:
         """Make gaps of what was released and is free now. wait: of all that was released."""

@@ -259,8 +259,7 @@ class DmHandler:
             else:
                 pages = range(page, page + 1)
                 self._bring(pages, self._ask(pages), page, write)
-                if self._lspt.left_soon_before(state):
-                    self._lspt.stays_longer(page)
+                self._lspt.stays_longer(page, state)
             return True
         self._figures[l.OTHER] += 1
         if state >= l.HERE or state == l.LOST:

@@ -234,15 +234,14 @@ class LSPT(ByteTable):
         """COMING → HERE: the pages are installed."""
         self.set(pages, HERE + self.generation() % GENERATIONS)
 
-    def left_soon_before(self, state: int) -> bool:
-        """Whether a page with this state is AWAY, and has left within the last SOON generations."""
-        return AWAY <= state < LOST and (self.generation() - (state - AWAY)) % AWAYS <= SOON
-
-    def stays_longer(self, page: int) -> None:
-        """HERE → HERE, with a generation to come, for a page that had left soon before it faulted."""
-        with self.lock:
-            if self.state[page] >= HERE:
-                self.state[page] = HERE + (self.generation() + LONGER) % GENERATIONS
+    def stays_longer(self, page: int, state: int) -> None:
+        """HERE → HERE, with a generation to come, if the page had left within the last SOON generations.
+        state: its state before it came."""
+        now = self.generation()
+        if AWAY <= state < LOST and (now - (state - AWAY)) % AWAYS <= SOON:
+            with self.lock:
+                if self.state[page] >= HERE:
+                    self.state[page] = HERE + (now + LONGER) % GENERATIONS
 
     def not_coming(self, pages: range, state: int = AWAY) -> None:
         """COMING → AWAY: the pages could not be fetched; the store still has them. Or → LOST."""

@@ -592,8 +592,7 @@ def test_a_table_that_is_used_all_the_time_stays_while_other_pages_pass_once(mak
         if state < LOST:
             os.pwrite(instance.memory.memfd, b".", page * PAGE_SIZE)
             lspt.arrived(range(page, page + 1))
-            if lspt.left_soon_before(state):
-                lspt.stays_longer(page)
+            lspt.stays_longer(page, state)
             fetched[kind] += 1
 
     for passing in range(8_000):

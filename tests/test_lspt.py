@@ -303,9 +303,7 @@ def test_a_page_that_comes_back_soon_after_it_left_stays_longer(make, began, sin
     lspt.figures[FETCHED] = now * lspt.quarter
     state = lspt.expect(page)
     lspt.arrived(range(page, page + 1))
-    assert lspt.left_soon_before(state) == stays
-    if stays:
-        lspt.stays_longer(page)
+    lspt.stays_longer(page, state)
     come(lspt, 11)
     for later in range(LONGER + 2):
         lspt.figures[FETCHED] = (now + later) * lspt.quarter
@@ -320,12 +318,20 @@ def test_a_page_that_has_left_again_is_not_made_to_stay(make):
     lspt = make()
     come(lspt, 10)
     left = lspt.leaving(10, 1)
-    lspt.stays_longer(10)
+    lspt.stays_longer(10, AWAY)
     assert lspt.state[10] == LEAVING
     lspt.gone(left)
-    lspt.stays_longer(10)
+    lspt.stays_longer(10, AWAY)
     assert lspt.state[10] == AWAY
-    assert not any(map(lspt.left_soon_before, (NEW, LOST, COMING, LEAVING, HERE)))
+
+
+@pytest.mark.parametrize("before", [NEW, LOST, COMING, LEAVING, HERE])
+def test_only_a_page_that_was_away_is_made_to_stay(make, before):
+    lspt = make()
+    come(lspt, 10)
+    came = lspt.state[10]
+    lspt.stays_longer(10, before)
+    assert lspt.state[10] == came
 
 
 def test_stays_makes_the_pages_as_they_were_or_as_if_they_had_come_now(make):
