@@ -95,9 +95,11 @@ def test_the_plain_way_reads_nothing_ahead_and_has_no_batches_and_no_marks():
     assert (config.readahead, config.evict_batch, config.clean_tracking) == (1, 1, "none")
 
 
-@pytest.mark.parametrize("high", [2, 4, 16, 1000])
-def test_the_low_threshold_follows_the_high_one(high):
-    assert 0 < Config(high_threshold=high).low_threshold < high
+@pytest.mark.parametrize(
+    "high, less", [(2, 1), (4, 1), (16, 2), (1000, 125), (2048, 256), (4096, 256), (65536, 2048)]
+)
+def test_the_low_threshold_follows_the_high_one(high, less):
+    assert Config(high_threshold=high).low_threshold == high - less
 
 
 def test_every_setting_has_an_option_and_its_help(monkeypatch, tmp_path):
