@@ -209,7 +209,11 @@ class Space:
             raise ValueError(f"length: {length} bytes; an area has at least one")
         whole = whole_pages(length)
         if addr is None:
-            addr, _ = self._gap(whole)
+            if not (gap := self._gap(whole)):
+                raise MemoryError(
+                    f"no gap of {whole} bytes in {self}; a larger end_addr makes room"
+                )
+            addr, _ = gap
         else:
             addr = operator.index(addr)
             self._check_free(addr, whole)
@@ -298,17 +302,20 @@ class Space:
     def allocate(self, length: int, name: str, grows: bool = False) -> int:
         """Map an area of length bytes, zeros, at the end of the smallest gap that has room.
 
-        Returns its address. grows: in the middle of the largest gap, so that this area and others
-        have room to grow. Raises MemoryError when no gap is large enough.
+        Returns its address, or 0 when no gap is large enough, or the store refuses: what is raised is a
+        signal handler's. grows: in the middle of the largest gap, so that this area and others have room to
+        grow.
         """
         whole = whole_pages(length)
         # On a kept disk a small gap may be an area of an earlier job, which mmap will map again.
-        start, end = self._gap(whole, largest=self._kept or grows)
+        if not (gap := self._gap(whole, largest=self._kept or grows)):
+            return 0
+        start, end = gap
         addr = end - whole
         if grows:
             addr -= (addr - start) // 2 // PAGE_SIZE * PAGE_SIZE
-        if self._kept:
-            self._mailbox.call(m.FREE, *self._pages(addr, whole))
+        if self._kept and self._mailbox.outcome(m.FREE, *self._pages(addr, whole))[0]:
+            return 0
         self._take(addr, whole, name)
         return addr
 
@@ -480,13 +487,12 @@ class Space:
         if not self.start_addr <= addr <= addr + length <= self.end_addr:
             raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {self}")
 
-    def _gap(self, whole: int, largest: bool = False) -> tuple[int, int]:
-        """The smallest gap that has so many bytes, or the largest. Raises MemoryError."""
-        for wait in (False, True):
-            self._reclaim(wait)
-            if gap := self._gaps.find(whole, largest):
-                return gap
-        raise MemoryError(f"no gap of {whole} bytes in {self}; a larger end_addr makes room")
+    def _gap(self, whole: int, largest: bool = False) -> tuple[int, int] | None:
+        """The smallest gap that has so many bytes, or the largest one, if there is one."""
+        self._reclaim(wait=False)
+        if not self._gaps.find(whole):
+            self._reclaim(wait=True)
+        return self._gaps.find(whole, largest)
 
     def _reclaim(self, wait: bool) -> None:
         """Make gaps of what was released and is free now. wait: of all that was released."""

@@ -53,6 +53,12 @@ def main(arguments: list[str]) -> None:
         os.environ["EDM_RUN"] = marshal.dumps(settings).hex()
         startup = os.path.join(os.path.dirname(os.path.abspath(__file__)), "startup")
         os.environ["PYTHONPATH"] = f"{startup}{os.pathsep}{before}" if before else startup
+        # In the C locale, Python has set this, and the next one would find no C locale (PEP 538).
+        with open("/proc/self/environ", "rb") as file:
+            given = re.search(rb"(?:^|\0)LC_CTYPE=([^\0]*)", file.read())
+        os.environ.pop("LC_CTYPE", None)
+        if given:
+            os.environ["LC_CTYPE"] = os.fsdecode(given[1])
     os.execv(sys.executable, [sys.executable, *_interpreter_options(), *program])
 
 

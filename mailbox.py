@@ -75,12 +75,16 @@ class Mailbox:
 
     def call(self, what: int, page: int = 0, count: int = 0) -> bytes:
         """Send a request and wait for the answer. Raises OSError with the pager's errno."""
-        self.wait_until_done(self.ask(what, page, count))
-        error, length = ANSWER.unpack_from(self._memory, ANSWERED)
-        content = bytes(self._memory[CONTENT : CONTENT + length])
+        error, content = self.outcome(what, page, count)
         if error:
             raise OSError(error, content.decode())
         return content
+
+    def outcome(self, what: int, page: int, count: int) -> tuple[int, bytes]:
+        """As call, but returns the errno, or 0. What is raised is a signal handler's."""
+        self.wait_until_done(self.ask(what, page, count))
+        error, length = ANSWER.unpack_from(self._memory, ANSWERED)
+        return error, bytes(self._memory[CONTENT : CONTENT + length])
 
     def is_done(self, number: int) -> bool:
         """Has the pager done this request?"""

@@ -35,6 +35,7 @@ import contextlib
 import contextvars
 import ctypes
 import dis
+import errno
 import os
 import sys
 from _thread import get_ident, get_native_id
@@ -130,9 +131,13 @@ def _from_mapping(file: BinaryIO, dtype: numpy.dtype, count: int, offset: int) -
     there = (size - begin) // dtype.itemsize
     if there > 0:  # devices and the files of /proc have no size
         array = numpy.empty(there if count < 0 else min(count, there), dtype)
-        with contextlib.suppress(OSError):  # ENODEV: of /sys
-            if array.size:
-                array[:] = numpy.memmap(file, dtype, "r", begin, array.shape)
+        try:
+            content = numpy.memmap(file, dtype, "r", begin, array.shape) if array.size else array
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.ENOMEM):  # a signal handler's
+                raise
+        else:
+            array[:] = content
             file.seek(begin + array.nbytes)
             return array
     file.seek(begin - offset)
@@ -210,10 +215,7 @@ class MemHandler:
         fits = self.thresholds[-1] <= count * size <= self._end - self._start
         if not fits or not self._space.can_be_called():
             return self._calloc(ctx, count, size)
-        try:
-            return self._space.allocate(count * size, self._made_in(), grows)
-        except (MemoryError, OSError):
-            return 0  # NumPy raises MemoryError
+        return self._space.allocate(count * size, self._made_in(), grows)
 
     def realloc(self, done: list[int], ctx: int, old: int, size: int) -> int:
         inside = self._start <= old < self._end

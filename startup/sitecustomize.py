@@ -78,9 +78,14 @@ class Finder:
             execute = spec.loader.exec_module
 
             def exec_module(module):
+                vars(spec.loader).pop("exec_module", None)
                 execute(module)
                 self._use_numpy(module)
 
+            # Python leaves frames of this name out of tracebacks.
+            exec_module.__code__ = exec_module.__code__.replace(
+                co_filename="<frozen importlib._bootstrap>", co_name="_call_with_frames_removed"
+            )
             spec.loader.exec_module = exec_module
         return spec
 

@@ -292,6 +292,24 @@ def test_a_program_ends_with_its_own_status_and_words(tmp_path, code):
         assert within == plain
 
 
+@pytest.mark.parametrize("error", ["TimeoutError", "ConnectionError", "MemoryError"])
+def test_what_a_signal_handler_raises_amid_the_making_of_arrays_is_the_programs(error):
+    pytest.importorskip("numpy")
+    code = f"""
+import numpy, signal
+class Late({error}): pass
+def late(*_): raise Late
+signal.signal(signal.SIGALRM, late)
+for i in range(30):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0001 * (i % 10))
+        while True: numpy.empty(1 << 18)
+    except Late:
+        pass
+"""
+    assert both(["-c", code])[1] == (0, "", "")
+
+
 @pytest.mark.parametrize(
     "handler",
     ["sys.exit(5)", "sys.exit('stopped')", "os.kill(os.getpid(), signal.SIGINT)", "1 / 0"],
@@ -582,6 +600,39 @@ del sys.modules["json"]
 import json as another
 print(another is json, importlib.reload(logging) is logging, threading.main_thread().name)
 """
+
+
+@pytest.mark.parametrize("what", ["raise KeyError(name)", "raise ImportError(name)", "import none"])
+def test_a_numpy_that_cant_be_imported_has_the_traceback_of_plain_python(tmp_path, what):
+    (tmp_path / "numpy.py").write_text(f"name = 'its own'\n{what}\n")
+    plain, within = both(["-c", "import numpy"], cwd=tmp_path)
+    assert within == plain and plain[0] == 1
+
+
+def test_a_warning_while_numpy_is_imported_names_the_line_that_imports_it(tmp_path):
+    (tmp_path / "numpy.py").write_text("import warnings\nwarnings.warn('old', stacklevel=2)\n")
+    (tmp_path / "script.py").write_text("import numpy\n")
+    plain, within = both(["script.py"], cwd=tmp_path)
+    assert within == plain and "script.py:1: UserWarning" in plain[2]
+
+
+def test_what_numpy_was_imported_by_can_be_pickled():
+    pytest.importorskip("numpy")
+    code = (
+        "import numpy, pickle; print(pickle.loads(pickle.dumps(numpy.__spec__)) == numpy.__spec__)"
+    )
+    plain, within = both(["-c", code])
+    assert within == plain == (0, "True\n", "")
+
+
+@pytest.mark.parametrize(
+    "locale", [{}, {"LC_CTYPE": "C"}, {"LC_ALL": "C"}, {"LANG": "C", "LC_CTYPE": "C.UTF-8"}]
+)
+def test_the_locale_is_as_the_user_has_it(locale):
+    env = {name: os.environ[name] for name in os.environ if not re.match("LC_|LANG$", name)}
+    code = "import os, sys; print(sys.flags.utf8_mode, sys.stdout.encoding, os.environ.get('LC_CTYPE'))"
+    plain, within = both(["-c", code], env=env | locale)
+    assert within == plain and plain[0] == 0
 
 
 def test_modules_of_the_library_are_as_they_always_are(tmp_path):

@@ -435,7 +435,18 @@ def arrays(space):
         for _ in range(5):
             assert np.array_equal(np.load(f"{folder}/numbers.npy"), numbers)
             assert np.array_equal(np.fromfile(f"{folder}/numbers", np.int64), numbers)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+
+        def late(*_):
+            raise TimeoutError("late")
+
+        signal.signal(signal.SIGALRM, late)
+        for after in range(1, 20):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, after / 2000)
+                while True:
+                    np.fromfile(f"{folder}/numbers", np.int64)
+            except TimeoutError:
+                pass  # else the loop would not end
         with open(f"{folder}/numbers", "rb") as file, open(f"{folder}/numbers", "ab") as written:
             file.seek(LENGTH - 8)
             assert np.fromfile(file, np.int64).tolist() == [LENGTH // 8 - 1]
