@@ -489,10 +489,11 @@ class Space:
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int] | None:
         """The smallest gap that has so many bytes, or the largest one, if there is one."""
-        self._reclaim(wait=False)
-        if not self._gaps.find(whole):
-            self._reclaim(wait=True)
-        return self._gaps.find(whole, largest)
+        for wait in (False, True):
+            self._reclaim(wait)
+            if gap := self._gaps.find(whole, largest):
+                return gap
+        return None
 
     def _reclaim(self, wait: bool) -> None:
         """Make gaps of what was released and is free now. wait: of all that was released."""

@@ -237,11 +237,10 @@ class LSPT(ByteTable):
     def stays_longer(self, page: int, state: int) -> None:
         """HERE → HERE, with a generation to come, if the page had left within the last SOON generations.
         state: its state before it came."""
-        now = self.generation()
-        if AWAY <= state < LOST and (now - (state - AWAY)) % AWAYS <= SOON:
+        if AWAY <= state < LOST and (self.generation() - (state - AWAY)) % AWAYS <= SOON:
             with self.lock:
                 if self.state[page] >= HERE:
-                    self.state[page] = HERE + (now + LONGER) % GENERATIONS
+                    self.state[page] = HERE + (self.generation() + LONGER) % GENERATIONS
 
     def not_coming(self, pages: range, state: int = AWAY) -> None:
         """COMING → AWAY: the pages could not be fetched; the store still has them. Or → LOST."""
