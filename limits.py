@@ -23,11 +23,11 @@ from edm.uffd_ctypes import PAGE_SIZE
 INFINITY = resource.RLIM_INFINITY
 
 _ABOUT = {
-    errno.ENOMEM: ("RLIMIT_AS", "ulimit -v"),
-    errno.EFBIG: ("RLIMIT_FSIZE", "ulimit -f"),
-    errno.EMFILE: ("RLIMIT_NOFILE", "ulimit -n"),
-    errno.EAGAIN: ("RLIMIT_NPROC", "ulimit -u"),
-    -SIGKILL: ("RLIMIT_CPU", "ulimit -t"),
+    errno.ENOMEM: {"AS": "v", "DATA": "d"},
+    errno.EFBIG: {"FSIZE": "f"},
+    errno.EMFILE: {"NOFILE": "n"},
+    errno.EAGAIN: {"NPROC": "u", "AS": "v", "DATA": "d"},  # a thread needs memory
+    -SIGKILL: {"CPU": "t"},
 }
 
 
@@ -59,8 +59,11 @@ def space_size(most: int) -> tuple[int, str]:
 
 
 def limit_of(number: int | None) -> str:
-    """ "; RLIMIT_X (ulimit -x) is ..." if this errno, or negative number of a signal, may come from a limit
-    that is set, else ""."""
-    name, command = _ABOUT.get(number, ("", ""))
-    value = resource.getrlimit(getattr(resource, name))[0] if name else INFINITY
-    return "" if value == INFINITY else f"; {name} ({command}) is {value}"
+    """ "; RLIMIT_X (ulimit -x) is ..." for each limit that is set, and that this errno, or negative number of
+    a signal, may come from."""
+    words = ""
+    for name, letter in _ABOUT.get(number, {}).items():
+        value, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
+        if value != INFINITY:
+            words += f"; RLIMIT_{name} (ulimit -{letter}) is {value}"
+    return words

@@ -57,7 +57,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from types import SimpleNamespace
 
 from edm import address_space, limits, log
@@ -135,7 +135,11 @@ class Pager:
             self._handler.lines = Lines(self._application, *hello.lines, *lines, lspt)
             self._report.lines = self._handler.lines.found
         of_memory = lspt, store, self._memfd, uffd, self._pagemap, start
-        self._new_lpet = partial(Lpet, *of_memory, config.evict_batch, self._tracker)
+        # One that runs, and one for what the application asks.
+        self._evicting, self._lpet = (
+            Lpet(*of_memory, config.evict_batch, self._tracker) for _ in range(2)
+        )
+        self._threads: list[threading.Thread] = []
         self._system_calls: SystemCalls | None = None
         self._closed = False  # has the application closed its space?
         self._lpet_pid = os.getpid()
@@ -147,8 +151,26 @@ class Pager:
 
     # ------------------------------------------------------------ from start to end
 
+    def start(self) -> None:
+        """Start LPET and the threads. Raises OSError if that fails: then the process must end."""
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        lpet = self._evicting.run
+        if not self._over_mpi:
+            self._fork_lpet()
+            lpet = self._wait_for_lpet
+        for body in (self._handler.run, lpet, self._answer):
+            self._start_thread(body)
+
+    def _start_thread(self, body: Callable[[], None]) -> None:
+        thread = threading.Thread(target=self._guarded, args=(body,))
+        try:
+            thread.start()
+        except RuntimeError as error:  # Python does not pass on the errno, which can only be EAGAIN
+            raise OSError(errno.EAGAIN, str(error)) from None
+        self._threads.append(thread)
+
     def run(self) -> None:
-        """Tell the application that it may begin, and serve until it has ended.
+        """Tell the application that it may begin, and serve until it has ended. start comes first.
 
         Raises what a thread, or LPET, has failed with. The process must end then: most descriptors
         stay open.
@@ -156,34 +178,21 @@ class Pager:
         for_children = [self._memfd, self._lifelines_other_end]
         address_space.send_answer(self._control, None, self._store.kept, for_children)
         _, listener = address_space.receive(self._control)
-        sys.setswitchinterval(SWITCH_INTERVAL)
-        lpet = self._run_lpet
-        if self._over_mpi:
-            for number in ENDING:
-                signal.signal(number, self._end_by)
-        else:
-            self._fork_lpet()
-            lpet = self._wait_for_lpet
-        bodies = [self._handler.run, lpet, self._answer]
         if listener:
             self._system_calls = SystemCalls(
                 *listener, self._ended, self._application, self._process, self._lspt, self._handler,
                 self._config.start_addr, self._uffd.fd, unmark=self._track_clean == "events",
             )  # fmt: skip
             self._system_calls.hear_children = self._hear_children
-            bodies.append(self._system_calls.run)
-        threads = [threading.Thread(target=self._guarded, args=(body,)) for body in bodies]
-        try:
-            for thread in threads:
-                thread.start()
-        except RuntimeError as error:  # Python does not pass on the errno, which can only be EAGAIN
-            raise OSError(errno.EAGAIN, str(error)) from None
+            self._start_thread(self._system_calls.run)
         if self._over_mpi:  # no other thread takes them: a signal ends a wait of this one
+            for number in ENDING:
+                signal.signal(number, self._end_by)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         self._guarded(self._watch)
         self._lspt.stop()
         os.eventfd_write(self._ended, 1)
-        while any(thread.is_alive() for thread in threads):
+        while any(thread.is_alive() for thread in self._threads):
             self._mailbox.interrupt()
             time.sleep(0.001)
         try:
@@ -212,14 +221,11 @@ class Pager:
             os.close(self._lifeline)  # or the application would not be killed when the pager dies
             if os.getppid() == parent:
                 with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
-                    self._run_lpet()
+                    self._evicting.run()
 
         self._lpet_pid = os.fork()
         if not self._lpet_pid:
             _run_process(lpet)
-
-    def _run_lpet(self) -> None:
-        self._new_lpet().run()
 
     def _wait_for_lpet(self) -> None:
         """A thread: if LPET fails, so does the job. LPET has printed why, unless it was killed."""
@@ -354,11 +360,6 @@ class Pager:
             self._end()
         return b""
 
-    @cached_property
-    def _lpet(self) -> Lpet:
-        """For what the application asks. The LPET that runs has its own."""
-        return self._new_lpet()
-
     def _area(self, page: int) -> slice:
         """The place in LSPT.areas of the area that begins at this page; empty if there is none."""
         return slice(*(bisect.bisect(self._lspt.areas, (first,)) for first in (page, page + 1)))
@@ -470,6 +471,7 @@ def page_for(
     try:
         store = open_store(config, hello.instance)
         pager = Pager(control, hello, fds, store, over_mpi)
+        pager.start()
     except (ValueError, OSError) as error:
         address_space.send_answer(control, error)
         if store:

@@ -7,7 +7,6 @@ import pwd
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -51,7 +50,9 @@ def test_it_names_what_the_tests_need(monkeypatch, capsys):
     of_pypi = {"sklearn": "scikit-learn", "xdist": "pytest-xdist"}
     names = {of_pypi.get(name, name) for name in doctor.PACKAGES}
     assert {*names, "mpich"} == set(extras)
-    assert doctor.for_tests()[0] == ("ok" if os.getuid() == 0 else "without")
+    has_browser = shutil.which("chromium") or shutil.which("google-chrome")
+    has_all = os.getuid() == 0 and shutil.which("cc") and has_browser
+    assert doctor.for_tests()[0] == ("ok" if has_all else "without")
     monkeypatch.setattr(doctor, "PACKAGES", ("pytest", "no_such_package"))
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(os, "getuid", lambda: 1000)
@@ -213,10 +214,7 @@ def test_it_is_right_for_a_user_without_privileges(as_nobody):
 def test_too_few_processes_are_told_in_one_line(as_nobody, most):
     limit = partial(resource.setrlimit, resource.RLIMIT_NPROC, (most, most))
     ended = as_nobody("-m", "edm", "run", "-c", "print('started')", preexec_fn=limit)
-    assert ended.returncode in (
-        2,
-        -signal.SIGKILL,
-    )  # the latter: the pager could begin, but no more
+    assert ended.returncode == 2, ended.stdout
     assert f"RLIMIT_NPROC (ulimit -u) is {most}" in ended.stdout, ended.stdout
     assert ended.stdout.replace("started\n", "").count("\n") == 1, ended.stdout
 

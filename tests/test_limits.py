@@ -45,7 +45,7 @@ NOTED = "python -m edm run: {} leaves {} MiB for the space\n"
         ({"DATA": 1 << 30}, ""),
         ({"STACK": 1 << 20}, ""),
         ({"MEMLOCK": 0}, ""),
-        ({"NOFILE": 16}, ""),
+        ({"NOFILE": 18}, ""),
         ({"FSIZE": 300 << 20}, NOTED.format("ulimit -f", 100)),
     ],
 )
@@ -54,7 +54,7 @@ def test_with_a_limit_a_program_runs_and_is_told_of_a_smaller_space(run, set_lim
     assert (ended.returncode, ended.stdout) == (0, noted + DONE)
 
 
-@pytest.mark.parametrize("way", [{}, {"FSIZE": (1 << 20, -1)}, {"NOFILE": (16, 1024)}])
+@pytest.mark.parametrize("way", [{}, {"FSIZE": (1 << 20, -1)}, {"NOFILE": (18, 1024)}])
 def test_a_soft_limit_is_the_programs_alone(run, way):
     code = f"{WORK}; import resource as r; print(r.getrlimit(r.RLIMIT_FSIZE)[0])"
     ended = run(*EDM_RUN, "-c", code, preexec_fn=limited(**way))
@@ -86,6 +86,22 @@ def test_a_limit_that_leaves_too_little_is_named_in_one_line(run, limit, options
     ended = run(*EDM_RUN, *options, "-c", "print('started')", preexec_fn=limited(**limit))
     assert ended.returncode == 2 and told in ended.stdout, ended.stdout
     assert ended.stdout.count("\n") == 1, ended.stdout
+
+
+@pytest.mark.parametrize("name", ["NOFILE", "DATA"])
+def test_a_limit_refuses_a_program_or_lets_it_end(run, tmp_path, name):
+    options = "--disk", tmp_path / "disk", "--keep"
+    code = f"{WORK}; edm.space().sync()"
+    statuses = []
+    for limit in {"NOFILE": range(12, 20), "DATA": range(10 << 20, 50 << 20, 8 << 20)}[name]:
+        ended = run(*EDM_RUN, *options, "-c", code, preexec_fn=limited(**{name: limit}))
+        statuses.append(ended.returncode)
+        if ended.returncode:
+            assert f"RLIMIT_{name} (ulimit -{name[0].lower()}) is {limit}" in ended.stdout
+            assert ended.stdout.count("\n") == 1, ended.stdout
+        else:
+            assert ended.stdout == DONE
+    assert statuses == sorted(statuses, reverse=True) and set(statuses) == {0, 2}, statuses
 
 
 def test_a_signal_that_may_come_from_a_limit_of_time_names_it(monkeypatch):
