@@ -263,10 +263,9 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
         _space = Space(config, *connected, lasts)
         return _space
     except OSError as error:
-        from edm.limits import limit_of
+        from edm.limits import explain
 
-        if error.strerror:
-            error.strerror += limit_of(error.errno)
+        explain(error)
         raise
     finally:
         for fd in held:

@@ -6,6 +6,7 @@ Interface:
     lift()               raise the soft limits of a process of EDM's own
     space_size(most)     how large a space may be, and the limit that makes it smaller
     limit_of(number)     the limit that an errno comes from, as the end of a message
+    explain(error)       add that, and what helps, to an error that is why EDM can't begin
 
 Rules: the program's own process never changes a limit.
 
@@ -67,3 +68,11 @@ def limit_of(number: int | None) -> str:
         if value != INFINITY:
             words += f"; RLIMIT_{name} (ulimit -{letter}) is {value}"
     return words
+
+
+def explain(error: Exception) -> None:
+    """Add to an OSError's words, in place."""
+    if isinstance(error, OSError) and error.strerror:
+        error.strerror += limit_of(error.errno)
+        if error.errno in (errno.EFBIG, errno.ENOMEM):  # of the disk, or of a table of its pages
+            error.strerror += "; a smaller end_addr needs less"

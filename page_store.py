@@ -226,9 +226,9 @@ class PageStore:
         """Without a path, the disk is a file without a name in disk_folder().
 
         keep: the disk outlives the job, which resumes from the last sync of an earlier one. instance: its
-        number, which the path of every instance but the first, 0, has added. share: the pages that the store
-        has; a kept disk that has not all of them waits for start(). Raises ValueError, which names the file, if the file can't be used; OSError if
-        it can't be made.
+        number, which the path of every instance but the first, 0, has added. share: the pages that the
+        store has; a kept disk that has not all of them waits for start(). Raises ValueError, which names
+        the file, if the file can't be used; OSError if it can't be made.
         """
         if path and instance:
             path += f".{instance}"

@@ -141,6 +141,7 @@ def _run(config: Config, application: int, control: Any) -> None:
 def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, control: Any) -> None:
     """Be a DMS."""
     from edm.dms import DMS
+    from edm.limits import explain
     from edm.stripes import shares
 
     dms, wrong, path, here = None, None, config.disk, hosts[comm.rank]
@@ -150,6 +151,7 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
     try:
         dms = DMS(comm, path, config.start_addr, config.end_addr, config.keep, share)
     except (ValueError, OSError) as error:
+        explain(error)
         wrong = str(error)
     _begin_with_all(comm, wrong)
     control.send(f"the DMS of rank {comm.rank} on host {here} has died".encode())

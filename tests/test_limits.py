@@ -104,6 +104,16 @@ def test_a_limit_refuses_a_program_or_lets_it_end(run, tmp_path, name):
     assert statuses == sorted(statuses, reverse=True) and set(statuses) == {0, 2}, statuses
 
 
+def test_a_space_that_no_disk_has_room_for_is_told_in_one_line(way):
+    largest = "--end-addr", hex(1 << 46)  # 64 TiB; ext4 has files of at most 16
+    command = *EDM_RUN[1:], *largest, "--dms", int(not way.alone), "-c", "print('started')"
+    ended = way.run(*command)
+    if ended.stdout == "started\n":
+        pytest.skip("this file system has files of 64 TiB")
+    assert (ended.returncode, ended.stdout.count("\n")) == (2, 1), ended.stdout
+    assert "; a smaller end_addr needs less\n" in ended.stdout
+
+
 def test_a_signal_that_may_come_from_a_limit_of_time_names_it(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (7, 7))
     assert limits.limit_of(-signal.SIGTERM) == ""
