@@ -9,6 +9,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     # Imported when it is used first. `python -m edm` begins with the current folder on sys.path, and
     # would import modules from there; __main__.py takes that folder away.

@@ -217,7 +217,7 @@ class Space:
         else:
             addr = operator.index(addr)
             self._check_free(addr, whole)
-        self._take(addr, whole, name)
+        self._take(addr, whole, str(name))
         view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
         self._views[id(view)] = view, addr
         return view

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ DEADLINE = 30  # seconds for anything that could hang
 ENOUGH_DISK = 1 << 30  # bytes
 
 PERMIT = "sudo sysctl vm.unprivileged_userfaultfd=1"
-PIP_INSTALL = f"{sys.executable} -m pip install"
+PIP_INSTALL = f"{shlex.quote(sys.executable)} -m pip install"
 
 # "ok", "missing" or "without"; what was found; a command to try, or "".
 Finding = tuple[str, str, str]
@@ -126,8 +127,8 @@ def mpi() -> Finding:
     if status == 0:
         return "ok", lines[-1].strip("\0 "), ""
     if "No module named" in lines[-1]:
-        return "missing", "mpi4py is not installed", f"{PIP_INSTALL} mpi4py mpich"
-    return "missing", f"mpi4py finds no MPI library ({lines[-1]})", f"{PIP_INSTALL} mpich"
+        return "without", "mpi4py is not installed", f"{PIP_INSTALL} mpi4py mpich"
+    return "without", f"mpi4py finds no MPI library ({lines[-1]})", f"{PIP_INSTALL} mpich"
 
 
 def find_mpirun() -> str | None:
@@ -139,12 +140,12 @@ def find_mpirun() -> str | None:
 def two_ranks() -> Finding:
     mpirun = find_mpirun()
     if mpirun is None:
-        return "missing", "there is no mpirun", f"{PIP_INSTALL} mpich"
+        return "without", "there is no mpirun", f"{PIP_INSTALL} mpich"
     status, lines = _run(mpirun, "-n", "2", sys.executable, *EXAMPLE, "--dms", "1")
     output = "\n".join(lines)
     if BACK in output:
         return "ok", f"{mpirun} starts them, and a DMS keeps pages", ""
-    found, remedy = lines[0], f"{mpirun} -n 2 hostname"
+    found, remedy = lines[0], f"{shlex.quote(mpirun)} -n 2 hostname"
     if status == 0:  # each was rank 0 of a job of its own, a DMS without instances
         found = "one rank each: mpirun and mpi4py's MPI library are not of the same kind"
         remedy = f"{PIP_INSTALL} --force-reinstall mpich"
@@ -152,7 +153,7 @@ def two_ranks() -> Finding:
         remedy = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
     elif "slots" in output:
         remedy = "export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
-    return "missing", f"{mpirun}: {found}", remedy
+    return "without", f"{mpirun}: {found}", remedy
 
 
 def _run(*command: str) -> tuple[int, list[str]]:

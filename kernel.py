@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> None:
 def _install(name: str, options: list[str]) -> str:
     """The folder of the kernel spec. Raises ImportError without ipykernel, ValueError for a name that
     Jupyter does not take, OSError if it can't be written."""
+    if not name:
+        raise ValueError("--name: it is empty")
     from ipykernel.kernelspec import write_kernel_spec
     from jupyter_client.kernelspec import KernelSpecManager
 

@@ -164,7 +164,9 @@ def _as_python_takes_it(program: list[str]) -> list[str]:
     own = os.path.dirname(sys.executable)
     path = shutil.which(name, path=own + os.pathsep + os.environ.get("PATH", os.defpath))
     if path is None:
-        raise ValueError(f"can't open file {os.path.abspath(name)!r}: there is no such file")
+        with contextlib.suppress(OSError):  # the current folder was removed
+            name = os.path.abspath(name)
+        raise ValueError(f"can't open file {name!r}: there is no such file")
     with open(path, "rb") as file:
         begin = file.read(4096)
     # The second form is pip's, if the interpreter's path is too long for a first line.

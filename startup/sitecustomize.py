@@ -67,8 +67,10 @@ class Finder:
     def find_spec(self, name, path=None, target=None):
         if name not in ("edm", "numpy"):
             return None
-        finders = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
-        spec = next(filter(None, (f.find_spec(name, path, target) for f in finders)), None)
+        spec = None
+        for finder in sys.meta_path:
+            if spec is None and finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
         if name == "edm":
             # None: only the launcher's path has EDM. Its folder is compared, as a Python that was started
             # there finds edm.py instead of __init__.py.
@@ -83,12 +85,19 @@ class Finder:
                 self._use_numpy(module)
 
             # Python leaves frames of this name out of tracebacks.
-            exec_module.__code__ = exec_module.__code__.replace(
-                co_filename="<frozen importlib._bootstrap>", co_name="_call_with_frames_removed"
-            )
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = as_importlib(exec_module, "_call_with_frames_removed")
         return spec
 
+
+def as_importlib(function, name):
+    """The function, whose frames are importlib's, and have this name."""
+    code = function.__code__.replace(co_filename="<frozen importlib._bootstrap>", co_name=name)
+    function.__code__ = code
+    return function
+
+
+# A finder, or a path, may be wrong.
+as_importlib(Finder.find_spec, "_find_spec")
 
 own = os.path.dirname(__file__)
 sys.path.remove(own)

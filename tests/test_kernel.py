@@ -125,6 +125,7 @@ def test_a_kernel_is_edm_run_with_the_options_that_were_given(run, tmp_path):
         (["--nowhere"], "--nowhere"),
         ([__file__], "not only options of python -m edm run"),
         (["--name", "my kernel"], "my kernel"),
+        (["--name", ""], "--name: it is empty"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_written(run, tmp_path, options, told):

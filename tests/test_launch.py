@@ -609,6 +609,18 @@ def test_a_numpy_that_cant_be_imported_has_the_traceback_of_plain_python(tmp_pat
     assert within == plain and plain[0] == 1
 
 
+def test_a_finder_that_fails_has_no_frame_of_edms():
+    finder = "class Finder:\n    def find_spec(self, *names): raise OSError('its own')\n"
+    program = f"import sys\n{finder}sys.meta_path[:0] = [Finder()]\nimport numpy"
+    plain, within = both(["-c", program])
+    frames = [line for line in within[2].splitlines() if "_bootstrap" not in line]
+    assert frames == [line for line in plain[2].splitlines() if "_bootstrap" not in line]
+    program = f"import sys\n{finder}sys.meta_path.append(Finder())\nsys.path[:] = []\nimport numpy"
+    plain, within = both(["-c", program])
+    assert within[0] == plain[0] == 1 and within[2].endswith("\nOSError: its own\n")
+    assert "startup" not in within[2], within[2]
+
+
 def test_a_warning_while_numpy_is_imported_names_the_line_that_imports_it(tmp_path):
     (tmp_path / "numpy.py").write_text("import warnings\nwarnings.warn('old', stacklevel=2)\n")
     (tmp_path / "script.py").write_text("import numpy\n")
@@ -646,6 +658,7 @@ def test_modules_of_the_library_are_as_they_always_are(tmp_path):
 
 EDM_IS_THE_SAME = """
 import edm, pickle, sys
+assert set(edm.__all__) <= set(dir(edm))
 assert edm.space() is sys.modules["edm.edm"].space()
 import edm.mailbox
 from edm import Config, launch
@@ -710,6 +723,15 @@ def test_a_mistake_is_told_in_one_line_with_status_2(arguments, words, python, t
     status, output, errors = within
     assert (status, output) == (2, "") and words in errors, within
     assert errors.startswith("python -m edm run: error: ") and errors.count("\n") == 1, errors
+
+
+def test_a_program_that_is_not_there_is_told_in_a_folder_that_was_removed(run, tmp_path):
+    (folder := tmp_path / "folder").mkdir()
+    code = f"import os, sys; os.rmdir({str(folder)!r}); os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, *RUN[:3], "none.py"]
+    ended = run(sys.executable, "-c", code, *command, cwd=folder)
+    told = "python -m edm run: error: can't open file 'none.py': there is no such file\n"
+    assert (ended.returncode, ended.stdout) == (2, told)
 
 
 def test_options_end_where_the_program_begins(capfd, monkeypatch):

@@ -236,13 +236,17 @@ def test_a_browser_draws_it(clock, public_path, run, idle):
 @needs_userfaultfd
 def test_a_job_writes_it(run, tmp_path):
     page = tmp_path / "page.html"
-    code = "import edm; a = edm.space().mmap(8 << 20, name='my data'); a[:] = bytes(len(a))"
+    code = (
+        "import edm; a = edm.space().mmap(8 << 20, name='my data'); a[:] = bytes(len(a))\n"
+        "edm.space().mmap(1 << 20, name=17)"
+    )
     ended = run(
         sys.executable, "-m", "edm", "run", "--no-numpy", "--resident", "1M", "--report", page,
         "-c", code,
     )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (0, "")
     content = json.loads(Scripts(page.read_text(encoding="utf-8")).found[0][1])
+    assert "17" in [area["name"] for area in content["areas"]]
     area = next(area for area in content["areas"] if area["name"] == "my data")
     assert area["count"] * PAGE_SIZE == sum(area["ended_up"].values()) * PAGE_SIZE == 8 << 20
     assert area["ended_up"]["away"] > area["ended_up"]["here"] > 0
