@@ -135,10 +135,8 @@ class Pager:
             self._handler.lines = Lines(self._application, *hello.lines, *lines, lspt)
             self._report.lines = self._handler.lines.found
         of_memory = lspt, store, self._memfd, uffd, self._pagemap, start
-        # One that runs, and one for what the application asks.
-        self._evicting, self._lpet = (
-            Lpet(*of_memory, config.evict_batch, self._tracker) for _ in range(2)
-        )
+        self._new_lpet = partial(Lpet, *of_memory, config.evict_batch, self._tracker)
+        self._lpet = self._new_lpet()  # for what the application asks; it does not run
         self._threads: list[threading.Thread] = []
         self._system_calls: SystemCalls | None = None
         self._closed = False  # has the application closed its space?
@@ -154,8 +152,9 @@ class Pager:
     def start(self) -> None:
         """Start LPET and the threads. Raises OSError if that fails: then the process must end."""
         sys.setswitchinterval(SWITCH_INTERVAL)
-        lpet = self._evicting.run
-        if not self._over_mpi:
+        if self._over_mpi:
+            lpet = self._new_lpet().run
+        else:
             self._fork_lpet()
             lpet = self._wait_for_lpet
         for body in (self._handler.run, lpet, self._answer):
@@ -219,9 +218,10 @@ class Pager:
         def lpet() -> None:
             u.prctl(u.PR_SET_PDEATHSIG, signal.SIGKILL)
             os.close(self._lifeline)  # or the application would not be killed when the pager dies
+            os.close(self._lifelines_other_end)  # so there are two descriptors for a pipe
             if os.getppid() == parent:
                 with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
-                    self._evicting.run()
+                    self._new_lpet().run()
 
         self._lpet_pid = os.fork()
         if not self._lpet_pid:
