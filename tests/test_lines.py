@@ -34,9 +34,11 @@ def found(run, tmp_path):
 
     def found(what, *arguments):
         page = tmp_path / "page.html"
+        # 3.12 and later warn of a fork beside a thread.
         ended = run(
-            sys.executable, "-m", "edm", "run", "--no-numpy", "--resident", "4M", "--readahead", "1",
-            "--start-addr", START, "--report", page, PROGRAM, what, *arguments,
+            sys.executable, "-W", "ignore::DeprecationWarning", "-m", "edm", "run", "--no-numpy",
+            "--resident", "4M", "--readahead", "1", "--start-addr", START, "--report", page, PROGRAM, what,
+            *arguments,
         )  # fmt: skip
         assert ended.returncode == 0, ended.stdout
         report = json.loads(re.search(r'id="report">(.*?)</script>', page.read_text())[1])
