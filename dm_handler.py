@@ -258,8 +258,7 @@ class DmHandler:
                 self._window(stream, page, state, write)
             else:
                 pages = range(page, page + 1)
-                self._bring(pages, self._ask(pages), page, write)
-                self._lspt.stays_longer(page, state)
+                self._bring(pages, self._ask(pages), page, write, state)
             return True
         self._figures[l.OTHER] += 1
         if state >= l.HERE or state == l.LOST:
@@ -321,12 +320,14 @@ class DmHandler:
             self._log.info("send request for the page in address %#x from DMS", address)
         return self._store.ask_get(pages)
 
-    def _bring(self, pages: range, asked: Any, page: int = -1, write: bool = False) -> None:
+    def _bring(
+        self, pages: range, asked: Any, page: int = -1, write: bool = False, before: int = l.NEW
+    ) -> None:
         """Install these pages, which are COMING and were asked for. A page that can't be read becomes AWAY;
-        or LOST, if it is `page`, the one that has faulted."""
+        or LOST, if it is `page`, the one that has faulted. before: the state of a page that comes alone."""
         noted = self.came is not None and self._waited[FAULTS] < 0  # does a fault wait?
         take_get = self._take_get if noted else self._store.take_get
-        while pages:
+        while True:
             try:
                 kind, got, source = take_get(asked)
             except OSError as error:
@@ -336,9 +337,11 @@ class DmHandler:
                 else:
                     self._lspt.not_coming(pages[:1])
             else:
-                self._install(pages[:got], source if kind == CONTENT else 0, write)
-            if pages := pages[got:]:
-                asked = self._ask(pages)
+                self._install(pages[:got], source if kind == CONTENT else 0, write, before)
+            if got == len(pages):
+                return
+            pages = pages[got:]
+            asked = self._ask(pages)
 
     def _take_get(self, asked: Any) -> tuple[int, int, int]:
         """The store's take_get, with a note of how long it takes."""
@@ -348,7 +351,7 @@ class DmHandler:
         finally:
             self._waited[STORE] += time.monotonic_ns()
 
-    def _install(self, pages: range, source: int, write: bool) -> None:
+    def _install(self, pages: range, source: int, write: bool, before: int) -> None:
         """source: the address of their bytes; 0: they are zeros."""
         address = self._start + pages.start * PAGE_SIZE
         if self._info:
@@ -371,7 +374,7 @@ class DmHandler:
             self._uffd.wake(address, length)
             self._lspt.not_coming(pages)
             return
-        self._lspt.arrived(pages)
+        self._lspt.arrived(pages, before)
         if self.came is not None:
             self.came.extend(pages)
 

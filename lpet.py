@@ -29,7 +29,7 @@ be old (tests/test_order.py has both wrong orders, which fail).
 
 Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
 where it stopped. Pages that came at least AGE generations ago leave, neighbours together. If a turn of the
-clock does not find enough, younger ones do, and then those that came back soon (LSPT.stays_longer). A page
+clock does not find enough, younger ones do, and then those that came back soon (LSPT.arrived). A page
 that the kernel's idle bitmap says was used is passed. While the LSPT is small (lspt.SMALL), or if the
 settings are plain, the wiki's algorithm is followed in full: every page is asked, idle ones leave, the
 others are marked and passed, and if that was not enough, they leave in order. A page that a system call of

@@ -27,7 +27,7 @@ Whether a page is clean is not stored here: the page table knows.
 
 Generations: a new one begins when a quarter of high_threshold has come. The byte of a page that is HERE
 includes the generation in which the page came, or was last found used, modulo GENERATIONS. A page that
-faults again SOON after it has left is given a generation to come (stays_longer). So pages that are used all
+faults again SOON after it has left is given a generation to come (arrived). So pages that are used all
 the time stay, while a program passes through other memory once.
 
 Interface: the methods on the arrows. Two eventfds wake those who wait: `for_handler` the DM-Handler,
@@ -230,17 +230,13 @@ class LSPT(ByteTable):
         if resident - pages < self._wake_at <= resident:
             os.eventfd_write(self.for_lpet, 1)
 
-    def arrived(self, pages: range) -> None:
-        """COMING → HERE: the pages are installed."""
-        self.set(pages, HERE + self.generation() % GENERATIONS)
-
-    def stays_longer(self, page: int, state: int) -> None:
-        """HERE → HERE, with a generation to come, if the page had left within the last SOON generations.
-        state: its state before it came."""
-        if AWAY <= state < LOST and (self.generation() - (state - AWAY)) % AWAYS <= SOON:
-            with self.lock:
-                if self.state[page] >= HERE:
-                    self.state[page] = HERE + (self.generation() + LONGER) % GENERATIONS
+    def arrived(self, pages: range, before: int = NEW) -> None:
+        """COMING → HERE: the pages are installed. before: the state of a page that has faulted alone. If it
+        had left within the last SOON generations, it is given a generation to come."""
+        generation = self.generation()
+        if AWAY <= before < LOST and (generation - (before - AWAY)) % AWAYS <= SOON:
+            generation += LONGER
+        self.set(pages, HERE + generation % GENERATIONS)
 
     def not_coming(self, pages: range, state: int = AWAY) -> None:
         """COMING → AWAY: the pages could not be fetched; the store still has them. Or → LOST."""

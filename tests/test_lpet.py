@@ -591,8 +591,7 @@ def test_a_table_that_is_used_all_the_time_stays_while_other_pages_pass_once(mak
             state = lspt.expect(page)
         if state < LOST:
             os.pwrite(instance.memory.memfd, b".", page * PAGE_SIZE)
-            lspt.arrived(range(page, page + 1))
-            lspt.stays_longer(page, state)
+            lspt.arrived(range(page, page + 1), state)
             fetched[kind] += 1
 
     for passing in range(8_000):
@@ -600,7 +599,9 @@ def test_a_table_that_is_used_all_the_time_stays_while_other_pages_pass_once(mak
         for _ in range(10):
             touch(dice.choice(table), "table")
     assert fetched["others"] == 8_000
-    assert fetched["table"] < 4 * len(table), "without stays_longer it is fetched seven times"
+    assert fetched["table"] < 4 * len(table), (
+        "without a generation to come it is fetched seven times"
+    )
 
 
 def test_a_generation_in_which_the_clock_has_gone_round_has_no_old_pages_left(large, monkeypatch):

@@ -302,8 +302,7 @@ def test_a_page_that_comes_back_soon_after_it_left_stays_longer(make, began, sin
     now = began + since
     lspt.figures[FETCHED] = now * lspt.quarter
     state = lspt.expect(page)
-    lspt.arrived(range(page, page + 1))
-    lspt.stays_longer(page, state)
+    lspt.arrived(range(page, page + 1), state)
     come(lspt, 11)
     for later in range(LONGER + 2):
         lspt.figures[FETCHED] = (now + later) * lspt.quarter
@@ -314,24 +313,10 @@ def test_a_page_that_comes_back_soon_after_it_left_stays_longer(make, began, sin
         assert lspt.older_than(-LONGER)[lspt.state[page]] == 2
 
 
-def test_a_page_that_has_left_again_is_not_made_to_stay(make):
+def test_a_page_that_is_new_is_not_made_to_stay(make):
     lspt = make()
-    come(lspt, 10)
-    left = lspt.leaving(10, 1)
-    lspt.stays_longer(10, AWAY)
-    assert lspt.state[10] == LEAVING
-    lspt.gone(left)
-    lspt.stays_longer(10, AWAY)
-    assert lspt.state[10] == AWAY
-
-
-@pytest.mark.parametrize("before", [NEW, LOST, COMING, LEAVING, HERE])
-def test_only_a_page_that_was_away_is_made_to_stay(make, before):
-    lspt = make()
-    come(lspt, 10)
-    came = lspt.state[10]
-    lspt.stays_longer(10, before)
-    assert lspt.state[10] == came
+    lspt.arrived(range(10, 11), lspt.expect(10))
+    assert lspt.state[10] == HERE + lspt.generation()
 
 
 def test_stays_makes_the_pages_as_they_were_or_as_if_they_had_come_now(make):
