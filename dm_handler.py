@@ -186,27 +186,25 @@ class DmHandler:
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each
-        time; then sleep. If there are pages to bring that were asked for, don't wait."""
-        until = time.monotonic() + SPIN
+        time; then sleep. None, if there is something else to do first."""
+        until, timeout = time.monotonic() + SPIN, 0
         while True:
-            if self.children.uffds:
-                self._serve_children()
-            if faults := self._uffd.read_faults():
-                return faults
+            if ready := [fd for fd, _ in self._epoll.poll(timeout)]:
+                if ready != [self._uffd.fd]:
+                    self._serve_children(ready)
+                    if self._lspt.for_handler in ready:
+                        self._hear()
+                return self._uffd.read_faults()
             if self._asked and not self._figures[l.ROOM_WANTED]:  # LPET tells when there is room
                 return []
             os.sched_yield()
             if time.monotonic() > until:
-                break
-        for fd, _ in self._epoll.poll():
-            if fd == self._lspt.for_handler:
-                self._hear()
-        return self._uffd.read_faults()
+                timeout = -1
 
-    def _serve_children(self) -> None:
+    def _serve_children(self, ready: list[int]) -> None:
         """Bring the pages that forked children miss, as if the application had read them, and wake the
         children."""
-        for child in self.children.faulting():
+        for child in self.children.faulting(ready):
             for _, _, address, _ in child.read_faults():
                 address &= -PAGE_SIZE
                 page = (address - self._start) // PAGE_SIZE

@@ -57,7 +57,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 
 from edm import address_space, limits, log
@@ -136,7 +136,6 @@ class Pager:
             self._report.lines = self._handler.lines.found
         of_memory = lspt, store, self._memfd, uffd, self._pagemap, start
         self._new_lpet = partial(Lpet, *of_memory, config.evict_batch, self._tracker)
-        self._lpet = self._new_lpet()  # for what the application asks; it does not run
         self._threads: list[threading.Thread] = []
         self._system_calls: SystemCalls | None = None
         self._closed = False  # has the application closed its space?
@@ -159,6 +158,10 @@ class Pager:
             lpet = self._wait_for_lpet
         for body in (self._handler.run, lpet, self._answer):
             self._start_thread(body)
+        for fd in (
+            os.pipe()
+        ):  # there is room for two more descriptors, which a sync or a system call needs
+            os.close(fd)
 
     def _start_thread(self, body: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._guarded, args=(body,))
@@ -359,6 +362,11 @@ class Pager:
         else:  # END: the application's interpreter ends; or CLOSE
             self._end()
         return b""
+
+    @cached_property
+    def _lpet(self) -> Lpet:
+        """For what the application asks. The LPET that runs has its own."""
+        return self._new_lpet()
 
     def _area(self, page: int) -> slice:
         """The place in LSPT.areas of the area that begins at this page; empty if there is none."""
