@@ -134,7 +134,7 @@ class Space:
         self._views: dict[int, tuple[memoryview, int]] = {}  # id(view) → view, address
         # (address, length): to be freed when the lock is free.
         self._released: deque[tuple[int, int]] = deque()
-        # (number of the RELEASE, address, length): not a gap yet.
+        # (number of the FREE, address, length): not a gap yet.
         self._freeing: deque[tuple[int, int, int]] = deque()
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
             closed = partial(_closed_by, at_the_end)
@@ -216,7 +216,10 @@ class Space:
             addr, _ = gap
         else:
             addr = operator.index(addr)
-            self._check_free(addr, whole)
+            self._check_inside(addr, whole)
+            self._reclaim(wait=True)
+            if not self._gaps.around(addr, whole):
+                raise ValueError(f"addr: the area {addr:#x}-{addr + whole:#x} overlaps another")
         self._take(addr, whole, str(name))
         view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
         self._views[id(view)] = view, addr
@@ -227,8 +230,7 @@ class Space:
         """Unmap an area that mmap returned. Its bytes are gone, here and in the store.
 
         Raises ValueError if it is not such an area, and BufferError while something else uses it (a
-        slice, a NumPy array); then nothing has changed. Raises OSError if the pager can't free the pages.
-        Then the area can't be used, its bytes stay, and munmap may be called again. Source: munmap(2).
+        slice, a NumPy array); then nothing has changed. Source: munmap(2).
         """
         view, addr = self._views.get(id(area), (None, 0))
         if view is None:
@@ -236,11 +238,8 @@ class Space:
         if _users(area) != ALONE:
             raise BufferError("area: still in use, by a slice or an array made of it")
         area.release()  # BufferError if a buffer of it is exported at this moment
-        # If the store refuses, the bytes are still there: nothing else may be mapped over them.
-        whole = self._lengths[addr]
-        self._mailbox.call(m.FREE, *self._pages(addr, whole))
-        del self._views[id(area)], self._lengths[addr]
-        self._gaps.give_back(addr, whole)
+        del self._views[id(area)]
+        self.release(addr)
 
     def sync(self) -> int:
         """Make everything written so far durable, without evicting it; how many pages were sent.
@@ -302,9 +301,8 @@ class Space:
     def allocate(self, length: int, name: str, grows: bool = False) -> int:
         """Map an area of length bytes, zeros, at the end of the smallest gap that has room.
 
-        Returns its address, or 0 when no gap is large enough, or the store refuses: what is raised is a
-        signal handler's. grows: in the middle of the largest gap, so that this area and others have room to
-        grow.
+        Returns its address, or 0 when no gap is large enough: what is raised is a signal handler's. grows:
+        in the middle of the largest gap, so that this area and others have room to grow.
         """
         whole = whole_pages(length)
         # On a kept disk a small gap may be an area of an earlier job, which mmap will map again.
@@ -314,8 +312,8 @@ class Space:
         addr = end - whole
         if grows:
             addr -= (addr - start) // 2 // PAGE_SIZE * PAGE_SIZE
-        if self._kept and self._mailbox.outcome(m.FREE, *self._pages(addr, whole))[0]:
-            return 0
+        if self._kept:
+            self._mailbox.wait_until_done(self._mailbox.ask(m.FREE, *self._pages(addr, whole)))
         self._take(addr, whole, name)
         return addr
 
@@ -341,7 +339,7 @@ class Space:
         return len(self._lengths) - len(self._views)
 
     def release(self, addr: int) -> None:
-        """Free the area that allocate has mapped there: now, or after the call that is under way.
+        """Free the area that is mapped there: now, or after the call that is under way.
 
         This does not wait for the pager.
         """
@@ -354,7 +352,7 @@ class Space:
             with self._lock:
                 while self._released and not self.is_forked:
                     addr, whole = self._released.popleft()
-                    number = self._mailbox.ask(m.RELEASE, *self._pages(addr, whole))
+                    number = self._mailbox.ask(m.FREE, *self._pages(addr, whole))
                     self._freeing.append((number, addr, whole))
 
     # ------------------------------------------------------------ beginning and end
@@ -363,8 +361,7 @@ class Space:
         """Map the space, and the mailbox behind it. The pager sets the size of the memfd."""
         length = self.end_addr - self.start_addr + m.SIZE
         try:
-            flags = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
-            u.mmap(self.start_addr, length, u.PROT_READ | u.PROT_WRITE, flags, memfd)
+            self._map_memory(length, u.PROT_READ | u.PROT_WRITE, u.MAP_SHARED, memfd)
         except OSError as error:
             from edm.limits import limit_of
 
@@ -372,9 +369,12 @@ class Space:
             reason = error.strerror + limit_of(error.errno)
             why = f"overlaps what is mapped, or can't be mapped at all ({reason})"
             raise ValueError(f"{where} {why}; choose other addresses") from None
+        self._mailbox = m.Mailbox(self.end_addr)
+
+    def _map_memory(self, length: int, prot: int, flags: int, memfd: int) -> None:
+        u.mmap(self.start_addr, length, prot, flags | u.MAP_FIXED_NOREPLACE, memfd)
         u.madvise(self.start_addr, length, u.MADV_DONTFORK)
         u.madvise(self.start_addr, length, u.MADV_DONTDUMP)
-        self._mailbox = m.Mailbox(self.end_addr)
 
     def _unmap(self) -> None:
         u.munmap(self.start_addr, self.end_addr - self.start_addr + m.SIZE)
@@ -425,7 +425,8 @@ class Space:
     def close(self) -> None:
         """End the space and its pager. A kept disk is synced. Nothing may use an area any more."""
         if not (connected := self._has_socket()):
-            self._mailbox.call(m.END)
+            with contextlib.suppress(OSError):  # the pager tells it
+                self._mailbox.call(m.END)
         self._mailbox.ask(m.CLOSE)
         if connected:
             while os.read(self._socket, 1):  # the answer; then nothing: the pager has ended
@@ -451,7 +452,7 @@ class Space:
 
         Raises OSError or ValueError if that fails. Then touching the space is a SIGSEGV.
         """
-        space = self.start_addr, self.end_addr - self.start_addr
+        length = self.end_addr - self.start_addr
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
             memfd, _ = (_closed_by(at_the_end, fd) for fd in receive(control, _socket.MSG_PEEK)[1])
             process = _closed_by(at_the_end, os.pidfd_open(os.getpid()))
@@ -461,24 +462,14 @@ class Space:
             _closed_by(if_it_fails, lifeline)
             # PROT_NONE: reading a page before it is registered, in a signal handler, would fill the
             # memfd.
-            flags = u.MAP_PRIVATE | u.MAP_NORESERVE | u.MAP_FIXED_NOREPLACE
-            u.mmap(*space, u.PROT_NONE, flags, memfd)
-            u.madvise(*space, u.MADV_DONTFORK)
-            u.madvise(*space, u.MADV_DONTDUMP)
+            self._map_memory(length, u.PROT_NONE, u.MAP_PRIVATE | u.MAP_NORESERVE, memfd)
             self._register(u.Userfaultfd(uffd), "none")
             # The userfaultfd and the lifeline stay open: the pager may die before it reads this.
             send(control, b"%d" % os.getpid(), [process, uffd, lifeline, pagers_end])
             if_it_fails.pop_all()  # it has not failed
-        u.mprotect(*space, u.PROT_READ | u.PROT_WRITE)
+        u.mprotect(self.start_addr, length, u.PROT_READ | u.PROT_WRITE)
 
     # ------------------------------------------------------------ the areas
-
-    def _check_free(self, addr: int, whole: int) -> None:
-        """Raises ValueError if this area can't be mapped."""
-        self._check_inside(addr, whole)
-        self._reclaim(wait=True)
-        if not self._gaps.around(addr, whole):
-            raise ValueError(f"addr: the area {addr:#x}-{addr + whole:#x} overlaps another")
 
     def _check_inside(self, addr: int, length: int) -> None:
         """Raises ValueError unless these are whole pages of the space."""
@@ -719,11 +710,7 @@ def send_answer(
     kept: is the disk kept? fds: the memfd and the lifeline, for forked children.
     """
     number, words, file = 0, str(refusal or ""), None
-    if isinstance(refusal, OSError):
-        number, words, file = (
-            refusal.errno or errno.EIO,
-            refusal.strerror or words,
-            refusal.filename,
-        )
+    if isinstance(refusal, OSError):  # of a system call, or a DMS: it has an errno
+        number, words, file = refusal.errno, refusal.strerror, refusal.filename
     with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
         send(control, marshal.dumps((kept, os.getpid(), number, words, file)), fds)

@@ -361,25 +361,21 @@ class DmHandler:
         length = (len(pages) if pages.step == 1 else 1) * PAGE_SIZE
         if source:  # counted first: the application may ask as soon as it is woken
             self._figures[l.RECEIVED] += len(pages) * PAGE_SIZE
-        try:
-            for at in range(0, len(pages) * PAGE_SIZE, length):
-                if source or mark:
-                    self._uffd.copy(address, (source or self._zeros) + at, length, mark)
-                else:
-                    self._uffd.zeropage(address, length)
-                address += pages.step * PAGE_SIZE
-        except FileNotFoundError:  # ENOENT: the application has unmapped the space itself
-            self._uffd.wake(address, length)
-            self._lspt.not_coming(pages)
-            return
+        for at in range(0, len(pages) * PAGE_SIZE, length):
+            if source or mark:
+                self._uffd.copy(address, (source or self._zeros) + at, length, mark)
+            else:
+                self._uffd.zeropage(address, length)
+            address += pages.step * PAGE_SIZE
         self._lspt.arrived(pages, before)
         if self.came is not None:
             self.came.extend(pages)
 
     def _lose(self, page: int, error: OSError) -> None:
         """The store can't return this page: from now on touching it is a SIGBUS, and never gives zeros."""
-        address, reason = self._start + page * PAGE_SIZE, error.strerror or error
-        self._log.error("page in address %#x can't be brought back: %s", address, reason)
+        address = self._start + page * PAGE_SIZE
+        told = f"page in address {address:#x} can't be brought back: {error.strerror or error}"
+        self._log.error("%s", told)
         self._lspt.not_coming(range(page, page + 1), l.LOST)
         try:
             # Poison wants an empty place in the page table, without the mark (EEXIST).
@@ -389,8 +385,5 @@ class DmHandler:
         except OSError as failure:
             if failure.errno not in (errno.EINVAL, errno.ENOTTY):
                 raise
-            raise OSError(
-                error.errno,
-                f"page in address {address:#x} can't be brought back: {reason}; and this kernel "
-                "can't tell the application so (UFFDIO_POISON: Linux 6.6)",
-            ) from None
+            why = "this kernel can't tell the application so (UFFDIO_POISON: Linux 6.6)"
+            raise OSError(error.errno, f"{told}; and {why}") from None

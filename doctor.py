@@ -22,7 +22,7 @@ import tempfile
 from importlib.util import find_spec
 
 from edm import uffd_ctypes as u
-from edm.page_idle import bitmap_missing, pfns_missing, unmap_missing
+from edm.page_idle import bitmap_missing, unmap_missing
 from edm.page_store import disk_folder
 
 DEADLINE = 30  # seconds for anything that could hang
@@ -97,12 +97,6 @@ def idle_pages() -> Finding:
     if missing := bitmap_missing():
         return "without", f"the kernel's bitmap ({missing}); LPET uses unmapping", ""
     return "ok", "the kernel's bitmap can be used", ""
-
-
-def pagemap() -> Finding:
-    if pfns_missing():
-        return "without", "page frame numbers, in the log's LSPT tables: they are for root", ""
-    return "ok", "readable", ""
 
 
 # ---------------------------------------------------------------- EDM itself, and MPI
@@ -212,7 +206,6 @@ CHECKS = {
     "its features": features,
     "a page fault": page_fault,
     "idle pages": idle_pages,
-    "pagemap": pagemap,
     "MPI": mpi,
     "two ranks": two_ranks,
     "disk": disk,

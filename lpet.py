@@ -258,11 +258,9 @@ class Lpet:
         """
         now, wanted_since = time.monotonic(), self._lspt.room_wanted_since()
         if wanted_since and now - max(wanted_since, self._refused_since) > GRACE:
-            raise OSError(
-                self._refusal.errno,
-                "no page can be evicted, and the application needs another one: "
-                f"{self._refusal.strerror or self._refusal}",
-            )
+            why = self._refusal.strerror or self._refusal
+            words = f"no page can be evicted, and the application needs another one: {why}"
+            raise OSError(self._refusal.errno, words)
         return max(self._again_at - now, l.SETTLE)
 
     # ------------------------------------------------------------ which pages

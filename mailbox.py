@@ -8,13 +8,13 @@ Interface: Mailbox(address), made by both ends of the same memory.
                         is_done and wait_until_done say which requests the pager has done
     the pager           wait() in a thread of its own; requests(); answer() while it does one
 
-The memory: two u32, then a ring of ENTRIES requests, then one answer.
+The memory: two u64, then a ring of ENTRIES requests, then one answer.
 
-    asked      how many requests were written so far, modulo 1 << 32: the number of the last one
+    asked      how many requests were written so far: the number of the last one
     done       the number of the last request that is done. They are done in order
 
-Both are futexes: waiting for one to change is a sleep in futex(2). Every request may be answered.
-The next answer replaces it, so only the answer of the last request can be read.
+The lower half of each is a futex: waiting for it to change is a sleep in futex(2). Every request may be
+answered. The next answer replaces it, so only the answer of the last request can be read.
 
 Rules: one thread at a time calls ask or call. The pager's side belongs to one thread, except
 interrupt. Python runs other threads and signal handlers while a thread waits here. If a signal
@@ -29,7 +29,7 @@ from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, futex_wait, futex_wake
 
-MAPPED, FREE, RELEASE, LOCATIONS, FIGURES, SYNC, END, CLOSE, PREFETCH, FORGET = range(10)
+MAPPED, FREE, LOCATIONS, FIGURES, SYNC, END, CLOSE, PREFETCH, FORGET = range(9)
 
 REQUEST = Struct("=BxHxxxxQQ")  # what, bytes of the name, first page, count of pages
 ANSWER = Struct("=iI")  # 0, or an errno if the content is an error's text; bytes of the content
@@ -40,16 +40,10 @@ ANSWERED = RING + ENTRIES * ENTRY  # where the answer is
 CONTENT = ANSWERED + ANSWER.size
 MAX_ANSWER = 1 << 16  # bytes of a content
 SIZE = -(-(CONTENT + MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
-NUMBERS = 1 << 32
 RUN = Struct("=QQ")  # of PREFETCH and FORGET: first page, count of pages
 RUNS = (ENTRY - REQUEST.size) // RUN.size
 
 _ASKED, _DONE = range(2)
-
-
-def _includes(done: int, number: int) -> bool:
-    """Has this request come before `done`, or is it that one? Both numbers are modulo NUMBERS."""
-    return (done - number) % NUMBERS < NUMBERS // 2
 
 
 class Mailbox:
@@ -57,15 +51,15 @@ class Mailbox:
         """address: in this process, of SIZE bytes that both ends share."""
         self._address = address
         memory = self._memory = memoryview((ctypes.c_ubyte * SIZE).from_address(address)).cast("B")
-        self._words = memory[:8].cast("I")
+        self._words = memory[:16].cast("Q")
 
     # ------------------------------------------------------------ the application's end
 
     def ask(self, what: int, page: int = 0, count: int = 0, name: bytes = b"") -> int:
         """Send a request; its number. Waits only while the ring is full."""
         name = name[: ENTRY - REQUEST.size]
-        number = (self._words[_ASKED] + 1) % NUMBERS
-        self.wait_until_done((number - ENTRIES) % NUMBERS)
+        number = self._words[_ASKED] + 1
+        self.wait_until_done(number - ENTRIES)
         at = RING + number % ENTRIES * ENTRY
         REQUEST.pack_into(self._memory, at, what, len(name), page, count)
         self._memory[at + REQUEST.size : at + REQUEST.size + len(name)] = name
@@ -75,24 +69,20 @@ class Mailbox:
 
     def call(self, what: int, page: int = 0, count: int = 0) -> bytes:
         """Send a request and wait for the answer. Raises OSError with the pager's errno."""
-        error, content = self.outcome(what, page, count)
+        self.wait_until_done(self.ask(what, page, count))
+        error, length = ANSWER.unpack_from(self._memory, ANSWERED)
+        content = bytes(self._memory[CONTENT : CONTENT + length])
         if error:
             raise OSError(error, content.decode())
         return content
 
-    def outcome(self, what: int, page: int, count: int) -> tuple[int, bytes]:
-        """As call, but returns the errno, or 0. What is raised is a signal handler's."""
-        self.wait_until_done(self.ask(what, page, count))
-        error, length = ANSWER.unpack_from(self._memory, ANSWERED)
-        return error, bytes(self._memory[CONTENT : CONTENT + length])
-
     def is_done(self, number: int) -> bool:
         """Has the pager done this request?"""
-        return _includes(self._words[_DONE], number)
+        return self._words[_DONE] >= number
 
     def wait_until_done(self, number: int) -> None:
         """Sleep until the pager has done this request."""
-        while not _includes(done := self._words[_DONE], number):
+        while (done := self._words[_DONE]) < number:
             self._wait(_DONE, done)
 
     # ------------------------------------------------------------ the pager's end
@@ -107,7 +97,7 @@ class Mailbox:
         The application is woken once, after the last one: it asks nothing while it waits.
         """
         while (number := self._words[_DONE]) != self._words[_ASKED]:
-            number = (number + 1) % NUMBERS
+            number += 1
             at = RING + number % ENTRIES * ENTRY
             what, length, page, count = REQUEST.unpack_from(self._memory, at)
             yield what, page, count, bytes(self._memory[at + REQUEST.size :][:length])
@@ -127,7 +117,7 @@ class Mailbox:
     # ------------------------------------------------------------ both
 
     def _wake(self, word: int) -> None:
-        futex_wake(self._address + 4 * word)
+        futex_wake(self._address + 8 * word)
 
     def _wait(self, word: int, value: int) -> None:
-        futex_wait(self._address + 4 * word, value)
+        futex_wait(self._address + 8 * word, value)

@@ -46,9 +46,7 @@ from struct import Struct
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 VERSION = 5
-MAX_LOCATIONS = (
-    1 << 16
-)  # pages at most in one LOCATIONS: no application asks for more, see mailbox.py
+MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS: no application asks for more, see mailbox.py
 SYNC_STEPS = 3
 
 HELLO, GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE, START = range(1, 10)

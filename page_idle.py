@@ -148,18 +148,13 @@ class UnmapTracker:
 
 def bitmap_missing() -> str:
     """Why this process can't use the kernel's idle bitmap; "" if it can."""
+    touched = ctypes.c_int(1)
     try:
         os.close(os.open(BITMAP, os.O_RDWR | os.O_CLOEXEC))
-        return pfns_missing()
+        with open("/proc/self/pagemap", "rb") as pagemap:
+            [pfn] = Pagemap(pagemap.fileno(), 0).pfns(ctypes.addressof(touched) // PAGE_SIZE, 1)
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-
-
-def pfns_missing() -> str:
-    """Why this process can't know page frame numbers; "" if it can. Raises OSError without /proc."""
-    touched = ctypes.c_int(1)
-    with open("/proc/self/pagemap", "rb") as pagemap:
-        [pfn] = Pagemap(pagemap.fileno(), 0).pfns(ctypes.addressof(touched) // PAGE_SIZE, 1)
     return "" if pfn else "/proc/PID/pagemap hides page frame numbers: CAP_SYS_ADMIN shows them"
 
 

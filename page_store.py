@@ -21,7 +21,8 @@ Rules:
       the SPT and its checksum need no lock.
     * All state that changes is in shared memory. A process that is forked after the store was made
       may call put and take_from while its parent calls the other methods.
-    * A kept disk has one lock for all processes. put, free and sync hold it; get does not.
+    * A kept disk has one lock for all processes. put, free and sync hold it; get does not, nor do
+      sync_steps, whose caller sees to it that the others wait.
       A process that is killed while it holds the lock blocks the others forever, so its parent
       must end the job.
     * A disk that is not kept has no lock. Its calls share nothing but the pages that they name.
@@ -264,7 +265,7 @@ class PageStore:
         try:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
         except BaseException:
-            self.close()
+            os.close(self.fd)
             raise
 
     # ------------------------------------------------------------ pages come
@@ -471,7 +472,10 @@ class PageStore:
         )
 
     def close(self) -> None:
-        """Close the disk. If it has no name, it is gone."""
+        """Close the disk. If it is not kept, it is empty, or gone if it has no name."""
+        if not self.kept:
+            with suppress(OSError):  # it is only room
+                os.ftruncate(self.fd, 0)
         os.close(self.fd)
 
     def _address(self, page: int) -> int:

@@ -323,9 +323,8 @@ class Pager:
                 try:
                     self._mailbox.answer(self._do(what, page, count, name))
                 except OSError as error:
-                    # Nobody waits for these. Addresses must not be used again with old bytes, and no
-                    # page may stay LEAVING.
-                    if what in (m.RELEASE, m.FORGET):
+                    # Nobody waits for these. Addresses must not be used again with old bytes.
+                    if what in (m.FREE, m.FORGET):
                         raise
                     words = str(error.strerror or error)
                     self._mailbox.answer(words.encode(), error.errno or errno.EIO)
@@ -339,8 +338,8 @@ class Pager:
             self._lspt.areas[self._area(page)] = [(page, count)]  # replaces one that has grown
             if self._report:
                 self._report.mapped(page, count, name.decode(errors="replace"))
-        elif what in (m.FREE, m.RELEASE):
-            del self._lspt.areas[self._area(page)]  # no area is left if the store refused before
+        elif what == m.FREE:
+            del self._lspt.areas[self._area(page)]  # allocate frees what is no area
             if self._report:
                 self._report.unmapped(page)
             runs = [(page, count)]
@@ -376,18 +375,15 @@ class Pager:
         """Make these pages NEW, here and in the store. Returns those that are COMING or LEAVING."""
         start = self._config.start_addr
         taken, later = self._lspt.freeing(page, count)
-        end = self._lspt.stays  # if the store refuses
         try:
             for first, before in taken:
                 self._store.free(first, len(before))
-            for first, before in taken:
                 for at, state in enumerate(before) if l.LOST in before else ():
                     if state == l.LOST:  # the poison in the page table goes when a page comes
                         self._uffd.zeropage(start + (first + at) * PAGE_SIZE, PAGE_SIZE)
                 u.punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE)
-            end = self._lspt.freed
-        finally:
-            end(taken)
+        finally:  # after an error the job ends, and no page may stay LEAVING
+            self._lspt.freed(taken)
             self._uffd.wake(start + page * PAGE_SIZE, count * PAGE_SIZE)
         return later
 

@@ -136,14 +136,8 @@ def listener(start: int, end: int, lasts: bool = False) -> int:
     memory are stopped, too. Raises OSError as u.seccomp does.
     """
     u.prctl(u.PR_SET_NO_NEW_PRIVS, 1)
-    flags = (
-        u.SECCOMP_FILTER_FLAG_NEW_LISTENER
-        | u.SECCOMP_FILTER_FLAG_TSYNC
-        | u.SECCOMP_FILTER_FLAG_TSYNC_ESRCH
-        | u.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
-    )
     steps = _filter(start, end, lasts)
-    return u.seccomp(flags, b"".join(sock_filter.pack(*step) for step in steps))
+    return u.seccomp(b"".join(sock_filter.pack(*step) for step in steps))
 
 
 def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, int]]:

@@ -297,7 +297,8 @@ FUTEX_WAIT, FUTEX_WAKE = 0, 1  # between processes
 
 
 def futex_wait(address: int, value: int) -> None:
-    """futex(2): sleep until somebody wakes this word of shared memory; at once if it is not value.
+    """futex(2): sleep until somebody wakes this u32 of shared memory; at once if it is not value, modulo
+    1 << 32.
 
     Returns for no reason at times, and when a signal has come.
     """
@@ -354,12 +355,14 @@ SECCOMP_FILTER_FLAG_TSYNC_ESRCH, SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 1 << 4
 sock_fprog = Struct("=H6xQ")  # len, filter
 
 
-def seccomp(flags: int, instructions: bytes) -> int:
+def seccomp(instructions: bytes) -> int:
     """seccomp(2): from now on this process's system calls are filtered by these BPF instructions.
 
-    Returns the listener's descriptor, if flags say NEW_LISTENER. Raises OSError EBUSY where there is
-    another listener already, ESRCH if a thread has other filters, EINVAL for a flag that is unknown.
+    Returns the listener's descriptor. Raises OSError EBUSY where there is another listener already, ESRCH
+    if a thread has other filters, EINVAL for a flag that is unknown.
     """
+    flags = SECCOMP_FILTER_FLAG_TSYNC | SECCOMP_FILTER_FLAG_NEW_LISTENER
+    flags |= SECCOMP_FILTER_FLAG_TSYNC_ESRCH | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
     code = ctypes.create_string_buffer(instructions, len(instructions))
     program = sock_fprog.pack(len(instructions) // 8, ctypes.addressof(code))
     result = _libc.syscall(_NR_seccomp, SECCOMP_SET_MODE_FILTER, c_uint(flags), program)

@@ -1337,8 +1337,17 @@ def test_a_kept_disk_whose_making_was_interrupted_is_a_new_one(path, caplog, hea
     assert not caplog.text
 
 
-def test_a_disk_that_was_not_kept_is_refused_for_keeping_and_else_begins_anew(path):
+def test_a_disk_that_is_not_kept_is_empty_when_its_job_has_ended(path):
     made(path, keep=False)
+    assert path.stat().st_size == 0
+    made(path)
+    PageStore(str(path), START, END, keep=True).close()
+
+
+def test_a_killed_jobs_disk_that_was_not_kept_is_refused_for_keeping_and_else_begins_anew(path):
+    killed = PageStore(str(path), START, END)
+    write(killed, 0, content(1))
+    os.close(killed.fd)
     refused(path, "was not kept")
     store = PageStore(str(path), START, END + PAGE_SIZE)
     assert content(1)[:100] not in path.read_bytes()
