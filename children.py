@@ -13,7 +13,8 @@ read end before it ends: the child goes on if it does not touch the memory. A ch
 another program is killed with the pager, too.
 
 Interface: Children(epoll) is the DM-Handler's, whose epoll wakes it when a child faults or ends.
-adopt(fds) takes a new child, faulting(ready) returns those that have faults, let_go() is for the end.
+adopt(fds) takes a new child, faulting() returns those that have faults, let_go() is for the end.
+`uffds` is empty if there are no children.
 
 Rules: the DM-Handler's thread calls faulting. Any thread may call adopt, one at a time. The main
 thread calls let_go when the DM-Handler has ended.
@@ -50,8 +51,9 @@ class Children:
         for fd in (uffd, process):  # the pidfd last: the child may have ended
             self._epoll.register(fd, select.EPOLLIN)
 
-    def faulting(self, ready: list[int]) -> list[Userfaultfd]:
-        """Of these descriptors, which are ready: the userfaultfds. Children that have ended are forgotten."""
+    def faulting(self) -> list[Userfaultfd]:
+        """The userfaultfds that have messages. Children that have ended are forgotten."""
+        ready = [fd for fd, _ in self._epoll.poll(0)]
         for process in self._sent.keys() & set(ready):
             fds = self._sent.pop(process)
             del self.uffds[fds[1]]

@@ -31,7 +31,8 @@ Rules: this thread alone reads the userfaultfds and makes pages COMING.
 
 Waiting: to wake another core that is idle takes longer than all the rest of a fault. So this thread
 looks for the next fault for SPIN seconds before it sleeps. To follow the application to its core, and
-sleep at once, was measured too: 41 to 44 µs a random read, and 22 to 32 with SPIN in the same runs.
+sleep at once, was measured too: 41 to 44 µs a random read, and 22 to 32 with SPIN in the same runs. So was
+to look by the epoll, which takes 0.6 µs where an empty read takes 2.2: random reads took 6 to 12 % longer.
 """
 
 from __future__ import annotations
@@ -186,25 +187,27 @@ class DmHandler:
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each
-        time; then sleep. None, if there is something else to do first."""
-        until, timeout = time.monotonic() + SPIN, 0
+        time; then sleep. If there are pages to bring that were asked for, don't wait."""
+        until = time.monotonic() + SPIN
         while True:
-            if ready := [fd for fd, _ in self._epoll.poll(timeout)]:
-                if ready != [self._uffd.fd]:
-                    self._serve_children(ready)
-                    if self._lspt.for_handler in ready:
-                        self._hear()
-                return self._uffd.read_faults()
+            if self.children.uffds:
+                self._serve_children()
+            if faults := self._uffd.read_faults():
+                return faults
             if self._asked and not self._figures[l.ROOM_WANTED]:  # LPET tells when there is room
                 return []
             os.sched_yield()
             if time.monotonic() > until:
-                timeout = -1
+                break
+        for fd, _ in self._epoll.poll():
+            if fd == self._lspt.for_handler:
+                self._hear()
+        return self._uffd.read_faults()
 
-    def _serve_children(self, ready: list[int]) -> None:
+    def _serve_children(self) -> None:
         """Bring the pages that forked children miss, as if the application had read them, and wake the
         children."""
-        for child in self.children.faulting(ready):
+        for child in self.children.faulting():
             for _, _, address, _ in child.read_faults():
                 address &= -PAGE_SIZE
                 page = (address - self._start) // PAGE_SIZE

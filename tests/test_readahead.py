@@ -224,8 +224,7 @@ class Store:
 
 
 class FakeUffd:
-    def __init__(self, fd):
-        self.fd = fd  # it is readable if there are faults
+    def __init__(self):
         self.poisoned = []
         self.faults = []
 
@@ -245,7 +244,7 @@ def handler():
     lspt.areas.append((0, 1000))
     lspt.on_disk(0, 1000)
     handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False)
-    handler._uffd = FakeUffd(lspt.for_lpet)
+    handler._uffd = FakeUffd()
     yield handler
     close(lspt)
 
@@ -310,6 +309,7 @@ def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them
     assert handler._next_faults() == []
     handler._bring_asked()
     assert here(handler) == [*range(100, 160)]
+    handler._hear()  # as ask_for has written
     handler._bring_asked()
     assert here(handler) == [*range(100, 160)] and lspt.room_wanted_since() > 1e9
     handler._uffd.faults = [(0, 0, 0, 0)]
