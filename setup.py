@@ -1,7 +1,8 @@
 """Installs edm.pth beside the package. setup.cfg can't, and has all the rest.
 
-In the picture: nothing. `python -m edm` looks for edm in the current folder first, where a program may
-have a module of that name. Only Python's site comes before that, which runs the lines of .pth files.
+In the picture: nothing. `python -m edm` looks in the current folder first, where a program may have a module
+called edm, or types, which Python's runpy imports. Only Python's site comes before that, which runs the lines
+of .pth files.
 
 Source: "site" and "-m" in Python's documentation.
 """
@@ -16,7 +17,7 @@ from setuptools.command.build_py import build_py
 PTH = """\
 # python -m edm: the EDM that is installed here, whatever the current folder has of that name.
 import sys; sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)][-4:] in ("edm", "medm") and \
-__import__("edm")
+[__import__(name) for name in ("edm", "runpy")]
 """
 
 

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import site
 import socket
@@ -572,6 +573,21 @@ def test_edm_itself_is_not_looked_for_in_the_current_folder(tmp_path, run):
     plain, _ = both(["-c", ABOUT], ["-O"] if "-O" in run[0] else [], cwd=tmp_path)
     _, within = both(["-c", ABOUT], run=run, cwd=tmp_path)
     assert within == plain and plain[0] == 0
+
+
+@pytest.mark.skipif(not EDM_PTH, reason="not installed: edm.pth")
+@pytest.mark.parametrize("name", ["types", "contextlib", "pkgutil"])
+def test_what_python_imports_for_its_m_is_not_looked_for_in_the_current_folder(tmp_path, run, name):
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    [packages] = bare.glob("lib/python*/site-packages")
+    (packages / "edm").symlink_to(Path(edm.__file__).parent)
+    shutil.copy(EDM_PTH[0], packages)
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('the current folder has it')")
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "script.py").write_text("print('started')")
+    ended = run(bare / "bin" / "python", *RUN, "program/script.py", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (0, "started\n")
 
 
 @pytest.mark.skipif(not EDM_PTH, reason="not installed: edm.pth")
