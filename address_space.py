@@ -103,7 +103,7 @@ def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError("space: called by a signal handler, in the midst of another call")
         try:
             with self._lock:
-                if self.is_forked:
+                if self.is_over:
                     raise RuntimeError("space: it has ended, or this is a forked process")
                 return method(self, *args, **options)
         finally:
@@ -127,7 +127,7 @@ class Space:
         self.start_addr, self.end_addr = config.start_addr, config.end_addr
         self.resident_limit = config.high_threshold * PAGE_SIZE  # bytes
         self.instance = instance
-        self.is_forked = False  # True in a forked process, and when the space has ended
+        self.is_over = False  # True when the space has been closed, and in a forked process
         self._lock = _thread.RLock()  # never taken twice, but it knows whether this thread has it
         self._gaps = Gaps(self.start_addr, self.end_addr)
         self._lengths: dict[int, int] = {}  # address → length in bytes, of each area
@@ -295,7 +295,7 @@ class Space:
 
     def can_be_called(self) -> bool:
         """False during a call of this thread, in a forked process, and after close."""
-        return not self.is_forked and not self._lock._is_owned()
+        return not self.is_over and not self._lock._is_owned()
 
     @_locked
     def allocate(self, length: int, name: str, grows: bool = False) -> int:
@@ -350,7 +350,7 @@ class Space:
         # A thread that has the lock calls this again when it has released it.
         if self._released and not self._lock._is_owned():
             with self._lock:
-                while self._released and not self.is_forked:
+                while self._released and not self.is_over:
                     addr, whole = self._released.popleft()
                     number = self._mailbox.ask(m.FREE, *self._pages(addr, whole))
                     self._freeing.append((number, addr, whole))
@@ -432,14 +432,14 @@ class Space:
             while os.read(self._socket, 1):  # the answer; then nothing: the pager has ended
                 pass
             os.close(self._socket)
-        self.is_forked = True
+        self.is_over = True
         self._unmap()
 
     # ------------------------------------------------------------ forked children
 
     def _forked(self) -> None:
         """In a process that the application has forked: map its memory, if possible."""
-        self.is_forked = True
+        self.is_over = True
         self._lock = _thread.RLock()  # the thread that had it is not in this process
         if self._has_socket():
             control = _socket.socket(fileno=self._socket)

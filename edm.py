@@ -218,7 +218,7 @@ def _run(app: Callable[[Space], object], config: Config, started: Space | None) 
         app(started)
     finally:
         _space = None
-        if not started.is_forked:  # else app has forked, and this is the child
+        if not started.is_over:  # else app has forked, and this is the child
             started.close()
 
 

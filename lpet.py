@@ -397,10 +397,10 @@ class Lpet:
         A page that is written meanwhile counts as written. track_clean: the pages have marks. Raises
         OSError if the store refuses one, or if LPET has ended in the midst of an eviction.
         """
-        pages, runs = 0, list(self._lspt.used(0, self._lspt.pages))
-        while runs:
+        pages, ranges = 0, list(self._lspt.used(0, self._lspt.pages))
+        while ranges:
             later: list[Run] = []
-            for page, count in self._parts(runs):
+            for page, count in self._parts(ranges):
                 taken, others = self._lspt.take(page, count, l.NO_HOLES)
                 pages += self._store_taken(page, count, taken, track_clean)
                 later += others
@@ -410,7 +410,7 @@ class Lpet:
                 break  # what was COMING has not come
             if later:  # they are HERE, or have been stored, soon
                 time.sleep(l.SETTLE)
-            runs = later
+            ranges = later
         return pages
 
     def _store_taken(self, page: int, count: int, taken: list[Left], track_clean: bool) -> int:

@@ -248,7 +248,7 @@ class MemHandler:
         With a limit of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
         """
         length, most = self._space.allocated(address), self._space.resident_limit // KEPT_PART
-        if length > most or self._space.is_forked:
+        if length > most or self._space.is_over:
             self._space.release(address)
             return
         self._kept[address] = length
