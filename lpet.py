@@ -385,9 +385,15 @@ class Lpet:
         self._banner.info(log.lspt_table(rows))
 
     def forget(self, page: int, count: int) -> None:
-        """Evict those of these pages that are HERE, except pinned pages, and what the store refuses."""
+        """Evict those of these pages that are HERE, except pinned pages, and what the store refuses.
+
+        It waits for those that are COMING: the application may have used them already.
+        """
         self._again_at = 0.0
-        self._evict_all(self._lspt.used(page, count), l.ANY_HERE)
+        for first, n in self._parts(self._lspt.used(page, count)):
+            while l.COMING in self._lspt.state[first : first + n] and not self._lspt.stopped():
+                time.sleep(l.SETTLE)
+            self._evict_all([(first, n)], l.ANY_HERE)
 
     # ------------------------------------------------------------ storing without evicting
 

@@ -816,6 +816,24 @@ def test_what_the_store_refuses_to_store_is_here_and_counts_as_written(make):
     assert instance.store.pages == {page: content(page) for page in (8, 9, 11)}
 
 
+def test_forgetting_waits_for_pages_that_are_coming(make):
+    instance = make()
+    instance.come((10, 3))
+    instance.lspt.expect(11 + 2)
+    thread, _ = start(lambda: instance.lpet.forget(8, 8))
+    thread.join(0.02)
+    assert thread.is_alive()
+    instance.memory.write(13)
+    instance.lspt.arrived(range(13, 14))
+    thread.join(10)
+    assert not thread.is_alive() and instance.here() == []
+    instance.lspt.expect(20)
+    thread, _ = start(lambda: instance.lpet.forget(16, 8))
+    instance.lspt.stop()
+    thread.join(10)
+    assert not thread.is_alive(), "the space has ended"
+
+
 @pytest.mark.parametrize("how", ["installed", "refused", "evicted"])
 def test_storing_waits_for_pages_that_somebody_else_has_in_hand(make, how):
     instance = make()
