@@ -710,7 +710,8 @@ def send_answer(
     kept: is the disk kept? fds: the memfd and the lifeline, for forked children.
     """
     number, words, file = 0, str(refusal or ""), None
-    if isinstance(refusal, OSError):  # of a system call, or a DMS: it has an errno
-        number, words, file = refusal.errno, refusal.strerror, refusal.filename
+    if isinstance(refusal, OSError):
+        number, file = refusal.errno or errno.EIO, refusal.filename
+        words = refusal.strerror or words
     with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
         send(control, marshal.dumps((kept, os.getpid(), number, words, file)), fds)

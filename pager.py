@@ -158,9 +158,8 @@ class Pager:
             lpet = self._wait_for_lpet
         for body in (self._handler.run, lpet, self._answer):
             self._start_thread(body)
-        for fd in (
-            os.pipe()
-        ):  # there is room for two more descriptors, which a sync or a system call needs
+        # There has to be room for two more descriptors, which a sync or a system call needs.
+        for fd in os.pipe():
             os.close(fd)
 
     def _start_thread(self, body: Callable[[], None]) -> None:

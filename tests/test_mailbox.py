@@ -53,7 +53,7 @@ def echo(what, page):
 
 
 @pytest.mark.parametrize("first", [0, (1 << 32) - 200])
-def test_requests_are_done_in_order_also_when_their_numbers_begin_again(memory, ends, serve, first):
+def test_requests_are_done_in_order_also_when_the_futexes_begin_again(memory, ends, serve, first):
     application, _ = ends
     memoryview(memory)[:16] = first.to_bytes(8, "little") * 2
     numbers = [application.ask(m.MAPPED, page, 1, b"name") for page in range(m.ENTRIES)]
