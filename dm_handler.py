@@ -82,7 +82,7 @@ class DmHandler:
         mark."""
         self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
         self._start, self._track_clean = start_addr, track_clean
-        self._readahead = Readahead(max_window)
+        self._readahead = Readahead(max_window, lspt.is_missing)
         self._epoll = select.epoll()
         self._epoll.register(uffd, select.EPOLLIN)
         self._epoll.register(lspt.for_handler, select.EPOLLIN)
@@ -361,14 +361,21 @@ class DmHandler:
             self._log.info("received ack for page in address : %#x (%s)", address, known)
             self._log.info("copying %s to address : %#x", what, address)
         mark = self._track_clean and not write
-        length = (len(pages) if pages.step == 1 else 1) * PAGE_SIZE
         if source:  # counted first: the application may ask as soon as it is woken
             self._figures[l.RECEIVED] += len(pages) * PAGE_SIZE
-        for at in range(0, len(pages) * PAGE_SIZE, length):
-            if source or mark:
-                self._uffd.copy(address, (source or self._zeros) + at, length, mark)
-            else:
-                self._uffd.zeropage(address, length)
+        at, length = 0, (len(pages) if pages.step == 1 else 1) * PAGE_SIZE
+        while at < len(pages) * PAGE_SIZE:
+            try:
+                if source or mark:
+                    self._uffd.copy(address, (source or self._zeros) + at, length, mark)
+                else:
+                    self._uffd.zeropage(address, length)
+            except FileNotFoundError:  # the program has split the mapping, as by madvise(2)
+                if length == PAGE_SIZE:
+                    raise
+                length = PAGE_SIZE
+                continue
+            at += length
             address += pages.step * PAGE_SIZE
         self._lspt.arrived(pages, before)
         if self.came is not None:

@@ -207,8 +207,8 @@ class Userfaultfd:
         """Install length bytes of src (this process) at dst (the faulting one), and wake.
 
         With write_protect the pages get the mark that their first write clears. Raises OSError
-        EEXIST when a page of the range is there already, ENOENT when it isn't registered, ESRCH
-        when the process has ended.
+        EEXIST when a page of the range is there already, ENOENT when it isn't registered or is in
+        more than one mapping, ESRCH when the process has ended.
         """
         mode = UFFDIO_COPY_MODE_WP if write_protect else 0
         uffdio_copy.pack_into(self._block, 0, dst, src, length, mode, 0)

@@ -29,6 +29,38 @@ def test_arrays_that_are_made_and_freed_while_the_interpreter_ends_are_as_in_pla
     assert (ended.returncode, ended.stdout) == (0, plain(PROGRAMS / "numpy_ends.py"))
 
 
+SPLITS = """
+import ctypes, sys
+import numpy as np
+
+libc = ctypes.CDLL(None, use_errno=True)
+call, arguments = getattr(libc, sys.argv[1]), [int(word) for word in sys.argv[2:]]
+for _ in range(3):
+    array = np.ones(2 << 20)
+    part = ctypes.c_void_p((array.ctypes.data + (5 << 20)) & -4096)
+    assert call(part, ctypes.c_size_t(1 << 20), *arguments) == 0
+    for _ in range(2):
+        print(array.sum())
+    array[:1000] = 3
+    print(array.sum(), (array * 2).sum())
+    if call is libc.mprotect:
+        libc.mprotect(part, ctypes.c_size_t(1 << 20), 3)
+    del array
+"""
+
+
+@pytest.mark.parametrize(
+    "call", ["madvise 1", "madvise 2", "madvise 10", "madvise 14", "mprotect 1", "mlock"]
+)
+@pytest.mark.parametrize("tracking", ["auto", "none"])
+def test_a_program_may_give_advice_for_a_part_of_an_array_or_lock_or_protect_it(
+    run, call, tracking
+):
+    command = "-c", SPLITS, *call.split()
+    ended = run(*EDM_RUN, "--clean-tracking", tracking, *command)
+    assert (ended.returncode, ended.stdout) == (0, plain(*command))
+
+
 def test_who_only_asks_whether_there_is_a_numpy_does_not_turn_edm_off(run):
     code = """
 import importlib.util, edm
