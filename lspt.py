@@ -364,8 +364,8 @@ class LSPT(ByteTable):
             yield from runs(first, self.state[first : first + count], HERE_RUN)
 
     def is_missing(self, pages: range) -> bool:
-        """Whether any of these ascending pages is neither HERE nor LOST."""
-        return 1 in self.state[pages.start : pages.stop].translate(_IS_MISSING)
+        """Whether any of these ascending pages, which may have a step, is neither HERE nor LOST."""
+        return 1 in self.state[pages.start : pages.stop : pages.step].translate(_IS_MISSING)
 
     def area(self, page: int) -> range:
         """The pages of the application's area that has this page; an empty range if there is none."""

@@ -6,9 +6,14 @@ Interface: Readahead.stream(page) returns the Stream that a fault of this page c
 one that has the rest of a row.
 The DM-Handler fetches the pages that the stream wants, and reports them (continued).
 
-A stream begins with the second of two faults in neighbouring pages, upward or downward, or with the third
-of three at equal distances (its stride, at most MAX_STRIDE, upward). Its window is small at first, as the
-two may have been all, and doubles each time that one was used up, to at most max_window.
+A stream begins with the second of two faults in neighbouring pages, upward, or with the third of three at
+equal distances: a page downward, or upward at most MAX_STRIDE (its stride). Its window is small at first, as
+the faults may have been all, and doubles each time that one was used up, to at most max_window.
+
+A window of a stream that has ended, or is none, pushes out pages that are needed. Above all a stride is often
+not exact, as that of a column whose rows are no whole pages: it is 3 pages a few times, then 2. So a stream is
+forgotten when a fault was not expected: within its last window, or behind it, if a page between the two is
+missing, and was passed over.
 
 Random rows of a few pages would fault twice in each row. So where streams end with their first window,
 again and again, a single fault brings such a window, too. This begins no stream: it may as well be one of
@@ -25,15 +30,13 @@ The idea is the kernel's (mm/readahead.c).
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 
-STREAMS = 8  # followed at once
-REMEMBERED = 16  # single faults that may yet turn out to begin a stream
+# Followed at once: several of each thread. With 8, 16 threads with arrays of their own took three times as long.
+STREAMS = 32
+REMEMBERED = 32  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 4  # mm/readahead.c's
-PROBE = 8
-# Windows of strides have at most this part of max_window. A stride is often not exact, as that of a column
-# whose rows are no whole pages. Then a window brings pages that the next column needs no sooner, and pushes
-# others out.
-STRIDED_PART = 4
+ROWS, PROBE = 16, 8
 MAX_STRIDE = 64
 # Strides: a fault so near after a window continues its stream. Few, as random faults that hit an old stream
 # would bring a window each.
@@ -44,11 +47,13 @@ class Stream:
     def __init__(self, page: int, window: int, stride: int) -> None:
         self.window = window  # pages to fetch when it is continued
         self.stride = stride  # between them; -1: downward
-        self.expect_from(page)
+        self.expect_from(page, page)
 
-    def expect_from(self, page: int) -> None:
-        """The fault that continues the stream is this page's, or near: pages that are here do not fault."""
+    def expect_from(self, page: int, begin: int) -> None:
+        """The fault that continues the stream is this page's, or near: pages that are here do not fault.
+        begin: the first page of the window before."""
         self.reach = range(page, page + NEAR * self.stride, self.stride)
+        self.span = range(min(begin, self.reach.stop + 1), max(begin + 1, self.reach.stop))
 
     def wanted(self, page: int, area: range) -> range:
         """The pages of this area to fetch when this one faults, in the order of need: this one first."""
@@ -58,13 +63,12 @@ class Stream:
 
 
 class Readahead:
-    def __init__(self, max_window: int) -> None:
-        """max_window: pages at most in one window; less than 2 turns readahead off."""
-        self.max_window = max_window
+    def __init__(self, max_window: int, is_missing: Callable[[range], bool]) -> None:
+        """max_window: pages at most in one window; less than 2 turns readahead off. is_missing: LSPT's."""
+        self.max_window, self._is_missing = max_window, is_missing
         self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # pages of single faults, sorted
-        # Grows with each row that was seen, and shrinks with what is no row. More than REMEMBERED: rows come
-        # at once.
+        # Grows with each row that was seen, and shrinks with what is no row. More than ROWS: rows come at once.
         self._rows = 0
         self._singles = 0  # faults of no stream
 
@@ -72,21 +76,28 @@ class Readahead:
         """The stream that a fault of this page continues or begins, or one that has the rest of a row. If
         there is none, the page comes alone."""
         for stream in self._streams:
-            if page in stream.reach:
+            if page in stream.span:
                 self._streams.remove(stream)
-                self._streams.insert(0, stream)
-                return stream
+                if page in stream.reach and not self._passed_over(stream.reach, page):
+                    self._streams.insert(0, stream)
+                    return stream
+                break
         return self._begin(page) if self.max_window > 1 else None
+
+    def _passed_over(self, reach: range, page: int) -> bool:
+        """Is any page of `reach` before this one missing? It would have faulted."""
+        passed = reach[: reach.index(page)]
+        return self._is_missing(passed if reach.step > 0 else passed[::-1])
 
     def _begin(self, page: int) -> Stream | None:
         recent = self._recent
         at = bisect_left(recent, page)
         for before in recent[bisect_left(recent, page - MAX_STRIDE) : at + 1]:
             stride = page - before
-            if stride in (1, -1) or stride > 1 and before - stride in recent:
+            if stride == 1 or (stride == -1 or stride > 1) and before - stride in recent:
                 recent.remove(before)
                 return self._new(page, stride)
-        in_rows = self._rows > REMEMBERED
+        in_rows = self._rows > ROWS
         if len(recent) == REMEMBERED:
             recent.clear()
             at = 0
@@ -104,17 +115,13 @@ class Readahead:
         if len(self._streams) == STREAMS:
             last = self._streams.pop()
             is_row = last.stride == 1 and last.window == 2 * FIRST_WINDOW < self.max_window
-            self._rows = min(self._rows + 2 * is_row, 2 * REMEMBERED)
-        self._streams.insert(0, Stream(page, min(FIRST_WINDOW, self._most(stride)), stride))
+            self._rows = min(self._rows + 2 * is_row, 2 * ROWS)
+        self._streams.insert(0, Stream(page, min(FIRST_WINDOW, self.max_window), stride))
         return self._streams[0]
-
-    def _most(self, stride: int) -> int:
-        """The pages at most in a window of this stride."""
-        return self.max_window if stride in (1, -1) else max(self.max_window // STRIDED_PART, 1)
 
     def continued(self, stream: Stream, pages: range) -> None:
         """The stream has been continued with these pages, in the order of need."""
         if stream.window > FIRST_WINDOW:
             self._rows = max(self._rows - 1, 0)
-        stream.window = min(2 * stream.window, self._most(stream.stride))
-        stream.expect_from(pages[-1] + stream.stride)
+        stream.window = min(2 * stream.window, self.max_window)
+        stream.expect_from(pages[-1] + stream.stride, pages[0])
