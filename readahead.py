@@ -10,10 +10,10 @@ A stream begins with the second of two faults in neighbouring pages, upward, or 
 equal distances: a page downward, or upward at most MAX_STRIDE (its stride). Its window is small at first, as
 the faults may have been all, and doubles each time that one was used up, to at most max_window.
 
-A window of a stream that has ended, or is none, pushes out pages that are needed. Above all a stride is often
-not exact, as that of a column whose rows are no whole pages: it is 3 pages a few times, then 2. So a stream is
-forgotten when a fault was not expected: within its last window, or behind it, if a page between the two is
-missing, and was passed over.
+A window that nobody needs pushes out pages that are needed. A stride is often not exact, as that of a column
+whose rows are no whole pages: it is 3 pages a few times, then 2. So a stream is forgotten when an unexpected
+page faults: one of its last window, one between the pages of that, or one behind it, if a missing page was
+passed over.
 
 Random rows of a few pages would fault twice in each row. So where streams end with their first window,
 again and again, a single fault brings such a window, too. This begins no stream: it may as well be one of
