@@ -20,7 +20,7 @@ again and again, a single fault brings such a window, too. This begins no stream
 equal distances. Every PROBE-th single fault still comes alone, to see if the rows go on.
 
 Among single faults, every REMEMBERED of them, the stream that was used least recently is forgotten. So
-random access ends up with none to look at. A stream that was forgotten begins again with two faults.
+random access ends up with none to look at. A stream that was forgotten begins again as a new one does.
 
 Rules: the DM-Handler's thread only. Pages, not bytes.
 

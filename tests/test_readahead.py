@@ -49,6 +49,22 @@ def begin(readahead, page, stride=1):
     return readahead.stream(page)
 
 
+def begun(readahead, stride):
+    """A stream that has begun with page 1000, and has brought its first window."""
+    stream = begin(readahead, 1000, stride)
+    readahead.continued(stream, stream.wanted(1000, SPACE))
+    return stream
+
+
+def fault(readahead, page):
+    """The pages that come when this one faults."""
+    if not (stream := readahead.stream(page)):
+        return range(page, page + 1)
+    pages = stream.wanted(page, SPACE)
+    readahead.continued(stream, pages)
+    return pages
+
+
 def follow(readahead, page, faults, stride=1):
     """Fault at page and go on from window to window; returns the sizes of the windows."""
     sizes = []
@@ -114,10 +130,7 @@ def rows(readahead, count, pages):
     for row in random.Random(2).sample(range(10**6), count):
         page, last, faults = 100 * row, 100 * row + pages - 1, 0
         while page <= last:
-            stream = readahead.stream(page)
-            come = stream.wanted(page, SPACE) if stream else range(page, page + 1)
-            if stream:
-                readahead.continued(stream, come)
+            come = fault(readahead, page)
             page, faults = come[-1] + 1, faults + 1
         took.append(faults)
     return took
@@ -149,11 +162,7 @@ def test_what_was_before_does_not_change_for_long_what_comes_with_a_fault(readah
     page, come = 10**8, set()
     for touched in range(page, page + 3000 * stride, stride):
         if touched not in come:
-            stream = readahead.stream(touched)
-            pages = stream.wanted(touched, SPACE) if stream else range(touched, touched + 1)
-            if stream:
-                readahead.continued(stream, pages)
-            come |= {*pages}
+            come |= {*fault(readahead, touched)}
     assert len(come) < 1.2 * 3000
 
 
@@ -188,8 +197,7 @@ def test_a_fault_near_after_a_window_continues_its_stream_and_others_do_not(stri
     near = {after + n * stride for n in range(NEAR)}
     for page in range(500, 1500):
         readahead = Readahead(256, nothing_is_missing)
-        stream = begin(readahead, 1000, stride)
-        readahead.continued(stream, stream.wanted(1000, SPACE))
+        stream = begun(readahead, stride)
         readahead._recent.clear()  # or a fault would begin a stream with the one before
         assert (readahead.stream(page) is stream) == (page in near)
 
@@ -201,22 +209,16 @@ def test_columns_whose_rows_are_no_whole_pages_bring_few_pages_that_they_do_not_
     readahead = Readahead(256, lambda pages: not came.issuperset(pages))
     for page in needed:
         if page not in came:
-            stream = readahead.stream(page)
-            pages = stream.wanted(page, SPACE) if stream else range(page, page + 1)
-            if stream:
-                readahead.continued(stream, pages)
-            came |= {*pages}
+            came |= {*fault(readahead, page)}
             faults += 1
     assert faults < len(needed) * 0.8
-    assert len(came) < len(needed) * (
-        1.6 if row > 2 else row + 0.1
-    )  # 1.46: a sequence, with all pages
+    most = 1.6 if row > 2 else row + 0.1  # 1.46: a sequence, with all pages
+    assert len(came) < len(needed) * most
 
 
 @pytest.mark.parametrize("page", [1000, 1010, 1011, 1021])
 def test_a_fault_within_a_window_or_between_the_pages_of_a_stride_ends_the_stream(readahead, page):
-    stream = begin(readahead, 1000, 5)
-    readahead.continued(stream, stream.wanted(1000, SPACE))
+    stream = begun(readahead, 5)
     assert stream.reach.start == 1020
     assert readahead.stream(page) is None and readahead._streams == []
 
@@ -224,8 +226,7 @@ def test_a_fault_within_a_window_or_between_the_pages_of_a_stride_ends_the_strea
 def test_a_fault_behind_a_window_ends_its_stream_if_a_page_before_it_is_missing():
     for missing, continues in ({1020}, False), ({1025}, False), ({1021, 1030}, True):
         readahead = Readahead(256, missing.intersection)
-        stream = begin(readahead, 1000, 5)
-        readahead.continued(stream, stream.wanted(1000, SPACE))
+        stream = begun(readahead, 5)
         assert (readahead.stream(1030) is stream) == continues == (readahead._streams == [stream])
 
 
