@@ -13,7 +13,7 @@ Interface:
     for the pager              receive, send_answer
 
 The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
-with userfaultfd. Areas are bookkeeping of this process (Gaps). The pager is told of each area only
+with userfaultfd. Areas are bookkeeping of this process (Gaps). The pager gets a list of them only
 because it reads ahead within areas. Freeing an area makes its pages NEW, here and in the store.
 Touching an area after munmap is not caught: it gives zeros, or the next area's bytes.
 
@@ -67,7 +67,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial, wraps
 
-from edm import mailbox as m
+from edm import mailbox
 from edm import uffd_ctypes as u
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -113,7 +113,11 @@ def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Space:
-    """A range of addresses whose memory is not limited by this machine's."""
+    """A range of addresses whose memory is not limited by this machine's.
+
+    Each method that calls the pager raises RuntimeError when the space has ended, in a forked process, and
+    in a signal handler that interrupts another call.
+    """
 
     def __init__(self, config: Any, control: Any, instance: int = 0, lasts: bool = False) -> None:
         """Map the space, send userfaultfd and memfd to the pager at the other end of the socket
@@ -151,7 +155,7 @@ class Space:
             if_it_fails.callback(fcntl.fcntl, lifeline, fcntl.F_SETFL, 0)
             hello = {
                 "config": vars(config), "instance": instance, "pid": os.getpid(), "how": how,
-                "track_clean": tracks,
+                "clean_tracking": tracks,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
                 "lines": lines,
             }  # fmt: skip
@@ -248,7 +252,7 @@ class Space:
         the call. After any crash, a job that resumes the disk finds these pages, or those of a
         later sync. Raises OSError with the store's reason when it can't write. Source: fsync(2).
         """
-        return int(self._call(m.SYNC))
+        return int(self._call(mailbox.SYNC))
 
     @_locked
     def areas(self) -> list[tuple[int, int]]:
@@ -269,21 +273,21 @@ class Space:
     def _spt(self, page: int, count: int) -> bytes:
         spt = b""
         while len(spt) < count:
-            part = min(count - len(spt), m.MAX_ANSWER)
-            spt += self._mailbox.call(m.LOCATIONS, page + len(spt), part)
+            part = min(count - len(spt), mailbox.MAX_ANSWER)
+            spt += self._mailbox.call(mailbox.LOCATIONS, page + len(spt), part)
         return spt
 
     def figures(self) -> dict[str, Any]:
         """What the pager has counted: faults, evictions, bytes, latencies. See pager.py."""
-        return marshal.loads(self._call(m.FIGURES))
+        return marshal.loads(self._call(mailbox.FIGURES))
 
     # ------------------------------------------------------------ for advice.py
 
     @_locked
     def advise(self, what: int, runs: list[tuple[int, int]]) -> None:
         """Send a PREFETCH or a FORGET of these runs of pages, numbered from start_addr."""
-        for at in range(0, len(runs), m.RUNS):
-            packed = b"".join(m.RUN.pack(*run) for run in runs[at : at + m.RUNS])
+        for at in range(0, len(runs), mailbox.RUNS):
+            packed = b"".join(mailbox.RUN.pack(*run) for run in runs[at : at + mailbox.RUNS])
             self._mailbox.ask(what, name=packed)
 
     @_locked
@@ -313,7 +317,8 @@ class Space:
         if grows:
             addr -= (addr - start) // 2 // PAGE_SIZE * PAGE_SIZE
         if self._kept:
-            self._mailbox.wait_until_done(self._mailbox.ask(m.FREE, *self._pages(addr, whole)))
+            number = self._mailbox.ask(mailbox.FREE, *self._pages(addr, whole))
+            self._mailbox.wait_until_done(number)
         self._take(addr, whole, name)
         return addr
 
@@ -352,14 +357,14 @@ class Space:
             with self._lock:
                 while self._released and not self.is_over:
                     addr, whole = self._released.popleft()
-                    number = self._mailbox.ask(m.FREE, *self._pages(addr, whole))
+                    number = self._mailbox.ask(mailbox.FREE, *self._pages(addr, whole))
                     self._freeing.append((number, addr, whole))
 
     # ------------------------------------------------------------ beginning and end
 
     def _map(self, memfd: int) -> None:
         """Map the space, and the mailbox behind it. The pager sets the size of the memfd."""
-        length = self.end_addr - self.start_addr + m.SIZE
+        length = self.end_addr - self.start_addr + mailbox.SIZE
         try:
             self._map_memory(length, u.PROT_READ | u.PROT_WRITE, u.MAP_SHARED, memfd)
         except OSError as error:
@@ -369,7 +374,7 @@ class Space:
             reason = error.strerror + limit_of(error.errno)
             why = f"overlaps what is mapped, or can't be mapped at all ({reason})"
             raise ValueError(f"{where} {why}; choose other addresses") from None
-        self._mailbox = m.Mailbox(self.end_addr)
+        self._mailbox = mailbox.Mailbox(self.end_addr)
 
     def _map_memory(self, length: int, prot: int, flags: int, memfd: int) -> None:
         u.mmap(self.start_addr, length, prot, flags | u.MAP_FIXED_NOREPLACE, memfd)
@@ -377,7 +382,7 @@ class Space:
         u.madvise(self.start_addr, length, u.MADV_DONTDUMP)
 
     def _unmap(self) -> None:
-        u.munmap(self.start_addr, self.end_addr - self.start_addr + m.SIZE)
+        u.munmap(self.start_addr, self.end_addr - self.start_addr + mailbox.SIZE)
 
     def _register(self, uffd: u.Userfaultfd, wanted: str, threads: bool = False) -> str:
         """Enable the features that this kernel has, and register the space.
@@ -390,7 +395,7 @@ class Space:
         ways = {
             "async": u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC,
             "events": u.WP_FEATURES,
-            # Pages get no marks. But without the feature the kernel maps neighbours of a page that
+            # Pages get no uffd-wp bit. But without the feature the kernel maps neighbours of a page that
             # is touched (fault-around), and they would count as used.
             "none": u.WP_FEATURES & supported,
         }
@@ -411,23 +416,23 @@ class Space:
         except OSError:  # EBADF
             return False
 
-    def _end(self, tells: bool) -> None:
+    def _end(self, prints: bool) -> None:
         """At the interpreter's end, wait until the pager has printed everything: the shell's prompt
-        comes next. tells: the pager prints a table, which comes after the program's output."""
-        if tells and sys.stdout is not None:
+        comes next. prints: the pager prints a table, which comes after the program's output."""
+        if prints and sys.stdout is not None:
             with contextlib.suppress(Exception):  # Python tries again, and reports the error
                 sys.stdout.flush()
         # RuntimeError: the space has ended, or a signal handler exits during a call
         with contextlib.suppress(OSError, RuntimeError):
-            self._call(m.END)
+            self._call(mailbox.END)
 
     @_locked
     def close(self) -> None:
         """End the space and its pager. A kept disk is synced. Nothing may use an area any more."""
         if not (connected := self._has_socket()):
-            with contextlib.suppress(OSError):  # the pager tells it
-                self._mailbox.call(m.END)
-        self._mailbox.ask(m.CLOSE)
+            with contextlib.suppress(OSError):  # the pager prints it
+                self._mailbox.call(mailbox.END)
+        self._mailbox.ask(mailbox.CLOSE)
         if connected:
             while os.read(self._socket, 1):  # the answer; then nothing: the pager has ended
                 pass
@@ -498,7 +503,7 @@ class Space:
         """Make these bytes an area, or the area larger that has `had` of them."""
         self._gaps.take(addr + had, whole - had)
         self._lengths[addr] = whole
-        self._mailbox.ask(m.MAPPED, *self._pages(addr, whole), name.encode(errors="replace"))
+        self._mailbox.ask(mailbox.MAPPED, *self._pages(addr, whole), name.encode(errors="replace"))
 
     def _pages(self, addr: int, length: int) -> tuple[int, int]:
         """A range in bytes as (first page, count of pages)."""
@@ -510,7 +515,7 @@ class Space:
 
 
 class Gaps:
-    """The parts of the space that no area has, as (start, end).
+    """The parts of the space that no area has, as (start, end). Lengths are bytes.
 
     Every method takes a few bisections, however many gaps there are. A signal handler may raise
     between any two bytecodes: the list by address changes in one step, and the list by length is
@@ -642,7 +647,7 @@ spawned()
 def spawn_pager() -> Any:
     """Start a pager that is not a child of this process; the socket that connects to it, for Space.
 
-    Descriptor 2 must be open: the pager inherits it.
+    Descriptor 2 must be open: the pager inherits it. Raises OSError if there can't be another process.
     """
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     for end in (ours, theirs):

@@ -16,7 +16,7 @@ Source: madvise(2), MADV_WILLNEED and MADV_PAGEOUT.
 
 from __future__ import annotations
 
-from edm import mailbox as m
+from edm import mailbox
 from edm.edm import space
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -32,7 +32,7 @@ def prefetch(array: Any, rows: Any = None) -> None:
     leave for them, so ask for less than may be resident. rows: indexes along the first axis, in any
     order, or a mask.
     """
-    space().advise(m.PREFETCH, _runs(array, rows))
+    space().advise(mailbox.PREFETCH, _runs(array, rows))
 
 
 def forget(array: Any, rows: Any = None) -> None:
@@ -40,7 +40,7 @@ def forget(array: Any, rows: Any = None) -> None:
 
     This does not wait. rows: as for prefetch.
     """
-    space().advise(m.FORGET, _runs(array, rows))
+    space().advise(mailbox.FORGET, _runs(array, rows))
 
 
 def resident(array: Any, rows: Any = None) -> int:

@@ -6,33 +6,33 @@ Interface: run() is the thread; figures() and latencies() what it has counted. F
 bring() and ask_for(). `children`: the forked ones of the application (children.py). `came` and `lines`:
 set by the pager for --report and --progress.
 
-A page comes because somebody waits for it, or because it will be needed. The first is _claim: for a fault
-of the application, for a fault of a forked child, and for bring(), which a thread of the pager calls for
-a system call. The second is _bring_asked: for ask_for(), the application's advice, and only while no fault
-waits. With a page that is claimed, readahead may bring those that follow.
+_bring_missing brings a page that a thread waits for: a fault of the application, a fault of a forked
+child, or bring(), which a thread of the pager calls for a system call. Readahead may bring pages that
+follow it. _bring_asked brings pages that ask_for(), the application's advice, has named, and only while
+no fault waits.
 
 One fault, from the message to the woken application:
 
-    run         reads the messages that wait.
-    _claim      claims the page, with LSPT.expect: it was NEW or AWAY, and is COMING now. If
-                high_threshold pages are here, it waits for LPET to make room ("avoid memory flood").
-                For a page that is LEAVING it does nothing: LPET wakes the application.
-    _window     if readahead.py sees a stream: claims the pages that follow, and asks the store for
-                all of them, in pieces. The first piece is small: the application works on it while
-                the others come.
-    _bring      takes a piece from the store, and again what the store could not return together.
-    _install    makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application.
+    run             reads the messages that wait.
+    _bring_missing  waits for LPET to make room, if high_threshold pages are here ("avoid memory flood").
+                    Then LSPT.expect claims the page: NEW or AWAY → COMING. For a page that is LEAVING it
+                    does nothing: the thread that has claimed the page wakes the application.
+    _window         if readahead.py sees a stream: claims the pages that follow, and asks the store for
+                    all of them, in pieces. The first piece is small: the application works on it while
+                    the others come.
+    _bring          takes a piece from the store, and again what the store could not return together.
+    _install        makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application.
 
-A page that is installed because it was read gets the page table's mark. Its first write clears that,
-so that LPET knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it itself. Without,
-the write is a fault, which _resolve answers with UFFDIO_WRITEPROTECT.
+A page that is installed because it was read gets the uffd-wp bit, in the page table. Its first write clears
+the bit, so LPET knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it. Without, the
+write is a fault, which _resolve answers with UFFDIO_WRITEPROTECT.
 
 Rules: this thread alone reads the userfaultfds and makes pages COMING.
 
-Waiting: to wake another core that is idle takes longer than all the rest of a fault. So this thread
-looks for the next fault for SPIN seconds before it sleeps. To follow the application to its core, and
-sleep at once, was measured too: 41 to 44 µs a random read, and 22 to 32 with SPIN in the same runs. So was
-to look by the epoll, which takes 0.6 µs where an empty read takes 2.2: random reads took 6 to 12 % longer.
+Waiting: to wake an idle core takes longer than the rest of a fault. So this thread looks for the next
+fault for SPIN seconds before it sleeps. Two other ways were measured, and are slower. To follow the
+application to its core and sleep at once took 41 to 44 µs a random read; SPIN took 22 to 32 in the same
+runs. To look by the epoll takes 0.6 µs where an empty read takes 2.2, but random reads took 6 to 12 % longer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from edm import log
 from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.children import Children
-from edm.lspt import LSPT
+from edm.lspt import LSPT, Run
 from edm.page_store import CONTENT
 from edm.readahead import Readahead, Stream
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
@@ -79,7 +79,7 @@ class DmHandler:
         self, uffd: int, store: Any, lspt: LSPT, start_addr: int, max_window: int, track_clean: bool
     ) -> None:
         """max_window: pages at most in a readahead window. track_clean: pages that come to be read get the
-        mark."""
+        uffd-wp bit."""
         self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
         self._start, self._track_clean = start_addr, track_clean
         self._readahead = Readahead(max_window, lspt.is_missing)
@@ -91,7 +91,7 @@ class DmHandler:
         self.lines: Any = None  # a lines.Lines, which samples the faults
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
-        # The source of a zero page that is to have the mark, which UFFDIO_ZEROPAGE can't set.
+        # The source of a zero page that gets the uffd-wp bit, which UFFDIO_ZEROPAGE can't set.
         self._zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
         self._figures = lspt.figures
         self._called: deque[tuple[range, bool]] = deque()  # what bring was called for
@@ -142,15 +142,16 @@ class DmHandler:
         with contextlib.suppress(Empty):
             self._brought.get(timeout=BRING)
 
-    def ask_for(self, runs: Iterable[range]) -> None:
+    def ask_for(self, runs: Iterable[Run]) -> None:
         """Bring those of these pages that are AWAY, while no fault waits. Returns at once."""
-        self._asked.extend(runs)
+        self._asked.extend(range(first, first + count) for first, count in runs)
         os.eventfd_write(self._lspt.for_handler, 1)
 
     # ------------------------------------------------------------ the thread
 
     def run(self) -> None:
-        """Resolve faults until told to stop, or until the application has ended."""
+        """Resolve faults until LSPT.stop, or until the application has ended. Raises the OSError of an ioctl
+        that has failed, or of a page that is lost where there is no UFFDIO_POISON."""
         try:
             while True:
                 self._serve()
@@ -166,7 +167,7 @@ class DmHandler:
             pages, write = self._called.popleft()
             for page in pages:
                 if self._lspt.is_missing(range(page, page + 1)):
-                    self._claim(page, write)
+                    self._bring_missing(page, write)
             self._brought.put(None)
         faults = self._next_faults()
         if not faults and self._asked:
@@ -194,7 +195,7 @@ class DmHandler:
                 self._serve_children()
             if faults := self._uffd.read_faults():
                 return faults
-            if self._asked and not self._figures[l.ROOM_WANTED]:  # LPET tells when there is room
+            if self._asked and not self._figures[l.ROOM_WANTED]:  # LPET wakes us when there is room
                 return []
             os.sched_yield()
             if time.monotonic() > until:
@@ -212,9 +213,9 @@ class DmHandler:
                 address &= -PAGE_SIZE
                 page = (address - self._start) // PAGE_SIZE
                 if self._lspt.state[page] == l.LEAVING:
-                    time.sleep(l.SETTLE)  # LPET wakes the application only
+                    time.sleep(l.SETTLE)  # who has claimed it wakes only the application
                 else:
-                    self._claim(page, False)
+                    self._bring_missing(page, False)
                 if self._lspt.state[page] == l.LOST:
                     # Another of its threads may have touched this page before; or it has ended.
                     with contextlib.suppress(FileExistsError, ProcessLookupError):
@@ -234,18 +235,19 @@ class DmHandler:
             self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
             self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address)
         if flags & u.UFFD_PAGEFAULT_FLAG_WP:
-            # In whatever state the page is: without the mark, it counts as written.
+            # In any state of the page: without the bit, it counts as written.
             self._uffd.writeprotect(address, PAGE_SIZE, False)
             self._figures[l.WRITE_PROTECT] += 1
             resolved = True
         else:
-            resolved = self._claim(page, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
+            resolved = self._bring_missing(page, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
         if self._info:
             self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n\n")
         return resolved
 
-    def _claim(self, page: int, write: bool) -> bool:
-        """Bring this page if it is NEW or AWAY. False if it is HERE, LEAVING or LOST."""
+    def _bring_missing(self, page: int, write: bool) -> bool:
+        """Bring this page, and what readahead adds, if it is NEW or AWAY. False if it is HERE, LEAVING or LOST.
+        It is never COMING: this thread alone makes pages so."""
         while (state := self._lspt.expect(page)) is None:
             if self._info:
                 self._log.info("reached high threshold, waking up lpet")
@@ -360,14 +362,14 @@ class DmHandler:
             what = "page content from DMS" if source else "zero page"
             self._log.info("received ack for page in address : %#x (%s)", address, known)
             self._log.info("copying %s to address : %#x", what, address)
-        mark = self._track_clean and not write
+        wp = self._track_clean and not write
         if source:  # counted first: the application may ask as soon as it is woken
             self._figures[l.RECEIVED] += len(pages) * PAGE_SIZE
         at, length = 0, (len(pages) if pages.step == 1 else 1) * PAGE_SIZE
         while at < len(pages) * PAGE_SIZE:
             try:
-                if source or mark:
-                    self._uffd.copy(address, (source or self._zeros) + at, length, mark)
+                if source or wp:
+                    self._uffd.copy(address, (source or self._zeros) + at, length, wp)
                 else:
                     self._uffd.zeropage(address, length)
             except FileNotFoundError:  # the program has split the mapping, as by madvise(2)
@@ -384,16 +386,16 @@ class DmHandler:
     def _lose(self, page: int, error: OSError) -> None:
         """The store can't return this page: from now on touching it is a SIGBUS, and never gives zeros."""
         address = self._start + page * PAGE_SIZE
-        told = f"page in address {address:#x} can't be brought back: {error.strerror or error}"
-        self._log.error("%s", told)
+        why = f"page in address {address:#x} can't be brought back: {error.strerror or error}"
+        self._log.error("%s", why)
         self._lspt.not_coming(range(page, page + 1), l.LOST)
         try:
-            # Poison wants an empty place in the page table, without the mark (EEXIST).
+            # EEXIST, unless the entry in the page table is empty, without the uffd-wp bit.
             if self._track_clean:
                 self._uffd.writeprotect(address, PAGE_SIZE, False)
             self._uffd.poison(address, PAGE_SIZE)
         except OSError as failure:
             if failure.errno not in (errno.EINVAL, errno.ENOTTY):
                 raise
-            why = "this kernel can't tell the application so (UFFDIO_POISON: Linux 6.6)"
-            raise OSError(error.errno, f"{told}; and {why}") from None
+            why += "; and this kernel has no UFFDIO_POISON (Linux 6.6) to send a SIGBUS"
+            raise OSError(error.errno, why) from None

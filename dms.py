@@ -7,8 +7,8 @@ Interface: DMS(comm, ...).serve() answers the instances' requests until the last
 
 Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason.
 No message ends the DMS, nor do SIGTERM and SIGINT: the instances end it, when they have written back what
-they hold. An eviction is acknowledged when its bytes are written to the disk file. An instance knows
-itself which pages it has: the SPT may say that a page of an EVICT is not there.
+they hold. An eviction is acknowledged when its bytes are written to the disk file. An EVICT may name pages
+that the instance does not have: the DMS does not check this, as only the instance's LSPT knows.
 
 Nobody waits for another instance's messages. One thread receives, answers and sends. A message that is
 under way does not block it: it is a generator (_exchange), which is continued at each look, while others
@@ -42,9 +42,10 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 
 EAGER = 500e-6  # seconds after a message in which the DMS does not sleep
 LOOK = 10e-6  # seconds that a look takes
-# A nap is this part of the silence so far. An instance that asks two DMSs in turn may find the first one in
-# a nap: the second one's is no longer then. With naps that doubled, a random read of two DMSs took 1300 µs.
-NAPS, LONGEST_NAP = 16, 2e-3  # of a silence; seconds
+# A nap takes 1/NAPS of the silence so far, at most LONGEST_NAP seconds. An instance that asks two DMSs in turn
+# may find the first one in a nap: the second one's is no longer then. With naps that doubled, a random read of
+# two DMSs took 1300 µs.
+NAPS, LONGEST_NAP = 16, 2e-3
 
 ENDED = True  # next(exchange, ENDED) of an exchange that has come to its end
 
@@ -79,7 +80,7 @@ class DMS:
             m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.START: (self._start, 0, 0, m.EPOCH.size),
-            m.SYNC: (self._sync, 0, m.SYNC_STEPS - 1, 0),
+            m.SYNC: (self._sync, 0, m.SYNC_PHASES - 1, 0),
             m.FREE: (self._free, self._pages, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
             m.BYE: (self._bye, 0, 0, 0),
@@ -163,8 +164,8 @@ class DMS:
         except (ValueError, struct.error, OSError, MemoryError) as error:
             reason = m.reason(error)
             if reason != self._refused:  # a full disk refuses again and again
-                told = m.error_of(reason).strerror
-                self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, told)
+                why = m.error_of(reason).strerror
+                self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, why)
             self._refused = reason
             return _reply(answer, m.ERROR, reason)
 
@@ -210,7 +211,7 @@ class DMS:
     def _sync(self, asked: Asked) -> None:
         """In a thread."""
         with self._syncs[asked.store]:  # should an instance ask twice at once
-            asked.store.sync_steps[asked.more]()
+            asked.store.sync_phases[asked.more]()
 
     def _get(self, asked: Asked) -> memoryview:
         try:

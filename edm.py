@@ -63,9 +63,9 @@ if TYPE_CHECKING:
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
 
-# Seconds that a rank with nothing to report waits before it ends with an error: Open MPI's mpirun then kills
-# the others, of which one may still be telling.
-TELLING = 0.3
+# Seconds that a rank waits before it ends with an error that another rank prints: Open MPI's mpirun then kills
+# the others.
+PRINTING = 0.3
 
 CHOICES = {
     "idle_tracker": ("auto", "bitmap", "unmap"),
@@ -84,7 +84,7 @@ class Config(SimpleNamespace):
 
     start_addr: where the address space begins (an address, whole pages)
     end_addr: where it ends (an address, whole pages; not part of it)
-    high_threshold: pages that an instance holds at most; LPET evicts before, or when it holds so many
+    high_threshold: pages that an instance holds at most; LPET begins to evict before, or at so many
     low_threshold: pages; a run of LPET evicts down to so many (default: 256 or 1/32 less; at most 1/8)
     disk: path of the disk file (default: one without a name, in $TMPDIR or /var/tmp)
     keep: whether the disk outlives the job, and the next one finds its memory there
@@ -94,8 +94,8 @@ class Config(SimpleNamespace):
     clean_tracking: how first writes are noticed, by the kernel alone, by events, or not
     plain: go the wiki's way: readahead 1, evict_batch 1, clean_tracking none, and faults wait for LPET
     dms: how many MPI ranks, the first ones, are DMSs (default: 0; without `run`, 1 under mpirun)
-    stats: whether a table at the end tells what EDM did
-    progress: whether a live line tells what EDM does, where stderr is a terminal
+    stats: whether a table at the end says what EDM did
+    progress: whether a live line says what EDM does, where stderr is a terminal
     report: path of an HTML page to write, of what EDM did
     log_level: the least level of log lines shown
 
@@ -133,9 +133,9 @@ class Config(SimpleNamespace):
                 except TypeError:
                     raise ValueError(f"{name}: {value!r}; of type {kind}") from None
         if self.low_threshold is None:
-            # Data that is used all the time, but has no room below low_threshold, leaves again and again:
-            # with 1/8 less at any size, a sort of 4 million rows by a random key at 32 MiB takes 69 s; so, 19.
-            # A run of LPET evicts a half of that, or more.
+            # Data that is used all the time, but has no room below low_threshold, leaves again and again. A
+            # sort of 4 million rows by a random key at 32 MiB takes 69 s if low_threshold is 1/8 less at any
+            # size, and 19 s with this. A run of LPET evicts a half of the difference, or more.
             high = self.high_threshold
             vars(self)["low_threshold"] = high - max(1, min(high // 8, PAGES_AT_ONCE), high // 32)
         if self.plain:
@@ -197,7 +197,7 @@ def run(app: Callable[[Space], object], config: Config | None = None) -> None:
 
 
 def main(app: Callable[[Space], object], config: Config) -> None:
-    """run(), for a command: an error before app is called is told in one line, with status 2."""
+    """run(), for a command: an error before app is called is printed in one line, with status 2."""
     try:
         started = _begin(config)
     except (ValueError, OSError) as error:
@@ -306,9 +306,9 @@ def launched() -> tuple[int, int]:
 
 
 def leave_to_rank_0() -> None:
-    """Return in rank 0, which tells the mistake that all ranks have found. End the others with status 2."""
+    """Return in rank 0, which prints the mistake that all ranks have found. End the others with status 2."""
     if launched()[0]:
-        time.sleep(TELLING)
+        time.sleep(PRINTING)
         sys.exit(2)
 
 
@@ -320,8 +320,8 @@ def parse_arguments(
 ) -> tuple[argparse.Namespace, Config]:
     """Add an option for every setting of Config to the parser, and parse the command line.
 
-    defaults: this program's defaults that differ from Config's. A mistake is told in one line, by
-    one rank, and ends the program with status 2.
+    defaults: this program's defaults that differ from Config's. One rank prints a mistake, in one line,
+    and the program ends with status 2.
     """
     add_settings(parser, **defaults)
     args = parser.parse_args()
@@ -332,7 +332,7 @@ def parse_arguments(
 
 
 def refuse(parser: argparse.ArgumentParser, error: ValueError | str) -> NoReturn:
-    """End this rank for a mistake in the command line, which rank 0 tells."""
+    """End this rank for a mistake in the command line, which rank 0 prints."""
     leave_to_rank_0()
     parser.exit(2, f"{parser.prog}: error: {error}\n")
 

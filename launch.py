@@ -190,8 +190,8 @@ def _interpreter_options() -> list[str]:
 
 def _instances_here(dms: int) -> int:
     """How many instances share this machine's memory, as far as the MPI launcher says."""
-    told = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    here = int(told or 1)
+    ranks = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    here = int(ranks or 1)
     return max(1, here - (dms if here == launched()[1] else 0))  # all ranks are here, with the DMSs
 
 

@@ -6,7 +6,7 @@ the pager. The code is the same: it shares nothing with the DM-Handler but the L
 
 Interface: run() is LPET. forget() evicts what the application does not need (advice.py), and store()
 sends the store what it does not have yet, without evicting it. Both are called by another thread, which
-has an Lpet of its own. figures are in the LSPT.
+has an Lpet of its own. What it counts is in LSPT.figures.
 
 It sleeps until as many pages are resident as wake it, or a fault finds no room (LSPT.expect,
 LSPT.expect_more). Then it evicts down to low_threshold.
@@ -14,25 +14,25 @@ LSPT.expect_more). Then it evicts down to low_threshold.
 One eviction (Lpet._evict) is safe under writers, although nothing is protected before it:
 
     1. claim    HERE → LEAVING: faults of these pages wait.
-    2. take     splice(memfd → pipe): the pipe holds references to the pages. Nothing is copied.
-    3. remove   punch a hole: the pages leave every page table, and all TLBs. No writer is left now:
-                what the pipe holds is final.
-    4. marks    /proc/PID/pagemap: a page whose mark is still set was clean when it left.
-    5. put      the pages are read out of the pipe, and the store writes the dirty ones. Clean pages
-                are dropped without writing: the store has their bytes. Neighbours that are all dirty
-                go from the pipe to the disk file without a copy in between, if the store can do that.
-    6. gone     LEAVING → AWAY. Faults that came meanwhile are woken, and try again.
+    2. splice   memfd → pipe: the pipe has references to the pages. Nothing is copied.
+    3. punch    a hole into the memfd: the pages leave every page table, and all TLBs. No writer is left
+                now: what the pipe has is final.
+    4. ask      /proc/PID/pagemap: a page whose uffd-wp bit is still set was clean when it left.
+    5. put      the pages are read from the pipe, and the store writes the dirty ones. Clean pages are
+                dropped without writing: the store has their bytes. Neighbours that are all dirty go
+                from the pipe to the disk file without a copy in between, if the store can do that.
+    6. gone     LEAVING → AWAY. Faults that came meanwhile are woken, and are tried again.
 
 If the store refuses in step 5, the pages are written back into the memfd, and are HERE again. The
-order of 2 and 3, and of 3 and 4, matters: bytes or marks that are read while a writer is left may
+order of 2 and 3, and of 3 and 4, matters: bytes or bits that are read while a writer is left may
 be old (tests/test_order.py has both wrong orders, which fail).
 
 Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
 where it stopped. Pages that came at least AGE generations ago leave, neighbours together. If a turn of the
 clock does not find enough, younger ones do, and then those that came back soon (LSPT.arrived). A page
 that the kernel's idle bitmap says was used is passed. While the LSPT is small (lspt.SMALL), or if the
-settings are plain, the wiki's algorithm is followed in full: every page is asked, idle ones leave, the
-others are marked and passed, and if that was not enough, they leave in order. A page that a system call of
+settings are plain, LPET follows the wiki's algorithm in full: it asks about every page. Idle ones leave. The
+others are passed, and marked idle. If that was not enough, they leave in order. A page that a system call of
 an ordinary user is about to touch is always passed (pins.py).
 
 When the store refuses, because its disk is full or fails, LPET evicts only clean pages for REST seconds
@@ -60,7 +60,7 @@ from logging import INFO
 
 from edm import log
 from edm import lspt as l
-from edm.lspt import LSPT, Left, Run, runs, runs_of
+from edm.lspt import LSPT, Claimed, Run, runs, runs_of
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.page_store import Bytes
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
@@ -81,12 +81,12 @@ _RUN_OF_255 = re.compile(rb"\xff+")
 Span = tuple[int, int]  # (begin, end) of pages, counted from the first one of a range
 
 
-def _in_hand(page: int, count: int, left: list[Left]) -> bytes:
-    """For each of count pages from `page`: 255 if it was HERE and is LEAVING in these ranges, else 0."""
-    here = bytearray(count)
-    for first, before in left:
-        here[first - page : first - page + len(before)] = before.translate(_HERE_AS_255)
-    return bytes(here)
+def _held(page: int, count: int, claimed: list[Claimed]) -> bytes:
+    """For each of count pages from `page`: 255 if it was HERE and has been claimed, else 0."""
+    held = bytearray(count)
+    for first, before in claimed:
+        held[first - page : first - page + len(before)] = before.translate(_HERE_AS_255)
+    return bytes(held)
 
 
 class Lpet:
@@ -115,14 +115,14 @@ class Lpet:
             fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, PAGES_AT_ONCE * PAGE_SIZE)
         size = fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ)
         self._batch = min(batch, size // PAGE_SIZE)
-        self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the pages in hand
+        self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the claimed pages
         self._tracker: Any = (
             BitmapTracker(pagemap)
             if tracker == BitmapTracker.name
             else UnmapTracker(pagemap, self._unmap)
         )
         self._hand = 0  # the page where the clock goes on
-        # The generation in which the clock has made a whole turn. Until the next, no page gets AGE old.
+        # The generation of the clock's last whole turn. Another turn in it would find no page that is AGE old.
         self._turned = -1
         self._most = self._batch  # pages to evict at once
         self._again_at = 0.0  # time.monotonic, as is the next
@@ -132,12 +132,12 @@ class Lpet:
         self._info = self._log.isEnabledFor(INFO)
 
     def run(self) -> None:
-        """Evict whenever woken, until told to stop."""
+        """Evict whenever woken, until LSPT.stop. Raises OSError when a fault has waited for GRACE seconds."""
         while self._lspt.lpet_waits():
             pages = self._evict_until_low_threshold()
             self._lspt.run_ended()
             if not pages:
-                time.sleep(min(self._rest(), 0.05))  # short, as it may be told to stop
+                time.sleep(min(self._rest(), 0.05))  # short, to see LSPT.stop soon
 
     # ------------------------------------------------------------ one eviction
 
@@ -147,34 +147,34 @@ class Lpet:
         The steps are explained at the top. count: at most PAGES_AT_ONCE.
         """
         self._lspt.pins.drop_ended(page, count)
-        left = self._lspt.leaving(page, count, which)  # 1
-        if not left:
+        claimed = self._lspt.claim(page, count, which)  # 1
+        if not claimed:
             return 0
-        here = _in_hand(page, count, left)
-        leave = list(pages_in(runs(page, here, _RUN_OF_255))) if self._info else []
+        held = _held(page, count, claimed)
+        leave = list(pages_in(runs(page, held, _RUN_OF_255))) if self._info else []
         self._say("[LPET] sending eviction request for page in addr %#x", leave)
-        spans, written = self._take_out(page, left, here)  # 2, 3, 4
-        gone = [(first, len(before)) for first, before in left]
-        moved = self._moved(page, spans, written)
+        spans, written = self._move_out(page, claimed, held)  # 2, 3, 4
+        ranges = [(first, len(before)) for first, before in claimed]
+        moved = self._moved(page, spans, written)  # then put has nothing to write, and can't fail
         try:
-            self._store.put(gone, [] if moved else self._taken(page, written))  # 5
+            self._store.put(ranges, [] if moved else self._content_of(page, written))  # 5
         except OSError as error:
-            self._put_back(page, left, here)
-            self._refused(error, here.count(255))
+            self._put_back(page, claimed, held)
+            self._refused(error, held.count(255))
             return 0
         self._say("[Lpet] - received ack for eviction of page in address : %#x", leave)
-        self._lspt.gone(left)  # 6
-        self._wake(left)
-        return self._count(here, written)
+        self._lspt.gone(claimed)  # 6
+        self._wake(claimed)
+        return self._count(held, written)
 
-    def _take_out(self, page: int, left: list[Left], here: bytes) -> tuple[list[Span], bytes]:
-        """Steps 2 to 4: the pages are in the pipe, and nowhere else. Returns in which spans of the range,
-        and what Pagemap.written returns."""
-        spans = [found.span() for found in _SPAN.finditer(here)]
+    def _move_out(self, page: int, claimed: list[Claimed], held: bytes) -> tuple[list[Span], bytes]:
+        """Steps 2 to 4: the pages are in the pipe, and nowhere else. Returns the spans of the range that
+        are in it, and what Pagemap.written returns."""
+        spans = [found.span() for found in _SPAN.finditer(held)]
         self._fill_pipe(page, spans)
-        for first, before in left:
+        for first, before in claimed:
             punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE, WITH_GIL)
-        return spans, self._pagemap.written(page, here)
+        return spans, self._pagemap.written(page, held)
 
     def _fill_pipe(self, first: int, spans: Iterable[Span]) -> None:
         for begin, end in spans:
@@ -193,11 +193,11 @@ class Lpet:
         begin, end = spans[0]
         if self._store.takes_pipes and len(spans) == 1 and written.count(255) == end - begin:
             content = self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE]
-            return self._store.take_from(self._out, first + begin, content)
+            return self._store.put_from_pipe(self._out, first + begin, content)
         self._empty_pipe(spans)
         return False
 
-    def _taken(self, first: int, which: bytes) -> list[Bytes]:
+    def _content_of(self, first: int, which: bytes) -> list[Bytes]:
         """The bytes of the pages whose byte in `which` is 255, in runs. first: the first page of the
         range."""
         return [
@@ -205,25 +205,25 @@ class Lpet:
             for at, end in (found.span() for found in _RUN_OF_255.finditer(which))
         ]
 
-    def _put_back(self, page: int, left: list[Left], here: bytes) -> None:
-        """The pages are HERE again. The page table has kept their marks: those that were clean still are."""
-        for first, content in self._taken(page, here):
+    def _put_back(self, page: int, claimed: list[Claimed], held: bytes) -> None:
+        """The pages are HERE again. The page table has kept their uffd-wp bits: clean pages are still clean."""
+        for first, content in self._content_of(page, held):
             if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
                 raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
-        self._stays(left)
+        self._stays(claimed)
 
-    def _wake(self, left: list[Left]) -> None:
+    def _wake(self, claimed: list[Claimed]) -> None:
         """Let the faults of these pages, and of those between them, be tried again."""
-        if left:
-            start, end = left[0][0], left[-1][0] + len(left[-1][1])
+        if claimed:
+            start, end = claimed[0][0], claimed[-1][0] + len(claimed[-1][1])
             self._uffd.wake(self._start + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
 
-    def _stays(self, left: list[Left], generation: int | None = None) -> None:
-        self._lspt.stays(left, generation)
-        self._wake(left)
+    def _stays(self, claimed: list[Claimed], generation: int | None = None) -> None:
+        self._lspt.stays(claimed, generation)
+        self._wake(claimed)
 
-    def _count(self, here: bytes, written: bytes) -> int:
-        pages, dirty = here.count(255), written.count(255)
+    def _count(self, held: bytes, written: bytes) -> int:
+        pages, dirty = held.count(255), written.count(255)
         figures = self._lspt.figures
         figures[l.EVICTED_DIRTY] += dirty
         figures[l.EVICTED_CLEAN] += pages - dirty
@@ -310,18 +310,18 @@ class Lpet:
                 page += part
 
     def _pass_used(self, page: int, count: int, which: bytes) -> None:
-        """Old pages that were used get the current generation, and are marked again."""
+        """Old pages that were used get the current generation, and are marked idle again."""
         states = self._lspt.state[page : page + count].translate(which)
         old = [page + at for at, what in enumerate(states) if what == 2]
         idle = self._tracker.idle(runs_of(old))
         used = runs_of([page for page in old if page not in idle])
         generation = self._lspt.generation()
         for run in used:
-            self._stays(self._lspt.leaving(*run, which), generation)
-        self._mark(used)
+            self._stays(self._lspt.claim(*run, which), generation)
+        self._mark_idle(used)
 
     def _evict_as_the_wiki_does(self, needed: int) -> int:
-        here: Iterable[Run] = self._lspt.here()
+        here: Iterable[Run] = self._lspt.runs_here()
         if self._only_clean():
             here = [clean for run in here for clean in self._clean(*run)]
         pages = list(pages_in(here))
@@ -340,7 +340,7 @@ class Lpet:
             in_order, hot = hot[: needed - len(chosen)], hot[needed - len(chosen) :]
             self._hand = in_order[-1] + 1
             chosen += in_order
-        self._mark(runs_of(sorted(hot)))
+        self._mark_idle(runs_of(sorted(hot)))
         return self._evict_all(runs_of(sorted(chosen)), l.NO_HOLES)
 
     def _evict_all(self, pages: Iterable[Run], which: bytes) -> int:
@@ -358,21 +358,21 @@ class Lpet:
         clean = int.from_bytes(here, "big") ^ int.from_bytes(written, "big")
         return runs(page, clean.to_bytes(count, "big"), _RUN_OF_255)
 
-    def _mark(self, pages: Sequence[Run]) -> None:
-        self._tracker.mark(pages)
+    def _mark_idle(self, pages: Sequence[Run]) -> None:
+        self._tracker.mark_idle(pages)
         self._lspt.figures[l.MARKED_IDLE] += sum(count for _, count in pages)
 
     def _unmap(self, pages: Iterable[Run]) -> None:
-        """UnmapTracker's mark: take pages out of the page table, but leave them in the memfd."""
+        """UnmapTracker's mark_idle: take pages out of the page table, but leave them in the memfd."""
         for page, count in self._parts(pages):
-            left = self._lspt.leaving(page, count, l.NO_HOLES)
-            here = _in_hand(page, count, left)
-            spans, _ = self._take_out(page, left, here)
+            claimed = self._lspt.claim(page, count, l.NO_HOLES)
+            held = _held(page, count, claimed)
+            spans, _ = self._move_out(page, claimed, held)
             self._empty_pipe(spans)
-            self._put_back(page, left, here)
+            self._put_back(page, claimed, held)
 
     def _show_lspt(self) -> None:
-        here = list(self._lspt.here())
+        here = list(self._lspt.runs_here())
         pages = list(pages_in(here))
         if pages:
             first = pages[bisect.bisect_left(pages, self._hand) % len(pages)]
@@ -385,9 +385,9 @@ class Lpet:
         self._banner.info(log.lspt_table(rows))
 
     def forget(self, page: int, count: int) -> None:
-        """Evict those of these pages that are HERE, except pinned pages, and what the store refuses.
+        """Evict those of count pages that are HERE. Pinned pages stay, and so do pages that the store refuses.
 
-        It waits for those that are COMING: the application may have used them already.
+        This waits for pages that are COMING: the application may have used them already.
         """
         self._again_at = 0.0
         for first, n in self._parts(self._lspt.used(page, count)):
@@ -400,15 +400,15 @@ class Lpet:
     def store(self, track_clean: bool) -> int:
         """Send the store every page that was written since the store got it. Returns how many. All stay.
 
-        A page that is written meanwhile counts as written. track_clean: the pages have marks. Raises
-        OSError if the store refuses one, or if LPET has ended in the midst of an eviction.
+        A page that is written meanwhile counts as written. track_clean: clean pages have the uffd-wp bit.
+        Raises OSError if the store refuses a page, or if LPET has ended in the midst of an eviction.
         """
         pages, ranges = 0, list(self._lspt.used(0, self._lspt.pages))
         while ranges:
             later: list[Run] = []
             for page, count in self._parts(ranges):
-                taken, others = self._lspt.take(page, count, l.NO_HOLES)
-                pages += self._store_taken(page, count, taken, track_clean)
+                claimed, others = self._lspt.claim_all(page, count, l.NO_HOLES)
+                pages += self._store_run(page, count, claimed, track_clean)
                 later += others
             if later and self._lspt.stopped():
                 if any(l.LEAVING in self._lspt.state[page : page + n] for page, n in later):
@@ -419,9 +419,9 @@ class Lpet:
             ranges = later
         return pages
 
-    def _store_taken(self, page: int, count: int, taken: list[Left], track_clean: bool) -> int:
-        written = self._pagemap.written(page, _in_hand(page, count, taken))
-        dirty = self._taken(page, written)
+    def _store_run(self, page: int, count: int, claimed: list[Claimed], track_clean: bool) -> int:
+        written = self._pagemap.written(page, _held(page, count, claimed))
+        dirty = self._content_of(page, written)
         try:
             for at, content in dirty:
                 if track_clean:
@@ -434,7 +434,7 @@ class Lpet:
                 self._protect(at, len(content), False)
             raise
         finally:
-            self._stays(taken)
+            self._stays(claimed)
         self._lspt.figures[l.SENT] += written.count(255) * PAGE_SIZE
         return written.count(255)
 

@@ -1,19 +1,25 @@
 """LSPT: the state of each page of this instance, in memory that the pager and LPET share.
 
 In the picture: the table between the DM-Handler, which brings pages, LPET, which evicts them, and the
-pager's mailbox thread, which frees them. Every page state is named here, and only the methods of LSPT
-change one:
+pager's mailbox thread, which frees, forgets and stores them. (At the end the pager's main thread stores
+them.) Every page state is named here, and only the methods of LSPT change one:
 
-             expect                     arrived
- NEW, AWAY ──────────────────► COMING ─────────────► HERE (with its generation)
-     ▲                           │                               │
-     │ gone: the store has its   │ not_coming: AWAY or LOST      │ leaving, take
-     │ bytes, or needs none      ▼                               ▼
-     └───────────────────────────────────────────────── LEAVING ◄┘
+              expect                arrived
+ NEW, AWAY ─────────────► COMING ─────────────► HERE (with its generation)
+     ▲                                            │
+     │ gone                                 claim │
+     └──────────────── LEAVING ◄──────────────────┘
 
- stays: LEAVING → the state before
- freeing: any state but COMING and LEAVING → LEAVING;  freed: LEAVING → NEW
- on_disk: NEW → AWAY, when the pager begins with a kept disk
+    method                from                      to                by
+    expect, expect_more   NEW, AWAY                 COMING            the DM-Handler
+    arrived               COMING                    HERE              the DM-Handler
+    not_coming            COMING                    AWAY, LOST        the DM-Handler
+    claim, claim_all      HERE                      LEAVING           LPET; to store: the pager
+    gone                  LEAVING                   AWAY              who claimed it
+    stays                 LEAVING                   the state before  who claimed it
+    freeing               NEW, AWAY, HERE, LOST     LEAVING           the mailbox thread
+    freed                 LEAVING                   NEW               the mailbox thread
+    found_on_disk         NEW                       AWAY              the main thread, at the start
 
     NEW       never accessed, or freed: zeros
     AWAY      only the store has it, or it left without ever being written
@@ -27,8 +33,8 @@ Whether a page is clean is not stored here: the page table knows.
 
 Generations: a new one begins when a quarter of high_threshold has come. The byte of a page that is HERE
 includes the generation in which the page came, or was last found used, modulo GENERATIONS. A page that
-faults again SOON after it has left is given a generation to come (arrived). So pages that are used all
-the time stay, while a program passes through other memory once.
+faults again SOON after it has left gets a generation that is LONGER ahead of the current one (arrived).
+So pages that are used all the time stay, while a program passes through other memory once.
 
 Interface: the methods on the arrows. Two eventfds wake those who wait: `for_handler` the DM-Handler,
 when there is room, another thread wants pages, or it has to stop; `for_lpet` LPET, when there are pages
@@ -40,7 +46,7 @@ Rules:
       lock. The only system call under it is the write to an eventfd.
     * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
       thread touches its memory or its state. So `arrived` needs no lock. A fault of a LEAVING page
-      sleeps until the owner has changed the state and wakes the range. Then the fault is tried again.
+      sleeps until its owner has changed the state and wakes the range. Then the fault is tried again.
     * A LEAVING range may have holes: pages that are not HERE, and can't come until the range has left.
     * `areas` belongs to the pager's process. LPET does not use it.
 """
@@ -57,13 +63,14 @@ from collections.abc import Callable, Iterator
 from edm.pins import Pins
 from edm.uffd_ctypes import MAP_NORESERVE, semaphore
 
-# AWAY and HERE stand for as many bytes each as there are generations, modulo AWAYS and GENERATIONS.
+# A page that is AWAY has the byte AWAY + generation % AWAYS; one that is HERE, HERE + generation %
+# GENERATIONS.
 NEW, AWAY, AWAYS, LOST, COMING, LEAVING, HERE, GENERATIONS = 0, 1, 64, 65, 66, 67, 128, 128
 
 PART = 4096  # pages: their bytes are one page of memory, which the first access allocates
 QUARTERS = 4  # generations in one turnover of high_threshold pages
-# Generations. With these, zipf's accesses fetch a sixth fewer pages (simulated), and pandas' sort_values by a
-# random key a third of those without. With a LONGER of 2 or less, there is no gain.
+# Generations. With these values, zipf's accesses fetch one sixth fewer pages (simulated), and pandas'
+# sort_values by a random key fetches a third as many. With a LONGER of 2 or less, there is no gain.
 SOON, LONGER = 2, 8
 # Seconds between two looks at a page that is COMING or LEAVING in another thread's hands: a part of an
 # eviction, which takes 100 µs for one page and a millisecond for 256.
@@ -71,12 +78,12 @@ SETTLE = 100e-6
 NEVER = (1 << 63) - 1  # nanoseconds of the clock
 SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algorithm to the letter
 
-# Tables for `leaving` and `take`, by state: 2: the page leaves; 1: it may be a hole; 0: it stays as it is.
+# Tables for `claim`, by state: 2: the page is claimed; 1: it may be a hole; 0: it stays as it is.
 ANY_HERE = bytes(2 if byte >= HERE else byte < LOST for byte in range(256))
 NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
 _SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
-_RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # pages that leave, and the holes between them
+_RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # claimed pages, and the holes between them
 _NEW_RUN, _AWAY_RUN = re.compile(rb"\x00*"), re.compile(rb"[\x01-\x40]*")
 HERE_RUN = re.compile(rb"[\x80-\xff]+")
 _UNSETTLED = re.compile(rb"[\x42\x43]+")
@@ -84,7 +91,7 @@ _UNSETTLED = re.compile(rb"[\x42\x43]+")
 ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 
 Run = tuple[int, int]  # (first page, count of pages)
-Left = tuple[int, bytes]  # the first page of a LEAVING range, and its states before
+Claimed = tuple[int, bytes]  # the first page of a LEAVING range, and its states before
 
 # Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own.
 FIGURES = (
@@ -190,9 +197,10 @@ class LSPT(ByteTable):
     def expect(self, page: int, least: int = NEW) -> int | None:
         """NEW or AWAY → COMING; any other state stays. Returns the state before.
 
-        least: AWAY for advice: NEW stays, too, and nobody waits for the page.
+        least: AWAY is for advice: then a NEW page stays, too, and no fault waits for this page.
 
-        Returns None if there is no room for a page. LPET is woken, and for_handler as soon as there is.
+        Returns None if there is no room for a page. Then LPET is woken, and for_handler is written as soon
+        as there is room.
         """
         with self.lock:
             state = self.state[page]
@@ -214,8 +222,8 @@ class LSPT(ByteTable):
             wanted = wanted[: max(0, self.high - self.figures[RESIDENT])]
             if not wanted:
                 return wanted
-            low, high = sorted((wanted[0], wanted[-1]))
-            states = self.state[low : high + 1][:: wanted.step]
+            first, last = sorted((wanted[0], wanted[-1]))
+            states = self.state[first : last + 1][:: wanted.step]
             pages = wanted[: (_NEW_RUN if state == NEW else _AWAY_RUN).match(states).end()]
             if pages:
                 self.set(pages if pages.step > 0 else pages[::-1], COMING)
@@ -232,7 +240,7 @@ class LSPT(ByteTable):
 
     def arrived(self, pages: range, before: int = NEW) -> None:
         """COMING → HERE: the pages are installed. before: the state of a page that has faulted alone. If it
-        had left within the last SOON generations, it is given a generation to come."""
+        left within the last SOON generations, it gets a generation that is LONGER ahead."""
         generation = self.generation()
         if AWAY <= before < LOST and (generation - (before - AWAY)) % AWAYS <= SOON:
             generation += LONGER
@@ -252,44 +260,44 @@ class LSPT(ByteTable):
         return self.figures[FETCHED] // self.quarter
 
     def older_than(self, age: int) -> bytes:
-        """A table for `leaving`: the pages that came at least this many generations ago leave. With
-        -LONGER, all leave."""
+        """A table for `claim`: the pages that came at least `age` generations ago are claimed. With -LONGER,
+        all are."""
         table, now = bytearray(ANY_HERE), self.generation()
         for generation in range(now - age + 1, now + LONGER + 1):
             table[HERE + generation % GENERATIONS] = 0
         return bytes(table)
 
-    def leaving(self, page: int, count: int, which: bytes = ANY_HERE) -> list[Left]:
-        """HERE → LEAVING, for the pages of a range that the table `which` selects, except pinned ones.
+    def claim(self, page: int, count: int, which: bytes = ANY_HERE) -> list[Claimed]:
+        """HERE → LEAVING, for those of count pages that the table `which` selects, except pinned ones.
 
-        Returns one entry for each run of pages and the holes between them.
+        Returns an item for each run of such pages, with the holes between them.
         """
-        return self.take(page, count, which, pinned=False)[0]
+        return self.claim_all(page, count, which, pinned=False)[0]
 
-    def take(
+    def claim_all(
         self, page: int, count: int, which: bytes, pinned: bool = True
-    ) -> tuple[list[Left], list[Run]]:
-        """As leaving, including pinned pages. The second list has the pages that are COMING or LEAVING.
+    ) -> tuple[list[Claimed], list[Run]]:
+        """As claim, including pinned pages. The second list has the pages that are COMING or LEAVING.
 
         These belong to another thread, for no longer than a batch takes: the caller tries them again.
         """
         with self.lock:
             states = self.state[page : page + count]
-            chosen, taken = states.translate(which), []
+            chosen, claimed = states.translate(which), []
             if not pinned:
                 chosen = self.pins.without(page, chosen)
             for run in _RUN.finditer(chosen):
                 at, end = run.span()
                 self.state[page + at : page + end] = bytes((LEAVING,)) * (end - at)
-                taken.append((page + at, states[at:end]))
+                claimed.append((page + at, states[at:end]))
         unsettled = COMING in states or LEAVING in states  # which is quick; there are rarely any
-        return taken, list(runs(page, states, _UNSETTLED)) if unsettled else []
+        return claimed, list(runs(page, states, _UNSETTLED)) if unsettled else []
 
-    def gone(self, left: list[Left]) -> None:
+    def gone(self, claimed: list[Claimed]) -> None:
         """LEAVING → AWAY: the store has the pages' bytes, or needs none."""
-        self._end(left, _here_becomes(AWAY + self.generation() % AWAYS))
+        self._end(claimed, _here_becomes(AWAY + self.generation() % AWAYS))
 
-    def stays(self, left: list[Left], generation: int | None = None) -> None:
+    def stays(self, claimed: list[Claimed], generation: int | None = None) -> None:
         """LEAVING → HERE, with the states before.
 
         generation: the pages were used recently, and get this generation.
@@ -297,12 +305,12 @@ class LSPT(ByteTable):
         same = bytes(range(256))
         if generation is not None:
             same = _here_becomes(HERE + generation % GENERATIONS)
-        self._end(left, same)
+        self._end(claimed, same)
 
-    def freed(self, left: list[Left]) -> None:
+    def freed(self, claimed: list[Claimed]) -> None:
         """LEAVING → NEW."""
-        self._end(left, bytes(256))
-        for first, before in left:
+        self._end(claimed, bytes(256))
+        for first, before in claimed:
             for page, _ in self.used(first, len(before)):
                 part = page // PART
                 with self.lock:
@@ -310,10 +318,10 @@ class LSPT(ByteTable):
                     if states == bytes(len(states)):  # or LPET would look there at every turn
                         self._used[part] = 0
 
-    def _end(self, left: list[Left], becomes: bytes) -> None:
+    def _end(self, claimed: list[Claimed], becomes: bytes) -> None:
         """LEAVING → the state before, translated by this table."""
         with self.lock:
-            for first, before in left:
+            for first, before in claimed:
                 self.state[first : first + len(before)] = before.translate(becomes)
                 if becomes[HERE] < HERE:
                     self._room(before.translate(NO_HOLES).count(2))
@@ -335,17 +343,17 @@ class LSPT(ByteTable):
 
     # ------------------------------------------------------------ freeing
 
-    def freeing(self, page: int, count: int) -> tuple[list[Left], list[Run]]:
+    def freeing(self, page: int, count: int) -> tuple[list[Claimed], list[Run]]:
         """Any state but COMING and LEAVING → LEAVING. The second list has the COMING and LEAVING pages."""
-        taken: list[Left] = []
+        claimed: list[Claimed] = []
         later: list[Run] = []
         for first, length in self.used(page, count):
-            some, others = self.take(first, length, _SETTLED)
-            taken += some
+            some, others = self.claim_all(first, length, _SETTLED)
+            claimed += some
             later += others
-        return taken, later
+        return claimed, later
 
-    def on_disk(self, page: int, count: int) -> None:
+    def found_on_disk(self, page: int, count: int) -> None:
         """NEW → AWAY, at the start: the store has these pages from an earlier job, long ago."""
         with self.lock:
             self.set(range(page, page + count), AWAY + AWAYS // 2)
@@ -358,7 +366,7 @@ class LSPT(ByteTable):
             if not self.state[first : first + many].isascii():  # HERE is 128 and more
                 yield first, many
 
-    def here(self) -> Iterator[Run]:
+    def runs_here(self) -> Iterator[Run]:
         """The runs of pages that are HERE, by address. Each part is read when the iteration gets there."""
         for first, count in self.occupied(0, self.pages):
             yield from runs(first, self.state[first : first + count], HERE_RUN)
@@ -387,7 +395,7 @@ class LSPT(ByteTable):
             for state, byte in zip(states, locations(page, count), strict=True)
         )
 
-    def away(self) -> int:
+    def count_away(self) -> int:
         """How many pages are AWAY. The count is not a snapshot: the parts are read one after the other."""
         return sum(
             self.state[first : first + count].translate(ONE_AWAY).count(AWAY)

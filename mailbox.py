@@ -35,11 +35,11 @@ REQUEST = Struct("=BxHxxxxQQ")  # what, bytes of the name, first page, count of 
 ANSWER = Struct("=iI")  # 0, or an errno if the content is an error's text; bytes of the content
 ENTRY = 256  # bytes: a REQUEST and an area's name, or RUNS
 ENTRIES = 128
-RING = PAGE_SIZE  # where it begins
-ANSWERED = RING + ENTRIES * ENTRY  # where the answer is
-CONTENT = ANSWERED + ANSWER.size
+RING_AT = PAGE_SIZE  # where it begins
+ANSWER_AT = RING_AT + ENTRIES * ENTRY  # where the answer is
+CONTENT_AT = ANSWER_AT + ANSWER.size
 MAX_ANSWER = 1 << 16  # bytes of a content
-SIZE = -(-(CONTENT + MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
+SIZE = -(-(CONTENT_AT + MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
 RUN = Struct("=QQ")  # of PREFETCH and FORGET: first page, count of pages
 RUNS = (ENTRY - REQUEST.size) // RUN.size
 
@@ -56,11 +56,11 @@ class Mailbox:
     # ------------------------------------------------------------ the application's end
 
     def ask(self, what: int, page: int = 0, count: int = 0, name: bytes = b"") -> int:
-        """Send a request; its number. Waits only while the ring is full."""
+        """Send a request about count pages from page on; its number. Waits only while the ring is full."""
         name = name[: ENTRY - REQUEST.size]
         number = self._words[_ASKED] + 1
         self.wait_until_done(number - ENTRIES)
-        at = RING + number % ENTRIES * ENTRY
+        at = RING_AT + number % ENTRIES * ENTRY
         REQUEST.pack_into(self._memory, at, what, len(name), page, count)
         self._memory[at + REQUEST.size : at + REQUEST.size + len(name)] = name
         self._words[_ASKED] = number
@@ -70,8 +70,8 @@ class Mailbox:
     def call(self, what: int, page: int = 0, count: int = 0) -> bytes:
         """Send a request and wait for the answer. Raises OSError with the pager's errno."""
         self.wait_until_done(self.ask(what, page, count))
-        error, length = ANSWER.unpack_from(self._memory, ANSWERED)
-        content = bytes(self._memory[CONTENT : CONTENT + length])
+        error, length = ANSWER.unpack_from(self._memory, ANSWER_AT)
+        content = bytes(self._memory[CONTENT_AT : CONTENT_AT + length])
         if error:
             raise OSError(error, content.decode())
         return content
@@ -98,7 +98,7 @@ class Mailbox:
         """
         while (number := self._words[_DONE]) != self._words[_ASKED]:
             number += 1
-            at = RING + number % ENTRIES * ENTRY
+            at = RING_AT + number % ENTRIES * ENTRY
             what, length, page, count = REQUEST.unpack_from(self._memory, at)
             yield what, page, count, bytes(self._memory[at + REQUEST.size :][:length])
             self._words[_DONE] = number
@@ -107,8 +107,8 @@ class Mailbox:
     def answer(self, content: bytes, error: int = 0) -> None:
         """Answer the present request. error: an errno, whose text is the content."""
         content = content[:MAX_ANSWER]
-        ANSWER.pack_into(self._memory, ANSWERED, error, len(content))
-        self._memory[CONTENT : CONTENT + len(content)] = content
+        ANSWER.pack_into(self._memory, ANSWER_AT, error, len(content))
+        self._memory[CONTENT_AT : CONTENT_AT + len(content)] = content
 
     def interrupt(self) -> None:
         """End a wait() of another thread."""

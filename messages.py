@@ -16,7 +16,7 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
                `more` runs of them are dirty,
                then the bytes of these
     STORE      as EVICT; the pages stay        OK: likewise
-    SYNC       `more`: PageStore.sync_steps    OK: this step is done; after the last one,
+    SYNC       `more`: PageStore.sync_phases   OK: this step is done; after the last one,
                                                what was written survives a crash
     FREE       count pages from page           OK: they are as never accessed
     LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
@@ -47,7 +47,7 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 VERSION = 5
 MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS: no application asks for more, see mailbox.py
-SYNC_STEPS = 3
+SYNC_PHASES = 3
 
 HELLO, GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE, START = range(1, 10)
 OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18

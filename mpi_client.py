@@ -4,13 +4,13 @@ In the picture: between the pager's threads and the DMSs.
 
 Interface: MpiStore(comm, dms, start_addr, end_addr), with the methods of PageStore that a pager calls, and
 their contracts. Each raises OSError with the DMS's errno and reason if a DMS refuses; and DMSGone if the
-process of a DMS on this machine has ended. Of a DMS on another machine only the launcher can tell.
+process of a DMS on this machine has ended. Of a DMS on another machine only the launcher knows.
 
 The pages are striped over the DMSs (stripes.py). A get is about pages of one stripe: a caller that wants
 more asks for all of them before it takes the first. The other methods ask every DMS concerned, and wait.
 
     HELLO    to all; kept disks of several DMSs then START from the newest epoch that all offer
-    sync     every DMS does the first of PageStore.sync_steps, then every DMS the next one
+    sync     every DMS does the first of PageStore.sync_phases, then every DMS the next
 
 Rules: any thread may call any method, except that one thread alone calls take_get. Each request has a slot:
 an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.
@@ -82,10 +82,10 @@ class MpiStore:
         self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._log = log.logger("MpiClient")
         self._debug = self._log.isEnabledFor(DEBUG)
-        self.came = [0] * dms  # pages that take_get has taken, from each DMS
+        self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
         self._slots: list[Slot] = []  # the free ones
         self._asked: list[Slot] = []  # that take_get has not taken
-        self._taken: Slot | None = None  # has what take_get gave
+        self._last: Slot | None = None  # has what take_get gave
         self._tags = itertools.count()
         self._processes: list[int] = []  # pidfds of the DMSs on this machine
         self._ended_since = 0.0  # when one of them was found to have ended; seconds of the clock
@@ -113,7 +113,7 @@ class MpiStore:
     # ------------------------------------------------------------ what a PageStore does
 
     def together(self, pages: range) -> int:
-        """See PageStore."""
+        """See PageStore. This may be more than there are."""
         stripe = self._shares[0].stripe
         begin = pages[0] // stripe * stripe
         return len(range(pages[0], begin + stripe if pages.step > 0 else begin - 1, pages.step))
@@ -131,12 +131,12 @@ class MpiStore:
 
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
         """See PageStore."""
-        if self._taken:
-            self._slots.append(self._taken)
-        self._taken = asked
+        if self._last:
+            self._slots.append(self._last)
+        self._last = asked
         self._asked.remove(asked)
         kind, got = self._answer(asked, patient=False)
-        self.came[asked.dms] += got
+        self.from_each[asked.dms] += got
         if self._debug:
             self._log.debug("get DMS's response for the page in address %#x", asked.address)
             self._log.debug("RequestPageFromDMS succeeded. ")
@@ -165,8 +165,8 @@ class MpiStore:
     def sync(self) -> None:
         """See PageStore."""
         with self._lock:
-            for step in range(m.SYNC_STEPS):
-                self._request(m.SYNC, more=step)
+            for phase in range(m.SYNC_PHASES):
+                self._request(m.SYNC, more=phase)
 
     def locations(self, page: int, count: int) -> bytes:
         """See PageStore. count: at most MAX_LOCATIONS."""

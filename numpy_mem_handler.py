@@ -183,7 +183,7 @@ class MemHandler:
     def use(self, space: Space) -> None:
         """Arrays live in this space from now on.
 
-        Raises RuntimeError if arrays of an earlier one are left: what frees them can't tell them from
+        Raises RuntimeError if arrays of an earlier one are left: what frees them can't distinguish them from
         arrays of this space, at the same addresses.
         """
         if self._space is space:

@@ -3,21 +3,21 @@
 In the picture: what LPET reads before it decides.
 
 Interface:
-    Pagemap(fd)                  /proc/PID/pagemap: marks, presence, page frame numbers
-    BitmapTracker, UnmapTracker  mark(runs), then later idle(runs)
+    Pagemap(fd)                  /proc/PID/pagemap: uffd-wp bits, presence, page frame numbers
+    BitmapTracker, UnmapTracker  mark_idle(runs), then later idle(runs)
     choose_tracker(wanted)       the name of the one that Config asks for, or of the best that works here
 
-A page is idle if nothing has read or written it since it was last marked.
+A page is idle if nothing has read or written it since it was last marked idle.
 
 BitmapTracker is the wiki's way, by /sys/kernel/mm/page_idle/bitmap. It needs root and
 CONFIG_IDLE_PAGE_TRACKING.
-  * A page that still sits in a per-CPU LRU batch can't be marked. So the marks are read back, and
-    where one is missing, the batches are drained, and all pages are marked once more.
+  * A page that is still in a per-CPU LRU batch can't be marked idle. So the bitmap is read back. If a
+    page is not idle there, the batches are drained, and all pages are marked once more.
   * A page frame number is good only at the moment when it is read, so it is read anew each time.
 
 UnmapTracker needs neither root nor a kernel option. It takes a page out of the page table and leaves
 it in the memfd; the next touch maps it again inside the kernel, without an event, and "present" in
-pagemap tells.
+pagemap shows that.
 
 Rules: any thread may use a Pagemap. A tracker belongs to one Lpet.
 
@@ -42,8 +42,8 @@ HUGE = 2 << 20  # bytes
 
 _PFN = (1 << 55) - 1
 _TOP_BYTE = slice(7, None, 8) if sys.byteorder == "little" else slice(0, None, 8)
-_PRESENT, _MARK = 0x80, 0x02  # bits 63 and 57, in the top byte
-_UNMARKED = bytes(0 if byte & _MARK else 255 for byte in range(256))
+_PRESENT, _UFFD_WP = 0x80, 0x02  # bits 63 and 57, in the top byte
+_WRITTEN = bytes(0 if byte & _UFFD_WP else 255 for byte in range(256))
 
 
 class Pagemap:
@@ -58,14 +58,14 @@ class Pagemap:
         return raw.ljust(8 * count, b"\0")  # a process that has ended has no pages
 
     def written(self, page: int, here: bytes) -> bytes:
-        """For each page, from `page` on: 255 if its byte in `here` is 255, and it was written since it was
-        marked; else 0.
+        """For each page, from `page` on: 255 if its byte in `here` is 255, and it was written since it got
+        the uffd-wp bit; else 0.
 
-        The mark (bit 57) of shared memory stays in the page table when the page has gone. Without
-        one, a page counts as written: so do all, once the process has ended.
+        The bit (57) of shared memory stays in the page table when the page has gone. A page without it
+        counts as written: so do all, once the process has ended.
         """
-        unmarked = self._read(page, len(here))[_TOP_BYTE].translate(_UNMARKED)
-        both = int.from_bytes(unmarked, "big") & int.from_bytes(here, "big")
+        written = self._read(page, len(here))[_TOP_BYTE].translate(_WRITTEN)
+        both = int.from_bytes(written, "big") & int.from_bytes(here, "big")
         return both.to_bytes(len(here), "big")
 
     def present(self, page: int, count: int) -> list[bool]:
@@ -89,7 +89,7 @@ class BitmapTracker:
         self._pagemap = pagemap
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def mark(self, runs: Sequence[Run]) -> None:
+    def mark_idle(self, runs: Sequence[Run]) -> None:
         """Mark these pages idle."""
         self._set_bits(runs)
         if len(self.idle(runs)) < sum(count for _, count in runs):
@@ -110,8 +110,7 @@ class BitmapTracker:
         found = set()
         for page, count in runs:
             for at, pfn in enumerate(self._pagemap.pfns(page, count)):
-                # A page that is not in the page table (pfn 0) counts as used: this tracker takes none
-                # out of it, so it is not known since when nothing has touched it.
+                # A page that is not in the page table (pfn 0) counts as used: nothing is known of it.
                 if pfn:
                     word = os.pread(self._fd, 8, 8 * (pfn // 64))
                     if int.from_bytes(word, sys.byteorder) >> pfn % 64 & 1:
@@ -134,7 +133,7 @@ class UnmapTracker:
 
     def __init__(self, pagemap: Pagemap, unmap: Callable[[Iterable[Run]], None]) -> None:
         """unmap takes pages out of the page table, and leaves them in the memfd."""
-        self._pagemap, self.mark = pagemap, unmap
+        self._pagemap, self.mark_idle = pagemap, unmap
 
     def idle(self, runs: Iterable[Run]) -> set[int]:
         """The pages of these runs that nothing has touched since they were marked."""

@@ -8,11 +8,12 @@ Interface: PageStore(path, start_addr, end_addr, ...)
     ask_get, take_get    bring pages, for a pager: ask, and later take the answer
     get                  the same in one step, for the DMS
     put                  pages leave the instance, or only their bytes are stored
-    take_from            as put, from a pipe; only if takes_pipes
+    put_from_pipe        as put, from a pipe; only if takes_pipes
     free, sync, locations, runs_on_disk, table, close
     offers, start        a kept store with a share of the pages: the syncs that it can resume from
-    sync_steps           a sync of several stores as one: all call one of these before any calls the next.
-                         They check, do steps 1 to 3 (see below), and do step 4
+    sync_phases          a sync of several stores as one: all call the first of these before any calls the
+                         second, and so on. The first checks, the second does steps 1 to 3 (see below), the
+                         third does step 4
     SPT                  a byte a page: where the page is
     disk_folder          where a disk without a path is made
 
@@ -20,9 +21,9 @@ Rules:
     * A page belongs to one thread of one process at a time, which the LSPT ensures. So its byte in
       the SPT and its checksum need no lock.
     * All state that changes is in shared memory. A process that is forked after the store was made
-      may call put and take_from while its parent calls the other methods.
+      may call put and put_from_pipe while its parent calls the other methods.
     * A kept disk has one lock for all processes. put, free and sync hold it; get does not, nor do
-      sync_steps, whose caller sees to it that the others wait.
+      sync_phases, whose caller sees to it that the others wait.
       A process that is killed while it holds the lock blocks the others forever, so its parent
       must end the job.
     * A disk that is not kept has no lock. Its calls share nothing but the pages that they name.
@@ -75,8 +76,8 @@ steps 1 to 3, and step 4 only when all have succeeded. In between, nothing is pu
 disk has two complete epochs, which its headers name: it offers both. At the start the client selects the
 newest epoch that all disks offer. It is the epoch of the last sync that returned, or of the one in
 progress: if one disk does not offer the newer epoch, no disk has done step 4, and all still have the
-older one. If all offer it, it is complete. To go back is to start from headers that differ, as after any
-crash.
+older one. If all offer it, it is complete. A disk that starts from the older epoch repairs its headers, as
+after any crash.
 
 A block is damaged if its crc32 is wrong, its number is not its own, or its epoch is later than the
 header's. Its pages can't be read until they are written or freed.
@@ -123,7 +124,7 @@ Bytes = tuple[int, memoryview]  # the first page of a run, and the run's bytes
 
 # Bytes in one write. Longer writes make larger folios in the page cache, where ext4 takes longer to write
 # a single page: measured 28 µs after writes of 1 MiB, 5 after 128 KiB. A page of a run takes 1.5 and 2.3.
-AT_ONCE = 128 << 10
+WRITE_SIZE = 128 << 10
 
 # The disk file's format.
 MAGIC, FORMAT = b"EDM disk", 3
@@ -137,12 +138,12 @@ BLOCK = Struct("<IQ816s3264s")  # number; epoch; the places of its pages; their 
 CRC = 4  # bytes
 BLOCK_SIZE = BLOCK.size + CRC
 
-# How many more syncs write a block, plus 1; 0: the block was never used. A changed block is written by two
-# syncs, one for each copy of the table.
+# The bytes of the blocks. 0: never used; SAME: both copies of the table have it; 2: one more sync writes it. A
+# changed block is written by two syncs, one for each copy of the table.
 SAME, WRITE_TWICE = 1, 3
 
 # The shared words: the epoch of the last sync; an errno if nothing may be written (EBUSY: a sync is in
-# progress); the epoch after the last one in which put has made room.
+# progress); the last epoch in which put made room, plus 1.
 EPOCH, NO_WRITES, ROOM_MADE = 0, 1, 2
 
 # Tables for bytes.translate, of SPT bytes.
@@ -162,7 +163,7 @@ _SPARE = {FIRST: re.compile(rb"[\x00\x0a]+"), SECOND: re.compile(rb"[\x00\x06]+"
 
 def disk_folder() -> str:
     """The folder for a disk without a path: not /tmp, which is memory on many machines, if there is another
-    that can be written."""
+    that can be written. Raises FileNotFoundError if there is none at all."""
     for folder in (os.environ.get("TMPDIR") or "/var/tmp", "/var/tmp"):
         with suppress(OSError), tempfile.TemporaryFile(dir=folder):
             return folder
@@ -173,8 +174,8 @@ def disk_folder() -> str:
 
 
 def _write_all(fd: int, content: bytes | memoryview, at: int) -> None:
-    """Write all the content at this offset, at most AT_ONCE bytes in one call."""
-    while (done := os.pwrite(fd, content[:AT_ONCE], at)) < len(content):
+    """Write all the content at this offset, at most WRITE_SIZE bytes in one call."""
+    while (done := os.pwrite(fd, content[:WRITE_SIZE], at)) < len(content):
         content, at = content[done:], at + done
 
 
@@ -251,9 +252,9 @@ class PageStore:
         self._changed = memoryview(mmap.mmap(-1, max(1, self._blocks)))  # a byte a block: see SAME
         self._words = memoryview(mmap.mmap(-1, 24)).cast("Q")
         self._lock = semaphore() if keep else nullcontext()
-        self._taken = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # what take_get has read
-        self._taken_at = ctypes.addressof(ctypes.c_char.from_buffer(self._taken))
-        self._page = [self._taken[:PAGE_SIZE]]  # where take_get reads a single page
+        self._buffer = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # for take_get
+        self._buffer_at = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        self._page = [self._buffer[:PAGE_SIZE]]  # where take_get reads a single page
         self._log, self._banner = log.logger("DMS"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # A kept disk needs the bytes for their checksums, and a log names each page.
@@ -261,7 +262,7 @@ class PageStore:
         self.offers = range(0)  # the epochs that it can start from; none once it has started
         # Between the last two steps of a sync: the blocks that it has written, and the places in them.
         self._durable: dict[int, bytes] = {}
-        self.sync_steps = self._changed_blocks, self._make_durable, self._make_current
+        self.sync_phases = self._changed_blocks, self._make_durable, self._make_current
         try:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
         except BaseException:
@@ -295,11 +296,11 @@ class PageStore:
         """
         byte = self.spt.state[asked.start]
         if len(asked) > 1 or not byte & DISK or not self.takes_pipes:
-            return *self.get(asked, self._taken), self._taken_at
+            return *self.get(asked, self._buffer), self._buffer_at
         if os.preadv(self.fd, self._page, self._data + asked.start * PAGE_SIZE) < PAGE_SIZE:
             raise OSError(errno.EIO, "short read of the disk file")
         self.spt.state[asked.start] = byte | INSTANCE
-        return CONTENT, 1, self._taken_at
+        return CONTENT, 1, self._buffer_at
 
     def get(self, pages: range, into: memoryview) -> tuple[int, int]:
         """Send pages to the instance: (NEW_PAGES or CONTENT, the number of pages, from the first on). With
@@ -349,7 +350,7 @@ class PageStore:
 
     def put(self, gone: Sequence[Run], dirty: Sequence[Bytes]) -> None:
         """Write the dirty pages. The pages `gone` have left the instance; if there are none, the instance
-        keeps the dirty ones. All of these pages lie within PAGES_AT_ONCE.
+        keeps the dirty ones. From the first of these pages to the last, there are at most PAGES_AT_ONCE.
 
         Raises OSError on failure. Then no page has left.
         """
@@ -367,16 +368,17 @@ class PageStore:
                 self._log.debug("Page evicted successfully, sending ack")
             self._show()
 
-    def take_from(self, pipe: int, page: int, content: memoryview) -> bool:
+    def put_from_pipe(self, pipe: int, page: int, content: memoryview) -> bool:
         """If takes_pipes: write a run of pages from a pipe without copying them. 1.4 µs a page in runs of
-        256, where copying takes 2.0.
+        256, where copying takes 2.0. content: memory for the bytes of the run, whole pages.
 
-        Returns False if a write fails: content has the bytes then, for put, which reports the error.
+        Returns False if a write fails: content has the bytes then, for put, which reports the error. Raises
+        OSError if what was written can't be read back.
         """
         place, done = self._place(page, FIRST), 0
         with suppress(OSError):
             while done < len(content):
-                part = min(AT_ONCE, len(content) - done)
+                part = min(WRITE_SIZE, len(content) - done)
                 done += os.splice(pipe, self.fd, part, offset_dst=place + done)
         if done == len(content):
             self.spt.set(range(page, page + done // PAGE_SIZE), INSTANCE | DISK | FIRST)
@@ -529,7 +531,8 @@ class PageStore:
                     os.close(folder)
 
     def start(self, epoch: int) -> None:
-        """Resume from the sync of this epoch. Raises ValueError if it is not one of `offers`."""
+        """Resume from the sync of this epoch. Raises ValueError if it is not one of `offers`, and OSError if
+        the headers can't be made the same."""
         if epoch not in self.offers:
             raise ValueError(f"it can't start from sync {epoch}, only from one of {self.offers}")
         self._words[EPOCH], header = epoch, self._header(epoch)

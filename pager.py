@@ -10,7 +10,7 @@ In the picture: the box in the middle. Its threads:
 
 Interface: page_for(control, open_store, over_mpi) pages for an application until it has ended. On
 one machine address_space.py spawns a process that runs spawned(). Over MPI the rank is the pager
-(rank.py). tell(error) prints why a process of EDM ends.
+(rank.py). print_error(error) prints why a process of EDM ends.
 
 Application and pager each notice the end of the other. The pager polls a pidfd. The application has
 made a pipe whose only write end is here, and has asked the kernel to kill it when that end is
@@ -60,9 +60,8 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from types import SimpleNamespace
 
-from edm import address_space, limits, log
+from edm import address_space, limits, log, mailbox
 from edm import lspt as l
-from edm import mailbox as m
 from edm import uffd_ctypes as u
 from edm.dm_handler import DmHandler
 from edm.lpet import Lpet
@@ -105,7 +104,7 @@ class Pager:
         uffd, self._memfd, pagemap, *lines, self._lifelines_other_end, self._lifeline = fds
         self._config, self._store, self._over_mpi = hello.config, store, over_mpi
         config, start = hello.config, hello.config.start_addr
-        self._application, self._track_clean = hello.pid, hello.track_clean
+        self._application, self._clean_tracking = hello.pid, hello.clean_tracking
         self._title = f"EDM, INSTANCE_{hello.instance}: {shlex.join(hello.command)}"
         self._tracker = choose_tracker(config.idle_tracker)
         self._control = control  # for forked children
@@ -115,13 +114,13 @@ class Pager:
         pages = (config.end_addr - start) // PAGE_SIZE
         self._lspt = lspt = LSPT(pages, config.high_threshold, config.low_threshold, config.plain)
         for run in store.runs_on_disk():
-            lspt.on_disk(*run)
+            lspt.found_on_disk(*run)
         space = pages * PAGE_SIZE  # bytes
-        os.ftruncate(self._memfd, space + m.SIZE)  # here, as the program may have an RLIMIT_FSIZE
-        access = u.PROT_READ | u.PROT_WRITE
-        self._mailbox = m.Mailbox(u.mmap(0, m.SIZE, access, u.MAP_SHARED, self._memfd, space))
+        size, access = mailbox.SIZE, u.PROT_READ | u.PROT_WRITE
+        os.ftruncate(self._memfd, space + size)  # here, as the program may have an RLIMIT_FSIZE
+        self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, space))
         window = min(config.readahead, config.high_threshold // WINDOW_PART)
-        self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.track_clean))
+        self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.clean_tracking))
         self._report = None
         live = config.progress and sys.stderr.isatty()
         if live or config.report:
@@ -143,8 +142,8 @@ class Pager:
         self._failure: BaseException | None = None
         self._ended_by = ""  # the signal that has come to the pager
         self._hearing = threading.Lock()  # held by the thread that receives from children
-        self._telling = threading.Lock()  # held by the thread that uses the report's samples
-        self._told = False  # was the table printed, and the report written?
+        self._sampling = threading.Lock()  # held by the thread that uses the report's samples
+        self._printed = False  # was the table printed, and the report written?
 
     # ------------------------------------------------------------ from start to end
 
@@ -182,7 +181,7 @@ class Pager:
         if listener:
             self._system_calls = SystemCalls(
                 *listener, self._ended, self._application, self._process, self._lspt, self._handler,
-                self._config.start_addr, self._uffd.fd, unmark=self._track_clean == "events",
+                self._config.start_addr, self._uffd.fd, clear_wp=self._clean_tracking == "events",
             )  # fmt: skip
             self._system_calls.hear_children = self._hear_children
             self._start_thread(self._system_calls.run)
@@ -197,7 +196,7 @@ class Pager:
             self._mailbox.interrupt()
             time.sleep(0.001)
         try:
-            self._end(in_order=False)
+            self._end(while_running=False)
         except OSError as error:
             reason = f"what the application wrote since the last sync is not on the disk: {error}"
             LOG.error("%s", reason)
@@ -235,7 +234,7 @@ class Pager:
         if status < 0:
             # It may have had the LSPT's lock, and then any thread that wants it waits forever.
             by = signal.Signals(-status).name + limits.limit_of(status)
-            tell(OSError(f"LPET was killed by {by}"))
+            print_error(OSError(f"LPET was killed by {by}"))
             self._kill_application()
             os._exit(2)  # a kept disk is as its last sync has left it
         if status == 1:
@@ -283,9 +282,9 @@ class Pager:
                 timeout = SAMPLE
             if self._process in ready or self._ended in ready or self._pagemap.is_gone():
                 return
-            with self._telling:
-                if self._report and not self._told:
-                    self._report.sample(self.figures(), self._lspt.away())
+            with self._sampling:
+                if self._report and not self._printed:
+                    self._report.sample(self.figures(), self._lspt.count_away())
 
     # ------------------------------------------------------------ forked children
 
@@ -322,23 +321,23 @@ class Pager:
                 try:
                     self._mailbox.answer(self._do(what, page, count, name))
                 except OSError as error:
-                    # Nobody waits for these. Addresses must not be used again with old bytes.
-                    if what in (m.FREE, m.FORGET):
+                    # The application does not wait for these, so their errors end the job.
+                    if what in (mailbox.FREE, mailbox.FORGET):
                         raise
                     words = str(error.strerror or error)
                     self._mailbox.answer(words.encode(), error.errno or errno.EIO)
-                if what == m.CLOSE:
+                if what == mailbox.CLOSE:
                     self._closed = True
                     os.eventfd_write(self._ended, 1)
 
     def _do(self, what: int, page: int, count: int, name: bytes) -> bytes:
         """One request; the answer. Raises OSError if it can't be done."""
-        if what == m.MAPPED:
+        if what == mailbox.MAPPED:
             self._lspt.areas[self._area(page)] = [(page, count)]  # replaces one that has grown
             if self._report:
                 self._report.mapped(page, count, name.decode(errors="replace"))
-        elif what == m.FREE:
-            del self._lspt.areas[self._area(page)]  # allocate frees what is no area
+        elif what == mailbox.FREE:
+            del self._lspt.areas[self._area(page)]  # Space.allocate also frees what is no area
             if self._report:
                 self._report.unmapped(page)
             runs = [(page, count)]
@@ -346,16 +345,16 @@ class Pager:
                 runs = [left for run in runs for left in self._free(*run)]
                 if runs:
                     time.sleep(l.SETTLE)
-        elif what == m.PREFETCH:
-            self._handler.ask_for(range(first, first + n) for first, n in m.RUN.iter_unpack(name))
-        elif what == m.FORGET:
-            for run in m.RUN.iter_unpack(name):
+        elif what == mailbox.PREFETCH:
+            self._handler.ask_for(mailbox.RUN.iter_unpack(name))
+        elif what == mailbox.FORGET:
+            for run in mailbox.RUN.iter_unpack(name):
                 self._lpet.forget(*run)
-        elif what == m.LOCATIONS:
+        elif what == mailbox.LOCATIONS:
             return self._lspt.located(page, count, self._store.locations)
-        elif what == m.FIGURES:
+        elif what == mailbox.FIGURES:
             return marshal.dumps(self.figures())
-        elif what == m.SYNC:
+        elif what == mailbox.SYNC:
             return b"%d" % self._sync()
         else:  # END: the application's interpreter ends; or CLOSE
             self._end()
@@ -388,43 +387,40 @@ class Pager:
 
     # ------------------------------------------------------------ what is kept and printed
 
-    def _sync(self, in_order: bool = True) -> int:
+    def _sync(self, while_running: bool = True) -> int:
         """Store everything and sync the store; how many pages were stored.
 
-        in_order: the application has not ended, and the other threads work on.
+        while_running: the application has not ended, and the other threads work on.
         """
         if not isinstance(self._failure, OSError | None):
             raise OSError(f"EDM has failed in the middle of its work: {self._failure}")
-        pages = self._lpet.store(bool(self._track_clean))
-        if in_order and self._lspt.stopped():  # the other threads may have left pages half moved
+        pages = self._lpet.store(bool(self._clean_tracking))
+        if while_running and self._lspt.stopped():  # other threads may have left pages half moved
             raise OSError("the application has ended")
         self._store.sync()
         return pages
 
-    def _end(self, in_order: bool = True) -> None:
-        """Sync a kept disk, and print the table or write the report, once.
-
-        in_order: the application waits for this, so that the shell's prompt comes after it.
-        """
+    def _end(self, while_running: bool = True) -> None:
+        """Sync a kept disk, and print the table or write the report, once. while_running: see _sync."""
         began = time.monotonic()
         try:
             if self._store.kept:
-                pages = self._sync(in_order)
-                if not self._told and (self._ended_by or not in_order):
+                pages = self._sync(while_running)
+                if not self._printed and (self._ended_by or not while_running):
                     LOG.warning(
                         "%s: wrote %d pages back and synced the disk in %.1f s",
                         self._ended_by or "end", pages, time.monotonic() - began,
                     )  # fmt: skip
         finally:
-            with self._telling:
-                if not self._told:
-                    self._told = True
-                    self._tell()
+            with self._sampling:
+                if not self._printed:
+                    self._printed = True
+                    self._print_figures()
 
-    def _tell(self) -> None:
+    def _print_figures(self) -> None:
         figures, config = self.figures(), self._config
         if self._report:
-            self._report.sample(figures, self._lspt.away())
+            self._report.sample(figures, self._lspt.count_away())
             try:
                 self._report.write(config.report, figures, self._handler.latencies())
             except OSError as error:
@@ -442,7 +438,7 @@ class Pager:
             "idle_tracker": self._tracker,
             "pager_pid": os.getpid(),
             "lpet_pid": self._lpet_pid,
-            "from_each_dms": getattr(self._store, "came", []),  # a PageStore has no DMSs
+            "from_each_dms": getattr(self._store, "from_each", []),  # a PageStore has no DMSs
         }
 
 
@@ -483,7 +479,7 @@ def page_for(
     try:
         pager.run()
     except OSError as error:
-        return tell(error)
+        return print_error(error)
     LOG.debug("SHUTDOWN!")
     return 0
 
@@ -517,11 +513,11 @@ def _run_process(body: Callable[[], object]) -> NoReturn:
     try:
         body()
     except BaseException as error:  # noqa: BLE001 - it ends the process
-        os._exit(tell(error))
+        os._exit(print_error(error))
     os._exit(0)
 
 
-def tell(error: BaseException) -> int:
+def print_error(error: BaseException) -> int:
     """Print why this process ends. Its exit status: 2, or 1 if the error is a bug in EDM."""
     if not isinstance(error, OSError):
         sys.excepthook(type(error), error, error.__traceback__)

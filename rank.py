@@ -7,15 +7,15 @@ returns in the application process of an instance, and in a DMS's rank when the 
 parent of an application becomes its pager, and exits with the application's status. end(status) ends a
 rank that runs no program. The first Config.dms ranks are the DMSs.
 
-Rules: a mistake is told in one line, by one process of the job, before any application starts: either
-by the application (edm.py), which hears of it from its pager, or by a DMS's rank. The launcher's signals
-come to the rank, which passes them on (pager.py). So the application has a process group of its own.
+Rules: one process of the job prints a mistake, in one line, before any application starts: either the
+application (edm.py), which gets it from its pager, or a DMS's rank. The launcher's signals come to the
+rank, which passes them on (pager.py). So the application has a process group of its own.
 
-The child that a DMS's rank forks is no application: it tells when its parent, the DMS, has been killed. It
-is in the parent's process group. A launcher kills that as a whole, so a DMS that the launcher ends is not
-reported; nor is one that has exited: either it has told why, or its MPI has, as Open MPI does when another
-rank has died. MPICH's launcher waits for the end of this process too: its line is there before the job
-ends.
+The child that a DMS's rank forks is no application. It prints a line when its parent, the DMS, has been
+killed. It is in the parent's process group. A launcher kills that as a whole, so a DMS that the launcher
+ends is not reported. Nor is one that has exited: either it has printed why, or its MPI has, as Open MPI does
+when another rank has died. MPICH's launcher waits for the end of this process, too. So its line is there
+before the job ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from struct import Struct
 from typing import Any, NoReturn
 
 from edm import log
-from edm.edm import TELLING, Config, launched
+from edm.edm import PRINTING, Config, launched
 from edm.messages import DMSGone
 
 # <linux/pidfd.h>
@@ -47,7 +47,8 @@ READ = 0.3  # seconds at most that a launcher gets to read a message
 
 def fork_application(config: Config) -> tuple[Any, int] | None:
     """In the application, returns the socket that reaches its pager, and the instance's number; in a
-    DMS's rank None, when all instances have ended. Raises ValueError if mpi4py.MPI is imported already.
+    DMS's rank None, when all instances have ended. Raises ValueError if mpi4py.MPI is imported already,
+    OSError if there can't be another process.
     """
     if "mpi4py.MPI" in sys.modules:
         raise ValueError("edm: mpi4py.MPI is imported already; import it after edm.run, if ever")
@@ -63,16 +64,16 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
     theirs.close()
     if launched()[0] >= (config.dms or 1):
         os.setpgid(0, 0)
-    told = ours.recv(1000).decode()
-    if not told:
-        os._exit(0)  # the rank has told why it can't begin
-    if not told.isdigit():
-        _watch(ours, told)
+    sent = ours.recv(1000).decode()
+    if not sent:
+        os._exit(0)  # the rank has printed why it can't begin
+    if not sent.isdigit():
+        _watch(ours, sent)
     # The application is no rank: it may use MPI by itself, and so may its children.
     of_rank = re.compile("(?!.*ALLOW_RUN_AS_ROOT)(PMI|OMPI_|PRTE|HYDI|MPI_LOCAL)")
     for name in filter(of_rank.match, list(os.environ)):
         del os.environ[name]
-    return ours, int(told)
+    return ours, int(sent)
 
 
 def _watch(rank: Any, words: str) -> NoReturn:
@@ -111,7 +112,7 @@ def _run(config: Config, application: int, control: Any) -> None:
     from edm.limits import lift
 
     lift()
-    from edm.pager import ENDING, SWITCH_INTERVAL, tell  # the application does not need its imports
+    from edm.pager import ENDING, SWITCH_INTERVAL, print_error  # not imported in the application
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # in all of MPI's threads: Pager.run
     ignored = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
@@ -133,8 +134,8 @@ def _run(config: Config, application: int, control: Any) -> None:
     except BaseException as error:  # noqa: BLE001 - it ends this process
         if isinstance(error, MPI.Exception):
             error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
-        # DMSGone has been told by the DMS's child. The other ranks may be waiting for this one.
-        _abort(world, 2 if isinstance(error, DMSGone) else tell(error))
+        # The DMS's child has printed DMSGone. The other ranks may be waiting for this one.
+        _abort(world, 2 if isinstance(error, DMSGone) else print_error(error))
     end(status)
 
 
@@ -173,7 +174,7 @@ def _page(comm: Any, dms: int, application: int, control: Any) -> int:
 
     control.send(b"%d" % (comm.rank - dms))
     failed = page_for(control, open_store, over_mpi=True)
-    if failed is None:  # the application has ended, and has told why
+    if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])
     if status < 0 and not failed:
@@ -184,19 +185,19 @@ def _page(comm: Any, dms: int, application: int, control: Any) -> int:
 
 
 def _begin_with_all(comm: Any, wrong: str | None, application: int = 0) -> None:
-    """Return if all ranks are ready. If one is not, tell what is wrong, and end all ranks.
+    """Return if all ranks are ready. If one is not, print what is wrong, and end all ranks.
 
-    wrong: what is wrong with this rank; None if nothing is, "" if that was told.
+    wrong: what is wrong with this rank; None if nothing is, "" if that was printed.
     """
     of_each = comm.allgather(wrong)
     if any(words is not None for words in of_each):
-        if wrong and not any(of_each[: comm.rank]):  # the first one tells
+        if wrong and not any(of_each[: comm.rank]):  # the first one prints it
             print(f"edm: error: {wrong}", file=sys.stderr, flush=True)
         if application:
             if wrong is None:  # it waits for the pager's answer, and would report its end
                 os.kill(application, signal.SIGKILL)
             os.waitpid(application, 0)
-        time.sleep(TELLING)
+        time.sleep(PRINTING)
         end(2)
 
 

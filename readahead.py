@@ -2,22 +2,22 @@
 
 In the picture: a part of the DM-Handler, which does what this decides.
 
-Interface: Readahead.stream(page) returns the Stream that a fault of this page continues or begins, if any, or
-one that has the rest of a row.
-The DM-Handler fetches the pages that the stream wants, and reports them (continued).
+Interface: Readahead.stream(page) returns the Stream that a fault of this page continues or begins, if any. The
+DM-Handler fetches the pages that the stream wants, and reports them (continued).
 
 A stream begins with the second of two faults in neighbouring pages, upward, or with the third of three at
-equal distances: a page downward, or upward at most MAX_STRIDE (its stride). Its window is small at first, as
-the faults may have been all, and doubles each time that one was used up, to at most max_window.
+equal distances: a page downward, or upward at most MAX_STRIDE (its stride). Its window is small at first,
+because no more faults may follow, and doubles each time that one was used up, to at most max_window.
 
 A window that nobody needs pushes out pages that are needed. A stride is often not exact, as that of a column
 whose rows are no whole pages: it is 3 pages a few times, then 2. So a stream is forgotten when an unexpected
 page faults: one of its last window, one between the pages of that, or one behind it, if a missing page was
 passed over.
 
-Random rows of a few pages would fault twice in each row. So where streams end with their first window,
-again and again, a single fault brings such a window, too. This begins no stream: it may as well be one of
-equal distances. Every PROBE-th single fault still comes alone, to see if the rows go on.
+A row is a few neighbouring pages. Random rows would fault twice in each row. So where streams end with their
+first window again and again, a single fault gets a stream of its own, which brings the rest of the row and
+is not followed: the fault may as well be one of equal distances. Every PROBE-th single fault still comes
+alone, to see if the rows go on.
 
 Among single faults, every REMEMBERED of them, the stream that was used least recently is forgotten. So
 random access ends up with none to look at. A stream that was forgotten begins again as a new one does.
@@ -38,8 +38,8 @@ REMEMBERED = 32  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 4  # mm/readahead.c's
 ROWS, PROBE = 16, 8
 MAX_STRIDE = 64
-# Strides: a fault so near after a window continues its stream. Few, as random faults that hit an old stream
-# would bring a window each.
+# A fault at most so many strides after a window continues its stream. Few, because each random fault that hits
+# an old stream brings a window.
 NEAR = 16
 
 
@@ -73,8 +73,8 @@ class Readahead:
         self._singles = 0  # faults of no stream
 
     def stream(self, page: int) -> Stream | None:
-        """The stream that a fault of this page continues or begins, or one that has the rest of a row. If
-        there is none, the page comes alone."""
+        """The stream that a fault of this page continues or begins, or one for the rest of a row. If there is
+        none, the page comes alone."""
         for stream in self._streams:
             if page in stream.span:
                 self._streams.remove(stream)

@@ -14,7 +14,7 @@ One call, `write(fd, array)`:
        step 2, the call fails with EINTR, even on a file. Python calls again; fwrite(3) does not.)
     2. SystemCalls pins the first pages of the buffer: AT_ONCE, or as many as there is room for (pins.py).
     3. It has the DM-Handler bring those that are not here. Where UFFD_FEATURE_WP_ASYNC is missing, it
-       clears the mark of pages that the call writes; otherwise the kernel does that.
+       clears the uffd-wp bit of pages that the call writes; otherwise the kernel does that.
     4. It answers CONTINUE, and the kernel makes the call. At a page that is not here, behind the pinned
        ones, the call ends, and returns what it has done. Programs that read files, or use sockets,
        call again for the rest.
@@ -34,7 +34,7 @@ not stopped: they would fail for good when the pager is gone.
 These still give EFAULT: calls that are not in _CALLS, like sendmmsg; io_uring and O_DIRECT; datagrams
 that are larger than what is pinned. These may do less than they are asked to: readv, writev and
 their kin; a raw file's readinto; recv with MSG_WAITALL; and a raw file's write in a forked child. Where
-first writes are events, a sync in the moment of a call that writes memory may mark its pages again.
+first writes are events, a sync in the moment of a call that writes memory may set that bit again.
 
 A filter is inherited, and can't be removed. Calls of processes that do not have the space just go on.
 Without the pager nobody would read the listener, and matching calls would fail with ENOSYS. So if
@@ -185,14 +185,14 @@ class SystemCalls:
         handler: DmHandler,
         start_addr: int,
         uffd: int,
-        unmark: bool,
+        clear_wp: bool,
     ) -> None:
         """ended: an eventfd; writing it ends run(). application, pidfd: its process id, and a pidfd of it.
-        unmark: the mark of a page that a call writes has to be cleared here."""
+        clear_wp: the uffd-wp bit of a page that a call writes has to be cleared here."""
         self._listener, self._ended = listener, ended
         self._application, self._pidfd = application, pidfd
         self._lspt, self._handler, self._start = lspt, handler, start_addr
-        self._uffd, self._unmark = u.Userfaultfd(uffd), unmark
+        self._uffd, self._clear_wp = u.Userfaultfd(uffd), clear_wp
         self._files: dict[tuple[int, int], _thread.LockType] = {}  # of (device, inode)
         self.processes = frozenset((application,))  # those with the space; calls of others go on
         self.hear_children: Callable[[], object] = bool  # called when a process is unknown
@@ -276,7 +276,7 @@ class SystemCalls:
                 self._handler.bring(run, writes)
                 if self._lspt.is_missing(run):
                     time.sleep(BRING_AGAIN)
-            if writes and self._unmark:
+            if writes and self._clear_wp:
                 start = self._start + run.start * PAGE_SIZE
                 # ENOENT, ESRCH: the application is ending.
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):

@@ -93,7 +93,7 @@ USER_MODE = "user mode only"  # open_userfaultfd's word for it
 # System calls that not every C library has a function for, by machine: userfaultfd, futex, seccomp, tgkill.
 _NUMBERS = {"x86_64": (323, 202, 317, 234), "aarch64": (282, 98, 277, 131)}
 
-# What EDM can't do without: page faults of shared memory. And what tells that a page was written.
+# What EDM can't do without: page faults of shared memory. And what shows that a page was written.
 NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM
 WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 
@@ -170,7 +170,8 @@ def supported_features() -> int:
 
 
 class Userfaultfd:
-    """The ioctls of one userfaultfd, for one thread. See ioctl_userfaultfd(2) for each."""
+    """The ioctls of one userfaultfd, for one thread. See ioctl_userfaultfd(2) for each. Each raises OSError,
+    which names the ioctl: ESRCH when the process has ended."""
 
     MESSAGES = 64  # at most so many are read at once
 
@@ -206,14 +207,14 @@ class Userfaultfd:
     def copy(self, dst: int, src: int, length: int, write_protect: bool = False) -> None:
         """Install length bytes of src (this process) at dst (the faulting one), and wake.
 
-        With write_protect the pages get the mark that their first write clears. Raises OSError
+        With write_protect the pages get the uffd-wp bit, which their first write clears. Raises OSError
         EEXIST when a page of the range is there already, ENOENT when it isn't registered or is in
         more than one mapping, ESRCH when the process has ended.
         """
         mode = UFFDIO_COPY_MODE_WP if write_protect else 0
         uffdio_copy.pack_into(self._block, 0, dst, src, length, mode, 0)
         while not self._call("UFFDIO_COPY", UFFDIO_COPY):
-            # After `done` bytes. The next try goes on, or tells why it can't.
+            # After `done` bytes. The next try goes on, or its error is the reason.
             dst, src, length, _, done = uffdio_copy.unpack_from(self._block)
             done = max(0, done)
             uffdio_copy.pack_into(self._block, 0, dst + done, src + done, length - done, mode, 0)
@@ -227,7 +228,7 @@ class Userfaultfd:
             uffdio_zeropage.pack_into(self._block, 0, start + done, length - done, 0, 0)
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
-        """Set the mark of these pages (bytes); or, protect=False, clear it and wake."""
+        """Set the uffd-wp bit of these pages (bytes); or, protect=False, clear it and wake."""
         mode = UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
         uffdio_writeprotect.pack_into(self._block, 0, start, length, mode)
         self._call("UFFDIO_WRITEPROTECT", UFFDIO_WRITEPROTECT)

@@ -28,7 +28,7 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 
 from edm import uffd_ctypes
 from edm.doctor import find_mpirun
-from edm.lspt import LSPT, Left
+from edm.lspt import LSPT, Claimed
 from edm.page_idle import bitmap_missing
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -453,14 +453,14 @@ def close(lspt: LSPT) -> None:
     os.close(lspt.for_lpet)
 
 
-def lpet_is_first(lspt: LSPT, page: int, count: int) -> list[Left]:
+def lpet_is_first(lspt: LSPT, page: int, count: int) -> list[Claimed]:
     """Whoever takes the lock next gets it after LPET has claimed these pages, which are then in the list."""
     lock, left = lspt.lock, []
 
     class LpetIsFirst:
         def __enter__(self):
             lspt.lock = lock
-            left.extend(lspt.leaving(page, count))
+            left.extend(lspt.claim(page, count))
             lock.acquire()
 
         def __exit__(self, *raised):

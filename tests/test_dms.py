@@ -197,7 +197,7 @@ WRONG = {
     "too many pages": {"kind": m.GET, "page": 1, "count": PAGES_AT_ONCE + 1},
     "a GET with a body": {"kind": m.GET, "page": 1, "count": 1, "body": b"x"},
     "a START of a disk that has": {"kind": m.START, "body": m.EPOCH.pack(0)},
-    "a SYNC of a step that there is not": {"kind": m.SYNC, "more": m.SYNC_STEPS},
+    "a SYNC of a step that there is not": {"kind": m.SYNC, "more": m.SYNC_PHASES},
     "a short HELLO": {"kind": m.HELLO, "body": GEOMETRY[:-1]},
     "a FREE outside": {"kind": m.FREE, "page": 999, "count": 2},
     "LOCATIONS of none": {"kind": m.LOCATIONS, "page": 1, "count": 0},
@@ -304,7 +304,7 @@ def test_a_sync_has_a_thread_of_its_own_or_does_without_where_there_can_be_none(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_mistake_in_a_sync_ends_the_dms_and_is_no_answer(dms):
-    dms._stores[0].sync_steps = [mock.Mock(side_effect=TypeError("a mistake"))]
+    dms._stores[0].sync_phases = [mock.Mock(side_effect=TypeError("a mistake"))]
     with pytest.raises(TypeError, match="a mistake"):
         sync_alone(dms)
     assert not dms._comm.answered

@@ -65,7 +65,7 @@ class Store:
         self.takes_pipes = False
         self.taken = []  # the runs that it took
 
-    def take_from(self, pipe, page, into):
+    def put_from_pipe(self, pipe, page, into):
         self.taken.append((page, len(into) // PAGE_SIZE))
         for at in range(len(into) // PAGE_SIZE):
             self.pages[page + at] = os.read(pipe, PAGE_SIZE)
@@ -123,7 +123,7 @@ class FakeTracker:
     def idle(self, runs):
         return self.idle_pages.intersection(pages_in(runs))
 
-    def mark(self, runs):
+    def mark_idle(self, runs):
         self.marked += pages_in(runs)
 
 
@@ -159,7 +159,7 @@ class Instance:
             self.lspt.arrived(range(page, page + 1))
 
     def here(self):
-        return list(pages_in(self.lspt.here()))
+        return list(pages_in(self.lspt.runs_here()))
 
     def states(self, first, count):
         return list(self.lspt.state[first : first + count])
@@ -462,7 +462,7 @@ def test_refusals_end_nothing_while_no_fault_waits(make, clock):
 def test_advice_that_finds_no_room_never_ends_the_job_and_a_fault_that_does_has_grace(make, clock):
     instance = make(high=8, batch=4)
     instance.come((0, 8))
-    instance.lspt.on_disk(20, 2)
+    instance.lspt.found_on_disk(20, 2)
     instance.store.refuses = refuse_all
     for _ in range(3):
         assert instance.lspt.expect(20, l.AWAY) is None
@@ -559,8 +559,8 @@ def test_the_clock_goes_round(large):
 
 def test_old_pages_leave_before_younger_ones_wherever_the_hand_is(large):
     now = large.lspt.generation()
-    large.lspt.stays(large.lspt.leaving(0, 1900), now)
-    large.lspt.stays(large.lspt.leaving(1900, 100), now - AGE)
+    large.lspt.stays(large.lspt.claim(0, 1900), now)
+    large.lspt.stays(large.lspt.claim(1900, 100), now - AGE)
     large.lspt.low = 1900
     assert large.evict_once() == list(range(1900, 2000)), "those that came before"
     large.lspt.low = 1800
@@ -570,8 +570,8 @@ def test_old_pages_leave_before_younger_ones_wherever_the_hand_is(large):
 
 def test_pages_that_came_back_soon_leave_last(large):
     now = large.lspt.generation()
-    large.lspt.stays(large.lspt.leaving(100, 1800), now + l.LONGER)
-    large.lspt.stays(large.lspt.leaving(1900, 50), now)
+    large.lspt.stays(large.lspt.claim(100, 1800), now + l.LONGER)
+    large.lspt.stays(large.lspt.claim(1900, 50), now)
     large.lspt.low = 1850
     others = [*range(100), *range(1900, 2000)]
     assert {*large.evict_once()} <= {*others}, "of old ones and those of today there were enough"
@@ -608,7 +608,7 @@ def test_a_generation_in_which_the_clock_has_gone_round_has_no_old_pages_left(la
     now, ages = large.lspt.generation(), []
     older_than = large.lspt.older_than
     monkeypatch.setattr(large.lspt, "older_than", lambda age: ages.append(age) or older_than(age))
-    large.lspt.stays(large.lspt.leaving(0, 1990), now)
+    large.lspt.stays(large.lspt.claim(0, 1990), now)
     large.lspt.low = 1980
     assert {*range(1990, 2000)} <= {*large.evict_once()} and {*ages} == {AGE, 0}
     for later, expected in ((0, {0}), (1, {AGE})):
@@ -621,7 +621,7 @@ def test_a_generation_in_which_the_clock_has_gone_round_has_no_old_pages_left(la
 def test_neighbours_leave_together_and_younger_pages_between_them_stay(large):
     now = large.lspt.generation()
     for page in (5, 40):
-        large.lspt.stays(large.lspt.leaving(page, 1), now)
+        large.lspt.stays(large.lspt.claim(page, 1), now)
     large.lspt.low = 1999 - 64
     assert large.evict_once() == [p for p in range(128) if p not in (5, 40)][:126]
     assert large.store.tries[0] == [(0, 5), (6, 34), (41, 23)]
@@ -651,7 +651,7 @@ def test_if_all_pages_are_in_use_they_leave_nevertheless(large):
 
 def test_pages_that_are_coming_or_in_other_hands_are_no_business_of_lpets(large):
     large.lspt.state[30] = COMING
-    theirs = large.lspt.leaving(10, 20)
+    theirs = large.lspt.claim(10, 20)
     assert set(large.evict_once()).isdisjoint(range(10, 31))
     assert all(large.memory.read(page) == content(page) for page in range(10, 30))
     assert large.states(10, 21) == [LEAVING] * 20 + [COMING]
@@ -753,7 +753,7 @@ def test_who_touches_a_page_while_it_is_being_marked_is_woken(make):
         real(*arguments)
 
     instance.lpet._put_back = put_back
-    instance.lpet._mark([(10, 2)])
+    instance.lpet._mark_idle([(10, 2)])
     assert instance.uffd.woken == {10, 11}
     assert instance.here() == [10, 11] and instance.pagemap.present(10, 2) == [False, False]
     assert [instance.memory.read(page) for page in (10, 11)] == [content(10), content(11)]
@@ -841,7 +841,7 @@ def test_storing_waits_for_pages_that_somebody_else_has_in_hand(make, how):
     if how == "installed":
         instance.lspt.expect(20)
     else:
-        theirs = instance.lspt.leaving(10, 1)
+        theirs = instance.lspt.claim(10, 1)
     thread, stored = start(lambda: instance.lpet.store(False))
     wait_for(lambda: instance.store.pages)
     thread.join(0.02)
@@ -973,7 +973,7 @@ def test_what_the_store_refused_is_stored_the_next_time(registered):
 def test_unmapping_a_page_to_see_whether_it_is_used_does_not_make_it_written_or_clean(registered):
     for page in (10, 11, 12):
         registered.install(page, page != 11)
-    registered.lpet._mark([(10, 3)])
+    registered.lpet._mark_idle([(10, 3)])
     assert registered.lpet._tracker.idle([(10, 3)]) == {10, 11, 12}
     assert registered.memory.read(10) == content(10)
     registered.memory.write(12, version=1)

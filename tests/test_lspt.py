@@ -77,7 +77,7 @@ def come(lspt, first, count=1):
 
 def evict(lspt, first, count=1):
     """HERE → AWAY."""
-    lspt.gone(lspt.leaving(first, count))
+    lspt.gone(lspt.claim(first, count))
 
 
 def rings(lspt, bell="for_handler"):
@@ -102,7 +102,7 @@ def test_a_page_comes_leaves_comes_back_and_is_freed(make):
     assert lspt.state[7] == COMING and lspt.figures[RESIDENT] == 1
     lspt.arrived(range(7, 8))
     assert lspt.state[7] == HERE
-    left = lspt.leaving(0, 100)
+    left = lspt.claim(0, 100)
     assert left == [(7, bytes((HERE,)))] and lspt.state[7] == LEAVING
     assert lspt.figures[RESIDENT] == 1, "it takes its memory until it has gone"
     lspt.gone(left)
@@ -187,11 +187,11 @@ def test_generations_count_on_when_their_numbers_begin_anew(make):
     lspt.figures[FETCHED] = (GENERATIONS + 3) * lspt.quarter
     come(lspt, 0)
     assert lspt.state[0] == HERE + 3
-    assert lspt.leaving(0, 100, lspt.older_than(1)) == []
+    assert lspt.claim(0, 100, lspt.older_than(1)) == []
     lspt.figures[FETCHED] = (2 * GENERATIONS + 2 - LONGER) * lspt.quarter
     age = GENERATIONS - 1 - LONGER
-    assert lspt.leaving(0, 100, lspt.older_than(age + 1)) == []
-    assert lspt.leaving(0, 100, lspt.older_than(age)) == [(0, bytes((HERE + 3,)))]
+    assert lspt.claim(0, 100, lspt.older_than(age + 1)) == []
+    assert lspt.claim(0, 100, lspt.older_than(age)) == [(0, bytes((HERE + 3,)))]
 
 
 def test_what_could_not_be_had_is_away_and_lost_is_lost_until_it_is_freed(make):
@@ -205,7 +205,7 @@ def test_what_could_not_be_had_is_away_and_lost_is_lost_until_it_is_freed(make):
     lspt.not_coming(range(7, 8), LOST)
     assert lspt.state[7] == LOST and lspt.figures[RESIDENT] == 2
     lspt.arrived(range(5, 7))
-    assert lspt.leaving(0, 100) == [(5, bytes((HERE, HERE)))], "a lost page does not leave"
+    assert lspt.claim(0, 100) == [(5, bytes((HERE, HERE)))], "a lost page does not leave"
     _, strided = expect(lspt, range(20, 40, 4))
     lspt.not_coming(strided)
     assert [page for page in range(10, 60) if lspt.state[page]] == [20, 24, 28, 32, 36]
@@ -224,7 +224,7 @@ def test_pages_leave_with_the_holes_between_them(make):
     come(lspt, 15, 2)
     come(lspt, 20)
     evict(lspt, 16)
-    left = lspt.leaving(5, 50)
+    left = lspt.claim(5, 50)
     here, new, away = HERE, NEW, AWAY
     assert left == [(10, bytes((here, here, here, new, new, here, away, new, new, new, here)))]
     assert lspt.state[10:21] == bytes((LEAVING,)) * 11, "nobody may bring the holes meanwhile"
@@ -242,7 +242,7 @@ def test_what_is_in_other_hands_or_lost_is_no_hole(make, blocks):
     lspt = make()
     come(lspt, 10, 5)
     lspt.state[12] = blocks
-    assert lspt.leaving(0, 100) == [(10, bytes((HERE, HERE))), (13, bytes((HERE, HERE)))]
+    assert lspt.claim(0, 100) == [(10, bytes((HERE, HERE))), (13, bytes((HERE, HERE)))]
     assert lspt.state[12] == blocks
 
 
@@ -251,13 +251,13 @@ def test_only_pages_of_the_range_leave_and_without_holes_each_run_by_itself(make
     come(lspt, 10, 3)
     come(lspt, 15, 3)
     left = [(11, bytes((HERE,)) * 2), (15, bytes((HERE,)) * 2)]
-    assert lspt.leaving(11, 6, NO_HOLES) == left
+    assert lspt.claim(11, 6, NO_HOLES) == left
     assert lspt.state[9:19] == bytes(
         (NEW, HERE, *[LEAVING] * 2, NEW, NEW, *[LEAVING] * 2, HERE, NEW)
     )
-    assert lspt.leaving(11, 6) == [], "they are in somebody's hands"
+    assert lspt.claim(11, 6) == [], "they are in somebody's hands"
     lspt.expect(13)
-    assert lspt.take(10, 7, NO_HOLES) == ([(10, bytes((HERE,)))], [(11, 3), (15, 2)]), "as is told"
+    assert lspt.claim_all(10, 7, NO_HOLES) == ([(10, bytes((HERE,)))], [(11, 3), (15, 2)])
 
 
 def test_only_pages_old_enough_leave_and_younger_ones_between_them_are_no_holes(make):
@@ -267,10 +267,10 @@ def test_only_pages_old_enough_leave_and_younger_ones_between_them_are_no_holes(
         come(lspt, page)
     lspt.figures[FETCHED] = 3 * lspt.quarter
     assert lspt.older_than(-LONGER) == ANY_HERE
-    assert lspt.leaving(0, 100, lspt.older_than(2)) == [(10, bytes((HERE, HERE + 1)))]
-    assert lspt.leaving(0, 100, lspt.older_than(2)) == []
-    assert lspt.leaving(0, 100, lspt.older_than(1)) == [(13, bytes((HERE + 2,)))]
-    assert lspt.leaving(0, 100, lspt.older_than(0)) == [(14, bytes((HERE + 3,)))]
+    assert lspt.claim(0, 100, lspt.older_than(2)) == [(10, bytes((HERE, HERE + 1)))]
+    assert lspt.claim(0, 100, lspt.older_than(2)) == []
+    assert lspt.claim(0, 100, lspt.older_than(1)) == [(13, bytes((HERE + 2,)))]
+    assert lspt.claim(0, 100, lspt.older_than(0)) == [(14, bytes((HERE + 3,)))]
 
 
 def test_ages_are_right_when_the_numbers_of_generations_begin_anew(make):
@@ -279,14 +279,14 @@ def test_ages_are_right_when_the_numbers_of_generations_begin_anew(make):
         lspt.figures[FETCHED] = generation * lspt.quarter
         come(lspt, generation - GENERATIONS + 1)
     assert lspt.state[:3] == bytes((HERE + GENERATIONS - 1, HERE, HERE + 1))
-    assert [first for first, _ in lspt.leaving(0, 100, lspt.older_than(2))] == [0]
-    assert [first for first, _ in lspt.leaving(0, 100, lspt.older_than(1))] == [1]
+    assert [first for first, _ in lspt.claim(0, 100, lspt.older_than(2))] == [0]
+    assert [first for first, _ in lspt.claim(0, 100, lspt.older_than(1))] == [1]
 
 
 def test_gone_notes_when_the_pages_left(make):
     lspt = make()
     come(lspt, 10, 2)
-    left = lspt.leaving(0, 100)
+    left = lspt.claim(0, 100)
     lspt.figures[FETCHED] = (GENERATIONS + 5) * lspt.quarter
     lspt.gone(left)
     assert lspt.state[10:12] == bytes((AWAY + (GENERATIONS + 5) % AWAYS,)) * 2
@@ -325,9 +325,9 @@ def test_stays_makes_the_pages_as_they_were_or_as_if_they_had_come_now(make):
         lspt.figures[FETCHED] = generation * lspt.quarter
         come(lspt, 10 + 2 * generation)
     before = lspt.state[:]
-    lspt.stays(lspt.leaving(0, 100))
+    lspt.stays(lspt.claim(0, 100))
     assert lspt.state[:] == before and lspt.figures[RESIDENT] == 2
-    lspt.stays(lspt.leaving(0, 100), GENERATIONS + 9)
+    lspt.stays(lspt.claim(0, 100), GENERATIONS + 9)
     assert lspt.state[15:20] == bytes((NEW, HERE + 9, NEW, HERE + 9, NEW))
     assert lspt.figures[RESIDENT] == 2
 
@@ -339,7 +339,7 @@ def test_freeing_takes_every_page_but_those_in_other_hands(make):
     lspt = make()
     come(lspt, 10, 8)
     evict(lspt, 10, 2)
-    theirs = lspt.leaving(13, 2)
+    theirs = lspt.claim(13, 2)
     expect(lspt, range(20, 22))
     taken, later = lspt.freeing(8, 15)
     assert later == [(13, 2), (20, 2)]
@@ -374,9 +374,9 @@ def test_pages_that_nobody_may_free_stay_as_they_were(make):
 
 def test_what_an_earlier_job_left_is_away_and_did_not_leave_of_late(make):
     lspt = make(3 * PART)
-    lspt.on_disk(PART - 2, 4)
-    lspt.on_disk(2 * PART + 7, 1)
-    assert lspt.away() == 5 and lspt.figures[RESIDENT] == 0
+    lspt.found_on_disk(PART - 2, 4)
+    lspt.found_on_disk(2 * PART + 7, 1)
+    assert lspt.count_away() == 5 and lspt.figures[RESIDENT] == 0
     assert expect(lspt, range(PART - 3, PART + 10)) == (NEW, range(PART - 3, PART - 2))
     state, pages = expect(lspt, range(PART - 2, PART + 10))
     assert ONE_AWAY[state] == AWAY and pages == range(PART - 2, PART + 2)
@@ -398,26 +398,26 @@ def test_parts_whose_pages_were_all_freed_are_looked_at_no_more(make):
     assert [page for page, _ in lspt.used(0, 10 * PART)] == [3 * PART, 8 * PART]
     assert [page for page, _ in lspt.occupied(0, 10 * PART)] == [3 * PART]
     evict(lspt, 3 * PART + 100)
-    assert [*lspt.occupied(0, 10 * PART)] == [*lspt.here()] == []
+    assert [*lspt.occupied(0, 10 * PART)] == [*lspt.runs_here()] == []
     come(lspt, 2 * PART)
-    assert [*lspt.here()] == [(2 * PART, 1)], "they may be used again"
+    assert [*lspt.runs_here()] == [(2 * PART, 1)], "they may be used again"
 
 
 def test_only_the_parts_that_pages_were_ever_in_are_looked_at(make):
     lspt = make(10 * PART)
-    assert list(lspt.used(0, 10 * PART)) == list(lspt.here()) == []
+    assert list(lspt.used(0, 10 * PART)) == list(lspt.runs_here()) == []
     come(lspt, 3 * PART + 5, 2)
     expect(lspt, range(6 * PART - 1, 6 * PART + 1))
-    lspt.on_disk(9 * PART, 1)
+    lspt.found_on_disk(9 * PART, 1)
     assert list(lspt.used(0, 10 * PART)) == [(n * PART, PART) for n in (3, 5, 6, 9)]
     assert list(lspt.used(3 * PART + 10, 3 * PART)) == [
         (3 * PART + 10, PART - 10), (5 * PART, PART), (6 * PART, 10),
     ]  # fmt: skip
     assert list(lspt.used(4 * PART, PART)) == []
-    assert list(lspt.here()) == [(3 * PART + 5, 2)]
+    assert list(lspt.runs_here()) == [(3 * PART + 5, 2)]
     come(lspt, 3 * PART + 10)
     come(lspt, 4 * PART - 1, 2)
-    assert [*lspt.here()] == [
+    assert [*lspt.runs_here()] == [
         (3 * PART + 5, 2), (3 * PART + 10, 1), (4 * PART - 1, 1), (4 * PART, 1),
     ]  # fmt: skip
 
@@ -428,10 +428,10 @@ def test_away_counts_the_pages_that_only_the_store_has(make):
     evict(lspt, 10, 2)
     lspt.figures[FETCHED] = (GENERATIONS - 1) * lspt.quarter
     evict(lspt, 12, 2)
-    assert lspt.away() == 4
+    assert lspt.count_away() == 4
     lspt.expect(10)
     lspt.freed(lspt.freeing(13, 1)[0])
-    assert lspt.away() == 2
+    assert lspt.count_away() == 2
 
 
 def test_what_is_here_is_located_here_whatever_the_store_has_sent(make):
@@ -494,11 +494,11 @@ def test_untouched_parts_of_a_huge_table_cost_no_memory(make):
     for page in (0, pages // 2, pages - 1):
         come(lspt, page)
     evict(lspt, pages // 2)
-    assert list(lspt.here()) == [(0, 1), (pages - 1, 1)] and lspt.away() == 1
+    assert list(lspt.runs_here()) == [(0, 1), (pages - 1, 1)] and lspt.count_away() == 1
     taken, later = lspt.freeing(1, pages - 1)
     assert len(taken) == 3 and later == []
     lspt.freed(taken)
-    assert list(lspt.here()) == [(0, 1)] and lspt.figures[RESIDENT] == 1
+    assert list(lspt.runs_here()) == [(0, 1)] and lspt.figures[RESIDENT] == 1
     used = pages // PART + 4 * 3 * PAGE_SIZE  # bytes
     assert shared_memory() - before <= used >> 10
 
@@ -533,7 +533,7 @@ def test_the_handler_is_told_when_there_is_room_if_it_wants_some(make, how, want
         assert lspt.expect(9) is None
     assert bool(lspt.room_wanted_since()) == wanted and not rings(lspt)
     {
-        "gone": lambda: lspt.gone(lspt.leaving(0, 1)),
+        "gone": lambda: lspt.gone(lspt.claim(0, 1)),
         "freed": lambda: lspt.freed(lspt.freeing(0, 1)[0]),
         "not_coming": lambda: lspt.not_coming(range(3, 4)),
         "lost": lambda: lspt.not_coming(range(3, 4), LOST),
@@ -546,7 +546,7 @@ def test_what_makes_no_room_does_not_tell_the_handler(make):
     lspt = make(high=4)
     come(lspt, 0, 4)
     lspt.expect(9)
-    lspt.stays(lspt.leaving(0, 4))
+    lspt.stays(lspt.claim(0, 4))
     lspt.gone([])
     lspt.freed(lspt.freeing(20, 4)[0])
     assert lspt.room_wanted_since() and not rings(lspt)
@@ -670,11 +670,11 @@ def test_what_a_forked_process_does_is_seen_here(make, fork):
     def body():
         come(lspt, 2 * PART, 4)
         lspt.expect(5)
-        lspt.gone(lspt.leaving(2 * PART, 1))
+        lspt.gone(lspt.claim(2 * PART, 1))
         lspt.stop()
 
     assert ended(fork(body)) == 0
-    assert list(lspt.here()) == [(2 * PART + 1, 3)] and lspt.away() == 1
+    assert list(lspt.runs_here()) == [(2 * PART + 1, 3)] and lspt.count_away() == 1
     assert (lspt.figures[RESIDENT], lspt.figures[PEAK]) == (3, 4)
     assert rings(lspt) and lspt.stopped()
     assert lspt.state[2 * PART] == AWAY + lspt.generation()
@@ -684,12 +684,12 @@ TRANSITIONS = {
     "expect": lambda lspt: lspt.expect(50),
     "expect_more": lambda lspt: lspt.expect_more(range(50, 52), NEW),
     "not_coming": lambda lspt: lspt.not_coming(range(20, 21)),
-    "leaving": lambda lspt: lspt.leaving(0, 10),
+    "claim": lambda lspt: lspt.claim(0, 10),
     "gone": lambda lspt: lspt.gone([(30, bytes((HERE,)))]),
     "stays": lambda lspt: lspt.stays([(30, bytes((HERE,)))]),
     "freeing": lambda lspt: lspt.freeing(0, 100),
     "freed": lambda lspt: lspt.freed([(30, bytes((HERE,)))]),
-    "on_disk": lambda lspt: lspt.on_disk(60, 2),
+    "found_on_disk": lambda lspt: lspt.found_on_disk(60, 2),
 }
 
 
@@ -699,7 +699,7 @@ def test_no_transition_of_another_process_gets_between_while_the_lock_is_held(ma
     come(lspt, 0, 2)
     lspt.expect(20)
     come(lspt, 30)
-    lspt.leaving(30, 1)
+    lspt.claim(30, 1)
     before = lspt.state[:], lspt.figures[RESIDENT]
     ours, theirs = os.pipe()
 
@@ -761,7 +761,7 @@ class Actor:
         which = self.dice.choice((ANY_HERE, NO_HOLES, self.lspt.older_than(1)))
         page = self.dice.choice(self.within)
         count = min(self.dice.randint(1, 40), self.lspt.pages - page)
-        if left := self.lspt.leaving(page, count, which):
+        if left := self.lspt.claim(page, count, which):
             self.left.append(left)
 
     def end_left(self):
@@ -818,7 +818,7 @@ def test_resident_counts_whatever_two_processes_do_at_once(make, fork):
         assert count(lspt, (COMING, LEAVING)) == 0
         assert lspt.figures[RESIDENT] == count(lspt, range(HERE, 256)) > 0
         assert lspt.figures[PEAK] == 100
-        assert count(lspt, range(AWAY, LOST)) == lspt.away() > 0
+        assert count(lspt, range(AWAY, LOST)) == lspt.count_away() > 0
         for pipe in sum(pipes, ()):
             for fd in pipe:
                 os.close(fd)

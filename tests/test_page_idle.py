@@ -92,9 +92,9 @@ def drained(monkeypatch):
 
 
 def test_the_bitmap_tracker_marks_the_frames_of_present_pages(pagemap, bitmap, drained):
-    BitmapTracker(pagemap, str(bitmap)).mark([(0, 2), (4, 1)])
+    BitmapTracker(pagemap, str(bitmap)).mark_idle([(0, 2), (4, 1)])
     assert bits(bitmap) == {100, 107, 128} and drained == []
-    BitmapTracker(pagemap, str(bitmap)).mark([(3, 1)])
+    BitmapTracker(pagemap, str(bitmap)).mark_idle([(3, 1)])
     assert bits(bitmap) == {100, 107, 128}
 
 
@@ -108,13 +108,13 @@ def test_a_page_in_an_lru_batch_is_marked_when_the_batches_have_been_drained(
         return real(fd, pack("=Q", *(word & ~hidden for word in unpack("=Q", words))), offset)
 
     monkeypatch.setattr(page_idle.os, "pwrite", pwrite)
-    BitmapTracker(pagemap, str(bitmap)).mark([(0, 3)])
+    BitmapTracker(pagemap, str(bitmap)).mark_idle([(0, 3)])
     assert bits(bitmap) == {100, 107, 114} and drained == [1]
 
 
 def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap, drained):
     tracker = BitmapTracker(pagemap, str(bitmap))
-    tracker.mark([(0, 10)])
+    tracker.mark_idle([(0, 10)])
     assert tracker.idle([(0, 10)]) == set(range(10)) - {3}
     words = list(unpack_from("=64Q", bitmap.read_bytes()))
     words[107 // 64] &= ~(1 << 107 % 64)  # the kernel saw page 1 touched
@@ -125,7 +125,7 @@ def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap, drained):
 def test_the_unmap_tracker_unmaps_to_mark_and_a_page_that_is_not_present_is_idle(pagemap):
     unmapped = []
     tracker = UnmapTracker(pagemap, unmapped.append)
-    tracker.mark([(2, 3)])
+    tracker.mark_idle([(2, 3)])
     assert unmapped == [[(2, 3)]]
     assert tracker.idle([(2, 3), (7, 1)]) == {3}
 

@@ -285,7 +285,7 @@ def test_what_is_in_a_pipe_is_written_or_is_there_to_be_put(path, small_files, f
     os.write(into, content(2, 10))
     bytes_of = memoryview(bytearray(10 * PAGE_SIZE))
     small_files(store._place(20, FIRST) + int(fits * PAGE_SIZE))
-    taken = store.take_from(out, 20, bytes_of)
+    taken = store.put_from_pipe(out, 20, bytes_of)
     small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     os.close(into)
     assert os.read(out, 1) == b"", "nothing is left in the pipe"

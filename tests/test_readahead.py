@@ -283,7 +283,7 @@ class FakeUffd:
 def handler():
     lspt = LSPT(1000, 1000, 0)
     lspt.areas.append((0, 1000))
-    lspt.on_disk(0, 1000)
+    lspt.found_on_disk(0, 1000)
     handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False)
     handler._uffd = FakeUffd()
     yield handler
@@ -292,7 +292,7 @@ def handler():
 
 def claim(handler, *pages):
     for page in pages:
-        handler._claim(page, False)
+        handler._bring_missing(page, False)
 
 
 def touch(handler, pages):
@@ -302,7 +302,7 @@ def touch(handler, pages):
 
 
 def here(handler):
-    return list(pages_in(handler._lspt.here()))
+    return list(pages_in(handler._lspt.runs_here()))
 
 
 def test_a_row_of_a_few_pages_takes_two_faults_and_brings_few_other_pages(handler):
@@ -314,7 +314,7 @@ def test_a_page_that_left_soon_before_it_faults_alone_stays_longer(handler):
     lspt = handler._lspt
     claim(handler, 100, 500)
     assert {lspt.state[page] for page in (100, 500)} == {HERE + lspt.generation()}, "long ago"
-    lspt.gone(lspt.leaving(0, 1000))
+    lspt.gone(lspt.claim(0, 1000))
     claim(handler, 100)
     assert lspt.state[100] == HERE + lspt.generation() + LONGER
     lspt.figures[FETCHED] += (SOON + 1) * lspt.quarter
@@ -324,7 +324,7 @@ def test_a_page_that_left_soon_before_it_faults_alone_stays_longer(handler):
 
 def test_a_sequence_that_left_soon_before_comes_in_windows(handler):
     touch(handler, range(100, 200))
-    handler._lspt.gone(handler._lspt.leaving(0, 1000))
+    handler._lspt.gone(handler._lspt.claim(0, 1000))
     handler._store.asked.clear()
     touch(handler, range(100, 200))
     assert len(handler._store.asked) < 20
@@ -333,7 +333,7 @@ def test_a_sequence_that_left_soon_before_comes_in_windows(handler):
 def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are_passed(handler):
     claim(handler, 110)
     before = len(handler._store.asked)
-    handler.ask_for([range(100, 200), range(300, 301)])
+    handler.ask_for([(100, 100), (300, 1)])
     handler._bring_asked()
     assert here(handler) == [*range(100, 165)]  # 64 have come, and one was here
     assert handler._store.asked[before:] == [
@@ -346,7 +346,7 @@ def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are
 def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them(handler):
     lspt = handler._lspt
     lspt.high = 60
-    handler.ask_for([range(100, 200)])
+    handler.ask_for([(100, 100)])
     assert handler._next_faults() == []
     handler._bring_asked()
     assert here(handler) == [*range(100, 160)]
@@ -356,14 +356,14 @@ def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them
     handler._uffd.faults = [(0, 0, 0, 0)]
     assert handler._next_faults() == handler._uffd.faults
     handler._uffd.faults = []
-    lspt.gone(lspt.leaving(100, 20))
+    lspt.gone(lspt.claim(100, 20))
     assert handler._next_faults() == []  # it has heard that there is room
     handler._bring_asked()
     assert here(handler) == [*range(120, 180)]
 
 
 def test_nothing_that_was_asked_for_comes_when_the_space_ends(handler):
-    handler.ask_for([range(100, 200)])
+    handler.ask_for([(100, 100)])
     handler._lspt.stop()
     with pytest.raises(Stopped):
         handler._bring_asked()
@@ -373,7 +373,7 @@ def test_nothing_that_was_asked_for_comes_when_the_space_ends(handler):
 def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(handler):
     lspt = handler._lspt
     claim(handler, 100, 110)
-    handler.ask_for([range(105, 106)])
+    handler.ask_for([(105, 1)])
     left = lpet_is_first(lspt, 100, 11)
     handler._bring_asked()
     assert lspt.state[100:111] == bytes((LEAVING,)) * 11

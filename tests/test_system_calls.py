@@ -238,7 +238,7 @@ def lspt():
 
 def leaving(lspt, page, count):
     """Which pages LPET takes; they stay, after all."""
-    left = lspt.leaving(page, count)
+    left = lspt.claim(page, count)
     lspt.stays(left)
     return [(first, len(before)) for first, before in left]
 
@@ -282,7 +282,7 @@ def test_lpet_passes_pages_that_are_pinned_and_nobody_else_does(lspt):
     assert leaving(lspt, 90, 30) == [(90, 10), (110, 10)]
     assert leaving(lspt, 105, 10) == [(110, 5)]
     assert leaving(lspt, 102, 3) == []
-    taken, _ = lspt.take(90, 30, ANY_HERE)
+    taken, _ = lspt.claim_all(90, 30, ANY_HERE)
     assert [(first, len(before)) for first, before in taken] == [(90, 30)]
 
 

@@ -45,10 +45,10 @@ class BytesFirst(Lpet):
 
 
 class MarksFirst(Lpet):
-    def _take_out(self, page, left, here):
+    def _move_out(self, page, left, here):
         written = self._pagemap.written(page, here)
         time.sleep(MOMENT)
-        spans, _ = super()._take_out(page, left, here)
+        spans, _ = super()._move_out(page, left, here)
         return spans, written
 
 
