@@ -131,7 +131,7 @@ def test_without_options_the_settings_are_the_default_ones(monkeypatch):
 
 def test_a_wrong_option_is_told_in_one_line_by_one_rank(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", "--high-threshold", "1"])
-    monkeypatch.setattr(face, "TELLING", 0)
+    monkeypatch.setattr(face, "PRINTING", 0)
     for rank in (0, 1):
         monkeypatch.setattr(face, "launched", lambda rank=rank: (rank, 2))
         with pytest.raises(SystemExit) as ended:
