@@ -281,26 +281,27 @@ class DmHandler:
             if not (most and self._asked):
                 break
             pages = self._asked.popleft()
-            run, state = pages[:1], self._lspt.expect(pages[0], l.AWAY)
+            last, state = pages[0], self._lspt.expect(pages[0], l.AWAY)
             if state is None:
                 self._asked.appendleft(pages)
                 break
             if l.AWAY <= state < l.LOST:
-                run = pages[: 1 + len(self._lspt.expect_more(pages[1:most], l.AWAY))]
-                runs.append(run)
-                most -= len(run)
-            if len(pages) > len(run):
-                self._asked.appendleft(pages[len(run) :])
+                claimed = self._lspt.expect_more(pages[:most], l.AWAY)
+                runs += claimed
+                last, most = claimed[-1][-1], most - sum(map(len, claimed))
+            if last < pages[-1]:
+                self._asked.appendleft(range(last + 1, pages.stop))
         self._bring_runs(runs)
 
     # ------------------------------------------------------------ fetching, and reading ahead
 
     def _window(self, stream: Stream, page: int, state: int, write: bool) -> None:
-        """Bring this page, which is COMING, and with it the others that the stream wants."""
+        """Bring this page, which is COMING, and with it others that the stream wants. They are the missing
+        ones, up to the first that is not as this one was, NEW or AWAY."""
         wanted = stream.wanted(page, self._lspt.area(page))
-        pages = wanted[: 1 + len(self._lspt.expect_more(wanted[1:], state))]
-        self._readahead.continued(stream, pages)
-        self._bring_runs([pages], page, write)
+        runs = self._lspt.expect_more(wanted, state)
+        self._readahead.continued(stream, wanted[: wanted.index(runs[-1][-1]) + 1])
+        self._bring_runs(runs, page, write)
 
     def _bring_runs(self, runs: list[range], page: int = -1, write: bool = False) -> None:
         """As _bring, but ask for all of these pages first, in pieces. The application works on the first

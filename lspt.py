@@ -84,7 +84,8 @@ NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
 _SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
 _RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # claimed pages, and the holes between them
-_NEW_RUN, _AWAY_RUN = re.compile(rb"\x00*"), re.compile(rb"[\x01-\x40]*")
+# The next pages that are NEW, or AWAY, behind pages that are HERE.
+_NEW_RUN, _AWAY_RUN = (re.compile(rb"[\x80-\xff]*([%b]+)" % some) for some in (b"\0", b"\1-\x40"))
 HERE_RUN = re.compile(rb"[\x80-\xff]+")
 _UNSETTLED = re.compile(rb"[\x42\x43]+")
 # For bytes.translate: without the generations of pages that are AWAY.
@@ -215,20 +216,21 @@ class LSPT(ByteTable):
                 self._coming(1)
             return state
 
-    def expect_more(self, wanted: range, state: int) -> range:
-        """NEW or AWAY → COMING, for the first of these pages: as many as have this state, and as there is
-        room for. Returns those pages."""
+    def expect_more(self, wanted: range, state: int) -> list[range]:
+        """NEW or AWAY → COMING, for the pages behind the first one, which is COMING: those that have this
+        state, as far as all have it or are HERE, and as there is room for. Returns the runs, with the first."""
+        runs, at = [wanted[:1]], 1
         with self.lock:
-            wanted = wanted[: max(0, self.high - self.figures[RESIDENT])]
-            if not wanted:
-                return wanted
             first, last = sorted((wanted[0], wanted[-1]))
             states = self.state[first : last + 1][:: wanted.step]
-            pages = wanted[: (_NEW_RUN if state == NEW else _AWAY_RUN).match(states).end()]
-            if pages:
+            expected = _NEW_RUN if state == NEW else _AWAY_RUN
+            while self.figures[RESIDENT] < self.high and (run := expected.match(states, at)):
+                begin, at = run.span(1)
+                pages = wanted[begin:at][: self.high - self.figures[RESIDENT]]
                 self.set(pages if pages.step > 0 else pages[::-1], COMING)
                 self._coming(len(pages))
-            return pages
+                runs = [wanted[: 1 + len(pages)]] if begin == 1 else [*runs, pages]
+        return runs
 
     def _coming(self, pages: int) -> None:
         figures = self.figures

@@ -3,7 +3,7 @@
 In the picture: a part of the DM-Handler, which does what this decides.
 
 Interface: Readahead.stream(page) returns the Stream that a fault of this page continues or begins, if any. The
-DM-Handler fetches the pages that the stream wants, and reports them (continued).
+DM-Handler fetches the pages that the stream wants and that are not here, and reports them (continued).
 
 A stream begins with the second of two faults in neighbouring pages, upward, or with the third of three at
 equal distances: a page downward, or upward at most MAX_STRIDE (its stride). Its window is small at first,
@@ -120,7 +120,7 @@ class Readahead:
         return self._streams[0]
 
     def continued(self, stream: Stream, pages: range) -> None:
-        """The stream has been continued with these pages, in the order of need."""
+        """The stream has been continued with these pages, in the order of need. Some were here before."""
         if stream.window > FIRST_WINDOW:
             self._rows = max(self._rows - 1, 0)
         stream.window = min(2 * stream.window, self.max_window)

@@ -56,11 +56,11 @@ def make():
 
 
 def expect(lspt, wanted):
-    """As the DM-Handler, when the first of these faults: its state, and which pages come."""
+    """As the DM-Handler, when the first of these faults: its state, and the runs of pages that come."""
     state = lspt.expect(wanted[0])
     if state is None or state >= LOST:
-        return state, range(0)
-    return ONE_AWAY[state], wanted[: 1 + len(lspt.expect_more(wanted[1:], state))]
+        return state, []
+    return ONE_AWAY[state], lspt.expect_more(wanted, state)
 
 
 def ascending(pages):
@@ -70,9 +70,9 @@ def ascending(pages):
 def come(lspt, first, count=1):
     """NEW or AWAY → HERE, one after the other."""
     for page in range(first, first + count):
-        state, pages = expect(lspt, range(page, page + 1))
-        assert len(pages) == 1, f"page {page} is {state}"
-        lspt.arrived(pages)
+        state, runs = expect(lspt, range(page, page + 1))
+        assert len(runs) == 1, f"page {page} is {state}"
+        lspt.arrived(runs[0])
 
 
 def evict(lspt, first, count=1):
@@ -119,23 +119,32 @@ def test_a_page_comes_leaves_comes_back_and_is_freed(make):
 @pytest.mark.parametrize(
     "wanted, expected",
     [
-        (range(15, 40), range(15, 20)),  # up to the page that is HERE
-        (range(90, 130), range(90, 100)),  # the space ends
-        (range(30, 10, -1), range(30, 22, -1)),  # downward
-        (range(5, -1, -1), range(5, -1, -1)),
-        (range(24, 40, 7), range(24, 40, 7)),  # strided, without what lies between
-        (range(13, 60, 7), range(13, 14)),
+        (range(15, 20), [range(15, 20)]),
+        (range(15, 40), [range(15, 20), range(23, 40)]),  # around those that are HERE
+        (range(15, 23), [range(15, 20)]),
+        (range(19, 40), [range(19, 20), range(23, 40)]),
+        (range(90, 130), [range(90, 100)]),  # the space ends
+        (range(30, 10, -1), [range(30, 22, -1), range(19, 10, -1)]),  # downward
+        (range(5, -1, -1), [range(5, -1, -1)]),
+        (range(24, 40, 7), [range(24, 40, 7)]),  # strided, without what lies between
+        (range(13, 60, 7), [range(13, 14), range(27, 60, 7)]),
+        (range(60, 65), [range(60, 62)]),  # up to the page that is LOST
+        (range(66, 60, -1), [range(66, 62, -1)]),
+        (range(65, 80), [range(65, 70)]),  # AWAY, while the first one is NEW
     ],
 )
 def test_the_pages_of_a_window_that_are_alike_come_together(make, wanted, expected):
-    lspt = make()
+    lspt = make(high=1000)
     come(lspt, 20, 3)
+    lspt.state[62], lspt.state[70] = LOST, AWAY
     before = lspt.state[:]
     assert expect(lspt, wanted) == (NEW, expected)
-    assert [p for p, s in enumerate(lspt.state[:]) if s == COMING] == [*ascending(expected)]
-    assert lspt.figures[RESIDENT] == 3 + len(expected)
-    lspt.arrived(ascending(expected))
-    after = bytes(HERE if page in expected else state for page, state in enumerate(before))
+    pages = {page for run in expected for page in run}
+    assert {page for page, state in enumerate(lspt.state[:]) if state == COMING} == pages
+    assert lspt.figures[RESIDENT] == 3 + len(pages)
+    for run in expected:
+        lspt.arrived(ascending(run))
+    after = bytes(HERE if page in pages else state for page, state in enumerate(before))
     assert lspt.state[:] == after
 
 
@@ -145,21 +154,28 @@ def test_pages_that_left_come_together_whenever_that_was_and_without_new_ones(ma
     evict(lspt, 10, 4)
     lspt.figures[FETCHED] += lspt.quarter
     evict(lspt, 14, 2)
-    assert expect(lspt, range(8, 40)) == (NEW, range(8, 10))
-    assert expect(lspt, range(10, 40)) == (AWAY, range(10, 16))
+    assert expect(lspt, range(8, 40)) == (NEW, [range(8, 10)])
+    assert expect(lspt, range(10, 40)) == (AWAY, [range(10, 16)])
     evict(lspt, 16, 4)
-    assert expect(lspt, range(19, 0, -1)) == (AWAY, range(19, 15, -1))
+    assert expect(lspt, range(19, 0, -1)) == (AWAY, [range(19, 15, -1)])
 
 
 @pytest.mark.parametrize("wanted", [range(20), range(20, 0, -1), range(0, 50, 5)])
 def test_no_more_pages_come_than_there_is_room_for(make, wanted):
     lspt = make(high=10)
     come(lspt, 50, 6)
-    assert expect(lspt, wanted) == (NEW, wanted[:4])
+    assert expect(lspt, wanted) == (NEW, [wanted[:4]])
     assert lspt.figures[ROOM_WANTED] == 0
     assert lspt.expect(90) is None and lspt.state[90] == NEW
     assert lspt.room_wanted_since()
-    assert lspt.expect_more(range(91, 95), NEW) == range(91, 91)
+    assert lspt.expect_more(range(90, 95), NEW) == [range(90, 91)]
+    assert lspt.figures[RESIDENT] == lspt.figures[PEAK] == 10
+
+
+def test_no_more_pages_come_around_others_than_there_is_room_for(make):
+    lspt = make(high=10)
+    come(lspt, 50, 3)
+    assert expect(lspt, range(48, 60)) == (NEW, [range(48, 50), range(53, 58)])
     assert lspt.figures[RESIDENT] == lspt.figures[PEAK] == 10
 
 
@@ -168,10 +184,9 @@ def test_a_page_in_another_state_is_not_claimed(make, state):
     lspt = make()
     lspt.state[5] = state
     assert lspt.expect(5) == state == lspt.state[5]
-    assert (
-        lspt.expect_more(range(5, 20), NEW) == lspt.expect_more(range(5, 20), AWAY) == range(5, 5)
-    )
-    assert lspt.figures[RESIDENT] == 0 and lspt.state[6] == NEW
+    assert lspt.expect_more(range(4, 20), AWAY) == [range(4, 5)]
+    runs = lspt.expect_more(range(4, 20), NEW)
+    assert runs == [range(4, 5), range(6, 20)][: 1 + (state >= HERE)] and lspt.state[5] == state
 
 
 def test_arrived_gives_a_page_the_generation_in_which_it_came(make):
@@ -206,7 +221,7 @@ def test_what_could_not_be_had_is_away_and_lost_is_lost_until_it_is_freed(make):
     assert lspt.state[7] == LOST and lspt.figures[RESIDENT] == 2
     lspt.arrived(range(5, 7))
     assert lspt.claim(0, 100) == [(5, bytes((HERE, HERE)))], "a lost page does not leave"
-    _, strided = expect(lspt, range(20, 40, 4))
+    _, [strided] = expect(lspt, range(20, 40, 4))
     lspt.not_coming(strided)
     assert [page for page in range(10, 60) if lspt.state[page]] == [20, 24, 28, 32, 36]
     taken, later = lspt.freeing(7, 90)
@@ -377,9 +392,9 @@ def test_what_an_earlier_job_left_is_away_and_did_not_leave_of_late(make):
     lspt.found_on_disk(PART - 2, 4)
     lspt.found_on_disk(2 * PART + 7, 1)
     assert lspt.count_away() == 5 and lspt.figures[RESIDENT] == 0
-    assert expect(lspt, range(PART - 3, PART + 10)) == (NEW, range(PART - 3, PART - 2))
-    state, pages = expect(lspt, range(PART - 2, PART + 10))
-    assert ONE_AWAY[state] == AWAY and pages == range(PART - 2, PART + 2)
+    assert expect(lspt, range(PART - 3, PART + 10)) == (NEW, [range(PART - 3, PART - 2)])
+    state, runs = expect(lspt, range(PART - 2, PART + 10))
+    assert ONE_AWAY[state] == AWAY and runs == [range(PART - 2, PART + 2)]
     lspt.arrived(range(PART - 2, PART - 1))
     assert lspt.state[PART - 2] == HERE, "it does not count as one that came back soon"
 
@@ -682,7 +697,7 @@ def test_what_a_forked_process_does_is_seen_here(make, fork):
 
 TRANSITIONS = {
     "expect": lambda lspt: lspt.expect(50),
-    "expect_more": lambda lspt: lspt.expect_more(range(50, 52), NEW),
+    "expect_more": lambda lspt: lspt.expect_more(range(49, 52), NEW),
     "not_coming": lambda lspt: lspt.not_coming(range(20, 21)),
     "claim": lambda lspt: lspt.claim(0, 10),
     "gone": lambda lspt: lspt.gone([(30, bytes((HERE,)))]),
@@ -744,9 +759,8 @@ class Actor:
         length = self.dice.randint(1, 12)
         wanted = range(start, start + step * length, step)
         inside = [page for page in wanted if 0 <= page < self.lspt.pages]
-        _, pages = expect(self.lspt, wanted[: len(inside)])
-        if pages:
-            self.coming.append(ascending(pages))
+        _, runs = expect(self.lspt, wanted[: len(inside)])
+        self.coming += map(ascending, runs)
 
     def end_coming(self):
         if self.coming:

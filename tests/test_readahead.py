@@ -296,9 +296,13 @@ def claim(handler, *pages):
 
 
 def touch(handler, pages):
+    """Returns how many of them have faulted."""
+    faults = 0
     for page in pages:
         if handler._lspt.state[page] < HERE:
             claim(handler, page)
+            faults += 1
+    return faults
 
 
 def here(handler):
@@ -322,6 +326,15 @@ def test_a_page_that_left_soon_before_it_faults_alone_stays_longer(handler):
     assert lspt.state[500] == HERE + lspt.generation()
 
 
+@pytest.mark.parametrize("step", [1, -1, 3])
+def test_a_window_passes_the_pages_that_are_here(handler, step):
+    sequence = range(100, 900)[::step]
+    for page in random.Random(1).sample(sequence, len(sequence) // 4):
+        handler._lspt.expect(page)
+        handler._lspt.arrived(range(page, page + 1))
+    assert touch(handler, sequence) < 25 and {*sequence} <= {*here(handler)}
+
+
 def test_a_sequence_that_left_soon_before_comes_in_windows(handler):
     touch(handler, range(100, 200))
     handler._lspt.gone(handler._lspt.claim(0, 1000))
@@ -337,7 +350,7 @@ def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are
     handler._bring_asked()
     assert here(handler) == [*range(100, 165)]  # 64 have come, and one was here
     assert handler._store.asked[before:] == [
-        range(100, 110), range(111, 127), range(127, 165),
+        range(100, 110), range(111, 127), range(127, 164), range(164, 165),
     ]  # fmt: skip
     handler._bring_asked()
     assert here(handler) == [*range(100, 200), 300] and not handler._asked
