@@ -56,7 +56,7 @@ from edm.children import Children
 from edm.lspt import LSPT, Run
 from edm.page_store import CONTENT
 from edm.readahead import Readahead, Stream
-from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 BRING = 0.1  # seconds; then the caller looks itself whether the pages have come
 SPIN = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
-FIRST_PIECE, PIECE = 16, 64  # pages of a window that are installed at once
+FIRST_PIECE, PIECE = 16, min(64, PAGES_AT_ONCE)  # pages of a window that are installed at once
 LATENCY_BUCKET = 1000  # nanoseconds
 WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in seconds
 FAULTS, STORE, ROOM = range(3)  # their places

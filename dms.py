@@ -81,7 +81,7 @@ class DMS:
             m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.START: (self._start, 0, 0, m.EPOCH.size),
             m.SYNC: (self._sync, 0, m.SYNC_PHASES - 1, 0),
-            m.FREE: (self._free, self._pages, 0, 0),
+            m.FREE: (self._free, max(1, self._pages), 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
             m.BYE: (self._bye, 0, 0, 0),
         }

@@ -109,8 +109,8 @@ class Config(SimpleNamespace):
     disk: str | None = None
     keep: bool = False
     idle_tracker: str = "auto"
-    readahead: int = 256
-    evict_batch: int = 256
+    readahead: int = PAGES_AT_ONCE
+    evict_batch: int = PAGES_AT_ONCE
     clean_tracking: str = "auto"
     plain: bool = False
     dms: int | None = None

@@ -12,8 +12,9 @@ Interface: PageStore(path, start_addr, end_addr, ...)
     free, sync, locations, runs_on_disk, table, close
     offers, start        a kept store with a share of the pages: the syncs that it can resume from
     sync_phases          a sync of several stores as one: all call the first of these before any calls the
-                         second, and so on. The first checks, the second does steps 1 to 3 (see below), the
-                         third does step 4
+                         second, and so on. The first does step 1 (see below), the second steps 1 to 3, the
+                         third step 4. A store whose table can't be written refuses in the first, when
+                         all of them can go on as before
     SPT                  a byte a page: where the page is
     disk_folder          where a disk without a path is made
 
@@ -72,7 +73,7 @@ If step 2 or 3 fails, it is not known which epoch is durable. Nothing is written
 step 4 has failed.
 
 Several stores, each with a Share of the pages (stripes.py), sync as one. Their client has all of them do
-steps 1 to 3, and step 4 only when all have succeeded. In between, nothing is put, freed or synced, and a
+step 1, then steps 1 to 3, and step 4 only when all have succeeded. In between, nothing is put, freed or synced, and a
 disk has two complete epochs, which its headers name: it offers both. At the start the client selects the
 newest epoch that all disks offer. It is the epoch of the last sync that returned, or of the one in
 progress: if one disk does not offer the newer epoch, no disk has done step 4, and all still have the
@@ -262,7 +263,7 @@ class PageStore:
         self.offers = range(0)  # the epochs that it can start from; none once it has started
         # Between the last two steps of a sync: the blocks that it has written, and the places in them.
         self._durable: dict[int, bytes] = {}
-        self.sync_phases = self._changed_blocks, self._make_durable, self._make_current
+        self.sync_phases = self._write_blocks, self._make_durable, self._make_current
         try:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
         except BaseException:
@@ -389,8 +390,7 @@ class PageStore:
         return False
 
     def _write(self, dirty: Iterable[Bytes]) -> None:
-        """Write these pages. If one write fails, all pages are TORN, as any of their places may have been
-        punched."""
+        """Write these pages. If one write fails, all pages are TORN: a part of them may be written."""
         try:
             for page, content in dirty:
                 self._write_run(page, content)
@@ -425,9 +425,16 @@ class PageStore:
         again = self.kept and self._words[ROOM_MADE] <= self._words[EPOCH]
         self._words[ROOM_MADE] = self._words[EPOCH] + 1
         torn = [(page, len(content) // PAGE_SIZE) for page, content in dirty]
-        for run in self.spt.used(0, self.spt.pages) if again else torn:
+        for run in self._runs_in_file() if again else torn:
             self._punch_spare(*run)
         return again
+
+    def _runs_in_file(self) -> Iterator[Run]:
+        """The runs of pages that the file has, in either place, also what a killed job wrote after its sync."""
+        for place in (FIRST, SECOND):
+            begin, end = self._place(0, place), self._place(self.spt.pages, place)
+            for at, length in data(self.fd, begin, end):
+                yield (at - begin) // PAGE_SIZE, -(-length // PAGE_SIZE)
 
     # ------------------------------------------------------------ the rest
 
@@ -536,7 +543,7 @@ class PageStore:
         if epoch not in self.offers:
             raise ValueError(f"it can't start from sync {epoch}, only from one of {self.offers}")
         self._words[EPOCH], header = epoch, self._header(epoch)
-        if any(os.pread(self.fd, len(header), at) != header for at in (0, HEADER_COPY)):
+        if any(self._pread(len(header), at) != header for at in (0, HEADER_COPY)):
             # This job overwrites what the other epoch needs, so its own has to be durable first. And both
             # headers have to be allocated before the disk gets full.
             _write_all(self.fd, header, 0)
@@ -544,6 +551,14 @@ class PageStore:
             _write_all(self.fd, header, HEADER_COPY)
         self._load_table()
         self.offers = range(0)
+
+    def _pread(self, length: int, at: int) -> bytes:
+        """A part of header or table. An I/O error is as damaged bytes: there is another copy, or the pages of
+        one block can't be read."""
+        try:
+            return os.pread(self.fd, length, at)
+        except OSError:
+            return b"\xff" * length
 
     def _header(self, epoch: int) -> bytes:
         return _sealed(HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch))
@@ -553,7 +568,7 @@ class PageStore:
 
         An epoch that both copies of the header name is durable: the second is written after an fsync.
         """
-        copies = [os.pread(self.fd, HEADER.size + CRC, at) for at in (0, HEADER_COPY)]
+        copies = [self._pread(HEADER.size + CRC, at) for at in (0, HEADER_COPY)]
         ours = [copy for copy in copies if copy.startswith(MAGIC)]
         if not ours:
             raise ValueError(f"disk: {path} is not an EDM disk; choose another path")
@@ -608,7 +623,7 @@ class PageStore:
     def _read_block(self, table: int, block: int) -> tuple[bytes, bytes]:
         """The places of this block's pages, and their crc32s."""
         count = min(BLOCK_PAGES, self.spt.pages - block * BLOCK_PAGES)
-        raw = os.pread(self.fd, BLOCK_SIZE, self._block_place(table, block))
+        raw = self._pread(BLOCK_SIZE, self._block_place(table, block))
         number, epoch, places, crcs = BLOCK.unpack(raw[:-CRC])
         right = raw == _sealed(raw[:-CRC]) and number == block and epoch <= self._words[EPOCH]
         if any(raw) and not right:
@@ -632,13 +647,19 @@ class PageStore:
             raise OSError(errno.EIO, f"{torn} pages could not be written")
         return blocks
 
-    def _make_durable(self) -> None:
-        """Steps 1 to 3. Nothing may be written until _make_current."""
+    def _write_blocks(self) -> None:
+        """Step 1. If it fails, nothing has changed."""
         self._durable, epoch = self._changed_blocks(), self._words[EPOCH] + 1
         for block, places in self._durable.items():
             crcs = self._crcs[block * BLOCK_PAGES :][:BLOCK_PAGES].tobytes()
             whole = _sealed(BLOCK.pack(block, epoch, places, crcs))
             _write_all(self.fd, whole, self._block_place(epoch % 2, block))
+
+    def _make_durable(self) -> None:
+        """Steps 1 to 3: pages may have been put since _write_blocks. Nothing may be written until
+        _make_current."""
+        self._write_blocks()
+        epoch = self._words[EPOCH] + 1
         try:
             os.fsync(self.fd)
             if self.kept:
@@ -650,7 +671,7 @@ class PageStore:
             raise
 
     def _make_current(self) -> None:
-        """Step 4. What only the sync before this one needs is punched."""
+        """Step 4. Places that only the sync before this one needs are punched, of pages that have none now."""
         if self.kept:
             if self._words[NO_WRITES] != errno.EBUSY:
                 raise OSError(errno.EINVAL, "there is no sync to make current")

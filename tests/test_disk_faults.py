@@ -22,7 +22,7 @@ from test_page_store import START, Kept, content, get, put, quick_path
 from edm.dms import DMS
 from edm.messages import MessageBuffer
 from edm.mpi_client import MpiStore
-from edm.page_store import CONTENT, FIRST, SECOND
+from edm.page_store import CONTENT, FIRST, SECOND, TABLE
 from edm.stripes import Share, shares
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -345,6 +345,34 @@ def test_whatever_fails_and_whenever_it_ends_the_disk_keeps_its_promise(
                     machine.crash(power)
                 machine.check()
             machine.end()
+
+
+def test_a_table_that_one_disk_can_not_write_now_keeps_none_from_being_synced_later(
+    quick_path, monkeypatch
+):
+    machine = Machine(quick_path, random.Random(1), monkeypatch, 3)
+    store = machine.disk.store
+    full, pwrite = machine.disk.dms[1]._stores[0], os.pwrite
+
+    def refused(fd, data, at):
+        if fd == full.fd and TABLE <= at < full._data:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(fd, data, at)
+
+    for seeds in (range(PAGES), range(100, 100 + PAGES)):
+        put(store, 0, PAGES, (0, b"".join(map(content, seeds))))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", refused)
+            with pytest.raises(OSError, match="No space left"):
+                store.sync()
+        put(store, 0, 1, (0, content(77)))
+        store.sync()
+        machine.end()
+        machine.disk = machine.opened()
+        store = machine.disk.store
+        full = machine.disk.dms[1]._stores[0]
+        assert machine.read() == [content(seed) for seed in (77, *seeds[1:])]
+    machine.end()
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["", "power"])

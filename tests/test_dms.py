@@ -16,7 +16,7 @@ from edm import messages as m
 from edm.dms import DMS
 from edm.page_store import CONTENT, DISK, INSTANCE, NEW, NEW_PAGES
 from edm.readahead import MAX_STRIDE
-from edm.stripes import Share
+from edm.stripes import Share, shares
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 PAGES = 1000
@@ -321,6 +321,18 @@ def test_random_bytes_never_end_the_dms(dms):
         handle(dms, question)
         dms._left.clear()  # after a BYE it would refuse the rest
     assert ask(dms, m.LOCATIONS, page=0, count=1)[0] == m.LOCATIONS
+
+
+def test_a_dms_whose_share_has_no_pages_refuses_what_is_about_pages(tmp_path):
+    ranks = SimpleNamespace(size=4)
+    dms = DMS(ranks, str(tmp_path / "disk"), START, START + 100 * PAGE_SIZE, True, shares(3)[2])
+    dms._stores[0].start(0)
+    for kind in (m.GET, m.FREE, m.EVICT, m.STORE, m.LOCATIONS):
+        for count in (0, 1):
+            question = m.HEADER.pack(kind, 1, count, 0)
+            assert handle(dms, question, 3)[0] == m.ERROR, (kind, count)
+    for phase in range(m.SYNC_PHASES):
+        assert handle(dms, m.HEADER.pack(m.SYNC, phase, 0, 0), 3)[0] == m.OK
 
 
 def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):

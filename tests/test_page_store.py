@@ -22,6 +22,7 @@ import pytest
 from conftest import shared_memory
 
 from edm import page_store
+from edm.lspt import PART
 from edm.page_store import (
     BLOCK_PAGES,
     BLOCK_SIZE,
@@ -838,6 +839,45 @@ def test_whatever_bit_of_a_header_is_flipped_the_other_copy_is_taken_and_nothing
             assert whole.startswith(header) and whole.startswith(header, HEADER_COPY)
 
 
+@pytest.mark.parametrize("copy", [0, HEADER_COPY])
+def test_a_header_that_can_not_be_read_leaves_the_other_copy(path, monkeypatch, copy):
+    made(path)
+    real = os.pread
+
+    def pread(fd, length, at):
+        if at == copy:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, length, at)
+
+    monkeypatch.setattr(os, "pread", pread)
+    kept = Kept(path)
+    assert kept.read(0) == content(1)
+    kept.close()
+
+
+def test_a_block_of_the_table_that_can_not_be_read_costs_its_own_pages_only(path, monkeypatch):
+    end = START + 3 * BLOCK_PAGES * PAGE_SIZE
+    kept = Kept(path, START, end)
+    for page in (0, BLOCK_PAGES):
+        kept.write(page, page)
+    kept.sync()
+    lost = kept.store._block_place(1, 1)
+    kept.close()
+    real = os.pread
+
+    def pread(fd, length, at):
+        if at == lost:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, length, at)
+
+    monkeypatch.setattr(os, "pread", pread)
+    kept = Kept(path, START, end)
+    assert kept.read(0) == content(0)
+    with pytest.raises(OSError, match="table is damaged"):
+        kept.read(BLOCK_PAGES)
+    kept.close()
+
+
 def test_a_header_that_was_torn_by_a_crash_in_the_sync_leaves_the_other_copy(path, monkeypatch):
     kept = Kept(path)
     kept.write(0, 1)
@@ -1223,6 +1263,26 @@ def test_what_was_put_on_a_file_system_that_is_full_now_can_be_synced(small_file
         at * BLOCK_PAGES for at in range(number - 1)
     ]
     assert resumed.read(7 * BLOCK_PAGES) == content(7)
+    resumed.close()
+
+
+def test_what_a_killed_job_wrote_after_its_last_sync_makes_room_for_what_is_new(small_file_system):
+    end = START + 20 * PART * PAGE_SIZE
+    killed = Kept(small_file_system / "disk", START, end)
+    killed.write(0, 1)
+    killed.sync()
+    with pytest.raises(OSError, match="No space left"):
+        for page in range(1, 2000):
+            killed.write(page, page)
+    killed.close()
+    kept = Kept(small_file_system / "disk", START, end)
+    for n in range(page - 20):
+        kept.write(15 * PART + n, n)
+    kept.sync()
+    kept.close()
+    resumed = Kept(small_file_system / "disk", START, end)
+    assert resumed.read(0) == content(1) and resumed.read(1) is None
+    assert all(resumed.read(15 * PART + n) == content(n) for n in range(page - 20))
     resumed.close()
 
 
