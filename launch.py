@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         os.environ.pop("LC_CTYPE", None)
         if given:
             os.environ["LC_CTYPE"] = os.fsdecode(given[1])
-    os.execv(sys.executable, [sys.executable, *_interpreter_options(), *program])
+    os.execv(sys.executable, [sys.orig_argv[0], *_interpreter_options(), *program])
 
 
 # ---------------------------------------------------------------- the command line

@@ -48,9 +48,8 @@ from edm.address_space import Space, whole_pages
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
+    from types import ModuleType
     from typing import BinaryIO
-
-    import numpy
 
 # PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
 SET_HANDLER, GET_HANDLER = 304, 305
@@ -114,8 +113,8 @@ def _replace_fromfile() -> None:
         if simple and hasattr(count, "__index__") and hasattr(offset, "__index__"):
             is_path = isinstance(file, str | bytes | os.PathLike)
             with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
-                if is_path or hasattr(opened, "readable") and opened.readable():
-                    array = _from_mapping(opened, dtype, index(count), index(offset))
+                if is_path or hasattr(opened, "readinto") and opened.readable():
+                    array = _from_mapping(numpy, opened, dtype, index(count), index(offset))
                     if array is not None:
                         return array
         return fromfile(file, dtype, count, sep, offset, **like)
@@ -123,10 +122,10 @@ def _replace_fromfile() -> None:
     numpy.fromfile = mapped
 
 
-def _from_mapping(file: BinaryIO, dtype: numpy.dtype, count: int, offset: int) -> object:
+def _from_mapping(
+    numpy: ModuleType, file: BinaryIO, dtype: object, count: int, offset: int
+) -> object:
     """What numpy.fromfile reads; None, and the file is where it was, if it has to do that itself."""
-    import numpy
-
     begin, size = file.seek(offset, os.SEEK_CUR), os.fstat(file.fileno()).st_size
     there = (size - begin) // dtype.itemsize
     if there > 0:  # devices and the files of /proc have no size
@@ -151,6 +150,7 @@ class MemHandler:
     """
 
     def __init__(self) -> None:
+        _numpys()
         # In a context where nobody has set another handler.
         capsule = contextvars.Context().run(_numpy_api(GET_HANDLER))
         handler = PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
@@ -351,7 +351,8 @@ class Callback:
             calls += later
             return answer
         except BaseException as error:  # noqa: BLE001
-            return self[arguments, done, was_set, error, tries - 1]
+            # There may be no memory for an Answer. Then the exception is lost.
+            return self[arguments, done, was_set, error, tries - 1] if tries > -TRIES else 0
 
 
 class Answer(int):
@@ -376,21 +377,29 @@ def _raising(came: BaseException) -> list[Callable[[], object]]:
 
 def _array(calls: list[Callable[[], object]]) -> object:
     """An array; when it is freed, C code makes these calls."""
-    import numpy
-
+    empty, uint8 = _numpys()
     call = partial(list, map(partial.__call__, calls))
     # Its memory is labs(ctx), which is ctx: nobody reads it.
     allocator = PyDataMemAllocator(id(call), _TWO(_LABS), free=_FREE(_CALL))
     handler = PyDataMem_Handler(b"after a callback", 1, allocator)
     capsule = _new_capsule(ctypes.addressof(handler), HANDLER_NAME, None)
-    dtype = numpy.dtype(numpy.uint8, metadata={"kept": (handler, call)})
+    dtype = uint8(metadata={"kept": (handler, call)})
     # In a context of its own: no other array gets this handler.
     context = contextvars.Context()
     context.run(_numpy_api(SET_HANDLER, py_object), capsule)
-    return context.run(numpy.empty, 1, dtype)
+    return context.run(empty, 1, dtype)
 
 
 # ---------------------------------------------------------------- C functions
+
+
+@cache
+def _numpys() -> tuple[Callable[..., object], Callable[..., object]]:
+    """numpy.empty, and numpy.dtype of uint8. This is called first when the handler is made: later the program
+    may have hidden or replaced NumPy."""
+    import numpy
+
+    return numpy.empty, partial(numpy.dtype, numpy.uint8)
 
 
 @cache

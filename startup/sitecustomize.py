@@ -76,16 +76,16 @@ class Finder:
             # there finds edm.py instead of __init__.py.
             is_ours = spec is None or os.path.realpath(os.path.dirname(spec.origin or "")) == EDM
             return self._edm_spec if is_ours else spec
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        if spec is not None and (loader := spec.loader) is not None:  # a program may replace it
+            execute = loader.exec_module
 
             def exec_module(module):
-                vars(spec.loader).pop("exec_module", None)
+                vars(loader).pop("exec_module", None)
                 execute(module)
                 self._use_numpy(module)
 
             # Python leaves frames of this name out of tracebacks.
-            spec.loader.exec_module = as_importlib(exec_module, "_call_with_frames_removed")
+            loader.exec_module = as_importlib(exec_module, "_call_with_frames_removed")
         return spec
 
 

@@ -637,6 +637,34 @@ def test_a_finder_that_fails_has_no_frame_of_edms():
     assert "startup" not in within[2], within[2]
 
 
+def test_numpy_may_be_imported_by_a_loader_of_the_programs_own_and_reloaded(tmp_path):
+    (tmp_path / "numpy.py").write_text("print('it is imported')")
+    program = """
+import importlib, importlib.util, sys
+
+class Own:
+    def __init__(self, loader):
+        self.loader, self.exec_module = loader, lambda module: loader.exec_module(module)
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            sys.meta_path.insert(0, self)
+            spec.loader = Own(spec.loader)
+            return spec
+
+sys.meta_path.insert(0, Finder())
+import numpy
+importlib.reload(numpy)
+"""
+    plain, within = both(["-c", program], cwd=tmp_path)
+    assert within == plain == (0, "it is imported\n" * 2, "")
+
+
 def test_a_warning_while_numpy_is_imported_names_the_line_that_imports_it(tmp_path):
     (tmp_path / "numpy.py").write_text("import warnings\nwarnings.warn('old', stacklevel=2)\n")
     (tmp_path / "script.py").write_text("import numpy\n")
@@ -679,7 +707,7 @@ assert edm.space() is sys.modules["edm.edm"].space()
 import edm.mailbox
 from edm import Config, launch
 assert pickle.loads(pickle.dumps(Config())) == Config() and launch.Config is Config
-assert edm.mailbox is sys.modules["edm.mailbox"] is edm.address_space.m
+assert edm.mailbox is sys.modules["edm.mailbox"] is edm.address_space.mailbox
 print(edm.mailbox.__spec__.loader is edm.mailbox.__loader__)
 """
 
@@ -759,7 +787,7 @@ def test_options_end_where_the_program_begins(capfd, monkeypatch):
     for options in (["--resident=16M", "--stats"], ["--resident", "16M", "--no-numpy"], []):
         for program in (["-c", "pass", "--stats"], ["-mabc", "--no-such"], ["-", "-h"]):
             launch.main([*options, *program])
-            assert became.pop() == [sys.executable, "-O", *program]
+            assert became.pop() == ["python", "-O", *program]
     assert capfd.readouterr() == ("", "")
 
 

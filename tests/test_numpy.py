@@ -61,6 +61,48 @@ def test_a_program_may_give_advice_for_a_part_of_an_array_or_lock_or_protect_it(
     assert (ended.returncode, ended.stdout) == (0, plain(*command))
 
 
+@pytest.mark.parametrize(
+    "hide",
+    [
+        "sys.modules['numpy'] = None",
+        "sys.modules['numpy'] = unittest.mock.MagicMock()",
+        "for name in [name for name in sys.modules if name.startswith('numpy')]: del sys.modules[name]",
+        "np.empty = np.dtype = None",
+    ],
+)
+def test_a_program_may_hide_or_replace_numpy(run, hide):
+    command = (
+        "-c",
+        f"""
+import sys, unittest.mock
+import numpy as np
+{hide}
+for size in (10, 1 << 20):
+    try:
+        np.ones(size) + undefined
+    except NameError as error:
+        print(error)
+""",
+    )
+    ended = run(*EDM_RUN, *command)
+    assert (ended.returncode, ended.stdout) == (0, plain(*command))
+
+
+def test_pages_that_a_program_wants_to_be_huge_leave_and_come_back_with_their_bytes(run):
+    code = """
+import ctypes, edm, numpy as np
+a = np.arange(1 << 20)
+madvise, begin = ctypes.CDLL(None).madvise, -(-a.ctypes.data // (2 << 20)) * (2 << 20)
+for part in range(begin, begin + (6 << 20), 2 << 20):
+    madvise(ctypes.c_void_p(part), ctypes.c_size_t(2 << 20), 25)  # MADV_COLLAPSE; EINVAL is fine
+for at in range(0, len(a), 1 << 18):  # half of each huge page
+    edm.forget(a[at : at + (1 << 17)])
+edm.prefetch(a)
+print((a == np.arange(1 << 20)).all())
+"""
+    assert run(*EDM_RUN, "-c", code).stdout == "True\n"
+
+
 def test_who_only_asks_whether_there_is_a_numpy_does_not_turn_edm_off(run):
     code = """
 import importlib.util, edm

@@ -464,6 +464,8 @@ def arrays(space):
                     continue
                 sys.exit("fromfile has read what it can't")
         assert np.fromfile(f"{folder}/numbers", np.int64, True).tolist() == [0]
+        with open(f"{folder}/numbers") as text:
+            assert np.fromfile(text, np.int64, 3, offset=8).tolist() == [1, 2, 3]
         assert len(np.fromfile("/dev/urandom", np.uint8, LENGTH)) == LENGTH
         assert bytes(np.fromfile("/proc/self/comm", np.uint8, 6)) == b"python"
         rows = np.fromfile(f"{folder}/numbers", "(4,)i8")
