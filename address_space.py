@@ -24,7 +24,7 @@ Rules: any thread of the application may call Space. One call is made at a time 
 handler that calls Space during another call gets a RuntimeError. An allocator is called by the
 garbage collector during anything, even during one of these methods. So it asks
 can_be_called first, and release leaves its work to the call that is under way. A signal handler may
-raise at any point. That may lose addresses, which are not used again, and nothing else.
+raise at any point. That may lose addresses, which are not used again, with the pages there.
 
 Forked children do not inherit the mapping (MADV_DONTFORK): without a userfaultfd they would read
 holes as zeros, and fill them for the application too. A child maps the memfd anew, private, at the
@@ -184,7 +184,10 @@ class Space:
                 os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
             # NumPy's OSErrors have no errno. With the filter they are about something else.
             numbers = {errno.EFAULT} if listener else {errno.EFAULT, None}
-            sys.excepthook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY], numbers)
+            hook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY], numbers)
+            if sys.excepthook is sys.__excepthook__:  # the code module compares them
+                sys.__excepthook__ = hook
+            sys.excepthook = hook
         # Else a signal handler might touch the memory in a child that has not mapped it yet. The last
         # hook is no Python code, so what a handler raises then comes to the program.
         block, restore = u.signal_mask()
@@ -346,7 +349,7 @@ class Space:
     def release(self, addr: int) -> None:
         """Free the area that is mapped there: now, or after the call that is under way.
 
-        This does not wait for the pager.
+        This does not wait for the pager, unless the mailbox is full.
         """
         self._released.append((addr, self._lengths.pop(addr)))
         self._free_released()
@@ -380,6 +383,9 @@ class Space:
         u.mmap(self.start_addr, length, prot, flags | u.MAP_FIXED_NOREPLACE, memfd)
         u.madvise(self.start_addr, length, u.MADV_DONTFORK)
         u.madvise(self.start_addr, length, u.MADV_DONTDUMP)
+        # Punching a part of a huge page clears the bytes that a pipe refers to. EINVAL: there are none.
+        with contextlib.suppress(OSError):
+            u.madvise(self.start_addr, length, u.MADV_NOHUGEPAGE)
 
     def _unmap(self) -> None:
         u.munmap(self.start_addr, self.end_addr - self.start_addr + mailbox.SIZE)
@@ -432,13 +438,15 @@ class Space:
         if not (connected := self._has_socket()):
             with contextlib.suppress(OSError):  # the pager prints it
                 self._mailbox.call(mailbox.END)
+        self.is_over = True  # a signal handler may raise from here on
         self._mailbox.ask(mailbox.CLOSE)
-        if connected:
-            while os.read(self._socket, 1):  # the answer; then nothing: the pager has ended
+        try:
+            while connected and os.read(self._socket, 1):  # the answer; then the pager has ended
                 pass
-            os.close(self._socket)
-        self.is_over = True
-        self._unmap()
+        finally:
+            if connected:
+                os.close(self._socket)
+            self._unmap()
 
     # ------------------------------------------------------------ forked children
 

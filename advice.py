@@ -38,7 +38,7 @@ def prefetch(array: Any, rows: Any = None) -> None:
 def forget(array: Any, rows: Any = None) -> None:
     """Evict the pages now, so that others may stay. Touching one brings it back.
 
-    This does not wait. rows: as for prefetch.
+    This does not wait, unless the mailbox is full. rows: as for prefetch.
     """
     space().advise(mailbox.FORGET, _runs(array, rows))
 

@@ -387,12 +387,15 @@ class Lpet:
     def forget(self, page: int, count: int) -> None:
         """Evict those of count pages that are HERE. Pinned pages stay, and so do pages that the store refuses.
 
-        This waits for pages that are COMING: the application may have used them already.
+        This waits for pages that are COMING: the application may have used them already. It stops when the
+        application has ended.
         """
         self._again_at = 0.0
         for first, n in self._parts(self._lspt.used(page, count)):
             while l.COMING in self._lspt.state[first : first + n] and not self._lspt.stopped():
                 time.sleep(l.SETTLE)
+            if self._lspt.stopped():
+                return
             self._evict_all([(first, n)], l.ANY_HERE)
 
     # ------------------------------------------------------------ storing without evicting

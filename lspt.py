@@ -190,7 +190,7 @@ class LSPT(ByteTable):
         self.for_lpet = os.eventfd(0, os.EFD_CLOEXEC)
         self.areas: list[Run] = []  # the application's areas, sorted
         self._plain, self.as_the_wiki_does = plain, plain or high_threshold <= SMALL
-        self._wake_at = self.high + 1 if self.as_the_wiki_does else (self.high + self.low) // 2
+        self._wake_at = self.high + 1 if self.as_the_wiki_does else (self.high + self.low + 1) // 2
         self.quarter = max(1, high_threshold // QUARTERS)  # pages
 
     # ------------------------------------------------------------ the DM-Handler's transitions

@@ -177,7 +177,9 @@ class Pager:
         """
         for_children = [self._memfd, self._lifelines_other_end]
         address_space.send_answer(self._control, None, self._store.kept, for_children)
-        _, listener = address_space.receive(self._control)
+        begins, listener = address_space.receive(self._control)
+        if not begins:  # a signal handler has raised in the application, which has no space now
+            os.eventfd_write(self._ended, 1)
         if listener:
             self._system_calls = SystemCalls(
                 *listener, self._ended, self._application, self._process, self._lspt, self._handler,
@@ -321,8 +323,9 @@ class Pager:
                 try:
                     self._mailbox.answer(self._do(what, page, count, name))
                 except OSError as error:
-                    # The application does not wait for these, so their errors end the job.
-                    if what in (mailbox.FREE, mailbox.FORGET):
+                    # The application does not look at these answers, so errors end the job. But advice is
+                    # nothing that a lack of descriptors, for _lpet, should end it for.
+                    if what == mailbox.FREE or what == mailbox.FORGET and "_lpet" in vars(self):
                         raise
                     words = str(error.strerror or error)
                     self._mailbox.answer(words.encode(), error.errno or errno.EIO)

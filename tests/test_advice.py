@@ -1,10 +1,37 @@
 """advice.py: prefetch, forget and resident."""
 
+import contextlib
+import errno
+from types import SimpleNamespace
+
 import pytest
 from conftest import PROGRAMS, needs_userfaultfd
 
+from edm.mailbox import FORGET
+from edm.pager import Pager
+
 pytest.importorskip("numpy")
 pytestmark = needs_userfaultfd
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_advice_that_finds_no_descriptors_is_no_reason_to_end_the_job(begun):
+    def do(*request):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    answers, stopped = [], iter((False, True))
+    mailbox = SimpleNamespace(
+        wait=lambda: None,
+        requests=lambda: [(FORGET, 0, 0, b"")],
+        answer=lambda *a: answers.append(a),
+    )
+    lspt = SimpleNamespace(stopped=lambda: next(stopped))
+    pager = SimpleNamespace(_lspt=lspt, _mailbox=mailbox, _do=do)
+    if begun:  # then an eviction has failed, in the midst of it
+        pager._lpet = None
+    with pytest.raises(OSError, match="Too many") if begun else contextlib.nullcontext():
+        Pager._answer(pager)
+    assert len(answers) == (not begun)
 
 
 def test_pages_come_before_they_are_touched_and_leave_when_they_are_not_needed(way):

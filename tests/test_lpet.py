@@ -816,6 +816,14 @@ def test_what_the_store_refuses_to_store_is_here_and_counts_as_written(make):
     assert instance.store.pages == {page: content(page) for page in (8, 9, 11)}
 
 
+def test_forgetting_ends_with_the_application(make):
+    instance = make()
+    instance.come((10, 3))
+    instance.lspt.stop()
+    instance.lpet.forget(0, 64)
+    assert instance.here() == [10, 11, 12] and instance.store.tries == []
+
+
 def test_forgetting_waits_for_pages_that_are_coming(make):
     instance = make()
     instance.come((10, 3))

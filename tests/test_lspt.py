@@ -618,6 +618,17 @@ def test_a_larger_tables_lpet_is_woken_once_halfway_between_the_thresholds(make,
     assert woken == [True], "it sleeps again, so it has to be woken again"
 
 
+def test_lpet_sleeps_with_one_page_between_the_thresholds_until_there_is_one_to_evict(make, start):
+    lspt = make(pages=4 * SMALL, high=2 * SMALL, low=2 * SMALL - 1)
+    come(lspt, 0, 2 * SMALL - 1)
+    lpet, woken = start(lspt.lpet_waits)
+    lpet.join(0.05)
+    assert lpet.is_alive()
+    come(lspt, 2 * SMALL - 1)
+    lpet.join(10)
+    assert woken == [True]
+
+
 def test_who_is_woken_before_it_sleeps_does_not_sleep_and_only_once(make, start):
     lspt = make(high=4)
     come(lspt, 0, 4)

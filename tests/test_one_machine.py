@@ -47,6 +47,15 @@ def check(ended, words="SUCCESS\n"):
 # ---------------------------------------------------------------- who dies
 
 
+@pytest.mark.parametrize("where", ["start", "end"])
+def test_a_space_whose_start_or_end_a_signal_handler_interrupts_makes_room_for_another(
+    alone, tmp_path, where
+):
+    check(
+        alone.run(PROGRAMS / "interrupted.py", where, tmp_path / "disk"), "interrupted\nSUCCESS\n"
+    )
+
+
 @pytest.mark.undisturbed
 def test_when_the_pager_is_killed_the_kernel_kills_the_application(alone):
     def attempt():

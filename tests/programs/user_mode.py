@@ -5,6 +5,7 @@ Root may have both, so this takes the lesser one, and refuses the other.
 """
 
 import os
+import sys
 import threading
 
 from edm import system_calls, uffd_ctypes
@@ -38,6 +39,7 @@ def read(begin):
 
 uffd_ctypes.open_userfaultfd, system_calls.listener = open_userfaultfd, listener
 area = start(Config(high_threshold=4096)).mmap(1 << 20)
+assert sys.excepthook is sys.__excepthook__, "the code module compares them"
 try:
     import numpy
 except ImportError:
