@@ -65,7 +65,6 @@ if TYPE_CHECKING:
 BRING = 0.1  # seconds; then the caller looks itself whether the pages have come
 SPIN = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
 FIRST_PIECE, PIECE = 16, min(64, PAGES_AT_ONCE)  # pages of a window that are installed at once
-LATENCY_BUCKET = 1000  # nanoseconds
 WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in seconds
 FAULTS, STORE, ROOM = range(3)  # their places
 
@@ -100,7 +99,7 @@ class DmHandler:
         # Nanoseconds. The clock is subtracted when a wait begins, and added when it ends. So a wait is under
         # way where the sum is negative.
         self._waited = [0, 0, 0]
-        self._latencies: Counter[int] = Counter()  # how many faults took so many LATENCY_BUCKETs
+        self._latencies: Counter[int] = Counter()  # see latencies()
 
     def figures(self) -> dict[str, object]:
         """The median and the 99th percentile of the faults' latency, in µs; the sum of all, in seconds.
@@ -117,17 +116,16 @@ class DmHandler:
         """Nanoseconds, with the wait that is under way: it may be a long one."""
         return [ns if ns >= 0 else ns + time.monotonic_ns() for ns in self._waited]
 
-    def _latency(self, share: float) -> float:
+    def _latency(self, share: float) -> int:
         """The µs that this share of the faults did not exceed."""
-        at_most, counts = zip(*self.latencies() or [(0.0, 0)], strict=True)
+        at_most, counts = zip(*self.latencies() or [(0, 0)], strict=True)
         seen = list(itertools.accumulate(counts))
         return at_most[bisect.bisect_left(seen, share * seen[-1])]
 
-    def latencies(self) -> list[tuple[float, int]]:
-        """(at most this many µs, how many faults), ascending. Buckets without faults are left out."""
-        return [
-            (took * LATENCY_BUCKET / 1000, n) for took, n in sorted(self._latencies.copy().items())
-        ]
+    def latencies(self) -> list[tuple[int, int]]:
+        """(at most this many µs, how many faults), ascending. From a millisecond on, these are whole ones.
+        Buckets without faults are left out."""
+        return sorted(self._latencies.copy().items())
 
     # ------------------------------------------------------------ for other threads
 
@@ -180,7 +178,8 @@ class DmHandler:
             if self._resolve(flags, address & -PAGE_SIZE):
                 ended = time.monotonic_ns()
                 self._waited[FAULTS] += ended
-                self._latencies[(ended - began) // LATENCY_BUCKET + 1] += 1
+                unit = 1 if ended - began < 1_000_000 else 1000  # µs
+                self._latencies[((ended - began) // (1000 * unit) + 1) * unit] += 1
                 if self.lines:
                     self.lines.ended(ended - began)
             else:

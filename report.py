@@ -52,7 +52,7 @@ WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}  # the others: here
 NO_WRAP = "\x1b[?7l{}\x1b[?7h"  # the terminal cuts off a line that is too long
 
 Figures = dict[str, object]
-Latencies = Sequence[tuple[float, int]]  # (µs, faults), ascending
+Latencies = Sequence[tuple[int, int]]  # (µs, faults), ascending
 
 
 def say(words: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import random
+import time
 
 import pytest
 from conftest import close, lpet_is_first
@@ -411,3 +412,15 @@ def test_a_page_that_cant_be_read_is_lost_when_it_faults_and_not_before(handler,
     claim(handler, unreadable)
     assert lspt.state[unreadable] == LOST and handler._uffd.poisoned == [unreadable]
     assert {*here(handler)} == others
+
+
+def test_latencies_are_counted_in_microseconds_and_long_ones_in_milliseconds(handler, monkeypatch):
+    took = {100: 900, 300: 1500, 500: 999_999, 700: 1_000_000, 900: 3_200_000}
+    for page, nanoseconds in took.items():
+        clock = iter((10**9, 10**9 + nanoseconds))
+        handler._uffd.faults = [(0, 0, page * PAGE_SIZE, 0)]
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "monotonic_ns", lambda clock=clock: next(clock))
+            handler._serve()
+    assert handler.latencies() == [(1, 1), (2, 1), (1000, 1), (2000, 1), (4000, 1)]
+    assert (handler.figures()["latency_median"], handler.figures()["latency_99th"]) == (1000, 4000)
