@@ -408,7 +408,7 @@ class Space:
         for way, features in ways.items():
             needed = u.NEEDED_FEATURES | features | threads * u.UFFD_FEATURE_THREAD_ID
             if wanted in ("auto", way) and not needed & ~supported:
-                uffd.api(needed | u.UFFD_FEATURE_POISON & supported)
+                uffd.api(needed | u.WELCOME_FEATURES & supported)
                 protects = features & u.WP_FEATURES == u.WP_FEATURES
                 uffd.register(self.start_addr, self.end_addr - self.start_addr, protects)
                 return "" if way == "none" else way

@@ -165,7 +165,7 @@ class DmHandler:
             pages, write = self._called.popleft()
             for page in pages:
                 if self._lspt.is_missing(range(page, page + 1)):
-                    self._bring_missing(page, write)
+                    self._bring_missing(self._start + page * PAGE_SIZE, write)
             self._brought.put(None)
         faults = self._next_faults()
         if not faults and self._asked:
@@ -175,7 +175,7 @@ class DmHandler:
             if self.lines:  # that does not count as latency
                 began += self.lines.begins(thread, (address - self._start) // PAGE_SIZE)
             self._waited[FAULTS] -= began
-            if self._resolve(flags, address & -PAGE_SIZE):
+            if self._resolve(flags, address):
                 ended = time.monotonic_ns()
                 self._waited[FAULTS] += ended
                 unit = 1 if ended - began < 1_000_000 else 1000  # µs
@@ -214,7 +214,7 @@ class DmHandler:
                 if self._lspt.state[page] == l.LEAVING:
                     time.sleep(l.SETTLE)  # who has claimed it wakes only the application
                 else:
-                    self._bring_missing(page, False)
+                    self._bring_missing(address, False)
                 if self._lspt.state[page] == l.LOST:
                     # Another of its threads may have touched this page before; or it has ended.
                     with contextlib.suppress(FileExistsError, ProcessLookupError):
@@ -229,24 +229,24 @@ class DmHandler:
 
     def _resolve(self, flags: int, address: int) -> bool:
         """Resolve one fault. True if its page has come, or if it was a first write."""
-        page = (address - self._start) // PAGE_SIZE
         if self._info:
             self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
-            self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address)
+            self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address & -PAGE_SIZE)
         if flags & u.UFFD_PAGEFAULT_FLAG_WP:
             # In any state of the page: without the bit, it counts as written.
-            self._uffd.writeprotect(address, PAGE_SIZE, False)
+            self._uffd.writeprotect(address & -PAGE_SIZE, PAGE_SIZE, False)
             self._figures[l.WRITE_PROTECT] += 1
             resolved = True
         else:
-            resolved = self._bring_missing(page, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
+            resolved = self._bring_missing(address, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
         if self._info:
             self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n\n")
         return resolved
 
-    def _bring_missing(self, page: int, write: bool) -> bool:
-        """Bring this page, and what readahead adds, if it is NEW or AWAY. False if it is HERE, LEAVING or LOST.
-        It is never COMING: this thread alone makes pages so."""
+    def _bring_missing(self, address: int, write: bool) -> bool:
+        """Bring the page that has this address, and what readahead adds, if it is NEW or AWAY. False if it is
+        HERE, LEAVING or LOST. It is never COMING: this thread alone makes pages so."""
+        page = (address - self._start) // PAGE_SIZE
         while (state := self._lspt.expect(page)) is None:
             if self._info:
                 self._log.info("reached high threshold, waking up lpet")
@@ -256,7 +256,7 @@ class DmHandler:
             self._waited[ROOM] += time.monotonic_ns()
         if state < l.LOST:
             self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
-            if stream := self._readahead.stream(page):
+            if stream := self._readahead.stream(address - self._start):
                 self._window(stream, page, state, write)
             else:
                 pages = range(page, page + 1)
@@ -295,19 +295,24 @@ class DmHandler:
     # ------------------------------------------------------------ fetching, and reading ahead
 
     def _window(self, stream: Stream, page: int, state: int, write: bool) -> None:
-        """Bring this page, which is COMING, and with it others that the stream wants. They are the missing
-        ones, up to the first that is not as this one was, NEW or AWAY."""
-        wanted = stream.wanted(page, self._lspt.area(page))
-        runs = self._lspt.expect_more(wanted, state)
-        self._readahead.continued(stream, wanted[: wanted.index(runs[-1][-1]) + 1])
-        self._bring_runs(runs, page, write)
+        """Bring this page, which is COMING, and with it others that the stream wants: missing ones that are as
+        this one was, NEW or AWAY."""
+        first, *others = stream.wanted(self._lspt.area(page))
+        runs = self._lspt.expect_more(first, state)
+        for part in others:
+            runs += self._lspt.expect_more(part, state, 0)
+        self._readahead.continued(stream, runs[-1][-1])
+        # The next column of a matrix needs the pages of this one again.
+        self._bring_runs(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
 
-    def _bring_runs(self, runs: list[range], page: int = -1, write: bool = False) -> None:
+    def _bring_runs(
+        self, runs: list[range], page: int = -1, write: bool = False, before: int = l.NEW
+    ) -> None:
         """As _bring, but ask for all of these pages first, in pieces. The application works on the first
         piece of a window while the others come."""
         pieces = [piece for run in runs for piece in self._pieces(run)]
         for piece, asked in [(piece, self._ask(piece)) for piece in pieces]:
-            self._bring(piece, asked, page, write)
+            self._bring(piece, asked, page, write, before)
 
     def _pieces(self, pages: range) -> Iterator[range]:
         """Parts of these pages, in the order of need. The pages of a part ascend."""
@@ -327,7 +332,7 @@ class DmHandler:
         self, pages: range, asked: Any, page: int = -1, write: bool = False, before: int = l.NEW
     ) -> None:
         """Install these pages, which are COMING and were asked for. A page that can't be read becomes AWAY;
-        or LOST, if it is `page`, the one that has faulted. before: the state of a page that comes alone."""
+        or LOST, if it is `page`, the one that has faulted. before: see LSPT.arrived."""
         noted = self.came is not None and self._waited[FAULTS] < 0  # does a fault wait?
         take_get = self._take_get if noted else self._store.take_get
         while True:

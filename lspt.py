@@ -216,10 +216,11 @@ class LSPT(ByteTable):
                 self._coming(1)
             return state
 
-    def expect_more(self, wanted: range, state: int) -> list[range]:
-        """NEW or AWAY → COMING, for the pages behind the first one, which is COMING: those that have this
-        state, as far as all have it or are HERE, and as there is room for. Returns the runs, with the first."""
-        runs, at = [wanted[:1]], 1
+    def expect_more(self, wanted: range, state: int, at: int = 1) -> list[range]:
+        """NEW or AWAY → COMING, for these pages from the at-th on: those that have this state, as far as all
+        have it or are HERE, and as there is room for. Returns the runs. at: 0, or 1 if the first page is
+        COMING; it is in the first run then."""
+        runs, joins = [wanted[:1]][:at], at
         with self.lock:
             first, last = sorted((wanted[0], wanted[-1]))
             states = self.state[first : last + 1][:: wanted.step]
@@ -229,7 +230,7 @@ class LSPT(ByteTable):
                 pages = wanted[begin:at][: self.high - self.figures[RESIDENT]]
                 self.set(pages if pages.step > 0 else pages[::-1], COMING)
                 self._coming(len(pages))
-                runs = [wanted[: 1 + len(pages)]] if begin == 1 else [*runs, pages]
+                runs = [wanted[: 1 + len(pages)]] if begin == joins == 1 else [*runs, pages]
         return runs
 
     def _coming(self, pages: int) -> None:
@@ -241,8 +242,8 @@ class LSPT(ByteTable):
             os.eventfd_write(self.for_lpet, 1)
 
     def arrived(self, pages: range, before: int = NEW) -> None:
-        """COMING → HERE: the pages are installed. before: the state of a page that has faulted alone. If it
-        left within the last SOON generations, it gets a generation that is LONGER ahead."""
+        """COMING → HERE: the pages are installed. before: the state of a page that has faulted alone, or in a
+        stride. If it left within the last SOON generations, these pages get a generation LONGER ahead."""
         generation = self.generation()
         if AWAY <= before < LOST and (generation - (before - AWAY)) % AWAYS <= SOON:
             generation += LONGER
@@ -378,12 +379,12 @@ class LSPT(ByteTable):
         return 1 in self.state[pages.start : pages.stop : pages.step].translate(_IS_MISSING)
 
     def area(self, page: int) -> range:
-        """The pages of the application's area that has this page; an empty range if there is none."""
+        """The pages of the application's area that has this page; only this page if there is none."""
         index = bisect.bisect_right(self.areas, (page, self.pages)) - 1
         for first, count in self.areas[index : index + 1]:  # another thread may change the list
             if first <= page < first + count:
                 return range(first, first + count)
-        return range(0)
+        return range(page, page + 1)
 
     def located(self, page: int, count: int, locations: Callable[[int, int], bytes]) -> bytes:
         """PageStore.locations of these pages, with INSTANCE for those that are HERE. The store sets it for

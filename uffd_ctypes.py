@@ -80,6 +80,7 @@ UFFDIO_WRITEPROTECT_MODE_WP = 1 << 0
 UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
 UFFD_FEATURE_MISSING_SHMEM = 1 << 5
 UFFD_FEATURE_THREAD_ID = 1 << 8
+UFFD_FEATURE_EXACT_ADDRESS = 1 << 11  # Linux 5.18
 UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12  # Linux 5.19
 UFFD_FEATURE_POISON = 1 << 14  # Linux 6.6
 UFFD_FEATURE_WP_ASYNC = 1 << 15  # Linux 6.7
@@ -93,8 +94,10 @@ USER_MODE = "user mode only"  # open_userfaultfd's word for it
 # System calls that not every C library has a function for, by machine: userfaultfd, futex, seccomp, tgkill.
 _NUMBERS = {"x86_64": (323, 202, 317, 234), "aarch64": (282, 98, 277, 131)}
 
-# What EDM can't do without: page faults of shared memory. And what shows that a page was written.
+# What EDM can't do without: page faults of shared memory. What it uses where it is. And what shows that a page
+# was written.
 NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM
+WELCOME_FEATURES = UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_POISON
 WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 
 # ---------------------------------------------------------------- making a userfaultfd
@@ -246,7 +249,8 @@ class Userfaultfd:
     def read_faults(self) -> list[tuple[int, int, int, int]]:
         """(event, flags, address, thread) of the faults that wait, at most MESSAGES; none: [].
 
-        thread: its id, with UFFD_FEATURE_THREAD_ID, or 0.
+        address: exact with UFFD_FEATURE_EXACT_ADDRESS, else its page's. thread: its id, with
+        UFFD_FEATURE_THREAD_ID, or 0.
         """
         try:
             return list(uffd_msg.iter_unpack(os.read(self.fd, uffd_msg.size * self.MESSAGES)))

@@ -19,7 +19,7 @@ from edm.readahead import MAX_STRIDE
 from edm.stripes import Share, shares
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-PAGES = 1000
+PAGES = 5000
 START = 0x1B58000
 
 
@@ -187,7 +187,7 @@ WRONG = {
     "an unknown kind": {"kind": 77},
     "an answer's kind": {"kind": CONTENT, "count": 1},
     "a stride where none belongs": {"kind": m.FREE, "page": 1, "count": 1, "more": 5},
-    "a stride that leaves the space": {"kind": m.GET, "page": 1, "count": 21, "more": 50},
+    "a stride that leaves the space": {"kind": m.GET, "page": 1, "count": 21, "more": 250},
     "no stride": {"kind": m.GET, "page": 1, "count": 2, "more": 0},
     "too large a stride": {"kind": m.GET, "page": 1, "count": 2, "more": MAX_STRIDE + 1},
     "a page outside": {"kind": m.GET, "page": PAGES, "count": 1},
@@ -199,7 +199,7 @@ WRONG = {
     "a START of a disk that has": {"kind": m.START, "body": m.EPOCH.pack(0)},
     "a SYNC of a step that there is not": {"kind": m.SYNC, "more": m.SYNC_PHASES},
     "a short HELLO": {"kind": m.HELLO, "body": GEOMETRY[:-1]},
-    "a FREE outside": {"kind": m.FREE, "page": 999, "count": 2},
+    "a FREE outside": {"kind": m.FREE, "page": PAGES - 1, "count": 2},
     "LOCATIONS of none": {"kind": m.LOCATIONS, "page": 1, "count": 0},
     "EVICT of no pages": eviction(500, 0),
     "EVICT of too many pages": eviction(500, PAGES_AT_ONCE + 1),

@@ -480,11 +480,11 @@ def test_a_page_that_leaves_while_it_is_located_is_here_or_on_the_disk(make):
 
 def test_the_area_of_a_page_is_known(make):
     lspt = make()
-    assert lspt.area(5) == range(0)
+    assert lspt.area(5) == range(5, 6)
     lspt.areas += [(10, 20), (30, 5), (50, 1)]
     for page, area in {
-        9: range(0), 10: range(10, 30), 29: range(10, 30), 30: range(30, 35), 35: range(0),
-        50: range(50, 51), 51: range(0), 99: range(0),
+        9: range(9, 10), 10: range(10, 30), 29: range(10, 30), 30: range(30, 35), 35: range(35, 36),
+        50: range(50, 51), 51: range(51, 52), 99: range(99, 100),
     }.items():  # fmt: skip
         assert lspt.area(page) == area
 
@@ -500,7 +500,7 @@ def test_an_area_that_another_thread_forgets_meanwhile_is_none(make, monkeypatch
         return found
 
     monkeypatch.setattr(bisect, "bisect_right", bisect_right)
-    assert [lspt.area(30), lspt.area(50)] == [range(0)] * 2
+    assert [lspt.area(30), lspt.area(50)] == [range(30, 31), range(50, 51)]
 
 
 def test_untouched_parts_of_a_huge_table_cost_no_memory(make):

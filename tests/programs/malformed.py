@@ -51,7 +51,7 @@ WRONG = {
         (0, 10, 11, m.OK, NEW_PAGES, CONTENT, m.ERROR, 20, 0x7FFF, 0xFFFF),
         "no request of kind",
     ),
-    "more": ((65, 1000, 0x7FFF, 0xFFFF), "`more` of|a body of|dirty pages"),
+    "more": ((1025, 2000, 0x7FFF, 0xFFFF), "`more` of|a body of|dirty pages"),
     "count": ((0, PAGES, PAGES + 1, 0x7FFFFFFF, 0xFFFFFFFF), "a count of|in a space of"),
     "page": ((PAGES, 1 << 31, 1 << 32, (1 << 63) - 1, (1 << 64) - 1), "in a space of"),
     "body": ((b"x", RUN + b"x", RUN + PAGE[1:], RUN + PAGE + b"x"), "a body of|requires a buffer"),
