@@ -4,7 +4,7 @@ In the picture: a part of the DM-Handler, which does what this decides.
 
 Interface: Readahead.stream(place) returns the Stream that a fault at this place continues or begins, if any. The
 DM-Handler fetches the pages that the stream wants and that are not here, and reports them (continued). A place is
-counted in bytes from the begin of the space.
+a number of bytes from the start of the space.
 
 A stream begins with the second of two faults in neighbouring pages, upward, or with the third of three: in
 neighbouring pages downward, or at equal distances (its stride) upward. Its window is small at first, because no
@@ -14,8 +14,8 @@ Strides are in bytes. The rows of a matrix are rarely whole pages: along a colum
 one before a few times, and then 2. But the kernel reports the exact addresses of faults
 (UFFD_FEATURE_EXACT_ADDRESS), and these are equally far from each other.
 
-A window that nobody needs pushes out pages that are needed. Faults in neighbouring pages may be so by chance, as
-at the begin of two columns. So a stream of neighbours is forgotten when an unexpected page faults: one of its last
+A window that nobody needs pushes out pages that are needed. Faults are in neighbouring pages by chance at times,
+as those where two columns start. So a stream of neighbours is forgotten when an unexpected page faults: one of its last
 window, or one behind it, if a missing page was passed over. A stride is continued by exact places only.
 
 A row of a few neighbouring pages, as random access to a table has them, would fault twice. So where streams end
