@@ -9,8 +9,8 @@
      └──────────────────────┘    page    │   LSPT, local pages  │ ───────► └──────────────┘
        address_space.py                  └──────────────────────┘            page_store.py
        numpy_mem_handler.py                pager.py, lspt.py
-       (calls: mailbox.py)                 dm_handler.py, readahead.py, children.py
-                                           lpet.py, page_idle.py
+       advice.py                           dm_handler.py, readahead.py, children.py
+       (calls: mailbox.py)                 lpet.py, page_idle.py, system_calls.py, pins.py
 
      many machines               mpirun -n 4 python -m edm run --dms 2 script.py
 
@@ -18,6 +18,11 @@
                                                ╲╱         with every second stripe of its pages
                                          pager ── MPI ──► DMS (rank 1): likewise
                                            rank.py, mpi_client.py, messages.py, dms.py, stripes.py
+
+The words, which are those of the original's wiki ("End to End Examples"), as are the lines of the log:
+    instance      an application and its pager         DM-Handler   resolves page faults
+    LPET          low priority eviction thread         LSPT         the states of this instance's pages
+    DMS           disk manager server                  SPT          where each page of an instance is
 
 Interface:
     Config                     the settings
@@ -34,8 +39,6 @@ Rules: the application is the process that calls run or start. On one machine th
 Under an MPI launcher, the first ranks are DMSs if there are to be any. Every other rank forks *before* MPI
 is initialised: the child is the application, and goes on with the program; the parent is the pager, and
 ends with the application's status. So such a program must not import mpi4py.MPI first.
-
-The wiki, which the names and the log's lines come from, is that of the original: "End to End Examples".
 """
 
 from __future__ import annotations
