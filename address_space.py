@@ -130,7 +130,7 @@ class Space:
         """
         self.start_addr, self.end_addr = config.start_addr, config.end_addr
         self.resident_limit = config.high_threshold * PAGE_SIZE  # bytes
-        self.instance = instance
+        self.instance, self.has_report = instance, bool(config.report)
         self.is_over = False  # True when the space has been closed, and in a forked process
         self._lock = _thread.RLock()  # never taken twice, but it knows whether this thread has it
         self._gaps = Gaps(self.start_addr, self.end_addr)

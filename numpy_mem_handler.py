@@ -215,7 +215,8 @@ class MemHandler:
         fits = self.thresholds[-1] <= count * size <= self._end - self._start
         if not fits or not self._space.can_be_called():
             return self._calloc(ctx, count, size)
-        return self._space.allocate(count * size, self._made_in(), grows)
+        name = self._made_in() if self._space.has_report else ""
+        return self._space.allocate(count * size, name, grows)
 
     def realloc(self, done: list[int], ctx: int, old: int, size: int) -> int:
         inside = self._start <= old < self._end

@@ -88,6 +88,20 @@ for size in (10, 1 << 20):
     assert (ended.returncode, ended.stdout) == (0, plain(*command))
 
 
+def test_an_audit_hook_sees_nothing_when_a_large_array_is_made_and_freed(run):
+    code = """
+import sys, numpy as np
+seen = []
+np.ones(1 << 20)
+sys.addaudithook(lambda event, arguments: seen.append(event))
+array = np.ones(1 << 21)
+del array
+print(seen)
+"""
+    ended = run(*EDM_RUN, "-c", code)
+    assert (ended.returncode, ended.stdout) == (0, plain("-c", code))
+
+
 def test_pages_that_a_program_wants_to_be_huge_leave_and_come_back_with_their_bytes(run):
     code = """
 import ctypes, edm, numpy as np
