@@ -58,7 +58,7 @@ class Stream:
         self.expect_from(self.place)
 
     def at(self, place: int) -> int:
-        """What counts of a fault's place: for neighbouring pages, that of its page."""
+        """What counts of a fault's place: of a stream of neighbours, where its page begins."""
         return place & -PAGE_SIZE if abs(self.stride) == PAGE_SIZE else place
 
     def expect_from(self, place: int) -> None:
@@ -69,7 +69,8 @@ class Stream:
             self.span = range(first, last + 1)
 
     def wanted(self, area: range) -> list[range]:
-        """The pages of this area to fetch now, in the order of need: first the one that has faulted."""
+        """The pages of this area to fetch now, in the order of need: first the one that has faulted. They are
+        in runs of equal distances, as the store and the LSPT want them."""
         page, step = self.place // PAGE_SIZE, self.stride // PAGE_SIZE
         if self.stride % PAGE_SIZE == 0:
             stop = page + self.window * step
@@ -110,10 +111,11 @@ class Readahead:
         return self._begin(place) if self.max_window > 1 else None
 
     def _passed_over(self, reach: range, at: int) -> bool:
-        """Is any page that a stream of neighbours reaches before this place missing? It would have faulted."""
+        """Is any page that a stream of neighbours reaches before this place missing? It would have faulted. A
+        column may well pass over pages."""
         pages = range(reach.start // PAGE_SIZE, at // PAGE_SIZE, reach.step // PAGE_SIZE)
-        is_near = abs(reach.step) == PAGE_SIZE
-        return is_near and self._is_missing(pages if pages.step > 0 else pages[::-1])
+        are_neighbours = abs(reach.step) == PAGE_SIZE
+        return are_neighbours and self._is_missing(pages if pages.step > 0 else pages[::-1])
 
     def _begin(self, place: int) -> Stream | None:
         recent, page = self._recent, place // PAGE_SIZE

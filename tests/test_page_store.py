@@ -839,17 +839,22 @@ def test_whatever_bit_of_a_header_is_flipped_the_other_copy_is_taken_and_nothing
             assert whole.startswith(header) and whole.startswith(header, HEADER_COPY)
 
 
-@pytest.mark.parametrize("copy", [0, HEADER_COPY])
-def test_a_header_that_can_not_be_read_leaves_the_other_copy(path, monkeypatch, copy):
-    made(path)
+def make_unreadable(monkeypatch, place):
+    """From now on, reading from this place of a file fails."""
     real = os.pread
 
     def pread(fd, length, at):
-        if at == copy:
+        if at == place:
             raise OSError(errno.EIO, "Input/output error")
         return real(fd, length, at)
 
     monkeypatch.setattr(os, "pread", pread)
+
+
+@pytest.mark.parametrize("copy", [0, HEADER_COPY])
+def test_a_header_that_can_not_be_read_leaves_the_other_copy(path, monkeypatch, copy):
+    made(path)
+    make_unreadable(monkeypatch, copy)
     kept = Kept(path)
     assert kept.read(0) == content(1)
     kept.close()
@@ -861,16 +866,8 @@ def test_a_block_of_the_table_that_can_not_be_read_costs_its_own_pages_only(path
     for page in (0, BLOCK_PAGES):
         kept.write(page, page)
     kept.sync()
-    lost = kept.store._block_place(1, 1)
     kept.close()
-    real = os.pread
-
-    def pread(fd, length, at):
-        if at == lost:
-            raise OSError(errno.EIO, "Input/output error")
-        return real(fd, length, at)
-
-    monkeypatch.setattr(os, "pread", pread)
+    make_unreadable(monkeypatch, kept.store._block_place(1, 1))
     kept = Kept(path, START, end)
     assert kept.read(0) == content(0)
     with pytest.raises(OSError, match="table is damaged"):
