@@ -209,8 +209,7 @@ class DmHandler:
         children."""
         for child in self.children.faulting():
             for _, _, address, _ in child.read_faults():
-                address &= -PAGE_SIZE
-                page = (address - self._start) // PAGE_SIZE
+                begin, page = address & -PAGE_SIZE, (address - self._start) // PAGE_SIZE
                 if self._lspt.state[page] == l.LEAVING:
                     time.sleep(l.SETTLE)  # who has claimed it wakes only the application
                 else:
@@ -218,8 +217,8 @@ class DmHandler:
                 if self._lspt.state[page] == l.LOST:
                     # Another of its threads may have touched this page before; or it has ended.
                     with contextlib.suppress(FileExistsError, ProcessLookupError):
-                        child.poison(address, PAGE_SIZE)
-                child.wake(address, PAGE_SIZE)
+                        child.poison(begin, PAGE_SIZE)
+                child.wake(begin, PAGE_SIZE)
 
     def _hear(self) -> None:
         """Sleep until for_handler is written to. Raises Stopped."""
