@@ -54,17 +54,18 @@ class Stream:
     def __init__(self, place: int, window: int, stride: int) -> None:
         self.window = window  # pages to fetch when it is continued
         self.stride = stride  # bytes from one fault to the next; -PAGE_SIZE: downward
+        self.is_of_neighbours = abs(stride) == PAGE_SIZE
         self.place = self.at(place)  # of the last fault
         self.expect_from(self.place)
 
     def at(self, place: int) -> int:
         """What counts of a fault's place: of a stream of neighbours, where its page begins."""
-        return place & -PAGE_SIZE if abs(self.stride) == PAGE_SIZE else place
+        return place & -PAGE_SIZE if self.is_of_neighbours else place
 
     def expect_from(self, place: int) -> None:
         """The fault that continues the stream is here, or near: pages that are here do not fault."""
         self.reach = self.span = range(place, place + NEAR * self.stride, self.stride)
-        if abs(self.stride) == PAGE_SIZE:
+        if self.is_of_neighbours:
             first, last = sorted((self.place, self.reach[-1]))
             self.span = range(first, last + 1)
 
@@ -103,19 +104,19 @@ class Readahead:
         for stream in self._streams:
             if (at := stream.at(place)) in stream.span:
                 self._streams.remove(stream)
-                if at in stream.reach and not self._passed_over(stream.reach, at):
+                if at in stream.reach and not self._passed_over(stream, at):
                     self._streams.insert(0, stream)
                     stream.place = at
                     return stream
                 break
         return self._begin(place) if self.max_window > 1 else None
 
-    def _passed_over(self, reach: range, at: int) -> bool:
+    def _passed_over(self, stream: Stream, at: int) -> bool:
         """Is any page that a stream of neighbours reaches before this place missing? It would have faulted. A
         column may well pass over pages."""
-        pages = range(reach.start // PAGE_SIZE, at // PAGE_SIZE, reach.step // PAGE_SIZE)
-        are_neighbours = abs(reach.step) == PAGE_SIZE
-        return are_neighbours and self._is_missing(pages if pages.step > 0 else pages[::-1])
+        first, step = stream.reach.start // PAGE_SIZE, stream.stride // PAGE_SIZE
+        pages = range(first, at // PAGE_SIZE, step)
+        return stream.is_of_neighbours and self._is_missing(pages if step > 0 else pages[::-1])
 
     def _begin(self, place: int) -> Stream | None:
         recent, page = self._recent, place // PAGE_SIZE
