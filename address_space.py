@@ -274,11 +274,9 @@ class Space:
         return [here if byte & 1 else "DISK" if byte else "NEW" for byte in spt]
 
     def _spt(self, page: int, count: int) -> bytes:
-        spt = b""
-        while len(spt) < count:
-            part = min(count - len(spt), mailbox.MAX_ANSWER)
-            spt += self._mailbox.call(mailbox.LOCATIONS, page + len(spt), part)
-        return spt
+        call, most, end = self._mailbox.call, mailbox.MAX_ANSWER, page + count
+        firsts = range(page, end, most)
+        return b"".join(call(mailbox.LOCATIONS, at, min(most, end - at)) for at in firsts)
 
     def figures(self) -> dict[str, Any]:
         """What the pager has counted: faults, evictions, bytes, latencies. See pager.py."""
@@ -320,8 +318,7 @@ class Space:
         if grows:
             addr -= (addr - start) // 2 // PAGE_SIZE * PAGE_SIZE
         if self._kept:
-            number = self._mailbox.ask(mailbox.FREE, *self._pages(addr, whole))
-            self._mailbox.wait_until_done(number)
+            self._mailbox.call(mailbox.FREE, *self._pages(addr, whole))
         self._take(addr, whole, name)
         return addr
 
@@ -417,10 +414,9 @@ class Space:
 
     def _has_socket(self) -> bool:
         """False if the program has closed it. Its number may be another file's now."""
-        try:
+        with contextlib.suppress(OSError):  # EBADF
             return os.fstat(self._socket).st_ino == self._socket_is
-        except OSError:  # EBADF
-            return False
+        return False
 
     def _end(self, prints: bool) -> None:
         """At the interpreter's end, wait until the pager has printed everything: the shell's prompt
@@ -591,9 +587,8 @@ def _closed_by(stack: contextlib.ExitStack, fd: int) -> int:
 def _high(fd: int) -> int:
     """Move the descriptor to a number of at least HIGH, if RLIMIT_NOFILE allows that."""
     with contextlib.suppress(OSError):
-        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
-        os.close(fd)
-        return high
+        low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
+        os.close(low)
     return fd
 
 
@@ -706,8 +701,7 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[boo
     """
     with contextlib.suppress(BrokenPipeError):  # the pager has refused already
         send(control, marshal.dumps(hello), fds)
-    answer = control.recv(MAX_HELLO, _socket.MSG_PEEK)
-    if not answer:
+    if not (answer := control.recv(MAX_HELLO, _socket.MSG_PEEK)):
         raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
     kept, pager, number, words, file = marshal.loads(answer)
     if words:
@@ -715,9 +709,7 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[boo
     return kept, pager
 
 
-def send_answer(
-    control: Any, refusal: Exception | None = None, kept: bool = False, fds: Any = ()
-) -> None:
+def send_answer(control: Any, refusal: Exception | None, kept: bool = False, fds: Any = ()) -> None:
     """The pager's answer to Space: it serves, or an OSError or ValueError says why not.
 
     kept: is the disk kept? fds: the memfd and the lifeline, for forked children.

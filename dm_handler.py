@@ -35,8 +35,6 @@ application to its core and sleep at once took 41 to 44 µs a random read; SPIN 
 runs. To look by the epoll takes 0.6 µs where an empty read takes 2.2, but random reads took 6 to 12 % longer.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import errno
@@ -53,14 +51,9 @@ from edm import log
 from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.children import Children
-from edm.lspt import LSPT, Run
-from edm.page_store import CONTENT
+from edm.page_store import CONTENT, PageStore
 from edm.readahead import Readahead, Stream
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd
-
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import Any
 
 BRING = 0.1  # seconds; then the caller looks itself whether the pages have come
 SPIN = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
@@ -69,25 +62,21 @@ WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in se
 FAULTS, STORE, ROOM = range(3)  # their places
 
 
-class Stopped(Exception):
-    """The instance is coming to its end: no page comes any more."""
-
-
 class DmHandler:
     def __init__(
-        self, uffd: int, store: Any, lspt: LSPT, start_addr: int, max_window: int, track_clean: bool
+        self, uffd: int, store: PageStore, lspt: l.LSPT, start: int, window: int, track_clean: bool
     ) -> None:
-        """max_window: pages at most in a readahead window. track_clean: pages that come to be read get the
-        uffd-wp bit."""
+        """start: the address of page 0. window: pages at most in a readahead window. track_clean: pages that
+        come to be read get the uffd-wp bit."""
         self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
-        self._start, self._track_clean = start_addr, track_clean
-        self._readahead = Readahead(max_window, lspt.is_missing)
+        self._start, self._track_clean = start, track_clean
+        self._readahead = Readahead(window, lspt.is_missing)
         self._epoll = select.epoll()
         self._epoll.register(uffd, select.EPOLLIN)
         self._epoll.register(lspt.for_handler, select.EPOLLIN)
         self.children = Children(self._epoll)
         self.came: deque[int] | None = None  # gets the pages that are installed
-        self.lines: Any = None  # a lines.Lines, which samples the faults
+        self.lines = None  # a lines.Lines, which samples the faults
         self._log, self._banner = log.logger("DmHandler"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
         # The source of a zero page that gets the uffd-wp bit, which UFFDIO_ZEROPAGE can't set.
@@ -140,7 +129,7 @@ class DmHandler:
         with contextlib.suppress(Empty):
             self._brought.get(timeout=BRING)
 
-    def ask_for(self, runs: Iterable[Run]) -> None:
+    def ask_for(self, runs: Iterable[l.Run]) -> None:
         """Bring those of these pages that are AWAY, while no fault waits. Returns at once."""
         self._asked.extend(range(first, first + count) for first, count in runs)
         os.eventfd_write(self._lspt.for_handler, 1)
@@ -148,13 +137,11 @@ class DmHandler:
     # ------------------------------------------------------------ the thread
 
     def run(self) -> None:
-        """Resolve faults until LSPT.stop, or until the application has ended. Raises the OSError of an ioctl
-        that has failed, or of a page that is lost where there is no UFFDIO_POISON."""
+        """Resolve faults. Raises ProcessLookupError after LSPT.stop, and when the application has ended; else the
+        OSError of an ioctl that has failed, or of a page that is lost where there is no UFFDIO_POISON."""
         try:
             while True:
                 self._serve()
-        except (ProcessLookupError, Stopped):
-            pass  # ESRCH: the application has ended
         finally:
             self._waited = self._waits()
 
@@ -167,8 +154,7 @@ class DmHandler:
                 if self._lspt.is_missing(range(page, page + 1)):
                     self._bring_missing(self._start + page * PAGE_SIZE, write)
             self._brought.put(None)
-        faults = self._next_faults()
-        if not faults and self._asked:
+        if not (faults := self._next_faults()) and self._asked:
             self._bring_asked()
         began = time.monotonic_ns()
         for _, flags, address, thread in faults:
@@ -194,7 +180,8 @@ class DmHandler:
                 self._serve_children()
             if faults := self._uffd.read_faults():
                 return faults
-            if self._asked and not self._figures[l.ROOM_WANTED]:  # LPET wakes us when there is room
+            # LPET wakes us when there is room. After LSPT.stop, nothing that was asked for comes.
+            if self._asked and not (self._figures[l.ROOM_WANTED] or self._lspt.stopped()):
                 return []
             os.sched_yield()
             if time.monotonic() > until:
@@ -221,10 +208,10 @@ class DmHandler:
                 child.wake(begin, PAGE_SIZE)
 
     def _hear(self) -> None:
-        """Sleep until for_handler is written to. Raises Stopped."""
+        """Sleep until for_handler is written to. Raises ProcessLookupError after LSPT.stop."""
         os.read(self._lspt.for_handler, 8)  # unlike os.eventfd_read, this goes on after a signal
         if self._lspt.stopped():
-            raise Stopped
+            raise ProcessLookupError
 
     def _resolve(self, flags: int, address: int) -> bool:
         """Resolve one fault. True if its page has come, or if it was a first write."""
@@ -270,11 +257,8 @@ class DmHandler:
         return False
 
     def _bring_asked(self) -> None:
-        """Bring at most PIECE of the pages that were asked for, as far as there is room. Raises Stopped."""
-        if self._lspt.stopped():
-            raise Stopped
-        runs: list[range] = []
-        most = PIECE
+        """Bring at most PIECE of the pages that were asked for, as far as there is room."""
+        runs, most = [], PIECE
         for _ in range(PIECE):
             if not (most and self._asked):
                 break
@@ -289,7 +273,7 @@ class DmHandler:
                 last, most = claimed[-1][-1], most - sum(map(len, claimed))
             if last < pages[-1]:
                 self._asked.appendleft(range(last + 1, pages.stop))
-        self._bring_runs(runs)
+        self._bring_runs(runs, -1, False, l.NEW)
 
     # ------------------------------------------------------------ fetching, and reading ahead
 
@@ -304,9 +288,7 @@ class DmHandler:
         # The next column of a matrix needs the pages of this one again.
         self._bring_runs(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
 
-    def _bring_runs(
-        self, runs: list[range], page: int = -1, write: bool = False, before: int = l.NEW
-    ) -> None:
+    def _bring_runs(self, runs: list[range], page: int, write: bool, before: int) -> None:
         """As _bring, but ask for all of these pages first, in pieces. The application works on the first
         piece of a window while the others come."""
         pieces = [piece for run in runs for piece in self._pieces(run)]
@@ -321,42 +303,33 @@ class DmHandler:
             yield part if part.step > 0 else part[::-1]
             pages, most = pages[len(part) :], PIECE
 
-    def _ask(self, pages: range) -> Any:
+    def _ask(self, pages: range) -> object:
         if self._info:
             address = self._start + pages.start * PAGE_SIZE
             self._log.info("send request for the page in address %#x from DMS", address)
         return self._store.ask_get(pages)
 
-    def _bring(
-        self, pages: range, asked: Any, page: int = -1, write: bool = False, before: int = l.NEW
-    ) -> None:
+    def _bring(self, pages: range, asked: object, page: int, write: bool, before: int) -> None:
         """Install these pages, which are COMING and were asked for. A page that can't be read becomes AWAY;
         or LOST, if it is `page`, the one that has faulted. before: see LSPT.arrived."""
         noted = self.came is not None and self._waited[FAULTS] < 0  # does a fault wait?
-        take_get = self._take_get if noted else self._store.take_get
         while True:
+            self._waited[STORE] -= noted and time.monotonic_ns()
             try:
-                kind, got, source = take_get(asked)
+                kind, got, source = self._store.take_get(asked)
             except OSError as error:
-                got = 1
-                if pages[0] == page:
-                    self._lose(page, error)
-                else:
-                    self._lspt.not_coming(pages[:1])
-            else:
+                kind, got, failed = None, 1, error
+            self._waited[STORE] += noted and time.monotonic_ns()
+            if kind:
                 self._install(pages[:got], source if kind == CONTENT else 0, write, before)
+            elif pages[0] == page:
+                self._lose(page, failed)
+            else:
+                self._lspt.not_coming(pages[:1])
             if got == len(pages):
                 return
             pages = pages[got:]
             asked = self._ask(pages)
-
-    def _take_get(self, asked: Any) -> tuple[int, int, int]:
-        """The store's take_get, with a note of how long it takes."""
-        self._waited[STORE] -= time.monotonic_ns()
-        try:
-            return self._store.take_get(asked)
-        finally:
-            self._waited[STORE] += time.monotonic_ns()
 
     def _install(self, pages: range, source: int, write: bool, before: int) -> None:
         """source: the address of their bytes; 0: they are zeros."""

@@ -19,8 +19,6 @@ Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next
 for a moment, offering its core at every look. Then it naps between looks, the longer the silence.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import struct
@@ -29,7 +27,6 @@ import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
 
 from mpi4py import MPI
 
@@ -66,15 +63,14 @@ class DMS:
         """
         self._comm, self._first = comm, share.of  # the first rank that is an instance
         self._geometry = (m.VERSION, PAGE_SIZE, start_addr, end_addr, *share[1:])
-        self._stores = []
-        for instance in range(comm.size - share.of):
-            self._stores.append(PageStore(path, start_addr, end_addr, keep, instance, share))
+        instances = range(comm.size - share.of)
+        self._stores = [PageStore(path, start_addr, end_addr, keep, n, share) for n in instances]
         self._pages = share.below((end_addr - start_addr) // PAGE_SIZE)
         self._syncs = {store: threading.Lock() for store in self._stores}
         self._unused: list[m.MessageBuffer] = []
         self._log = log.logger("DMS")
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes).
-        self._requests: dict[int, tuple[Callable[[Asked], Any], int, int, int]] = {
+        self._requests: dict[int, tuple[Callable[[Asked], object], int, int, int]] = {
             m.HELLO: (self._hello, 0, 0, m.GEOMETRY.size),
             m.GET: (self._get, PAGES_AT_ONCE, MAX_STRIDE, 0),
             m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
@@ -83,7 +79,7 @@ class DMS:
             m.SYNC: (self._sync, 0, m.SYNC_PHASES - 1, 0),
             m.FREE: (self._free, max(1, self._pages), 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
-            m.BYE: (self._bye, 0, 0, 0),
+            m.BYE: (lambda asked: self._left.append(asked.store), 0, 0, 0),
         }
         self._left: list[PageStore] = []  # of the instances that have said BYE
         self._refused = b""  # the last reason
@@ -93,8 +89,8 @@ class DMS:
     def serve(self) -> None:
         """Answer requests until every instance has said BYE."""
         prctl(PR_SET_TIMERSLACK, 1)  # nanosecond: else a nap takes 50 µs more than it should
-        for ending in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(ending, signal.SIG_IGN)
+        endings = signal.SIGTERM, signal.SIGINT
+        handlers = [signal.signal(ending, signal.SIG_IGN) for ending in endings]
         self._log.debug("DMS ready for serving requests")
         status, last, until = MPI.Status(), time.monotonic(), 0.0
         under_way: list[Iterator[None]] = []
@@ -114,6 +110,8 @@ class DMS:
                 until = time.monotonic() + LOOK
         for store in self._stores:
             store.close()
+        for ending, handler in zip(endings, handlers, strict=True):
+            signal.signal(ending, handler or signal.SIG_DFL)  # None: a handler in C
 
     def _exchange(self, source: int, tag: int, length: int) -> Iterator[None]:
         """Receive the message that was found, do what it asks, and send the answer. Yields instead of
@@ -162,8 +160,7 @@ class DMS:
             action, asked = self._understood(self._stores[source - self._first], question, answer)
             return action(asked) or answer.message(m.OK)
         except (ValueError, struct.error, OSError, MemoryError) as error:
-            reason = m.reason(error)
-            if reason != self._refused:  # a full disk refuses again and again
+            if (reason := m.reason(error)) != self._refused:  # a full disk refuses again and again
                 why = m.error_of(reason).strerror
                 self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, why)
             self._refused = reason
@@ -171,7 +168,7 @@ class DMS:
 
     def _understood(
         self, store: PageStore, question: memoryview, answer: m.MessageBuffer
-    ) -> tuple[Callable[[Asked], Any], Asked]:
+    ) -> tuple[Callable[[Asked], object], Asked]:
         """What to call for this question. Raises ValueError if it is wrong."""
         if not m.HEADER.size <= len(question) <= m.MAX_MESSAGE:
             raise ValueError(f"a message of {len(question)} bytes is not one of EDM's")
@@ -237,9 +234,6 @@ class DMS:
     def _locations(self, asked: Asked) -> memoryview:
         states = asked.store.locations(asked.pages[0], len(asked.pages))
         return _reply(asked.answer, m.LOCATIONS, states)
-
-    def _bye(self, asked: Asked) -> None:
-        self._left.append(asked.store)
 
 
 def _reply(answer: m.MessageBuffer, kind: int, body: bytes) -> memoryview:

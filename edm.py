@@ -43,6 +43,7 @@ ends with the application's status. So such a program must not import mpi4py.MPI
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import sys
@@ -61,7 +62,6 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
     import argparse
-    import contextlib
     from typing import Any, NoReturn
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
@@ -249,30 +249,25 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
         n = config.dms + 1  # with one that is an instance
         raise ValueError(f"dms: needs at least {n} MPI ranks: mpirun -n {n} python ...")
     # If standard streams are closed, EDM's descriptors would get their numbers, the lowest ones.
-    held = []
-    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
-        held.append(fd)
-    os.close(fd)
-    try:
-        if config.dms or config.dms is None and ranks > 1:
-            from edm import log, rank
+    with contextlib.ExitStack() as held:
+        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
+            held.callback(os.close, fd)
+        os.close(fd)
+        try:
+            if config.dms or config.dms is None and ranks > 1:
+                from edm import log, rank
 
-            log.start(config.log_level)
-            connected = rank.fork_application(config)
-            if connected is None:
-                return None
-        else:
-            connected = spawn_pager(), number  # several ranks may have files of one name
-        _space = Space(config, *connected, lasts)
-        return _space
-    except OSError as error:
-        from edm.limits import explain
+                log.start(config.log_level)
+                connected = rank.fork_application(config)
+            else:
+                connected = spawn_pager(), number  # several ranks may have files of one name
+            _space = Space(config, *connected, lasts) if connected else None
+            return _space
+        except OSError as error:
+            from edm.limits import explain
 
-        explain(error)
-        raise
-    finally:
-        for fd in held:
-            os.close(fd)
+            explain(error)
+            raise
 
 
 def space() -> Space:

@@ -19,8 +19,6 @@ Source of the format: the output of the wiki's "End to End Examples"; for the li
 the original's tests_output/simple_eviction_page_test_debug.txt. Spelling mistakes there are corrected.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterable

@@ -43,8 +43,6 @@ _refused_since), LPET raises the store's reason (_refusal), which ends the job.
 Rules: an Lpet belongs to one thread. It never takes the LSPT's lock itself.
 """
 
-from __future__ import annotations
-
 import bisect
 import errno
 import fcntl
@@ -60,14 +58,10 @@ from logging import INFO
 
 from edm import log
 from edm import lspt as l
-from edm.lspt import LSPT, Claimed, Run, runs, runs_of
+from edm.lspt import HERE_RUN, LSPT, Claimed, Run, runs, runs_of
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
-from edm.page_store import Bytes
+from edm.page_store import Bytes, PageStore
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
-
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import Any
 
 AGE = 1  # generations: with 2, zipf fetches 2 % fewer pages, but LPET takes 1.5 times as long for each
 GRACE = 5.0  # seconds: by then whoever fills the disk may have made room
@@ -76,7 +70,6 @@ REST = 0.1  # seconds between two tries of what was refused
 # four pages.
 _SPAN = re.compile(rb"\xff+(?:\0{1,4}\xff+)*")
 _HERE_AS_255 = bytes(255 if state >= l.HERE else 0 for state in range(256))
-_RUN_OF_255 = re.compile(rb"\xff+")
 
 Span = tuple[int, int]  # (begin, end) of pages, counted from the first one of a range
 
@@ -91,16 +84,9 @@ def _held(page: int, count: int, claimed: list[Claimed]) -> bytes:
 
 class Lpet:
     def __init__(
-        self,
-        lspt: LSPT,
-        store: Any,
-        memfd: int,
-        uffd: int,
-        pagemap: Pagemap,
-        start_addr: int,
-        batch: int,
-        tracker: str,
-    ) -> None:
+        self, lspt: LSPT, store: PageStore, memfd: int, uffd: int, pagemap: Pagemap, start_addr: int,
+        batch: int, tracker: str,
+    ) -> None:  # fmt: skip
         """memfd: the application's memory. tracker: the idle tracker's name.
 
         batch: pages that are looked at and evicted at once.
@@ -116,11 +102,9 @@ class Lpet:
         size = fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ)
         self._batch = min(batch, size // PAGE_SIZE)
         self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the claimed pages
-        self._tracker: Any = (
-            BitmapTracker(pagemap)
-            if tracker == BitmapTracker.name
-            else UnmapTracker(pagemap, self._unmap)
-        )
+        self._tracker: BitmapTracker | UnmapTracker = UnmapTracker(pagemap, self._unmap)
+        if tracker == BitmapTracker.name:
+            self._tracker = BitmapTracker(pagemap)
         self._hand = 0  # the page where the clock goes on
         # The generation of the clock's last whole turn. Another turn in it would find no page that is AGE old.
         self._turned = -1
@@ -147,11 +131,10 @@ class Lpet:
         The steps are explained at the top. count: at most PAGES_AT_ONCE.
         """
         self._lspt.pins.drop_ended(page, count)
-        claimed = self._lspt.claim(page, count, which)  # 1
-        if not claimed:
+        if not (claimed := self._lspt.claim(page, count, which)):  # 1
             return 0
         held = _held(page, count, claimed)
-        leave = list(pages_in(runs(page, held, _RUN_OF_255))) if self._info else []
+        leave = list(pages_in(runs(page, held, HERE_RUN))) if self._info else []
         self._say("[LPET] sending eviction request for page in addr %#x", leave)
         spans, written = self._move_out(page, claimed, held)  # 2, 3, 4
         ranges = [(first, len(before)) for first, before in claimed]
@@ -165,7 +148,14 @@ class Lpet:
         self._say("[Lpet] - received ack for eviction of page in address : %#x", leave)
         self._lspt.gone(claimed)  # 6
         self._wake(claimed)
-        return self._count(held, written)
+        pages, dirty = held.count(255), written.count(255)
+        figures = self._lspt.figures
+        figures[l.EVICTED_DIRTY] += dirty
+        figures[l.EVICTED_CLEAN] += pages - dirty
+        figures[l.SENT] += dirty * PAGE_SIZE
+        if dirty:
+            self._refused_since, self._most = math.inf, min(2 * self._most, self._batch)
+        return pages
 
     def _move_out(self, page: int, claimed: list[Claimed], held: bytes) -> tuple[list[Span], bytes]:
         """Steps 2 to 4: the pages are in the pipe, and nowhere else. Returns the spans of the range that
@@ -200,10 +190,8 @@ class Lpet:
     def _content_of(self, first: int, which: bytes) -> list[Bytes]:
         """The bytes of the pages whose byte in `which` is 255, in runs. first: the first page of the
         range."""
-        return [
-            (first + at, self._bytes[at * PAGE_SIZE : end * PAGE_SIZE])
-            for at, end in (found.span() for found in _RUN_OF_255.finditer(which))
-        ]
+        found = runs(first, which, HERE_RUN)
+        return [(at, self._bytes[(at - first) * PAGE_SIZE :][: n * PAGE_SIZE]) for at, n in found]
 
     def _put_back(self, page: int, claimed: list[Claimed], held: bytes) -> None:
         """The pages are HERE again. The page table has kept their uffd-wp bits: clean pages are still clean."""
@@ -221,16 +209,6 @@ class Lpet:
     def _stays(self, claimed: list[Claimed], generation: int | None = None) -> None:
         self._lspt.stays(claimed, generation)
         self._wake(claimed)
-
-    def _count(self, held: bytes, written: bytes) -> int:
-        pages, dirty = held.count(255), written.count(255)
-        figures = self._lspt.figures
-        figures[l.EVICTED_DIRTY] += dirty
-        figures[l.EVICTED_CLEAN] += pages - dirty
-        figures[l.SENT] += dirty * PAGE_SIZE
-        if dirty:
-            self._refused_since, self._most = math.inf, min(2 * self._most, self._batch)
-        return pages
 
     def _say(self, words: str, pages: Iterable[int]) -> None:
         """Tell the log of each of these pages."""
@@ -268,19 +246,16 @@ class Lpet:
     def _evict_until_low_threshold(self) -> int:
         """One run. Returns how many pages have left."""
         # Counted once: the pages that come from here on are for the next run.
-        needed = self._lspt.figures[l.RESIDENT] - self._lspt.low
-        if needed <= 0:  # it was woken twice, or pages were freed meanwhile
+        # It may have been woken twice, or pages were freed meanwhile.
+        if (needed := self._lspt.figures[l.RESIDENT] - self._lspt.low) <= 0:
             return 0
         self._lspt.figures[l.LPET_RUNS] += 1
         if self._info:
             self._banner.info("\n-----------------START LPET-----------------\n")
             self._show_lspt()
-        if self._lspt.as_the_wiki_does:
-            pages = self._evict_as_the_wiki_does(needed)
-        else:
-            pages = self._evict_by_age(needed)
-        if self._info:
-            self._banner.info("\n-----------------END LPET-----------------\n")
+        by_the_wiki = self._lspt.as_the_wiki_does
+        pages = (self._evict_as_the_wiki_does if by_the_wiki else self._evict_by_age)(needed)
+        self._banner.info("\n-----------------END LPET-----------------\n")
         return pages
 
     def _evict_by_age(self, needed: int) -> int:
@@ -302,12 +277,10 @@ class Lpet:
     def _parts(self, pages: Iterable[Run]) -> Iterator[Run]:
         """These pages, as many at once as may be evicted together."""
         for page, count in pages:
-            end = page + count
-            while page < end:
+            while count > 0:
                 most = self._batch if self._only_clean() else self._most
-                part = min(most, end - page)
-                yield page, part
-                page += part
+                yield page, min(most, count)
+                page, count = page + most, count - most
 
     def _pass_used(self, page: int, count: int, which: bytes) -> None:
         """Old pages that were used get the current generation, and are marked idle again."""
@@ -328,8 +301,7 @@ class Lpet:
         at = bisect.bisect_left(pages, self._hand)
         order = pages[at:] + pages[:at]
         idle = self._tracker.idle(runs_of(pages))
-        chosen: list[int] = []
-        hot: list[int] = []
+        chosen, hot = [], []
         for page in order:
             if len(chosen) == needed:
                 break
@@ -356,7 +328,7 @@ class Lpet:
         here = self._lspt.state[page : page + count].translate(_HERE_AS_255)
         written = self._pagemap.written(page, here)
         clean = int.from_bytes(here, "big") ^ int.from_bytes(written, "big")
-        return runs(page, clean.to_bytes(count, "big"), _RUN_OF_255)
+        return runs(page, clean.to_bytes(count, "big"), HERE_RUN)
 
     def _mark_idle(self, pages: Sequence[Run]) -> None:
         self._tracker.mark_idle(pages)

@@ -51,9 +51,8 @@ Rules:
     * `areas` belongs to the pager's process. LPET does not use it.
 """
 
-from __future__ import annotations
-
 import bisect
+import itertools
 import mmap
 import os
 import re
@@ -108,13 +107,8 @@ FIGURES = (
 
 def runs_of(pages: list[int]) -> list[Run]:
     """The ascending page numbers as runs of neighbours."""
-    runs: list[Run] = []
-    for page in pages:
-        if runs and sum(runs[-1]) == page:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((page, 1))
-    return runs
+    groups = itertools.groupby(enumerate(pages), lambda numbered: numbered[1] - numbered[0])
+    return [(run[0][1], len(run)) for run in (list(group) for _, group in groups)]
 
 
 def runs(page: int, states: bytes, which: re.Pattern[bytes]) -> Iterator[Run]:
@@ -171,27 +165,25 @@ class ByteTable:
 
 
 class LSPT(ByteTable):
-    def __init__(
-        self, pages: int, high_threshold: int, low_threshold: int, plain: bool = False
-    ) -> None:
-        """A table of this many pages, of which at most high_threshold may be here.
+    def __init__(self, pages: int, high: int, low: int, plain: bool = False) -> None:
+        """A table of this many pages, of which at most `high`, high_threshold, may be here.
 
         With a high_threshold over SMALL, LPET is woken halfway between the thresholds, so that a fault
         rarely has to wait for room. Else it is woken when a fault finds no room. plain: the latter at any
         size, and the fault waits until LPET's run has ended.
         """
         super().__init__(pages)
-        self.high, self.low = high_threshold, low_threshold
+        self.high, self.low = high, low
         self.lock = semaphore()
         # One instruction may need two pages: with four or more, pins leave two.
-        self.pins = Pins(self.lock, max(1, (high_threshold - 2) // 2))
+        self.pins = Pins(self.lock, max(1, (high - 2) // 2))
         self.figures = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
         self.for_handler = os.eventfd(0, os.EFD_CLOEXEC)
         self.for_lpet = os.eventfd(0, os.EFD_CLOEXEC)
         self.areas: list[Run] = []  # the application's areas, sorted
-        self._plain, self.as_the_wiki_does = plain, plain or high_threshold <= SMALL
+        self._plain, self.as_the_wiki_does = plain, plain or high <= SMALL
         self._wake_at = self.high + 1 if self.as_the_wiki_does else (self.high + self.low + 1) // 2
-        self.quarter = max(1, high_threshold // QUARTERS)  # pages
+        self.quarter = max(1, high // QUARTERS)  # pages
 
     # ------------------------------------------------------------ the DM-Handler's transitions
 
@@ -313,13 +305,10 @@ class LSPT(ByteTable):
     def freed(self, claimed: list[Claimed]) -> None:
         """LEAVING → NEW."""
         self._end(claimed, bytes(256))
-        for first, before in claimed:
-            for page, _ in self.used(first, len(before)):
-                part = page // PART
-                with self.lock:
-                    states = self.state[part * PART : (part + 1) * PART]
-                    if states == bytes(len(states)):  # or LPET would look there at every turn
-                        self._used[part] = 0
+        for part in {first // PART for first, _ in claimed}:  # each is in one, see freeing
+            with self.lock:
+                if not self.state[part * PART : (part + 1) * PART].strip(b"\0"):
+                    self._used[part] = 0  # or LPET would look there at every turn
 
     def _end(self, claimed: list[Claimed], becomes: bytes) -> None:
         """LEAVING → the state before, translated by this table."""
@@ -348,8 +337,7 @@ class LSPT(ByteTable):
 
     def freeing(self, page: int, count: int) -> tuple[list[Claimed], list[Run]]:
         """Any state but COMING and LEAVING → LEAVING. The second list has the COMING and LEAVING pages."""
-        claimed: list[Claimed] = []
-        later: list[Run] = []
+        claimed, later = [], []
         for first, length in self.used(page, count):
             some, others = self.claim_all(first, length, _SETTLED)
             claimed += some

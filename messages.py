@@ -36,8 +36,6 @@ A question and its answer have the same MPI tag. No other question has that tag 
 Messages of different tags have no order.
 """
 
-from __future__ import annotations
-
 import errno
 import mmap
 import os

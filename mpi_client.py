@@ -22,8 +22,6 @@ Waiting: MPI has no wait that sleeps. A thread that waits for a page tests in a 
 sleeps between tests.
 """
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import os
@@ -106,8 +104,7 @@ class MpiStore:
             if tuple(there) == m.pids_are_of():
                 self._processes.append(os.pidfd_open(pid))
         if any(offers):
-            by_all = set.intersection(*offers)
-            if not by_all:
+            if not (by_all := set.intersection(*offers)):
                 raise ValueError(f"disk: no sync is on the disks of all DMSs, but these: {offers}")
             self._request(m.START, body=m.EPOCH.pack(max(by_all)))
 
@@ -189,8 +186,6 @@ class MpiStore:
             with suppress(OSError):
                 self._answer(slot)
         self._request(m.BYE)
-        for process in self._processes:
-            os.close(process)
 
     # ------------------------------------------------------------ asking and waiting
 

@@ -24,8 +24,6 @@ Rules: any thread may use a Pagemap. A tracker belongs to one Lpet.
 Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, .../mm/pagemap.rst.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys
@@ -37,7 +35,6 @@ from edm.lspt import Run
 from edm.uffd_ctypes import PAGE_SIZE
 
 BITMAP = "/sys/kernel/mm/page_idle/bitmap"
-SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 HUGE = 2 << 20  # bytes
 
 _PFN = (1 << 55) - 1
@@ -135,14 +132,10 @@ class UnmapTracker:
         """unmap takes pages out of the page table, and leaves them in the memfd."""
         self._pagemap, self.mark_idle = pagemap, unmap
 
-    def idle(self, runs: Iterable[Run]) -> set[int]:
+    def idle(self, runs: Sequence[Run]) -> set[int]:
         """The pages of these runs that nothing has touched since they were marked."""
-        return {
-            page + at
-            for page, count in runs
-            for at, there in enumerate(self._pagemap.present(page, count))
-            if not there
-        }
+        there = (yes for run in runs for yes in self._pagemap.present(*run))
+        return {page for page, yes in zip(pages_in(runs), there, strict=True) if not yes}
 
 
 def bitmap_missing() -> str:
@@ -169,7 +162,8 @@ def unmap_missing() -> str:
         os.pwrite(memfd.fileno(), bytes(PAGE_SIZE), HUGE + PAGE_SIZE)
         if os.fstat(memfd.fileno()).st_blocks * 512 <= PAGE_SIZE:
             return ""
-    return f"this kernel makes huge pages of memory files: echo advise > {SHMEM_ENABLED}"
+    file = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    return f"this kernel makes huge pages of memory files: echo advise > {file}"
 
 
 def choose_tracker(wanted: str) -> str:
@@ -186,9 +180,8 @@ def choose_tracker(wanted: str) -> str:
     name = "unmap" if missing or wanted == "unmap" else "bitmap"
     if why := unmap_missing():
         raise ValueError(f"pages can't be written back into memory here: {why}")
-    log.logger("Lpet").info(
-        "idle tracker: %s%s", name, f" (no bitmap: {missing})" if missing else ""
-    )
+    no_bitmap = f" (no bitmap: {missing})" if missing else ""
+    log.logger("Lpet").info("idle tracker: %s%s", name, no_bitmap)
     return name
 
 

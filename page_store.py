@@ -91,8 +91,6 @@ The blocks of a page are allocated before the page is written. When the file sys
 every place that neither the last sync nor the SPT uses, once an epoch, and tries again.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import fcntl
@@ -202,30 +200,14 @@ def data(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
             raise
 
 
-# ---------------------------------------------------------------- the SPT
-
-
-class SPT(ByteTable):
-    """Where each page of one instance is."""
-
-    def change(self, page: int, count: int, table: bytes) -> None:
-        """Translate these bytes by a table for bytes.translate."""
-        self.write(page, self.state[page : page + count].translate(table))
-
-
 # ---------------------------------------------------------------- the store
 
 
 class PageStore:
     def __init__(
-        self,
-        path: str | None,
-        start_addr: int,
-        end_addr: int,
-        keep: bool = False,
-        instance: int = 0,
+        self, path: str | None, start_addr: int, end_addr: int, keep: bool = False, instance: int = 0,
         share: Share = ALL,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Without a path, the disk is a file without a name in disk_folder().
 
         keep: the disk outlives the job, which resumes from the last sync of an earlier one. instance: its
@@ -246,8 +228,8 @@ class PageStore:
         pages = max(share.below((end_addr - start_addr) // PAGE_SIZE), 1)
         self._blocks = -(-pages // BLOCK_PAGES) if keep else 0  # in a copy of the table
         self._data = -(-self._block_place(2, 0) // HEADER_COPY) * HEADER_COPY  # the first places
-        self._synced = SPT(pages)  # the places at the last sync; 0 if the disk is not kept
-        self.spt, self._instance = SPT(pages), instance
+        self._synced = ByteTable(pages)  # the places at the last sync; 0 if the disk is not kept
+        self.spt, self._instance = ByteTable(pages), instance
         self._size = self._place(pages, SECOND if keep else FIRST)
         self._crcs = memoryview(mmap.mmap(-1, 4 * pages if keep else 4)).cast("I")
         self._changed = memoryview(mmap.mmap(-1, max(1, self._blocks)))  # a byte a block: see SAME
@@ -281,11 +263,9 @@ class PageStore:
 
         The result is an argument for take_get.
         """
-        if len(pages) > 1 and pages.step == 1:
-            byte = self.spt.state[pages.start]
-            if byte & DISK:
-                place, length = self._place(pages.start, byte), len(pages) * PAGE_SIZE
-                os.posix_fadvise(self.fd, place, length, os.POSIX_FADV_WILLNEED)
+        if len(pages) > 1 and pages.step == 1 and (byte := self.spt.state[pages.start]) & DISK:
+            place, length = self._place(pages.start, byte), len(pages) * PAGE_SIZE
+            os.posix_fadvise(self.fd, place, length, os.POSIX_FADV_WILLNEED)
         return pages
 
     def take_get(self, asked: range) -> tuple[int, int, int]:
@@ -324,10 +304,8 @@ class PageStore:
         if self._info:
             address = self._address(pages.start)
             self._log.info("get request to send content of page in address: %#x", address)
-            if byte & DISK:
-                self._log.debug("read page address: %#x from disk", address)
-            else:
-                self._log.debug("page accessed first time, set info - new_page")
+            new = "page accessed first time, set info - new_page"
+            self._log.debug(f"read page address: {address:#x} from disk" if byte & DISK else new)
             self._show()
             self._log.debug("page in address: %#x sent to app", address)
         return CONTENT if byte & DISK else NEW_PAGES, got
@@ -362,7 +340,7 @@ class PageStore:
                 self._check_writable()
             self._write(dirty)
             for page, count in gone:
-                self.spt.change(page, count, _DROPPED)
+                self.spt.write(page, self.spt.state[page : page + count].translate(_DROPPED))
         self._say(INFO, "page in address %#x stored in disk", dirty)
         if self._info:
             if gone:
@@ -395,9 +373,10 @@ class PageStore:
             for page, content in dirty:
                 self._write_run(page, content)
         except OSError as error:
-            for page, content in dirty:
-                self.spt.change(page, len(content) // PAGE_SIZE, _TORN)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room(dirty):
+            torn = [(page, len(content) // PAGE_SIZE) for page, content in dirty]
+            for page, count in torn:
+                self.spt.write(page, self.spt.state[page : page + count].translate(_TORN))
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room(torn):
                 raise
             self._write(dirty)
 
@@ -420,11 +399,10 @@ class PageStore:
                 for at in range(many):
                     self._crcs[first + at] = _crc(part, at)
 
-    def _make_room(self, dirty: Iterable[Bytes]) -> bool:
+    def _make_room(self, torn: Iterable[Run]) -> bool:
         """The file system was too full for these pages. Returns whether to try again."""
         again = self.kept and self._words[ROOM_MADE] <= self._words[EPOCH]
         self._words[ROOM_MADE] = self._words[EPOCH] + 1
-        torn = [(page, len(content) // PAGE_SIZE) for page, content in dirty]
         for run in self._runs_in_file() if again else torn:
             self._punch_spare(*run)
         return again
@@ -472,9 +450,8 @@ class PageStore:
 
     def table(self) -> str:
         """The SPT as the wiki prints it: a line for each page that was ever accessed."""
-        instance = f"INSTANCE_{self._instance}"
         return log.spt_table(
-            (self._address(first + at), instance if byte & INSTANCE else "DISK")
+            (self._address(first + at), f"INSTANCE_{self._instance}" if byte & INSTANCE else "DISK")
             for first, count in self.spt.used(0, self.spt.pages)
             for at, byte in enumerate(self.locations(first, count))
             if byte
@@ -532,10 +509,9 @@ class PageStore:
         if not begun:
             with suppress(OSError):  # the folder may be unreadable, or not take an fsync
                 folder = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY)
-                try:
+                with suppress(OSError):
                     os.fsync(folder)
-                finally:
-                    os.close(folder)
+                os.close(folder)
 
     def start(self, epoch: int) -> None:
         """Resume from the sync of this epoch. Raises ValueError if it is not one of `offers`, and OSError if
@@ -555,10 +531,9 @@ class PageStore:
     def _pread(self, length: int, at: int) -> bytes:
         """A part of header or table. An I/O error is as damaged bytes: there is another copy, or the pages of
         one block can't be read."""
-        try:
+        with suppress(OSError):
             return os.pread(self.fd, length, at)
-        except OSError:
-            return b"\xff" * length
+        return b"\xff" * length
 
     def _header(self, epoch: int) -> bytes:
         return _sealed(HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch))
@@ -569,8 +544,7 @@ class PageStore:
         An epoch that both copies of the header name is durable: the second is written after an fsync.
         """
         copies = [self._pread(HEADER.size + CRC, at) for at in (0, HEADER_COPY)]
-        ours = [copy for copy in copies if copy.startswith(MAGIC)]
-        if not ours:
+        if not (ours := [copy for copy in copies if copy.startswith(MAGIC)]):
             raise ValueError(f"disk: {path} is not an EDM disk; choose another path")
         whole = [HEADER.unpack(copy[:-CRC]) for copy in ours if copy == _sealed(copy[:-CRC])]
         if not whole:
@@ -632,24 +606,17 @@ class PageStore:
 
     # ------------------------------------------------------------ a sync's steps
 
-    def _changed_blocks(self) -> dict[int, bytes]:
-        """The blocks that the next sync has to write, and the places of their pages.
-
-        Raises OSError if it can't: a page is TORN, or nothing may be written.
-        """
+    def _write_blocks(self) -> None:
+        """Step 1. If it fails, nothing has changed on the disk. Raises OSError if a page is TORN, or nothing may
+        be written."""
         self._check_writable()
-        blocks, torn = {}, 0
+        self._durable, torn, epoch = {}, 0, self._words[EPOCH] + 1
         for block, _ in runs(0, bytes(self._changed[: self._blocks]), _TO_WRITE):
             states = self.spt.read(block * BLOCK_PAGES, BLOCK_PAGES)
-            blocks[block] = states.translate(_PLACE)
+            self._durable[block] = states.translate(_PLACE)
             torn += len(states.translate(None, _WHOLE))
         if torn:
             raise OSError(errno.EIO, f"{torn} pages could not be written")
-        return blocks
-
-    def _write_blocks(self) -> None:
-        """Step 1. If it fails, nothing has changed."""
-        self._durable, epoch = self._changed_blocks(), self._words[EPOCH] + 1
         for block, places in self._durable.items():
             crcs = self._crcs[block * BLOCK_PAGES :][:BLOCK_PAGES].tobytes()
             whole = _sealed(BLOCK.pack(block, epoch, places, crcs))

@@ -41,8 +41,6 @@ A kept disk gets it and is synced. But any error that is not an OSError may have
 moved: then the disk stays as the last sync has left it.
 """
 
-from __future__ import annotations
-
 import _socket
 import bisect
 import contextlib
@@ -65,15 +63,10 @@ from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.dm_handler import DmHandler
 from edm.lpet import Lpet
-from edm.lspt import LSPT, Run
 from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
 from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
-
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import Any, NoReturn
 
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM  # what _end_by handles; rank.py blocks them
@@ -92,16 +85,16 @@ LOG = log.logger("EDM CLIENT")
 
 class Pager:
     def __init__(
-        self, control: Any, hello: Any, fds: list[int], store: Any, over_mpi: bool
+        self, control: _socket.socket, hello: SimpleNamespace, store: PageStore, over_mpi: bool
     ) -> None:
-        """hello: what Space has sent, with the descriptors fds. See page_for for the others.
+        """hello: what Space has sent, with its descriptors. See page_for for the others.
 
         Raises ValueError for settings that this machine can't have.
         """
         # The lifeline comes last: the kernel closes the descriptors of a killed process from the
         # last one on. When it closes the userfaultfd, missing pages read as zeros: the application
         # must be dying by then.
-        uffd, self._memfd, pagemap, *lines, self._lifelines_other_end, self._lifeline = fds
+        uffd, self._memfd, pagemap, *lines, self._lifelines_other_end, self._lifeline = hello.fds
         self._config, self._store, self._over_mpi = hello.config, store, over_mpi
         config, start = hello.config, hello.config.start_addr
         self._application, self._clean_tracking = hello.pid, hello.clean_tracking
@@ -112,7 +105,7 @@ class Pager:
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed, or a thread has failed
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
         pages = (config.end_addr - start) // PAGE_SIZE
-        self._lspt = lspt = LSPT(pages, config.high_threshold, config.low_threshold, config.plain)
+        self._lspt = lspt = l.LSPT(pages, config.high_threshold, config.low_threshold, config.plain)
         for run in store.runs_on_disk():
             lspt.found_on_disk(*run)
         space = pages * PAGE_SIZE  # bytes
@@ -239,10 +232,8 @@ class Pager:
             print_error(OSError(f"LPET was killed by {by}"))
             self._kill_application()
             os._exit(2)  # a kept disk is as its last sync has left it
-        if status == 1:
-            raise RuntimeError("LPET has failed")
         if status:
-            raise OSError("")
+            raise RuntimeError("LPET has failed") if status == 1 else OSError("")
 
     def _guarded(self, body: Callable[[], None]) -> None:
         """Call a thread's body. If it fails, so does the job."""
@@ -372,7 +363,7 @@ class Pager:
         """The place in LSPT.areas of the area that begins at this page; empty if there is none."""
         return slice(*(bisect.bisect(self._lspt.areas, (first,)) for first in (page, page + 1)))
 
-    def _free(self, page: int, count: int) -> list[Run]:
+    def _free(self, page: int, count: int) -> list[l.Run]:
         """Make these pages NEW, here and in the store. Returns those that are COMING or LEAVING."""
         start = self._config.start_addr
         taken, later = self._lspt.freeing(page, count)
@@ -449,7 +440,7 @@ class Pager:
 
 
 def page_for(
-    control: Any, open_store: Callable[[Any, int], Any], over_mpi: bool = False
+    control: _socket.socket, open_store: Callable[..., PageStore], over_mpi: bool = False
 ) -> int | None:
     """Page for the application at the other end of a socket until it has ended; or refuse to.
 
@@ -462,7 +453,7 @@ def page_for(
     packet, fds = address_space.receive(control)
     if not fds:
         return None
-    hello, store = SimpleNamespace(**marshal.loads(packet)), None
+    hello, store = SimpleNamespace(**marshal.loads(packet), fds=fds), None
     config = hello.config = SimpleNamespace(**hello.config)
     if hello.instance and config.report:  # one file for each instance
         name, ending = os.path.splitext(config.report)
@@ -472,7 +463,7 @@ def page_for(
     LOG.info("userfaultfd permitted by: %s", hello.how)
     try:
         store = open_store(config, hello.instance)
-        pager = Pager(control, hello, fds, store, over_mpi)
+        pager = Pager(control, hello, store, over_mpi)
         pager.start()
     except (ValueError, OSError) as error:
         address_space.send_answer(control, error)
@@ -487,7 +478,7 @@ def page_for(
     return 0
 
 
-def spawned() -> NoReturn:
+def spawned() -> None:
     """Page for the application at the other end of descriptor 0. See spawn_pager."""
     control = _socket.socket(fileno=0)
     u.close_from(3)  # whoever reads from the program's pipes waits for their end
@@ -504,14 +495,14 @@ def spawned() -> NoReturn:
     _run_process(partial(page_for, control, _open_disk))
 
 
-def _open_disk(config: Any, instance: int) -> PageStore:
+def _open_disk(config: SimpleNamespace, instance: int) -> PageStore:
     store = PageStore(config.disk, config.start_addr, config.end_addr, config.keep, instance)
     config.report = config.report and os.path.abspath(config.report)
     os.chdir("/")  # the program may unmount its folder, once it has left it
     return store
 
 
-def _run_process(body: Callable[[], object]) -> NoReturn:
+def _run_process(body: Callable[[], object]) -> None:
     """Call this, print why it failed, and end the process."""
     try:
         body()

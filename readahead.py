@@ -31,8 +31,6 @@ Rules: the DM-Handler's thread only.
 The idea is the kernel's (mm/readahead.c).
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable
 
@@ -55,12 +53,10 @@ class Stream:
         self.window = window  # pages to fetch when it is continued
         self.stride = stride  # bytes from one fault to the next; -PAGE_SIZE: downward
         self.is_of_neighbours = abs(stride) == PAGE_SIZE
-        self.place = self.at(place)  # of the last fault
+        # What counts of a fault's place: of a stream of neighbours, where its page begins.
+        self.mask = -PAGE_SIZE if self.is_of_neighbours else -1
+        self.place = place & self.mask  # of the last fault
         self.expect_from(self.place)
-
-    def at(self, place: int) -> int:
-        """What counts of a fault's place: of a stream of neighbours, where its page begins."""
-        return place & -PAGE_SIZE if self.is_of_neighbours else place
 
     def expect_from(self, place: int) -> None:
         """The fault that continues the stream is here, or near: pages that are here do not fault."""
@@ -102,7 +98,7 @@ class Readahead:
         """The stream that a fault at this place continues or begins, or one for the rest of a row. If there is
         none, the page comes alone."""
         for stream in self._streams:
-            if (at := stream.at(place)) in stream.span:
+            if (at := place & stream.mask) in stream.span:
                 self._streams.remove(stream)
                 if at in stream.reach and not self._passed_over(stream, at):
                     self._streams.insert(0, stream)

@@ -15,8 +15,6 @@ that the pages of its stripes are neighbours in its file:
 A single DMS has all pages in one endless stripe, with the numbers that they have in the space.
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 from collections.abc import Iterator
 

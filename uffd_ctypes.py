@@ -22,8 +22,6 @@ Sources: userfaultfd(2), ioctl_userfaultfd(2), <linux/userfaultfd.h>, <asm-gener
 Documentation/admin-guide/mm/userfaultfd.rst.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os
@@ -105,13 +103,8 @@ WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
 _libc.mmap.restype = c_long  # an address of a process, or -1
-_libc.munmap.argtypes = (c_void_p, c_size_t)
-_libc.mprotect.argtypes = (c_void_p, c_size_t, c_int)
-_libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
-_libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
 # Keeps the GIL: for calls that take less time than to get it back from another thread.
 WITH_GIL = ctypes.PyDLL(None, use_errno=True)
-WITH_GIL.fallocate.argtypes = _libc.fallocate.argtypes
 _libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 _libc.syscall.restype = c_long
 
@@ -145,16 +138,14 @@ def open_userfaultfd() -> tuple[int, str]:
     forbids it. Source: userfaultfd(2).
     """
     number, flags = _NR_userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK
-    fd = _libc.syscall(number, flags)
-    if fd >= 0:
+    if (fd := _libc.syscall(number, flags)) >= 0:
         return fd, "system call"
     if ctypes.get_errno() == errno.ENOSYS:
         raise OSError(errno.ENOSYS, "userfaultfd: this kernel is built without CONFIG_USERFAULTFD")
     # Absent, or not for this user: then the third way is left.
     with suppress(OSError), open("/dev/userfaultfd", "r+b", 0) as device:
         return ioctl(device, USERFAULTFD_IOC_NEW, flags), device.name
-    fd = _libc.syscall(number, flags | UFFD_USER_MODE_ONLY)
-    if fd >= 0:
+    if (fd := _libc.syscall(number, flags | UFFD_USER_MODE_ONLY)) >= 0:
         return fd, USER_MODE
     raise OSError(
         ctypes.get_errno(),
@@ -216,19 +207,17 @@ class Userfaultfd:
         """
         mode = UFFDIO_COPY_MODE_WP if write_protect else 0
         uffdio_copy.pack_into(self._block, 0, dst, src, length, mode, 0)
-        while not self._call("UFFDIO_COPY", UFFDIO_COPY):
+        if not self._call("UFFDIO_COPY", UFFDIO_COPY):
             # After `done` bytes. The next try goes on, or its error is the reason.
-            dst, src, length, _, done = uffdio_copy.unpack_from(self._block)
-            done = max(0, done)
-            uffdio_copy.pack_into(self._block, 0, dst + done, src + done, length - done, mode, 0)
+            done = max(0, uffdio_copy.unpack_from(self._block)[-1])
+            self.copy(dst + done, src + done, length - done, write_protect)
 
     def zeropage(self, start: int, length: int) -> None:
         """Install zeroed, writable pages in this range (bytes), and wake. Raises as copy does."""
         uffdio_zeropage.pack_into(self._block, 0, start, length, 0, 0)
-        while not self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE):
-            start, length, _, done = uffdio_zeropage.unpack_from(self._block)
-            done = max(0, done)
-            uffdio_zeropage.pack_into(self._block, 0, start + done, length - done, 0, 0)
+        if not self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE):
+            done = max(0, uffdio_zeropage.unpack_from(self._block)[-1])
+            self.zeropage(start + done, length - done)
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
         """Set the uffd-wp bit of these pages (bytes); or, protect=False, clear it and wake."""
@@ -279,23 +268,23 @@ def mmap(addr: int, length: int, prot: int, flags: int, fd: int = -1, off: int =
 
 def munmap(addr: int, length: int) -> None:
     """munmap(2)."""
-    _checked("munmap", _libc.munmap(addr, length))
+    _checked("munmap", _libc.munmap(c_void_p(addr), c_size_t(length)))
 
 
 def mprotect(addr: int, length: int, prot: int) -> None:
     """mprotect(2)."""
-    _checked("mprotect", _libc.mprotect(addr, length, prot))
+    _checked("mprotect", _libc.mprotect(c_void_p(addr), c_size_t(length), prot))
 
 
 def madvise(addr: int, length: int, advice: int) -> None:
     """madvise(2)."""
-    _checked("madvise", _libc.madvise(addr, length, advice))
+    _checked("madvise", _libc.madvise(c_void_p(addr), c_size_t(length), advice))
 
 
 def punch_hole(fd: int, offset: int, length: int, libc: ctypes.CDLL = _libc) -> None:
     """fallocate(2) with PUNCH_HOLE: give back the file's memory or disk there (bytes)."""
     mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    _checked("fallocate", libc.fallocate(fd, mode, offset, length))
+    _checked("fallocate", libc.fallocate(fd, mode, c_int64(offset), c_int64(length)))
 
 
 FUTEX_WAIT, FUTEX_WAKE = 0, 1  # between processes

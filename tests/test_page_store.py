@@ -22,7 +22,7 @@ import pytest
 from conftest import shared_memory
 
 from edm import page_store
-from edm.lspt import PART
+from edm.lspt import PART, ByteTable
 from edm.page_store import (
     BLOCK_PAGES,
     BLOCK_SIZE,
@@ -37,7 +37,6 @@ from edm.page_store import (
     NEW,
     NEW_PAGES,
     SECOND,
-    SPT,
     TABLE,
     PageStore,
     data,
@@ -614,7 +613,7 @@ def test_a_huge_range_is_freed_and_looked_at_at_once_and_costs_no_memory():
 
 def test_the_spt_costs_no_memory_until_it_is_used():
     before, shared = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, shared_memory()
-    spt = SPT(1 << 34)  # 64 TiB
+    spt = ByteTable(1 << 34)  # 64 TiB
     spt.set(range(1 << 33, (1 << 33) + 100), DISK)
     assert spt.read(1 << 33, 4096) == bytes((DISK,)) * 100 + bytes(3996)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB

@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import close, lpet_is_first
 
-from edm.dm_handler import DmHandler, Stopped
+from edm.dm_handler import DmHandler
 from edm.lspt import (
     AWAY,
     COMING,
@@ -418,8 +418,8 @@ def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them
 def test_nothing_that_was_asked_for_comes_when_the_space_ends(handler):
     handler.ask_for([(100, 100)])
     handler._lspt.stop()
-    with pytest.raises(Stopped):
-        handler._bring_asked()
+    with pytest.raises(ProcessLookupError):
+        handler._next_faults()
     assert here(handler) == []
 
 
