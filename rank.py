@@ -56,6 +56,8 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
         if stream is not None:
             stream.flush()  # else both processes would write what is buffered
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    for end_of_pair in (ours, theirs):
+        end_of_pair.settimeout(None)  # the program may have set a default
     application = os.fork()
     if application:
         ours.close()
@@ -209,14 +211,12 @@ def end(status: int) -> NoReturn:
     """
     from mpi4py import MPI
 
-    sys.stderr.flush()
     MPI.Finalize()
     ctypes.CDLL(None).exit(status)
 
 
 def _abort(world: Any, status: int) -> NoReturn:
     """End the whole job, once the launcher has read why."""
-    sys.stderr.flush()
     _let_be_read()
     world.Abort(status)
     os._exit(status)  # Abort returns if the launcher was told not to clean up

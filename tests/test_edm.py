@@ -328,3 +328,23 @@ print(rank.fork_application(Config())[1], flush=True)
 """
     ended = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert ended.stdout == "70000\n", ended.stderr
+
+
+def test_after_the_run_a_dms_handles_signals_as_before_whatever_the_programs_defaults(mpirun):
+    """A timeout of all sockets, and no standard error."""
+    code = """
+import signal, socket, sys
+socket.setdefaulttimeout(0.01)
+sys.stderr = None
+import edm
+numbers = signal.SIGINT, signal.SIGTERM
+before = [signal.getsignal(number) for number in numbers]
+def app(space):
+    space.mmap(1 << 20)[0] = 1
+    print("application", flush=True)
+edm.run(app)
+print([signal.getsignal(number) for number in numbers] == before, flush=True)
+"""
+    ended = mpirun("-c", code)
+    assert ended.returncode == 0, ended.stdout
+    assert sorted(ended.stdout.split()) == ["True", "True", "application"]
