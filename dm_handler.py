@@ -42,7 +42,7 @@ import itertools
 import os
 import select
 import time
-from _queue import Empty, SimpleQueue
+from _thread import LockType, allocate_lock
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from logging import INFO
@@ -82,8 +82,7 @@ class DmHandler:
         # The source of a zero page that gets the uffd-wp bit, which UFFDIO_ZEROPAGE can't set.
         self._zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
         self._figures = lspt.figures
-        self._called: deque[tuple[range, bool]] = deque()  # what bring was called for
-        self._brought: SimpleQueue[None] = SimpleQueue()  # an item for each of these that was done
+        self._called: deque[tuple[range, bool, LockType]] = deque()  # what bring was called for
         self._asked: deque[range] = deque()  # what ask_for was called for
         # Nanoseconds. The clock is subtracted when a wait begins, and added when it ends. So a wait is under
         # way where the sum is negative.
@@ -124,14 +123,20 @@ class DmHandler:
         Returns when that is done, but after BRING seconds at the latest. A page that was LEAVING has not
         come then.
         """
-        self._called.append((pages, write))
+        done = allocate_lock()
+        done.acquire()
+        self._called.append((pages, write, done))
         os.eventfd_write(self._lspt.for_handler, 1)
-        with contextlib.suppress(Empty):
-            self._brought.get(timeout=BRING)
+        done.acquire(timeout=BRING)
 
     def ask_for(self, runs: Iterable[l.Run]) -> None:
-        """Bring those of these pages that are AWAY, while no fault waits. Returns at once."""
-        self._asked.extend(range(first, first + count) for first, count in runs)
+        """Bring those of these pages that are AWAY, while no fault waits. Returns at once.
+
+        No more runs wait than pages may be here: then the last ones of these are dropped.
+        """
+        room = max(self._lspt.high - len(self._asked), 0)
+        asked = itertools.islice(runs, room)
+        self._asked.extend(range(first, first + count) for first, count in asked)
         os.eventfd_write(self._lspt.for_handler, 1)
 
     # ------------------------------------------------------------ the thread
@@ -149,11 +154,11 @@ class DmHandler:
         """Do what bring was called for, and resolve the faults that wait. If there are none, bring some of
         the pages that were asked for."""
         while self._called:
-            pages, write = self._called.popleft()
+            pages, write, done = self._called.popleft()
             for page in pages:
                 if self._lspt.is_missing(range(page, page + 1)):
                     self._bring_missing(self._start + page * PAGE_SIZE, write)
-            self._brought.put(None)
+            done.release()
         if not (faults := self._next_faults()) and self._asked:
             self._bring_asked()
         began = time.monotonic_ns()

@@ -55,6 +55,7 @@ if __name__ == "edm":
     # Python was started in this folder, and found this file before the package of the same name.
     __path__ = [os.path.dirname(os.path.abspath(__file__))]
     sys.modules["edm.edm"] = sys.modules["edm"]
+    from edm.__init__ import __getattr__  # noqa: F401
 
 from edm.address_space import Space, spawn_pager
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE

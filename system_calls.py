@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from edm.lspt import LSPT
 
 AT_ONCE = 1 << 20  # bytes
+FILE_LOCKS = 64
 BRING_AGAIN = 100e-6  # seconds, as lspt.SETTLE, which the application is not to import
 PIN_WAIT = 0.3  # seconds to wait for room for a pin
 PIN_AGAIN = 1e-3  # seconds between two looks for it
@@ -193,7 +194,7 @@ class SystemCalls:
         self._application, self._pidfd = application, pidfd
         self._lspt, self._handler, self._start = lspt, handler, start_addr
         self._uffd, self._clear_wp = u.Userfaultfd(uffd), clear_wp
-        self._files: dict[tuple[int, int], _thread.LockType] = {}  # of (device, inode)
+        self._file_locks = [_thread.allocate_lock() for _ in range(FILE_LOCKS)]  # by inode
         self.processes = frozenset((application,))  # those with the space; calls of others go on
         self.hear_children: Callable[[], object] = bool  # called when a process is unknown
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
@@ -326,7 +327,7 @@ class SystemCalls:
         done = failed = 0
         to_file, lock = stat.S_ISREG(found.st_mode), contextlib.nullcontext()
         if to_file:  # no other write comes between the parts of this one
-            lock = self._files.setdefault((found.st_dev, found.st_ino), _thread.allocate_lock())
+            lock = self._file_locks[found.st_ino % FILE_LOCKS]
         try:
             with lock:
                 while done < length:

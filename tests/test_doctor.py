@@ -81,6 +81,8 @@ def test_every_module_has_its_rule_in_contributing():
 def test_it_is_there_from_the_folder_itself_too(run):
     ended = run(sys.executable, "-m", "edm", "--help", cwd=ROOT)
     assert ended.returncode == 0 and "doctor" in ended.stdout
+    ended = run(sys.executable, "-c", "import edm; print(edm.prefetch.__module__)", cwd=ROOT)
+    assert ended.stdout == "edm.advice\n", ended
 
 
 @pytest.fixture
@@ -249,6 +251,13 @@ def test_a_userfaultfd_for_user_mode_only_does_with_seccomp_and_has_limits_witho
     state, words, remedy = doctor.userfaultfd()
     assert state == "without" and "EFAULT" in words and "OSError: busy" in words
     assert "sysctl" in remedy
+
+
+def test_a_process_that_is_not_dumpable_is_refused_with_the_reason(as_nobody):
+    code = "import ctypes, edm; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); edm.start()"
+    ended = as_nobody("-c", code)
+    assert ended.returncode == 1
+    assert "PermissionError: [Errno 13] Permission denied; this process is not" in ended.stdout
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import errno
 import random
+import threading
 import time
 
 import pytest
@@ -437,6 +438,33 @@ def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(han
     )
     claim(handler, 105)
     assert here(handler) == [105]
+
+
+def test_no_more_runs_are_asked_for_than_pages_may_be_here_and_the_first_ones_come(handler):
+    for _ in range(3):
+        handler.ask_for([(page, 1) for page in range(0, 800, 2)])
+    assert len(handler._asked) == handler._lspt.high
+    while handler._asked:
+        handler._bring_asked()
+    assert here(handler) == [*range(0, 800, 2)]
+
+
+def until_stopped(handler):
+    with pytest.raises(ProcessLookupError):
+        handler.run()
+
+
+def test_after_a_page_that_came_too_late_the_next_ones_are_waited_for(handler):
+    handler.bring(range(100, 101), False)  # nobody serves it
+    thread = threading.Thread(target=until_stopped, args=(handler,))
+    thread.start()
+    try:
+        for page in (300, 500, 700):
+            handler.bring(range(page, page + 1), False)
+            assert handler._lspt.state[page] >= HERE
+    finally:
+        handler._lspt.stop()
+        thread.join()
 
 
 @pytest.mark.parametrize("stride", [1, -1])
