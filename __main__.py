@@ -15,8 +15,7 @@ def main() -> None:
     if sys.argv[1:3] == ["kernel", "install"]:
         from edm.kernel import main as install_kernel
 
-        install_kernel(sys.argv[3:])
-        return
+        sys.exit(install_kernel(sys.argv[3:]))
     import argparse
 
     from edm import doctor

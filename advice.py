@@ -14,18 +14,12 @@ there is no NumPy, and IndexError for a row that the array does not have, or row
 Source: madvise(2), MADV_WILLNEED and MADV_PAGEOUT.
 """
 
-from __future__ import annotations
-
 from edm import mailbox
 from edm.edm import space
 from edm.uffd_ctypes import PAGE_SIZE
 
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import Any
 
-
-def prefetch(array: Any, rows: Any = None) -> None:
+def prefetch(array: object, rows: object = None) -> None:
     """Fetch the pages that only the store has, in the order of the disk.
 
     This does not wait: they come while the program goes on, and its faults go first. Other pages
@@ -35,7 +29,7 @@ def prefetch(array: Any, rows: Any = None) -> None:
     space().advise(mailbox.PREFETCH, _runs(array, rows))
 
 
-def forget(array: Any, rows: Any = None) -> None:
+def forget(array: object, rows: object = None) -> None:
     """Evict the pages now, so that others may stay. Touching one brings it back.
 
     This does not wait, unless the mailbox is full. rows: as for prefetch.
@@ -43,20 +37,19 @@ def forget(array: Any, rows: Any = None) -> None:
     space().advise(mailbox.FORGET, _runs(array, rows))
 
 
-def resident(array: Any, rows: Any = None) -> int:
+def resident(array: object, rows: object = None) -> int:
     """How many of the pages are in memory. rows: as for prefetch."""
     return space().resident(_runs(array, rows))
 
 
-def _runs(array: Any, rows: Any) -> list[tuple[int, int]]:
+def _runs(array: object, rows: object) -> list[tuple[int, int]]:
     """The runs of pages that these bytes touch, ascending: (first page of the space, count)."""
     import numpy as np
 
     a = np.asarray(array)
     if not a.size:
         return []
-    starts = np.array([a.__array_interface__["data"][0]])
-    part = a
+    starts, part = np.array([a.__array_interface__["data"][0]]), a
     if rows is not None or not (a.flags.c_contiguous or a.flags.f_contiguous):
         indexes = np.arange(len(a)) if rows is None else np.asarray(rows)
         if indexes.dtype == bool and indexes.shape == (len(a),):
@@ -70,9 +63,8 @@ def _runs(array: Any, rows: Any) -> list[tuple[int, int]]:
     reach = [(n - 1) * stride for n, stride in zip(part.shape, part.strides, strict=True)]
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize - 1
     starts = np.sort(starts) - space().start_addr
-    first, last = (starts + low) // PAGE_SIZE, (starts + high) // PAGE_SIZE
-    inside = (last >= 0) & (first < (space().end_addr - space().start_addr) // PAGE_SIZE)
-    first, last = first[inside], last[inside]
+    inside = (starts + high >= 0) & (starts + low < space().end_addr - space().start_addr)
+    first, last = (starts[inside] + low) // PAGE_SIZE, (starts[inside] + high) // PAGE_SIZE
     new = np.flatnonzero(first[1:] > last[:-1] + 1) + 1  # where each run but the first begins
     begins, ends = first[[0, *new][: first.size]], last[[*(new - 1), -1][: first.size]]
     return list(zip(begins.tolist(), (ends - begins + 1).tolist(), strict=True))

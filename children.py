@@ -22,8 +22,6 @@ thread calls let_go when the DM-Handler has ended.
 Sources: userfaultfd(2), pidfd_open(2), fcntl(2) on F_SETSIG and O_ASYNC.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import select
@@ -32,8 +30,6 @@ from edm.uffd_ctypes import Userfaultfd
 
 
 class Children:
-    FDS = 4  # descriptors that a child sends
-
     def __init__(self, epoll: select.epoll) -> None:
         self._epoll = epoll  # which other threads may add to
         self.uffds: dict[int, Userfaultfd] = {}  # by descriptor
@@ -42,7 +38,7 @@ class Children:
     def adopt(self, fds: list[int]) -> None:
         """Take a child that has sent these descriptors. If this process has no room for all of
         them, close those that have come: the others are closed already, and the child is killed."""
-        if len(fds) < self.FDS:
+        if len(fds) < 4:
             for fd in fds:
                 os.close(fd)
             return

@@ -9,8 +9,6 @@ tests. What follows "try:" is a command to type.
 Rules: what may hang, or end its process, is tried in another process. So is the import of MPI.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -113,13 +111,9 @@ def page_fault() -> Finding:
 
 
 def mpi() -> Finding:
-    code = (
-        "import mpi4py; mpi4py.rc.initialize = False\n"
-        "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
-    )
-    status, lines = _run(sys.executable, "-c", code)
+    status, lines = _run(sys.executable, "-m", "mpi4py", "--mpi-lib-version")
     if status == 0:
-        return "ok", lines[-1].strip("\0 "), ""
+        return "ok", lines[0].strip("\0 "), ""
     if "No module named" in lines[-1]:
         return "without", "mpi4py is not installed", f"{PIP_INSTALL} mpi4py mpich"
     return "without", f"mpi4py finds no MPI library ({lines[-1]})", f"{PIP_INSTALL} mpich"
@@ -132,8 +126,7 @@ def find_mpirun() -> str | None:
 
 
 def two_ranks() -> Finding:
-    mpirun = find_mpirun()
-    if mpirun is None:
+    if not (mpirun := find_mpirun()):
         return "without", "there is no mpirun", f"{PIP_INSTALL} mpich"
     status, lines = _run(mpirun, "-n", "2", sys.executable, *EXAMPLE, "--dms", "1")
     output = "\n".join(lines)

@@ -62,7 +62,7 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
-    import argparse
+    from argparse import ArgumentParser, Namespace
     from typing import Any, NoReturn
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
@@ -231,8 +231,7 @@ def start(config: Config | None = None) -> Space:
 
     Raises as run. Under an MPI launcher, this does not return in a DMS.
     """
-    started = _begin(config or Config(), lasts=True)
-    if started is None:  # this rank was a DMS
+    if (started := _begin(config or Config(), lasts=True)) is None:  # this rank was a DMS
         from edm import rank
 
         rank.end(0)
@@ -314,9 +313,7 @@ def leave_to_rank_0() -> None:
 # ---------------------------------------------------------------- command-line programs
 
 
-def parse_arguments(
-    parser: argparse.ArgumentParser, **defaults: Any
-) -> tuple[argparse.Namespace, Config]:
+def parse_arguments(parser: ArgumentParser, **defaults: Any) -> tuple[Namespace, Config]:
     """Add an option for every setting of Config to the parser, and parse the command line.
 
     defaults: this program's defaults that differ from Config's. One rank prints a mistake, in one line,
@@ -330,15 +327,13 @@ def parse_arguments(
         refuse(parser, error)
 
 
-def refuse(parser: argparse.ArgumentParser, error: ValueError | str) -> NoReturn:
+def refuse(parser: ArgumentParser, error: ValueError | str) -> NoReturn:
     """End this rank for a mistake in the command line, which rank 0 prints."""
     leave_to_rank_0()
     parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
-def add_settings(
-    parser: argparse.ArgumentParser, leave_out: Iterable[str] = (), **defaults: Any
-) -> None:
+def add_settings(parser: ArgumentParser, leave_out: Iterable[str] = (), **defaults: Any) -> None:
     """Add an option for every setting of Config, except for those to leave out."""
     import argparse
 

@@ -12,8 +12,6 @@ Rules: a mistake is reported in one line, with exit status 2, and nothing is wri
 Source: "Kernel specs" in the documentation of jupyter_client.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile
@@ -32,26 +30,21 @@ def main(arguments: list[str]) -> None:
     args, options = parser.parse_known_args(arguments)
     if launch.parse([*options, *PROGRAM])[2] != PROGRAM:
         parser.error(f"these are not only options of {launch.PROG}: {' '.join(options)}")
+    if not args.name:
+        parser.error("--name: it is empty")
+    spec = {
+        "argv": [sys.executable, "-m", "edm", "run", *options, *PROGRAM],
+        "display_name": f"Python {sys.version_info[0]} ({args.name})",
+    }
     try:
-        print(f"kernel {args.name}: {_install(args.name, options)}")
+        from ipykernel.kernelspec import write_kernel_spec
+        from jupyter_client.kernelspec import KernelSpecManager
+
+        with tempfile.TemporaryDirectory() as folder:
+            source = write_kernel_spec(os.path.join(folder, "kernel"), spec)
+            place = KernelSpecManager().install_kernel_spec(source, args.name, user=True)
+        print(f"kernel {args.name}: {place}")
     except ImportError as error:
         parser.error(f"{error}; try: {sys.executable} -m pip install ipykernel")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-
-
-def _install(name: str, options: list[str]) -> str:
-    """The folder of the kernel spec. Raises ImportError without ipykernel, ValueError for a name that
-    Jupyter does not take, OSError if it can't be written."""
-    if not name:
-        raise ValueError("--name: it is empty")
-    from ipykernel.kernelspec import write_kernel_spec
-    from jupyter_client.kernelspec import KernelSpecManager
-
-    spec = {
-        "argv": [sys.executable, "-m", "edm", "run", *options, *PROGRAM],
-        "display_name": f"Python {sys.version_info[0]} ({name})",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        source = write_kernel_spec(os.path.join(folder, "kernel"), spec)
-        return KernelSpecManager().install_kernel_spec(source, name, user=True)

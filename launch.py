@@ -17,8 +17,6 @@ Sources: "Command line and environment" in Python's documentation; proc_meminfo(
 admin-guide/cgroup-v2.rst.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
@@ -29,10 +27,6 @@ import sys
 
 from edm import limits
 from edm.edm import PAGE_SIZE, Config, add_settings, launched, refuse
-
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import NoReturn
 
 PROG = "python -m edm run"
 SPACE = 256 << 30  # bytes
@@ -80,7 +74,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> None:
         refuse(self, message)
 
 
@@ -123,8 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def size_in_bytes(text: str) -> int:
     """512M, 12G, or 80% of this machine's memory, in bytes. Raises argparse.ArgumentTypeError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT]?)(?:i?B)?|(%))", text)
-    if not found:
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT]?)(?:i?B)?|(%))", text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; use 512M, 12G or 80%")
     number, unit, share = found.groups()
     if share:
@@ -137,7 +130,11 @@ def _config(args: argparse.Namespace) -> Config:
         how = f"mpirun -n {args.dms + 2} {PROG} --dms {args.dms} ..."
         raise ValueError(f"dms: needs more MPI ranks; start it as: {how}")
     if args.resident is None:
-        free = _memory()[1] // _instances_here(args.dms)
+        # As many instances share this machine's memory, as far as the MPI launcher says: without the DMSs, if all
+        # ranks are here.
+        ranks = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+        here = int(ranks or 1)
+        free = _memory()[1] // max(1, here - (args.dms if here == launched()[1] else 0))
         part = min(free * DEFAULT_PERCENT // 100, free - OTHERS)
         args.resident = max(part, free * LEAST_PERCENT // 100)
     if args.resident < 2 * PAGE_SIZE:
@@ -187,13 +184,6 @@ def _interpreter_options() -> list[str]:
 
 
 # ---------------------------------------------------------------- this machine's memory
-
-
-def _instances_here(dms: int) -> int:
-    """How many instances share this machine's memory, as far as the MPI launcher says."""
-    ranks = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    here = int(ranks or 1)
-    return max(1, here - (dms if here == launched()[1] else 0))  # all ranks are here, with the DMSs
 
 
 def _memory() -> tuple[int, int]:

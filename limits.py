@@ -13,15 +13,11 @@ Rules: the program's own process never changes a limit.
 Source: getrlimit(2).
 """
 
-from __future__ import annotations
-
 import errno
 import resource
 from _signal import SIGKILL
 
 from edm.uffd_ctypes import PAGE_SIZE
-
-INFINITY = resource.RLIM_INFINITY
 
 _ABOUT = {
     errno.ENOMEM: {"AS": "v", "DATA": "d"},
@@ -48,14 +44,10 @@ def space_size(most: int) -> tuple[int, str]:
     It gets half of the addresses: the program needs others. A kept disk has two places for each
     page and a table, so the space gets a third of the largest file.
     """
-    allowed = [(most, "")]
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     _, files = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if addresses != INFINITY:
-        allowed.append((addresses // 2, "ulimit -v"))
-    if files != INFINITY:
-        allowed.append((files // 3, "ulimit -f"))
-    size, limit = min(allowed)
+    allowed = (most, ""), (addresses // 2, "ulimit -v"), (files // 3, "ulimit -f")
+    size, limit = min(each for each in allowed if each[0] >= 0)  # RLIM_INFINITY is -1
     return max(size // PAGE_SIZE, 1) * PAGE_SIZE, limit
 
 
@@ -65,7 +57,7 @@ def limit_of(number: int | None) -> str:
     words = ""
     for name, letter in _ABOUT.get(number, {}).items():
         value, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
-        if value != INFINITY:
+        if value != resource.RLIM_INFINITY:
             words += f"; RLIMIT_{name} (ulimit -{letter}) is {value}"
     return words
 

@@ -27,8 +27,6 @@ Sources: faulthandler in Python's documentation, signal(7), proc_pid_syscall(5),
 UFFD_FEATURE_THREAD_ID.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import re
@@ -102,7 +100,7 @@ class Lines:
         except OSError:  # the thread has ended, the memfd is closed, or reading is not permitted
             return
         self._of_sample = self._area, self._faults, self._took[self._area.start % ARRAYS]
-        self._asked, self._when, self._faults = thread, now, 0
+        self._asked, self._when, self._faults = 0 if instead else thread, now, 0
         if instead:
             self._count(instead)
 
@@ -124,4 +122,3 @@ class Lines:
         if key in self.found or len(self.found) < LINES:
             before, waited = self.found.get(key, (0, 0))
             self.found[key] = [before + faults, waited + faults * took]
-        self._asked = 0

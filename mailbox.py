@@ -21,8 +21,6 @@ interrupt. Python runs other threads and signal handlers while a thread waits he
 handler raises, the request goes on without the caller.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterator
 from struct import Struct
@@ -64,7 +62,7 @@ class Mailbox:
         REQUEST.pack_into(self._memory, at, what, len(name), page, count)
         self._memory[at + REQUEST.size : at + REQUEST.size + len(name)] = name
         self._words[_ASKED] = number
-        self._wake(_ASKED)
+        futex_wake(self._address + 8 * _ASKED)
         return number
 
     def call(self, what: int, page: int = 0, count: int = 0) -> bytes:
@@ -83,13 +81,13 @@ class Mailbox:
     def wait_until_done(self, number: int) -> None:
         """Sleep until the pager has done this request."""
         while (done := self._words[_DONE]) < number:
-            self._wait(_DONE, done)
+            futex_wait(self._address + 8 * _DONE, done)
 
     # ------------------------------------------------------------ the pager's end
 
     def wait(self) -> None:
         """Sleep until there is a request, or interrupt is called."""
-        self._wait(_ASKED, self._words[_DONE])
+        futex_wait(self._address + 8 * _ASKED, self._words[_DONE])
 
     def requests(self) -> Iterator[tuple[int, int, int, bytes]]:
         """(what, page, count, name) of each request. It is done when the next one is asked for.
@@ -102,7 +100,7 @@ class Mailbox:
             what, length, page, count = REQUEST.unpack_from(self._memory, at)
             yield what, page, count, bytes(self._memory[at + REQUEST.size :][:length])
             self._words[_DONE] = number
-        self._wake(_DONE)
+        futex_wake(self._address + 8 * _DONE)
 
     def answer(self, content: bytes, error: int = 0) -> None:
         """Answer the present request. error: an errno, whose text is the content."""
@@ -112,12 +110,4 @@ class Mailbox:
 
     def interrupt(self) -> None:
         """End a wait() of another thread."""
-        self._wake(_ASKED)
-
-    # ------------------------------------------------------------ both
-
-    def _wake(self, word: int) -> None:
-        futex_wake(self._address + 8 * word)
-
-    def _wait(self, word: int, value: int) -> None:
-        futex_wait(self._address + 8 * word, value)
+        futex_wake(self._address + 8 * _ASKED)

@@ -5,7 +5,7 @@ In the picture: in the application process, between NumPy and the Space.
 Interface:
     numpy_allocator(space, threshold)   a context manager: arrays made meanwhile, of at least so many
                                         bytes, live in the space
-    handler_of(space).thresholds[0]     may be set for good
+    handler().use(space).thresholds[0]  may be set for good
 
 NumPy asks its data memory handler for the memory of every array (NEP 49). A handler is four C functions;
 here they are ctypes callbacks, which cost each array some microseconds. PyDataMem_SetHandler sets a
@@ -42,14 +42,12 @@ from _thread import get_ident, get_native_id
 from collections.abc import Callable, Iterator
 from ctypes import c_char, c_char_p, c_int, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
 from functools import cache, partial, wraps
+from io import IOBase
+from itertools import starmap
 from operator import index
+from types import ModuleType
 
 from edm.address_space import Space, whole_pages
-
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from types import ModuleType
-    from typing import BinaryIO
 
 # PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
 SET_HANDLER, GET_HANDLER = 304, 305
@@ -89,12 +87,12 @@ def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
     Raises ImportError if there is no NumPy, or one that is older than 1.22; RuntimeError, see
     MemHandler.use.
     """
-    handler = handler_of(space)
-    handler.thresholds.append(threshold)
+    thresholds = handler().use(space).thresholds
+    thresholds.append(threshold)
     try:
         yield
     finally:  # another thread's block may have begun, or ended, meanwhile
-        handler.thresholds.remove(threshold)
+        thresholds.remove(threshold)
 
 
 @cache
@@ -122,16 +120,14 @@ def _replace_fromfile() -> None:
     numpy.fromfile = mapped
 
 
-def _from_mapping(
-    numpy: ModuleType, file: BinaryIO, dtype: object, count: int, offset: int
-) -> object:
+def _from_mapping(np: ModuleType, file: IOBase, dtype: object, count: int, offset: int) -> object:
     """What numpy.fromfile reads; None, and the file is where it was, if it has to do that itself."""
     begin, size = file.seek(offset, os.SEEK_CUR), os.fstat(file.fileno()).st_size
     there = (size - begin) // dtype.itemsize
     if there > 0:  # devices and the files of /proc have no size
-        array = numpy.empty(there if count < 0 else min(count, there), dtype)
+        array = np.empty(there if count < 0 else min(count, there), dtype)
         try:
-            content = numpy.memmap(file, dtype, "r", begin, array.shape) if array.size else array
+            content = np.memmap(file, dtype, "r", begin, array.shape) if array.size else array
         except OSError as error:
             if error.errno not in (errno.ENODEV, errno.ENOMEM):  # a signal handler's
                 raise
@@ -162,13 +158,9 @@ class MemHandler:
         self._start = self._end = 0
         self._kept: dict[int, int] = {}  # address → length, of areas for the next malloc
         self._libraries = os.path.dirname(sys.modules["numpy"].__path__[0]), __file__
-        handler.allocator = self._callbacks = PyDataMemAllocator(
-            0,
-            _TWO(Callback(self.malloc).call),
-            _THREE(Callback(self.calloc).call),
-            _THREE(Callback(self.realloc).call),
-            _FREE(Callback(self.free).call),
-        )
+        kinds = PyDataMemAllocator._fields_[1:]
+        callbacks = [kind(Callback(getattr(self, name)).call) for name, kind in kinds]
+        handler.allocator = self._callbacks = PyDataMemAllocator(0, *callbacks)
         os.register_at_fork(after_in_child=self._kept.clear)
         # No callback works while the interpreter finalizes. Then nothing of this handler's is freed:
         # labs(ctx) is 0, or NULL. What this thread makes then has a handler like NumPy's own: it and its
@@ -180,22 +172,22 @@ class MemHandler:
         capsule = _new_capsule(ctypes.addressof(own), HANDLER_NAME, None)
         _at_exit.callback(_numpy_api(SET_HANDLER, py_object), capsule)
 
-    def use(self, space: Space) -> None:
-        """Arrays live in this space from now on.
+    def use(self, space: Space) -> MemHandler:
+        """Arrays live in this space from now on. Returns this handler.
 
         Raises RuntimeError if arrays of an earlier one are left: what frees them can't distinguish them from
         arrays of this space, at the same addresses.
         """
         if self._space is space:
-            return
+            return self
         if self._space and (left := self._space.arrays() - len(self._kept)) > 0:
-            raise RuntimeError(
-                f"numpy_allocator: {left} arrays of an earlier space; delete them first"
-            )
+            words = f"{left} arrays of an earlier space; delete them first"
+            raise RuntimeError(f"numpy_allocator: {words}")
         self._kept.clear()
         self._space, self._start, self._end = space, space.start_addr, space.end_addr
         if space.user_mode:
             _replace_fromfile()
+        return self
 
     # Every array of this process passes through these: each attribute counts.
 
@@ -235,28 +227,21 @@ class MemHandler:
 
     def free(self, done: list[int], ctx: int, address: int, size: int) -> int:
         done += [0]  # first: an area may get lost, but is not given to two arrays
-        if self._start <= address < self._end:
-            self._free_area(address)
-        else:
+        if not self._start <= address < self._end:
             self._free(ctx, address, size)
-        return 0
-
-    # ------------------------------------------------------------ areas
-
-    def _free_area(self, address: int) -> None:
-        """Keep the area for the next array of its size, if it is small: its pages are already here.
-
-        With a limit of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
-        """
+            return 0
+        # Keep the area for the next array of its size, if it is small: its pages are already here. With a limit
+        # of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
         length, most = self._space.allocated(address), self._space.resident_limit // KEPT_PART
         if length > most or self._space.is_over:
             self._space.release(address)
-            return
+            return 0
         self._kept[address] = length
         while len(kept := self._kept.copy()) > KEPT_AREAS or sum(kept.values()) > most:
             oldest = next(iter(kept))
             if self._kept.pop(oldest, 0):
                 self._space.release(oldest)
+        return 0
 
     def _made_in(self) -> str:
         """file:line of the innermost frame whose file is not installed beside NumPy."""
@@ -266,14 +251,7 @@ class MemHandler:
         return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
 
 
-_handler = cache(MemHandler)  # a process has one
-
-
-def handler_of(space: Space) -> MemHandler:
-    """The handler, for arrays in this space. Raises RuntimeError, see MemHandler.use."""
-    handler = _handler()
-    handler.use(space)
-    return handler
+handler = cache(MemHandler)  # a process has one
 
 
 # ---------------------------------------------------------------- callbacks and exceptions
@@ -324,9 +302,8 @@ class Callback:
         self._set = (c_size_t * 3)()  # type, value and traceback of the exception that is set
         fetch = _function("PyErr_Fetch", None)
         fetch.errcheck = self.fetched
-        self.call = partial(
-            fetch, *(ctypes.byref(self._set, n * sizeof(c_size_t)) for n in range(3))
-        )
+        places = (ctypes.byref(self._set, n * sizeof(c_size_t)) for n in range(3))
+        self.call = partial(fetch, *places)
 
     @_begins_in_its_try
     def fetched(self, result: None, fetch: object, arguments: tuple) -> int:
@@ -367,8 +344,7 @@ def _raising(came: BaseException) -> list[Callable[[], object]]:
         trace = trace.tb_next
     came.__traceback__ = trace
     if get_native_id() == os.getpid():  # the main thread: it alone makes pending calls
-        noted = partial(_kinds.append, type(came)), partial(_values.append, came)
-        return [*noted, partial(_call_soon, _IS_TRUE, _RAISES)]
+        return [partial(_came.append, (type(came), came)), partial(_call_soon, _IS_TRUE, _RAISES)]
     # SetAsyncExc wants a class, and makes an instance. Up to Python 3.11 it does not before somebody catches
     # it: in the main thread, sys.exit(5) would be status 0.
     kind = type(came)
@@ -433,17 +409,14 @@ _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
 _OWN = os.path.dirname(__file__)
 _CALL, _LABS = ("PyObject_CallNoArgs", ctypes.pythonapi), ("labs", ctypes.pythonapi)
 
-_kinds: list[type] = []  # of exceptions that are to be raised
-_values: list[BaseException] = []
+_came: list[tuple[type, BaseException]] = []  # exceptions that are to be raised
 
 
 class Raises:
     """An object whose truth value can't be had: asking for it raises the exception that was noted last. In C
     code only, so no traceback, debugger or profile shows it."""
 
-    __bool__ = staticmethod(
-        partial(next, map(_set_error, iter(_kinds.pop, 0), iter(_values.pop, 0)))
-    )
+    __bool__ = staticmethod(partial(next, starmap(_set_error, iter(_came.pop, 0))))
 
 
 _RAISES = Raises()

@@ -176,9 +176,9 @@ class Pager:
         if listener:
             self._system_calls = SystemCalls(
                 *listener, self._ended, self._application, self._process, self._lspt, self._handler,
-                self._config.start_addr, self._uffd.fd, clear_wp=self._clean_tracking == "events",
+                self._config.start_addr, self._uffd.fd, self._clean_tracking == "events",
+                self._hear_children,
             )  # fmt: skip
-            self._system_calls.hear_children = self._hear_children
             self._start_thread(self._system_calls.run)
         if self._over_mpi:  # no other thread takes them: a signal ends a wait of this one
             for number in ENDING:

@@ -18,8 +18,6 @@ Source: proc_pid_syscall(5), proc_pid_schedstat(5). The first can be read by tho
 see ptrace(2). For others, every thread counts as "running".
 """
 
-from __future__ import annotations
-
 import mmap
 from _multiprocessing import SemLock
 from struct import Struct
@@ -30,7 +28,7 @@ RUNNING = 50_000_000  # nanoseconds of processor time
 # One run of a pin's pages: first page, count of pages, thread, the processor time that it had used
 # (_used_by), and the call: its number and six arguments.
 PIN = Struct("=4Q7Q")
-Pin = tuple[int, ...]
+Pin = Call = tuple[int, ...]
 
 
 class Pins:
@@ -40,9 +38,7 @@ class Pins:
         self._table = mmap.mmap(-1, SLOTS * PIN.size)
         self._used = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # rows of the table
 
-    def pin(
-        self, wanted: list[range], least: int, thread: int, call: tuple[int, ...]
-    ) -> list[range]:
+    def pin(self, wanted: list[range], least: int, thread: int, call: Call) -> list[range]:
         """Pin the first of these pages, as many as one pin may have: a quarter of the room that is left,
         but at least `least`. Returns those pages; none if there is no room.
 
@@ -63,10 +59,9 @@ class Pins:
         """Drop the pins of these pages whose calls have ended."""
         if self._used[0]:
             with self._lock:
-                pins = [
-                    pin for pin in self._pins() if pin[0] < page + count and page < sum(pin[:2])
-                ]
-            if ended := {call for call in {pin[2:] for pin in pins} if not _goes_on(*call)}:
+                pins = self._pins()
+            calls = {pin[2:] for pin in pins if pin[0] < page + count and page < sum(pin[:2])}
+            if ended := {call for call in calls if not _goes_on(*call)}:
                 with self._lock:
                     self._keep([pin for pin in self._pins() if pin[2:] not in ended])
 

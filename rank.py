@@ -18,8 +18,6 @@ when another rank has died. MPICH's launcher waits for the end of this process, 
 before the job ends.
 """
 
-from __future__ import annotations
-
 import _socket
 import contextlib
 import ctypes

@@ -26,8 +26,6 @@ more than CELLS counts of places, neighbouring places are merged in pairs. Of th
 the largest AREAS are kept.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -48,8 +46,6 @@ AREAS = 200
 FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
 WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}  # the others: here
-
-NO_WRAP = "\x1b[?7l{}\x1b[?7h"  # the terminal cuts off a line that is too long
 
 Figures = dict[str, object]
 Latencies = Sequence[tuple[int, int]]  # (µs, faults), ascending
@@ -113,12 +109,10 @@ class Report:
 
     def mapped(self, page: int, count: int, name: str) -> None:
         """An area begins at this page of the space, with count pages; or it has grown to count pages."""
-        if grown := self._here.get(page):
-            grown["count"] = count
-            return
+        self._areas += page not in self._here
         times = {"mapped": time.monotonic(), "unmapped": None}
-        self._here[page] = {"page": page, "count": count, "name": name, **times}
-        self._areas += 1
+        area = {"page": page, "count": count, "name": name, **times}
+        self._here.setdefault(page, area)["count"] = count
 
     def unmapped(self, page: int) -> None:
         """Before the area's pages are freed."""
@@ -136,8 +130,8 @@ class Report:
             self._last_second.append(now)
             while now["until"] - self._last_second[1]["until"] >= 1:
                 self._last_second.popleft()
-            line = NO_WRAP.format(_line(self._last_second[0], now))
-            say(f"\r\x1b[K{line}")
+            # ?7l and ?7h: the terminal cuts off a line that is too long.
+            say(f"\r\x1b[K\x1b[?7l{_line(self._last_second[0], now)}\x1b[?7h")
         samples.append(now)
         if len(samples) > COLUMNS:
             ends = [self._start_time, *(sample["until"] for sample in samples)]

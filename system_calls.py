@@ -67,7 +67,7 @@ from struct import Struct
 
 from edm import uffd_ctypes as u
 from edm.address_space import UNFILTERED
-from edm.pins import first_of
+from edm.pins import Call, first_of
 from edm.uffd_ctypes import PAGE_SIZE
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
@@ -137,8 +137,7 @@ def listener(start: int, end: int, lasts: bool = False) -> int:
     memory are stopped, too. Raises OSError as u.seccomp does.
     """
     u.prctl(u.PR_SET_NO_NEW_PRIVS, 1)
-    steps = _filter(start, end, lasts)
-    return u.seccomp(b"".join(sock_filter.pack(*step) for step in steps))
+    return u.seccomp(b"".join(sock_filter.pack(*step) for step in _filter(start, end, lasts)))
 
 
 def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, int]]:
@@ -177,26 +176,19 @@ def _at_least(argument: int, bound: int, yes: int, no: int) -> Iterator[tuple[in
 
 class SystemCalls:
     def __init__(
-        self,
-        listener: int,
-        ended: int,
-        application: int,
-        pidfd: int,
-        lspt: LSPT,
-        handler: DmHandler,
-        start_addr: int,
-        uffd: int,
-        clear_wp: bool,
-    ) -> None:
+        self, listener: int, ended: int, application: int, pidfd: int, lspt: LSPT, handler: DmHandler,
+        start_addr: int, uffd: int, clear_wp: bool, hear_children: Callable[[], object],
+    ) -> None:  # fmt: skip
         """ended: an eventfd; writing it ends run(). application, pidfd: its process id, and a pidfd of it.
-        clear_wp: the uffd-wp bit of a page that a call writes has to be cleared here."""
+        clear_wp: the uffd-wp bit of a page that a call writes has to be cleared here. hear_children: called
+        when a process is unknown."""
         self._listener, self._ended = listener, ended
         self._application, self._pidfd = application, pidfd
         self._lspt, self._handler, self._start = lspt, handler, start_addr
         self._uffd, self._clear_wp = u.Userfaultfd(uffd), clear_wp
+        self._hear_children = hear_children
         self._file_locks = [_thread.allocate_lock() for _ in range(FILE_LOCKS)]  # by inode
-        self.processes = frozenset((application,))  # those with the space; calls of others go on
-        self.hear_children: Callable[[], object] = bool  # called when a process is unknown
+        self.processes = {application}  # those with the space; calls of others go on
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
             ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
 
@@ -222,7 +214,7 @@ class SystemCalls:
                 os.dup2(self._listener, 0)
                 u.close_from(1)
                 self._listener = self._ended = 0
-                self.processes, self.hear_children = frozenset(), bool
+                self.processes, self._hear_children = set(), bool
                 self.run()
             finally:
                 os._exit(0)
@@ -230,7 +222,7 @@ class SystemCalls:
 
     def adopt(self, child: int) -> None:
         """This process has the space, too. One thread calls this at a time."""
-        self.processes = frozenset(filter(_is_there, self.processes)) | {child}
+        self.processes = {child, *(p for p in self.processes if os.path.exists(f"/proc/{p}"))}
 
     def _serve(self) -> None:
         """Receive a call, bring its pages, and answer it."""
@@ -238,7 +230,7 @@ class SystemCalls:
         ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
         number, thread, _, nr, _, _, *arguments = seccomp_notif.unpack(message)
         if not (process := self._process_of(thread)):
-            self.hear_children()
+            self._hear_children()
             process = self._process_of(thread)
         call = nr, *arguments
         whole = not process or self._bring(thread, call)
@@ -260,10 +252,10 @@ class SystemCalls:
 
     def _process_of(self, thread: int) -> int:
         """The process that has this thread, of those that have the space; 0 if none has."""
-        found = (pid for pid in self.processes if _is_there(f"{pid}/task/{thread}"))
+        found = (pid for pid in self.processes if os.path.exists(f"/proc/{pid}/task/{thread}"))
         return next(found, 0)
 
-    def _bring(self, thread: int, call: tuple[int, ...], done: int = 0) -> bool:
+    def _bring(self, thread: int, call: Call, done: int = 0) -> bool:
         """Pin the first pages of the call's buffers, behind `done` bytes, and bring them. Returns whether
         these are all pages of a call that has one buffer."""
         number, *arguments = call
@@ -297,9 +289,7 @@ class SystemCalls:
                 runs.append(range(first, min(stop, self._lspt.pages)))
         return first_of(runs, AT_ONCE // PAGE_SIZE)
 
-    def _pin(
-        self, wanted: list[range], least: int, thread: int, call: tuple[int, ...]
-    ) -> list[range]:
+    def _pin(self, wanted: list[range], least: int, thread: int, call: Call) -> list[range]:
         """As Pins.pin, but wait for room. If other calls that wait, such as recv_into, keep all of it, the
         pages stay unpinned: very likely they are still here when the call touches them."""
         pins, give_up = self._lspt.pins, time.monotonic() + PIN_WAIT
@@ -319,9 +309,7 @@ class SystemCalls:
         limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
         return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) and limit == resource.RLIM_INFINITY
 
-    def _write(
-        self, number: int, thread: int, call: tuple[int, ...], fd: int, found: os.stat_result
-    ) -> None:
+    def _write(self, number: int, thread: int, call: Call, fd: int, found: os.stat_result) -> None:
         """A thread, as it may wait: make a call of write(2) or pwrite64(2), and answer."""
         nr, _, _, length, offset, *_ = call
         done = failed = 0
@@ -350,7 +338,7 @@ class SystemCalls:
         with contextlib.suppress(FileNotFoundError):  # ENOENT: the thread was killed
             self._answer(number, done, failed, 0)
 
-    def _read(self, thread: int, call: tuple[int, ...], done: int) -> memoryview:
+    def _read(self, thread: int, call: Call, done: int) -> memoryview:
         """The bytes that the call has behind the first `done` ones, AT_ONCE at most. Raises OSError."""
         from edm.lspt import LOST  # the application does without
 
@@ -365,10 +353,6 @@ class SystemCalls:
                 if self._lspt.stopped():
                     break
         raise OSError(errno.EFAULT, "a page can't be brought")
-
-
-def _is_there(process: object) -> bool:
-    return os.path.exists(f"/proc/{process}")
 
 
 def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int, int]]:

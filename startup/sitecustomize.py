@@ -48,7 +48,7 @@ def start():
         threshold = settings["numpy_threshold"]
         if threshold is not None and hasattr(module, "ndarray"):  # else it is only called numpy
             # For ever: threads and exit functions make arrays after the script's end.
-            edm.numpy_mem_handler.handler_of(space).thresholds[0] = threshold
+            edm.numpy_mem_handler.handler().use(space).thresholds[0] = threshold
 
     use_numpy(sys.modules.get("numpy"))
     imported = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
