@@ -652,9 +652,7 @@ def spawn_pager() -> Any:
 
     Descriptor 2 must be open: the pager inherits it. Raises OSError if there can't be another process.
     """
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-    for end in (ours, theirs):
-        end.settimeout(None)  # the program may have set a default
+    ours, theirs = socket_pair()
     folder = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, "-I", "-S", "-c", _BOOT, folder]
     actions = [
@@ -674,6 +672,14 @@ def spawn_pager() -> Any:
 
 
 # ---------------------------------------------------------------- messages
+
+
+def socket_pair() -> tuple[Any, Any]:
+    """The two ends of a connection between an application and its pager."""
+    ends = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    for end in ends:
+        end.settimeout(None)  # the program may have set a default
+    return ends
 
 
 def send(control: Any, content: bytes, fds: list[int]) -> None:

@@ -20,7 +20,6 @@ for a moment, offering its core at every look. Then it naps between looks, the l
 """
 
 import os
-import signal
 import struct
 import threading
 import time
@@ -89,8 +88,6 @@ class DMS:
     def serve(self) -> None:
         """Answer requests until every instance has said BYE."""
         prctl(PR_SET_TIMERSLACK, 1)  # nanosecond: else a nap takes 50 µs more than it should
-        endings = signal.SIGTERM, signal.SIGINT
-        handlers = [signal.signal(ending, signal.SIG_IGN) for ending in endings]
         self._log.debug("DMS ready for serving requests")
         status, last, until = MPI.Status(), time.monotonic(), 0.0
         under_way: list[Iterator[None]] = []
@@ -110,8 +107,6 @@ class DMS:
                 until = time.monotonic() + LOOK
         for store in self._stores:
             store.close()
-        for ending, handler in zip(endings, handlers, strict=True):
-            signal.signal(ending, handler or signal.SIG_DFL)  # None: a handler in C
 
     def _exchange(self, source: int, tag: int, length: int) -> Iterator[None]:
         """Receive the message that was found, do what it asks, and send the answer. Yields instead of

@@ -159,6 +159,10 @@ class ByteTable:
         self._use(range(page, page + len(content)))
         self.state[page : page + len(content)] = content
 
+    def change(self, page: int, count: int, becomes: bytes) -> None:
+        """Translate the bytes of neighbours, see bytes.translate."""
+        self.write(page, self.state[page : page + count].translate(becomes))
+
     def _use(self, pages: range) -> None:
         for part in range(pages[0] // PART, pages[-1] // PART + 1):
             self._used[part] = 1

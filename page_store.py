@@ -340,7 +340,7 @@ class PageStore:
                 self._check_writable()
             self._write(dirty)
             for page, count in gone:
-                self.spt.write(page, self.spt.state[page : page + count].translate(_DROPPED))
+                self.spt.change(page, count, _DROPPED)
         self._say(INFO, "page in address %#x stored in disk", dirty)
         if self._info:
             if gone:
@@ -375,7 +375,7 @@ class PageStore:
         except OSError as error:
             torn = [(page, len(content) // PAGE_SIZE) for page, content in dirty]
             for page, count in torn:
-                self.spt.write(page, self.spt.state[page : page + count].translate(_TORN))
+                self.spt.change(page, count, _TORN)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room(torn):
                 raise
             self._write(dirty)

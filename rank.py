@@ -18,7 +18,6 @@ when another rank has died. MPICH's launcher waits for the end of this process, 
 before the job ends.
 """
 
-import _socket
 import contextlib
 import ctypes
 import fcntl
@@ -32,6 +31,7 @@ from struct import Struct
 from typing import Any, NoReturn
 
 from edm import log
+from edm.address_space import socket_pair
 from edm.edm import PRINTING, Config, launched
 from edm.messages import DMSGone
 
@@ -40,6 +40,8 @@ PIDFD_INFO = Struct("=Q52xi")  # mask, exit_code
 PIDFD_INFO_EXIT = 1 << 3
 PIDFD_GET_INFO = 3 << 30 | PIDFD_INFO.size << 16 | 0xFF << 8 | 11
 
+# What a launcher sends to end a job, also at Ctrl-C. A DMS goes on until all instances have ended.
+OF_LAUNCHER = signal.SIGTERM, signal.SIGINT
 READ = 0.3  # seconds at most that a launcher gets to read a message
 
 
@@ -53,9 +55,7 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()  # else both processes would write what is buffered
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-    for end_of_pair in (ours, theirs):
-        end_of_pair.settimeout(None)  # the program may have set a default
+    ours, theirs = socket_pair()
     application = os.fork()
     if application:
         ours.close()
@@ -80,7 +80,7 @@ def _watch(rank: Any, words: str) -> NoReturn:
     """Print these words if the DMS, our parent, is killed. It has the other end of this socket. When it ends
     in order, it kills this process first."""
     pidfd = os.pidfd_open(parent := os.getppid())
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in OF_LAUNCHER:
         signal.signal(number, signal.SIG_IGN)
     rank.recv(1)
     if _was_killed(parent, pidfd):
@@ -115,7 +115,8 @@ def _run(config: Config, application: int, control: Any) -> None:
     from edm.pager import ENDING, SWITCH_INTERVAL, print_error  # not imported in the application
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # in all of MPI's threads: Pager.run
-    ignored = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *OF_LAUNCHER)}
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
     from mpi4py import MPI  # this initialises MPI: not before the fork
 
     sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
@@ -127,8 +128,9 @@ def _run(config: Config, application: int, control: Any) -> None:
         hosts = comm.allgather(os.uname().nodename)[:dms]
         if comm.rank < dms:
             _serve_pages(comm, config, hosts, application, control)
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)  # None: a handler in C
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            signal.signal(signal.SIGCHLD, ignored)
             return
         status = _page(comm, dms, application, control)
     except BaseException as error:  # noqa: BLE001 - it ends this process
@@ -156,6 +158,8 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
         wrong = str(error)
     _begin_with_all(comm, wrong)
     control.send(f"the DMS of rank {comm.rank} on host {here} has died".encode())
+    for number in OF_LAUNCHER:
+        signal.signal(number, signal.SIG_IGN)
     try:
         dms.serve()
     finally:
