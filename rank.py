@@ -25,9 +25,9 @@ import os
 import re
 import signal
 import sys
-import termios
 import time
 from struct import Struct
+from termios import FIONREAD
 from typing import Any, NoReturn
 
 from edm import log
@@ -233,7 +233,5 @@ def _let_be_read() -> None:
     deadline = time.monotonic() + READ
     for pipe in (1, 2):
         with contextlib.suppress(OSError):  # ENOTTY, EBADF: nobody reads there
-            while any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))):
-                if time.monotonic() > deadline:
-                    break
+            while any(fcntl.ioctl(pipe, FIONREAD, bytes(4))) and time.monotonic() < deadline:
                 time.sleep(0.001)

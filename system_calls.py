@@ -313,9 +313,9 @@ class SystemCalls:
         """A thread, as it may wait: make a call of write(2) or pwrite64(2), and answer."""
         nr, _, _, length, offset, *_ = call
         done = failed = 0
-        to_file, lock = stat.S_ISREG(found.st_mode), contextlib.nullcontext()
-        if to_file:  # no other write comes between the parts of this one
-            lock = self._file_locks[found.st_ino % FILE_LOCKS]
+        to_file = stat.S_ISREG(found.st_mode)
+        # No other write to the file comes between the parts of this one.
+        lock = self._file_locks[found.st_ino % FILE_LOCKS] if to_file else contextlib.nullcontext()
         try:
             with lock:
                 while done < length:
