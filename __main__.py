@@ -15,7 +15,8 @@ def main() -> None:
     if sys.argv[1:3] == ["kernel", "install"]:
         from edm.kernel import main as install_kernel
 
-        sys.exit(install_kernel(sys.argv[3:]))
+        install_kernel(sys.argv[3:])
+        return
     import argparse
 
     from edm import doctor

@@ -134,9 +134,8 @@ class DmHandler:
 
         No more runs wait than pages may be here: then the last ones of these are dropped.
         """
-        room = max(self._lspt.high - len(self._asked), 0)
-        asked = itertools.islice(runs, room)
-        self._asked.extend(range(first, first + count) for first, count in asked)
+        for first, count in itertools.islice(runs, max(self._lspt.high - len(self._asked), 0)):
+            self._asked.append(range(first, first + count))
         os.eventfd_write(self._lspt.for_handler, 1)
 
     # ------------------------------------------------------------ the thread

@@ -102,9 +102,8 @@ class Lpet:
         size = fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ)
         self._batch = min(batch, size // PAGE_SIZE)
         self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the claimed pages
-        self._tracker: BitmapTracker | UnmapTracker = UnmapTracker(pagemap, self._unmap)
-        if tracker == BitmapTracker.name:
-            self._tracker = BitmapTracker(pagemap)
+        bitmap = tracker == BitmapTracker.name
+        self._tracker = BitmapTracker(pagemap) if bitmap else UnmapTracker(pagemap, self._unmap)
         self._hand = 0  # the page where the clock goes on
         # The generation of the clock's last whole turn. Another turn in it would find no page that is AGE old.
         self._turned = -1

@@ -80,8 +80,7 @@ def _watch(rank: Any, words: str) -> NoReturn:
     """Print these words if the DMS, our parent, is killed. It has the other end of this socket. When it ends
     in order, it kills this process first."""
     pidfd = os.pidfd_open(parent := os.getppid())
-    for number in OF_LAUNCHER:
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_LAUNCHER)
     rank.recv(1)
     if _was_killed(parent, pidfd):
         print(f"edm: error: {words}", file=sys.stderr, flush=True)

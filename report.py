@@ -109,10 +109,12 @@ class Report:
 
     def mapped(self, page: int, count: int, name: str) -> None:
         """An area begins at this page of the space, with count pages; or it has grown to count pages."""
-        self._areas += page not in self._here
+        if grown := self._here.get(page):
+            grown["count"] = count
+            return
         times = {"mapped": time.monotonic(), "unmapped": None}
-        area = {"page": page, "count": count, "name": name, **times}
-        self._here.setdefault(page, area)["count"] = count
+        self._here[page] = {"page": page, "count": count, "name": name, **times}
+        self._areas += 1
 
     def unmapped(self, page: int) -> None:
         """Before the area's pages are freed."""
