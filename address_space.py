@@ -147,7 +147,7 @@ class Space:
             self._map(memfd)
             if_it_fails.callback(self._unmap)
             uffd, how = u.open_userfaultfd()
-            lines = _tell_lines() if config.report else []
+            lines = _tell_lines(if_it_fails) if config.report else []
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
             pagers_end, lifeline = map(closed, _lifeline())
@@ -603,18 +603,19 @@ def _lifeline() -> tuple[int, int]:
     return pagers, ours
 
 
-def _tell_lines() -> list[int]:
+def _tell_lines(if_it_fails: contextlib.ExitStack) -> list[int]:
     """Have threads that get SIGURG write their frames to the end of a memfd, see lines.py.
 
-    Returns the memfd's descriptor, which stays open, or nothing if the program handles SIGURG.
+    Returns the memfd's descriptor, or nothing if the program handles SIGURG. if_it_fails: undoes it.
     """
     import faulthandler
 
     if _signal.getsignal(_signal.SIGURG) != _signal.SIG_DFL:
         return []
-    memfd = _high(os.memfd_create("edm lines"))
+    memfd = _closed_by(if_it_fails, _high(os.memfd_create("edm lines")))
     fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
     faulthandler.register(_signal.SIGURG, memfd, all_threads=False)
+    if_it_fails.callback(faulthandler.unregister, _signal.SIGURG)
     return [memfd]
 
 

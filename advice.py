@@ -22,9 +22,9 @@ from edm.uffd_ctypes import PAGE_SIZE
 def prefetch(array: object, rows: object = None) -> None:
     """Fetch the pages that only the store has, in the order of the disk.
 
-    This does not wait: they come while the program goes on, and its faults go first. Other pages
-    leave for them, so ask for less than may be resident. rows: indexes along the first axis, in any
-    order, or a mask.
+    This does not wait, unless the mailbox is full: they come while the program goes on, and its
+    faults go first. Other pages leave for them, so ask for less than may be resident. rows: indexes
+    along the first axis, in any order, or a mask.
     """
     space().advise(mailbox.PREFETCH, _runs(array, rows))
 

@@ -3,13 +3,13 @@
 In the picture: in the pager, between the userfaultfd and the store.
 
 Interface: run() is the thread; figures() and latencies() what it has counted. For other threads:
-bring() and ask_for(). `children`: the forked ones of the application (children.py). `came` and `lines`:
+bring() and prefetch(). `children`: the forked ones of the application (children.py). `came` and `lines`:
 set by the pager for --report and --progress.
 
 _bring_missing brings a page that a thread waits for: a fault of the application, a fault of a forked
 child, or bring(), which a thread of the pager calls for a system call. Readahead may bring pages that
-follow it. _bring_asked brings pages that ask_for(), the application's advice, has named, and only while
-no fault waits.
+follow it. _bring_advised brings pages that the application's advice has named, see prefetch(), and only
+while no fault waits.
 
 One fault, from the message to the woken application:
 
@@ -18,14 +18,15 @@ One fault, from the message to the woken application:
                     Then LSPT.expect claims the page: NEW or AWAY → COMING. For a page that is LEAVING it
                     does nothing: the thread that has claimed the page wakes the application.
     _window         if readahead.py sees a stream: claims the pages that follow, and asks the store for
-                    all of them, in pieces. The first piece is small: the application works on it while
-                    the others come.
-    _bring          takes a piece from the store, and again what the store could not return together.
+                    all of them, in pieces. The first piece of a run is small: the application works on
+                    it while the others come.
+    _take           takes a piece from the store, and again what the store could not return together.
     _install        makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application.
 
-A page that is installed because it was read gets the uffd-wp bit, in the page table. Its first write clears
-the bit, so LPET knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it. Without, the
-write is a fault, which _resolve answers with UFFDIO_WRITEPROTECT.
+A page that comes because one is read gets the uffd-wp bit, in the page table. Its first write clears the bit,
+so LPET knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it. Without, the write is a
+fault, which _resolve answers with UFFDIO_WRITEPROTECT. A page that comes because one is written, also as part
+of that one's window, has no bit, and counts as written.
 
 Rules: this thread alone reads the userfaultfds and makes pages COMING.
 
@@ -57,7 +58,7 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd
 
 BRING = 0.1  # seconds; then the caller looks itself whether the pages have come
 SPIN = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
-FIRST_PIECE, PIECE = 16, min(64, PAGES_AT_ONCE)  # pages of a window that are installed at once
+FIRST_PIECE, PIECE = 16, min(64, PAGES_AT_ONCE)  # pages of a run that are installed at once
 WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in seconds
 FAULTS, STORE, ROOM = range(3)  # their places
 
@@ -83,7 +84,7 @@ class DmHandler:
         self._zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
         self._figures = lspt.figures
         self._called: deque[tuple[range, bool, LockType]] = deque()  # what bring was called for
-        self._asked: deque[range] = deque()  # what ask_for was called for
+        self._advised: deque[range] = deque()  # what prefetch was called for
         # Nanoseconds. The clock is subtracted when a wait begins, and added when it ends. So a wait is under
         # way where the sum is negative.
         self._waited = [0, 0, 0]
@@ -129,13 +130,13 @@ class DmHandler:
         os.eventfd_write(self._lspt.for_handler, 1)
         done.acquire(timeout=BRING)
 
-    def ask_for(self, runs: Iterable[l.Run]) -> None:
+    def prefetch(self, runs: Iterable[l.Run]) -> None:
         """Bring those of these pages that are AWAY, while no fault waits. Returns at once.
 
         No more runs wait than pages may be here: then the last ones of these are dropped.
         """
-        for first, count in itertools.islice(runs, max(self._lspt.high - len(self._asked), 0)):
-            self._asked.append(range(first, first + count))
+        for first, count in itertools.islice(runs, max(self._lspt.high - len(self._advised), 0)):
+            self._advised.append(range(first, first + count))
         os.eventfd_write(self._lspt.for_handler, 1)
 
     # ------------------------------------------------------------ the thread
@@ -151,15 +152,15 @@ class DmHandler:
 
     def _serve(self) -> None:
         """Do what bring was called for, and resolve the faults that wait. If there are none, bring some of
-        the pages that were asked for."""
+        the pages that are advised."""
         while self._called:
             pages, write, done = self._called.popleft()
             for page in pages:
                 if self._lspt.is_missing(range(page, page + 1)):
                     self._bring_missing(self._start + page * PAGE_SIZE, write)
             done.release()
-        if not (faults := self._next_faults()) and self._asked:
-            self._bring_asked()
+        if not (faults := self._next_faults()) and self._advised:
+            self._bring_advised()
         began = time.monotonic_ns()
         for _, flags, address, thread in faults:
             if self.lines:  # that does not count as latency
@@ -177,15 +178,15 @@ class DmHandler:
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each
-        time; then sleep. If there are pages to bring that were asked for, don't wait."""
+        time; then sleep. If pages are advised, don't wait."""
         until = time.monotonic() + SPIN
         while True:
             if self.children.uffds:
                 self._serve_children()
             if faults := self._uffd.read_faults():
                 return faults
-            # LPET wakes us when there is room. After LSPT.stop, nothing that was asked for comes.
-            if self._asked and not (self._figures[l.ROOM_WANTED] or self._lspt.stopped()):
+            # LPET wakes us when there is room. After LSPT.stop, no advised page comes.
+            if self._advised and not (self._figures[l.ROOM_WANTED] or self._lspt.stopped()):
                 return []
             os.sched_yield()
             if time.monotonic() > until:
@@ -250,7 +251,7 @@ class DmHandler:
                 self._window(stream, page, state, write)
             else:
                 pages = range(page, page + 1)
-                self._bring(pages, self._ask(pages), page, write, state)
+                self._take(pages, self._ask(pages), page, write, state)
             return True
         self._figures[l.OTHER] += 1
         if state >= l.HERE or state == l.LOST:
@@ -260,23 +261,23 @@ class DmHandler:
             self._log.info("page in address : %#x is being evicted, wait for it", address)
         return False
 
-    def _bring_asked(self) -> None:
-        """Bring at most PIECE of the pages that were asked for, as far as there is room."""
+    def _bring_advised(self) -> None:
+        """Bring at most PIECE of the advised pages, as far as there is room."""
         runs, most = [], PIECE
         for _ in range(PIECE):
-            if not (most and self._asked):
+            if not (most and self._advised):
                 break
-            pages = self._asked.popleft()
+            pages = self._advised.popleft()
             last, state = pages[0], self._lspt.expect(pages[0], l.AWAY)
             if state is None:
-                self._asked.appendleft(pages)
+                self._advised.appendleft(pages)
                 break
             if l.AWAY <= state < l.LOST:
                 claimed = self._lspt.expect_more(pages[:most], l.AWAY)
                 runs += claimed
                 last, most = claimed[-1][-1], most - sum(map(len, claimed))
             if last < pages[-1]:
-                self._asked.appendleft(range(last + 1, pages.stop))
+                self._advised.appendleft(range(last + 1, pages.stop))
         self._bring_runs(runs, -1, False, l.NEW)
 
     # ------------------------------------------------------------ fetching, and reading ahead
@@ -293,11 +294,11 @@ class DmHandler:
         self._bring_runs(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
 
     def _bring_runs(self, runs: list[range], page: int, write: bool, before: int) -> None:
-        """As _bring, but ask for all of these pages first, in pieces. The application works on the first
+        """As _take, but ask for all of these pages first, in pieces. The application works on the first
         piece of a window while the others come."""
         pieces = [piece for run in runs for piece in self._pieces(run)]
         for piece, asked in [(piece, self._ask(piece)) for piece in pieces]:
-            self._bring(piece, asked, page, write, before)
+            self._take(piece, asked, page, write, before)
 
     def _pieces(self, pages: range) -> Iterator[range]:
         """Parts of these pages, in the order of need. The pages of a part ascend."""
@@ -313,7 +314,7 @@ class DmHandler:
             self._log.info("send request for the page in address %#x from DMS", address)
         return self._store.ask_get(pages)
 
-    def _bring(self, pages: range, asked: object, page: int, write: bool, before: int) -> None:
+    def _take(self, pages: range, asked: object, page: int, write: bool, before: int) -> None:
         """Install these pages, which are COMING and were asked for. A page that can't be read becomes AWAY;
         or LOST, if it is `page`, the one that has faulted. before: see LSPT.arrived."""
         noted = self.came is not None and self._waited[FAULTS] < 0  # does a fault wait?
@@ -369,7 +370,6 @@ class DmHandler:
         address = self._start + page * PAGE_SIZE
         why = f"page in address {address:#x} can't be brought back: {error.strerror or error}"
         self._log.error("%s", why)
-        self._lspt.not_coming(range(page, page + 1), l.LOST)
         try:
             # EEXIST, unless the entry in the page table is empty, without the uffd-wp bit.
             if self._track_clean:
@@ -380,3 +380,5 @@ class DmHandler:
                 raise
             why += "; and this kernel has no UFFDIO_POISON (Linux 6.6) to send a SIGBUS"
             raise OSError(error.errno, why) from None
+        finally:  # only now: a page that is COMING can't be freed, and then be another area's
+            self._lspt.not_coming(range(page, page + 1), l.LOST)

@@ -38,9 +38,9 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 
 EAGER = 500e-6  # seconds after a message in which the DMS does not sleep
 LOOK = 10e-6  # seconds that a look takes
-# A nap takes 1/NAPS of the silence so far, at most LONGEST_NAP seconds. An instance that asks two DMSs in turn
-# may find the first one in a nap: the second one's is no longer then. With naps that doubled, a random read of
-# two DMSs took 1300 µs.
+# A nap takes 1/NAPS of the silence so far, at most LONGEST_NAP seconds. Of two DMSs that an instance asks in turn,
+# one naps while the other answers. So its nap is short against that answer. With naps that doubled, a random read
+# of two DMSs took 1300 µs.
 NAPS, LONGEST_NAP = 16, 2e-3
 
 ENDED = True  # next(exchange, ENDED) of an exchange that has come to its end
@@ -159,7 +159,7 @@ class DMS:
                 why = m.error_of(reason).strerror
                 self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, why)
             self._refused = reason
-            return _reply(answer, m.ERROR, reason)
+            return answer.message(m.ERROR, len(reason), 0, 0, reason)
 
     def _understood(
         self, store: PageStore, question: memoryview, answer: m.MessageBuffer
@@ -195,7 +195,7 @@ class DMS:
         store = asked.store
         offers = store.offers.start, store.offers.stop
         welcome = m.WELCOME.pack(store.kept, *offers, os.getpid(), *m.pids_are_of())
-        return _reply(asked.answer, m.OK, welcome)
+        return asked.answer.message(m.OK, len(welcome), 0, 0, welcome)
 
     def _start(self, asked: Asked) -> None:
         asked.store.start(*m.EPOCH.unpack(asked.body))
@@ -210,11 +210,12 @@ class DMS:
             kind, got = asked.store.get(asked.pages, asked.answer.body)
         except OSError as error:
             raise OSError(error.errno, f"page {asked.pages[0]}: {error.strerror}") from None
-        return asked.answer.message(kind, got, length=got * PAGE_SIZE if kind == CONTENT else 0)
+        message = asked.answer.message(kind, got)
+        return asked.answer.whole[: len(message) + got * PAGE_SIZE] if kind == CONTENT else message
 
     def _put(self, asked: Asked) -> None:
-        pages, body, at, dirty = asked.pages, asked.body, asked.more * m.RUN.size, []
-        for first, count in m.RUN.iter_unpack(body[:at]):
+        pages, body, at, dirty = asked.pages, asked.body, asked.more * m.DIRTY.size, []
+        for first, count in m.DIRTY.iter_unpack(body[:at]):
             if not pages.start <= first < first + count <= pages.stop:
                 raise ValueError(f"{count} dirty pages from page {first}, where {pages} leave")
             dirty.append((first, body[at : at + count * PAGE_SIZE]))
@@ -228,9 +229,4 @@ class DMS:
 
     def _locations(self, asked: Asked) -> memoryview:
         states = asked.store.locations(asked.pages[0], len(asked.pages))
-        return _reply(asked.answer, m.LOCATIONS, states)
-
-
-def _reply(answer: m.MessageBuffer, kind: int, body: bytes) -> memoryview:
-    answer.body[: len(body)] = body
-    return answer.message(kind, len(body), length=len(body))
+        return asked.answer.message(m.LOCATIONS, len(states), 0, 0, states)

@@ -8,8 +8,8 @@ Interface: run() is LPET. forget() evicts what the application does not need (ad
 sends the store what it does not have yet, without evicting it. Both are called by another thread, which
 has an Lpet of its own. What it counts is in LSPT.figures.
 
-It sleeps until as many pages are resident as wake it, or a fault finds no room (LSPT.expect,
-LSPT.expect_more). Then it evicts down to low_threshold.
+It sleeps until so many pages are resident as wake it, or a fault finds no room (LSPT.lpet_waits). Then it
+evicts down to low_threshold.
 
 One eviction (Lpet._evict) is safe under writers, although nothing is protected before it:
 
@@ -361,7 +361,7 @@ class Lpet:
         This waits for pages that are COMING: the application may have used them already. It stops when the
         application has ended.
         """
-        self._again_at = 0.0
+        self._again_at, self._most = 0.0, self._batch
         for first, n in self._parts(self._lspt.used(page, count)):
             while l.COMING in self._lspt.state[first : first + n] and not self._lspt.stopped():
                 time.sleep(l.SETTLE)
@@ -377,7 +377,7 @@ class Lpet:
         A page that is written meanwhile counts as written. track_clean: clean pages have the uffd-wp bit.
         Raises OSError if the store refuses a page, or if LPET has ended in the midst of an eviction.
         """
-        pages, ranges = 0, list(self._lspt.used(0, self._lspt.pages))
+        pages, ranges, self._most = 0, list(self._lspt.used(0, self._lspt.pages)), self._batch
         while ranges:
             later: list[Run] = []
             for page, count in self._parts(ranges):

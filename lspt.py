@@ -16,7 +16,7 @@ them.) Every page state is named here, and only the methods of LSPT change one:
     not_coming            COMING                    AWAY, LOST        the DM-Handler
     claim, claim_all      HERE                      LEAVING           LPET; to store: the pager
     gone                  LEAVING                   AWAY              who claimed it
-    stays                 LEAVING                   the state before  who claimed it
+    stays                 LEAVING                   HERE              who claimed it
     freeing               NEW, AWAY, HERE, LOST     LEAVING           the mailbox thread
     freed                 LEAVING                   NEW               the mailbox thread
     found_on_disk         NEW                       AWAY              the main thread, at the start
@@ -41,13 +41,14 @@ when there is room, another thread wants pages, or it has to stop; `for_lpet` LP
 to evict or it has to stop. `figures` are counters that any process may read.
 
 Rules:
-    * `lock` protects every change of a state, except in `arrived`, and of RESIDENT, PEAK, FETCHED and
-      ROOM_WANTED. The other counters are only figures, and may miss an increment. The methods take the
-      lock. The only system call under it is the write to an eventfd.
+    * The methods take `lock` to change a state (but for `arrived`), and RESIDENT, PEAK, FETCHED and
+      ROOM_WANTED. The other counters are only figures, and may miss an increment. The only system call
+      under the lock is the write to an eventfd.
     * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
       thread touches its memory or its state. So `arrived` needs no lock. A fault of a LEAVING page
       sleeps until its owner has changed the state and wakes the range. Then the fault is tried again.
-    * A LEAVING range may have holes: pages that are not HERE, and can't come until the range has left.
+    * A LEAVING range may have holes: pages that are NEW or AWAY, and can't come until the range has left.
+      `gone` and `stays` give them back the state before.
     * `areas` belongs to the pager's process. LPET does not use it.
 """
 
@@ -90,8 +91,10 @@ _UNSETTLED = re.compile(rb"[\x42\x43]+")
 # For bytes.translate: without the generations of pages that are AWAY.
 ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 
-Run = tuple[int, int]  # (first page, count of pages)
-Claimed = tuple[int, bytes]  # the first page of a LEAVING range, and its states before
+# Types for several pages. The others are range, for pages at equal distances in the order of need; Bytes, a
+# run with its content (page_store.py); and Span, a part of the range of one eviction (lpet.py).
+Run = tuple[int, int]  # neighbours: (first page, count)
+Claimed = tuple[int, bytes]  # a LEAVING range: (first page, the states before)
 
 # Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own.
 FIGURES = (
@@ -293,13 +296,13 @@ class LSPT(ByteTable):
         return claimed, list(runs(page, states, _UNSETTLED)) if unsettled else []
 
     def gone(self, claimed: list[Claimed]) -> None:
-        """LEAVING → AWAY: the store has the pages' bytes, or needs none."""
+        """LEAVING → AWAY: the store has the pages' bytes, or needs none. Holes get the state before."""
         self._end(claimed, _here_becomes(AWAY + self.generation() % AWAYS))
 
     def stays(self, claimed: list[Claimed], generation: int | None = None) -> None:
-        """LEAVING → HERE, with the states before.
+        """LEAVING → the state before.
 
-        generation: the pages were used recently, and get this generation.
+        generation: the pages that were HERE were used recently, and get this generation.
         """
         same = bytes(range(256))
         if generation is not None:

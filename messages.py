@@ -22,7 +22,7 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
     LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
     BYE                                        OK: the DMS forgets the instance
 
-    run      u64 page, u32 count
+    dirty    u64 page, u32 count: a run
     reason   u32 errno, then words in UTF-8
 
 The unused fields of a question's header are 0.
@@ -55,10 +55,12 @@ GEOMETRY = Struct("<IIQQIQ")  # version, page size, start_addr, end_addr; of the
 EPOCH = Struct("<Q")
 # 1 if the disk is kept; the epochs that it offers, range(a, b); the DMS's pid, and its pids_are_of()
 WELCOME = Struct("<IQQ iQ36s")
-RUN = Struct("<QI")
+DIRTY = Struct("<QI")  # the first page of a run, and its pages
 ERRNO = Struct("<I")
 
-MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (RUN.size + PAGE_SIZE)  # bytes
+Part = bytes | memoryview  # of a message's body
+
+MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (DIRTY.size + PAGE_SIZE)  # bytes
 
 
 class DMSGone(Exception):
@@ -100,8 +102,12 @@ class MessageBuffer:
         self.body = memory[PAGE_SIZE:]
 
     def message(
-        self, kind: int, count: int = 0, page: int = 0, more: int = 0, length: int = 0
+        self, kind: int, count: int = 0, page: int = 0, more: int = 0, *parts: Part
     ) -> memoryview:
-        """Write the header. Returns the message, which has the first `length` bytes of the body."""
+        """Write the header, and the parts of the body behind each other. Returns the message."""
         HEADER.pack_into(self.whole, 0, kind, more, count, page)
-        return self.whole[: HEADER.size + length]
+        end = HEADER.size
+        for part in parts:
+            begin, end = end, end + len(part)
+            self.whole[begin:end] = part
+        return self.whole[:end]

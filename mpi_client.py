@@ -45,8 +45,6 @@ PATIENCE = 50e-6  # seconds between two tests of a patient thread
 TESTS = 256  # between two looks whether the DMSs still run
 LAST_WORDS = 0.5  # seconds for what a DMS has sent before it ended, perhaps in order
 
-Part = bytes | memoryview  # of a message's body
-
 
 class Slot:
     """An MPI tag, and memory for a question and for its answer."""
@@ -56,13 +54,10 @@ class Slot:
         self.content_address = ctypes.addressof(ctypes.c_char.from_buffer(self.answer.body))
         self._comm, self._tag = comm, tag
 
-    def send(self, dms: int, kind: int, count: int, page: int, more: int, *body: Part) -> None:
+    def send(self, dms: int, kind: int, count: int, page: int, more: int, *body: m.Part) -> None:
         """Send this DMS the question; wait for nothing."""
-        self.dms, length = dms, 0
-        for part in body:
-            self.question.body[length : length + len(part)] = part
-            length += len(part)
-        message = self.question.message(kind, count, page, more, length)
+        self.dms = dms
+        message = self.question.message(kind, count, page, more, *body)
         self.receiving = self._comm.Irecv([self.answer.whole, MPI.BYTE], dms, self._tag)
         self.sending = self._comm.Isend([message, MPI.BYTE], dms, self._tag)
 
@@ -111,7 +106,7 @@ class MpiStore:
     # ------------------------------------------------------------ what a PageStore does
 
     def together(self, pages: range) -> int:
-        """See PageStore. This may be more than there are."""
+        """See PageStore. It may be more pages than these."""
         stripe = self._shares[0].stripe
         begin = pages[0] // stripe * stripe
         return len(range(pages[0], begin + stripe if pages.step > 0 else begin - 1, pages.step))
@@ -260,6 +255,6 @@ def _of_share(share: Share, dirty: Sequence[Bytes]) -> tuple[list[bytes], list[m
     runs, parts = [], []
     for page, content in dirty:
         for own, first, count in share.runs(page, len(content) // PAGE_SIZE):
-            runs.append(m.RUN.pack(own, count))
+            runs.append(m.DIRTY.pack(own, count))
             parts.append(content[(first - page) * PAGE_SIZE :][: count * PAGE_SIZE])
     return runs, parts

@@ -40,6 +40,8 @@ not left it since.
     INSTANCE | DISK   INSTANCE_n      DISK
     DISK              DISK
 
+With DISK, FIRST or SECOND says in which place of the file the bytes are. TORN is added when a put has failed.
+
 The disk file is sparse. All its numbers are little-endian.
 
     at 0, at 64 KiB    the header, twice: HEADER and its crc32
@@ -137,9 +139,9 @@ BLOCK = Struct("<IQ816s3264s")  # number; epoch; the places of its pages; their 
 CRC = 4  # bytes
 BLOCK_SIZE = BLOCK.size + CRC
 
-# The bytes of the blocks. 0: never used; SAME: both copies of the table have it; 2: one more sync writes it. A
-# changed block is written by two syncs, one for each copy of the table.
-SAME, WRITE_TWICE = 1, 3
+# The bytes of the blocks. 0: never used. SAME: both copies of the table have it. A changed block is written by
+# two syncs, one for each copy: WRITE_TWICE, after the first of them WRITE_ONCE, and then SAME.
+SAME, WRITE_ONCE, WRITE_TWICE = 1, 2, 3
 
 # The shared words: the epoch of the last sync; an errno if nothing may be written (EBUSY: a sync is in
 # progress); the last epoch in which put made room, plus 1.
@@ -152,7 +154,8 @@ _TORN = bytes(byte | TORN for byte in range(256))
 _WHOLE = bytes(range(TORN))  # the bytes of pages that are not TORN
 _PLACE = bytes(byte & UNREADABLE if byte < TORN else 0 for byte in range(256))
 ON_DISK = re.compile(rb"[\2\3]+")  # in what PageStore.locations returns
-_TO_WRITE = re.compile(rb"[\2\3]")
+_TO_WRITE = re.compile(b"[%c%c]" % (WRITE_ONCE, WRITE_TWICE))
+# 6 is DISK | FIRST, and 10 DISK | SECOND.
 # {place: the pages that are written there, by their places at the last sync}
 _TARGETS = {DISK | FIRST: re.compile(rb"[^\x06]+"), DISK | SECOND: re.compile(rb"\x06+")}
 _NOWHERE = re.compile(rb"\0+")  # the pages without a place
@@ -623,14 +626,13 @@ class PageStore:
             _write_all(self.fd, whole, self._block_place(epoch % 2, block))
 
     def _make_durable(self) -> None:
-        """Steps 1 to 3: pages may have been put since _write_blocks. Nothing may be written until
-        _make_current."""
+        """Steps 1 to 3: so a client that leaves out the first phase loses nothing. Nothing may be written
+        until _make_current."""
         self._write_blocks()
-        epoch = self._words[EPOCH] + 1
         try:
             os.fsync(self.fd)
             if self.kept:
-                _write_all(self.fd, self._header(epoch), 0)
+                _write_all(self.fd, self._header(self._words[EPOCH] + 1), 0)
                 os.fsync(self.fd)
                 self._words[NO_WRITES] = errno.EBUSY
         except OSError as error:
@@ -642,6 +644,7 @@ class PageStore:
         if self.kept:
             if self._words[NO_WRITES] != errno.EBUSY:
                 raise OSError(errno.EINVAL, "there is no sync to make current")
+            self._words[NO_WRITES] = errno.EIO  # if this fails
             _write_all(self.fd, self._header(self._words[EPOCH] + 1), HEADER_COPY)
             self._words[EPOCH] += 1
             self._words[NO_WRITES] = 0
@@ -653,4 +656,6 @@ class PageStore:
 
     def _check_writable(self) -> None:
         if why := self._words[NO_WRITES]:
-            raise OSError(why, os.strerror(why))
+            # The client asks for nothing during a sync.
+            ended = "a sync has ended midway, as another DMS has failed"
+            raise OSError(why, ended if why == errno.EBUSY else os.strerror(why))

@@ -20,8 +20,10 @@ switches this off for the application's children. From then on they get a SIGBUS
 memory.
 
 The figures that Space.figures() returns, counted since the start:
-    faults_first_access, faults_refetch, faults_write_protect, faults_other   faults
-    fetched                        pages that came: by those faults, readahead, or edm.prefetch
+    faults_first_access, faults_refetch, faults_write_protect, faults_other   faults; the last: of
+                                   pages that had come meanwhile, or were being evicted
+    fetched                        pages that came or are coming: by those faults, readahead, or
+                                   edm.prefetch
     latency_median, latency_99th   of the faults, in µs
     waited                         their sum, in seconds; the waits of several threads may overlap
     waited_for_store               the store's part of it; with --progress or --report only
@@ -119,7 +121,7 @@ class Pager:
         if live or config.report:
             from edm.report import Report  # it takes long to import
 
-            self._report = Report(self._title, start, lspt.state, live)
+            self._report = Report(self._title, start, lspt.read, live)
             self._handler.came = self._report.came
         if lines:
             from edm.lines import Lines  # its imports take long, too
@@ -340,7 +342,7 @@ class Pager:
                 if runs:
                     time.sleep(l.SETTLE)
         elif what == mailbox.PREFETCH:
-            self._handler.ask_for(mailbox.RUN.iter_unpack(name))
+            self._handler.prefetch(mailbox.RUN.iter_unpack(name))
         elif what == mailbox.FORGET:
             for run in mailbox.RUN.iter_unpack(name):
                 self._lpet.forget(*run)
@@ -401,10 +403,9 @@ class Pager:
             if self._store.kept:
                 pages = self._sync(while_running)
                 if not self._printed and (self._ended_by or not while_running):
-                    LOG.warning(
-                        "%s: wrote %d pages back and synced the disk in %.1f s",
-                        self._ended_by or "end", pages, time.monotonic() - began,
-                    )  # fmt: skip
+                    why, took = self._ended_by or "end", time.monotonic() - began
+                    words = "%s: wrote %d pages back and synced the disk in %.1f s"
+                    LOG.warning(words, why, pages, took)
         finally:
             with self._sampling:
                 if not self._printed:

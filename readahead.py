@@ -14,9 +14,9 @@ Strides are in bytes. The rows of a matrix are rarely whole pages: along a colum
 one before a few times, and then 2. But the kernel reports the exact addresses of faults
 (UFFD_FEATURE_EXACT_ADDRESS), and these are equally far from each other.
 
-A window that nobody needs pushes out pages that are needed. Faults are in neighbouring pages by chance at times,
-as those where two columns start. So a stream of neighbours is forgotten when an unexpected page faults: one of its last
-window, or one behind it, if a missing page was passed over. A stride is continued by exact places only.
+A window that nobody needs pushes out pages that are needed. Two faults may be neighbours by chance, as where two
+columns start. So a stream of neighbours is forgotten when a page faults that it did not expect: one of its last
+window, or one behind it where a missing page was passed over. A stride is continued by exact places only.
 
 A row of a few neighbouring pages, as random access to a table has them, would fault twice. So where streams end
 with their first window again and again, a single fault gets a stream of its own, which brings the rest of the row

@@ -30,7 +30,7 @@ import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,7 +48,6 @@ EVICTIONS = ("evicted_clean", "evicted_dirty")
 WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}  # the others: here
 
 Figures = dict[str, object]
-Latencies = Sequence[tuple[int, int]]  # (µs, faults), ascending
 
 
 def say(words: str) -> None:
@@ -91,13 +90,13 @@ def table(figures: Figures, title: str) -> str:
 
 
 class Report:
-    def __init__(self, title: str, start_addr: int, state: Sequence[int], live: bool) -> None:
-        """title: the title of the HTML page. state: the states of the space's pages, see lspt.py.
+    def __init__(self, title: str, start: int, read: Callable[..., bytes], live: bool) -> None:
+        """title: the title of the HTML page. start: the space's start_addr. read: LSPT.read.
 
         live: print a line to stderr, which each sample overwrites.
         """
         self.came: deque[int] = deque()  # the pages that were installed
-        self._title, self._start_addr, self._state, self._live = title, start_addr, state, live
+        self._title, self._start_addr, self._read, self._live = title, start, read, live
         self._start_time = time.monotonic()
         self._samples: list[dict] = []  # see above
         self._last_second: deque[dict] = deque([{"until": self._start_time}])  # of the samples
@@ -147,8 +146,9 @@ class Report:
                 for place, count in finer.items():
                     sample["came"][place >> 1] += count
 
-    def write(self, path: str | None, figures: Figures, latencies: Latencies) -> None:
-        """At the end: erase the live line, and write the HTML page if it has a path. Raises OSError."""
+    def write(self, path: str | None, figures: Figures, latencies: list) -> None:
+        """At the end: erase the live line, and write the HTML page if it has a path. latencies: as
+        DmHandler.latencies returns them. Raises OSError."""
         if self._live:
             say("\r\x1b[K")
         if not path:
@@ -173,7 +173,7 @@ class Report:
 
     def _ended(self, area: dict) -> dict:
         """The area, and where its pages are now."""
-        states = self._state[area["page"] : area["page"] + area["count"]].translate(ONE_AWAY)
+        states = self._read(area["page"], area["count"]).translate(ONE_AWAY)
         ended_up = {name: states.count(byte) for byte, name in WHERE.items()}
         return {**area, "ended_up": ended_up | {"here": len(states) - sum(ended_up.values())}}
 

@@ -11,7 +11,7 @@ Interface:
     prctl, close_from, pidfd_getfd, seccomp
 
 Rules:
-    * A call that fails raises OSError with its errno and its name.
+    * A call that fails raises OSError with its errno and its name; futex_wait and futex_wake return.
     * Addresses and lengths are bytes, whole pages.
     * A Userfaultfd holds one argument block, so each thread makes its own around the descriptor.
     * The descriptor acts on the address space of the process that made it, whoever holds it.

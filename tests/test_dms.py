@@ -61,7 +61,7 @@ def refused(answer):
 
 def eviction(page, count, *dirty, kind=m.EVICT):
     """EVICT's arguments. dirty: (first page, the bytes of it and its neighbours)."""
-    table = [m.RUN.pack(first, len(whole) // PAGE_SIZE) for first, whole in dirty]
+    table = [m.DIRTY.pack(first, len(whole) // PAGE_SIZE) for first, whole in dirty]
     body = b"".join([*table, *(whole for _, whole in dirty)])
     return {"kind": kind, "page": page, "count": count, "more": len(dirty), "body": body}
 
@@ -209,9 +209,9 @@ WRONG = {
     "EVICT partly of dirty pages behind its pages": eviction(500, 1, (500, content(1, 2))),
     "EVICT of no dirty pages": eviction(500, 1, (500, b"")),
     "EVICT of too many runs": eviction(500, 1, *[(500, b"")] * (PAGES_AT_ONCE + 1)),
-    "EVICT with half a table": eviction(500, 2) | {"more": 2, "body": m.RUN.pack(500, 1)},
+    "EVICT with half a table": eviction(500, 2) | {"more": 2, "body": m.DIRTY.pack(500, 1)},
     "EVICT with bytes missing": eviction(500, 1)
-    | {"more": 1, "body": m.RUN.pack(500, 1) + b"x" * (PAGE_SIZE - 1)},
+    | {"more": 1, "body": m.DIRTY.pack(500, 1) + b"x" * (PAGE_SIZE - 1)},
     "EVICT with bytes left over": eviction(500, 1) | {"body": b"x"},
     "STORE of a page outside": eviction(PAGES, 1, (PAGES, content(1)), kind=m.STORE),
     "STORE partly of pages outside": eviction(

@@ -824,6 +824,23 @@ def test_forgetting_ends_with_the_application(make):
     assert instance.here() == [10, 11, 12] and instance.store.tries == []
 
 
+@pytest.mark.parametrize("what", ["forget", "store"])
+def test_after_forgets_that_were_refused_as_much_is_tried_at_once_as_before(make, what):
+    instance = make(batch=16)
+    instance.come((0, 64))
+    instance.store.refuses = refuse_all
+    for _ in range(6):
+        instance.lpet.forget(0, 64)
+    instance.store.refuses = refuse_nothing
+    instance.store.tries.clear()
+    instance.may_try_again()
+    if what == "forget":
+        instance.lpet.forget(0, 64)
+    else:
+        instance.lpet.store(track_clean=False)
+    assert sizes(instance) == [16] * 4
+
+
 def test_forgetting_waits_for_pages_that_are_coming(make):
     instance = make()
     instance.come((10, 3))

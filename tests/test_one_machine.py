@@ -269,9 +269,10 @@ print("SUCCESS")
     check(alone.run("-c", code))  # and an application that ends by itself needs no word of it
 
 
-def test_a_run_that_is_refused_leaves_nothing_open(alone):
+def test_a_run_that_is_refused_leaves_nothing_open(alone, tmp_path):
     code = f"""{OPEN}
 for settings in ({{"disk": "/nowhere/disk"}}, {{"disk": edm.__file__}},
+                 {{"disk": "/nowhere/disk", "report": {str(tmp_path / "report")!r}}},
                  {{"start_addr": 0x7e0000000000, "end_addr": 0x7fff00000000}}):
     try:
         edm.run(app, edm.Config(**settings))

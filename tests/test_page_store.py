@@ -897,7 +897,9 @@ def test_a_header_that_was_torn_by_a_crash_in_the_sync_leaves_the_other_copy(pat
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize("fails", ["the first fsync", "the header", "the second fsync"])
+@pytest.mark.parametrize(
+    "fails", ["the first fsync", "the header", "the second fsync", "the second header"]
+)
 def test_after_a_sync_that_failed_none_succeeds_and_nothing_is_written_over_what_was_there(
     path, monkeypatch, fails, number
 ):
@@ -914,7 +916,7 @@ def test_after_a_sync_that_failed_none_succeeds_and_nothing_is_written_over_what
         real_fsync(fd)
 
     def pwrite(fd, content, at):
-        if at < TABLE and fails == "the header":
+        if at < TABLE and fails == ("the second header" if at else "the header"):
             failing(number)()
         return real_pwrite(fd, content, at)
 
@@ -923,13 +925,26 @@ def test_after_a_sync_that_failed_none_succeeds_and_nothing_is_written_over_what
         broken.setattr(os, "pwrite", pwrite)
         with pytest.raises(OSError, match=os.strerror(number)):
             kept.sync()
+    later = errno.EIO if fails == "the second header" else number
     for action in (lambda: kept.write(0, 3), lambda: kept.write(1, 3), kept.sync):
-        with pytest.raises(OSError, match=os.strerror(number)):
+        with pytest.raises(OSError, match=os.strerror(later)):
             action()
     kept.free(0, 1)  # in memory only
     assert kept.read(0) is None
     kept.close()
-    assert Kept(path).read(0) == content(2 if fails == "the second fsync" else 1)
+    assert Kept(path).read(0) == content(2 if "second" in fails else 1)
+
+
+def test_a_disk_whose_sync_another_dms_has_ended_midway_refuses_writes_and_says_why(path):
+    kept = Kept(path)
+    kept.write(0, 1)
+    first, second, _ = kept.store.sync_phases
+    first()
+    second()
+    with pytest.raises(OSError, match="another DMS has failed"):
+        kept.write(0, 2)
+    kept.close()
+    assert Kept(path).read(0) == content(1)
 
 
 def test_after_a_sync_that_failed_none_succeeds_on_a_disk_that_is_not_kept(monkeypatch):

@@ -306,9 +306,10 @@ class Store:
 
 
 class FakeUffd:
-    def __init__(self):
+    def __init__(self, lspt):
         self.poisoned = []
         self.faults = []
+        self.lspt = lspt
 
     def read_faults(self):
         return self.faults
@@ -317,6 +318,8 @@ class FakeUffd:
         pass
 
     def poison(self, address, length):
+        # No FREE takes the page in between: its next area would find the poison.
+        assert self.lspt.state[address // PAGE_SIZE] == COMING
         self.poisoned.append(address // PAGE_SIZE)
 
 
@@ -326,7 +329,7 @@ def handler():
     lspt.areas.append((0, 1000))
     lspt.found_on_disk(0, 1000)
     handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False)
-    handler._uffd = FakeUffd()
+    handler._uffd = FakeUffd(lspt)
     yield handler
     close(lspt)
 
@@ -387,37 +390,37 @@ def test_a_sequence_that_left_soon_before_comes_in_windows(handler):
 def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are_passed(handler):
     claim(handler, 110)
     before = len(handler._store.asked)
-    handler.ask_for([(100, 100), (300, 1)])
-    handler._bring_asked()
+    handler.prefetch([(100, 100), (300, 1)])
+    handler._bring_advised()
     assert here(handler) == [*range(100, 165)]  # 64 have come, and one was here
     assert handler._store.asked[before:] == [
         range(100, 110), range(111, 127), range(127, 164), range(164, 165),
     ]  # fmt: skip
-    handler._bring_asked()
-    assert here(handler) == [*range(100, 200), 300] and not handler._asked
+    handler._bring_advised()
+    assert here(handler) == [*range(100, 200), 300] and not handler._advised
 
 
 def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them(handler):
     lspt = handler._lspt
     lspt.high = 60
-    handler.ask_for([(100, 100)])
+    handler.prefetch([(100, 100)])
     assert handler._next_faults() == []
-    handler._bring_asked()
+    handler._bring_advised()
     assert here(handler) == [*range(100, 160)]
-    handler._hear()  # as ask_for has written
-    handler._bring_asked()
+    handler._hear()  # as prefetch has written
+    handler._bring_advised()
     assert here(handler) == [*range(100, 160)] and lspt.room_wanted_since() > 1e9
     handler._uffd.faults = [(0, 0, 0, 0)]
     assert handler._next_faults() == handler._uffd.faults
     handler._uffd.faults = []
     lspt.gone(lspt.claim(100, 20))
     assert handler._next_faults() == []  # it has heard that there is room
-    handler._bring_asked()
+    handler._bring_advised()
     assert here(handler) == [*range(120, 180)]
 
 
 def test_nothing_that_was_asked_for_comes_when_the_space_ends(handler):
-    handler.ask_for([(100, 100)])
+    handler.prefetch([(100, 100)])
     handler._lspt.stop()
     with pytest.raises(ProcessLookupError):
         handler._next_faults()
@@ -427,9 +430,9 @@ def test_nothing_that_was_asked_for_comes_when_the_space_ends(handler):
 def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(handler):
     lspt = handler._lspt
     claim(handler, 100, 110)
-    handler.ask_for([(105, 1)])
+    handler.prefetch([(105, 1)])
     left = lpet_is_first(lspt, 100, 11)
-    handler._bring_asked()
+    handler._bring_advised()
     assert lspt.state[100:111] == bytes((LEAVING,)) * 11
     lspt.gone(left)
     assert (
@@ -442,10 +445,10 @@ def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(han
 
 def test_no_more_runs_are_asked_for_than_pages_may_be_here_and_the_first_ones_come(handler):
     for _ in range(3):
-        handler.ask_for([(page, 1) for page in range(0, 800, 2)])
-    assert len(handler._asked) == handler._lspt.high
-    while handler._asked:
-        handler._bring_asked()
+        handler.prefetch([(page, 1) for page in range(0, 800, 2)])
+    assert len(handler._advised) == handler._lspt.high
+    while handler._advised:
+        handler._bring_advised()
     assert here(handler) == [*range(0, 800, 2)]
 
 

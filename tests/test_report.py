@@ -38,7 +38,7 @@ def clock(monkeypatch):
 
 def begun(title="a title", state=bytes(1000), live=False):
     """A report that has no samples yet."""
-    return Report(title, START, state, live)
+    return Report(title, START, lambda page, count: state[page : page + count], live)
 
 
 def sampled(clock, samples, places=1, faults=3, **options):
