@@ -296,22 +296,17 @@ class Lpet:
         here: Iterable[Run] = self._lspt.runs_here()
         if self._only_clean():
             here = [clean for run in here for clean in self._clean(*run)]
-        pages = list(pages_in(here))
+        if not (pages := list(pages_in(here))):
+            return 0
         at = bisect.bisect_left(pages, self._hand)
         order = pages[at:] + pages[:at]
         idle = self._tracker.idle(runs_of(pages))
-        chosen, hot = [], []
-        for page in order:
-            if len(chosen) == needed:
-                break
-            (chosen if page in idle else hot).append(page)
-            self._hand = page + 1
-        self._say("[LPET] checking if page in addr %#x is idle", order[: len(chosen) + len(hot)])
-        if len(chosen) < needed and hot:  # every page was passed: now in order
-            in_order, hot = hot[: needed - len(chosen)], hot[needed - len(chosen) :]
-            self._hand = in_order[-1] + 1
-            chosen += in_order
-        self._mark_idle(runs_of(sorted(hot)))
+        # The idle ones first. If there are too few, every page was asked about, and the others leave in order.
+        chosen = sorted(order, key=lambda page: page not in idle)[:needed]
+        asked = order[: order.index(chosen[-1]) + 1] if chosen[-1] in idle else order
+        self._say("[LPET] checking if page in addr %#x is idle", asked)
+        self._mark_idle(runs_of(sorted({*asked} - idle - {*chosen})))
+        self._hand = chosen[-1] + 1
         return self._evict_all(runs_of(sorted(chosen)), l.NO_HOLES)
 
     def _evict_all(self, pages: Iterable[Run], which: bytes) -> int:
