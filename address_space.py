@@ -195,9 +195,6 @@ class Space:
         os.register_at_fork(after_in_child=restore)
         atexit.register(self._end, config.stats)
 
-    def __str__(self) -> str:
-        return f"the space {self.start_addr:#x}-{self.end_addr:#x}"
-
     # ------------------------------------------------------------ the API
 
     @_locked
@@ -217,9 +214,7 @@ class Space:
         whole = whole_pages(length)
         if addr is None:
             if not (gap := self._gap(whole)):
-                raise MemoryError(
-                    f"no gap of {whole} bytes in {self}; a larger end_addr makes room"
-                )
+                raise MemoryError(f"no gap of {whole} bytes; a larger end_addr makes room")
             addr, _ = gap
         else:
             addr = operator.index(addr)
@@ -485,7 +480,8 @@ class Space:
         if (addr | length) % PAGE_SIZE:
             raise ValueError(f"addr, length: {addr:#x}, {length:#x}; PAGE_SIZE is {PAGE_SIZE:#x}")
         if not self.start_addr <= addr <= addr + length <= self.end_addr:
-            raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {self}")
+            space = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
+            raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {space}")
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int] | None:
         """The smallest gap that has so many bytes, or the largest one, if there is one."""

@@ -49,7 +49,7 @@ def _runs(array: object, rows: object) -> list[tuple[int, int]]:
     a = np.asarray(array)
     if not a.size:
         return []
-    starts, part = np.array([a.__array_interface__["data"][0]]), a
+    starts, shape, strides = np.array([a.__array_interface__["data"][0]]), a.shape, a.strides
     if rows is not None or not (a.flags.c_contiguous or a.flags.f_contiguous):
         indexes = np.arange(len(a)) if rows is None else np.asarray(rows)
         if indexes.dtype == bool and indexes.shape == (len(a),):
@@ -59,8 +59,8 @@ def _runs(array: object, rows: object) -> list[tuple[int, int]]:
         indexes = indexes.ravel().astype(np.int64)
         if indexes.size and not -len(a) <= indexes.min() <= indexes.max() < len(a):
             raise IndexError(f"rows: not all of them are rows of an array that has {len(a)}")
-        starts, part = starts + indexes % len(a) * a.strides[0], a[0]
-    reach = [(n - 1) * stride for n, stride in zip(part.shape, part.strides, strict=True)]
+        starts, shape, strides = starts + indexes % len(a) * strides[0], shape[1:], strides[1:]
+    reach = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize - 1
     starts = np.sort(starts) - space().start_addr
     inside = (starts + high >= 0) & (starts + low < space().end_addr - space().start_addr)

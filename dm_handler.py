@@ -179,14 +179,15 @@ class DmHandler:
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each
         time; then sleep. If pages are advised, don't wait."""
-        until = time.monotonic() + SPIN
+        figures, until = self._figures, time.monotonic() + SPIN
         while True:
             if self.children.uffds:
                 self._serve_children()
             if faults := self._uffd.read_faults():
                 return faults
-            # LPET wakes us when there is room. After LSPT.stop, no advised page comes.
-            if self._advised and not (self._figures[l.ROOM_WANTED] or self._lspt.stopped()):
+            # LPET wakes us when there is room. After LSPT.stop, no advised page comes. bring may have been called
+            # while this thread waited for a child's page.
+            if self._called or self._advised and not (figures[l.ROOM_WANTED] or figures[l.STOPPED]):
                 return []
             os.sched_yield()
             if time.monotonic() > until:
@@ -255,10 +256,10 @@ class DmHandler:
             return True
         self._figures[l.OTHER] += 1
         if state >= l.HERE or state == l.LOST:
-            self._uffd.wake(self._start + page * PAGE_SIZE, PAGE_SIZE)
+            self._uffd.wake(address & -PAGE_SIZE, PAGE_SIZE)
         elif self._info:
-            address = self._start + page * PAGE_SIZE
-            self._log.info("page in address : %#x is being evicted, wait for it", address)
+            words = "page in address : %#x is being evicted, wait for it"
+            self._log.info(words, address & -PAGE_SIZE)
         return False
 
     def _bring_advised(self) -> None:
@@ -355,13 +356,15 @@ class DmHandler:
                 else:
                     self._uffd.zeropage(address, length)
             except FileNotFoundError:  # the program has split the mapping, as by madvise(2)
-                if length == PAGE_SIZE:
-                    raise
+                if length == PAGE_SIZE:  # or Space.close has unmapped it: nobody waits for these
+                    self._lspt.not_coming(pages[at // PAGE_SIZE :])
+                    pages = pages[: at // PAGE_SIZE]
                 length = PAGE_SIZE
                 continue
             at += length
             address += pages.step * PAGE_SIZE
-        self._lspt.arrived(pages, before)
+        if pages:
+            self._lspt.arrived(pages, before)
         if self.came is not None:
             self.came.extend(pages)
 

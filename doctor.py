@@ -121,8 +121,8 @@ def mpi() -> Finding:
 
 def find_mpirun() -> str | None:
     """The path of mpirun: the one of this Python's environment, or the one on PATH."""
-    own = os.path.join(sys.prefix, "bin", "mpirun")
-    return own if os.path.exists(own) else shutil.which("mpirun")
+    path = os.pathsep.join([os.path.join(sys.prefix, "bin"), os.environ.get("PATH", os.defpath)])
+    return shutil.which("mpirun", path=path)
 
 
 def two_ranks() -> Finding:
@@ -149,13 +149,15 @@ def _run(*command: str) -> tuple[int, list[str]]:
     # A file, as children of the command could keep a pipe open.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        # The current folder is the first on the path, and may have modules of the standard library's names.
+        folder = os.path.dirname(os.path.abspath(__file__))
         try:
-            status = subprocess.run(command, timeout=DEADLINE, check=False, **streams).returncode
+            done = subprocess.run(command, cwd=folder, timeout=DEADLINE, check=False, **streams)
         except subprocess.TimeoutExpired:
             return 1, [f"nothing happened within {DEADLINE} s"]
         output.seek(0)
         lines = [line.strip() for line in output if line.strip(" -\t\n")]
-    return status, lines or [f"exit status {status}"]
+    return done.returncode, lines or [f"exit status {done.returncode}"]
 
 
 # ---------------------------------------------------------------- the disk
@@ -165,7 +167,7 @@ def disk() -> Finding:
     folder = disk_folder()
     device, free = os.stat(folder).st_dev, shutil.disk_usage(folder).free
     found = f"{free / (1 << 30):.1f} GiB free in {folder}, where EDM keeps pages by default"
-    with open("/proc/self/mountinfo", encoding="utf-8") as mounts:
+    with open("/proc/self/mountinfo", errors="replace") as mounts:
         kinds = {line.split()[2]: line.partition(" - ")[2].split()[0] for line in mounts}
     if kinds.get(f"{os.major(device)}:{os.minor(device)}") == "tmpfs":
         found, free = f"{folder} is memory (tmpfs), so pages kept there gain nothing", 0

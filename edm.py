@@ -193,8 +193,8 @@ def run(app: Callable[[Space], object], config: Config | None = None) -> None:
     here (the range overlaps another mapping of the process, ...), and OSError for what this machine
     lacks or what failed.
 
-    Under mpirun -n 2 or more every rank calls this. It returns in a DMS when the applications have
-    ended, and in each application.
+    Under mpirun -n 2 or more every rank calls this, once. It returns in a DMS when the applications
+    have ended, and in each application.
     """
     config = config or Config()
     _run(app, config, _begin(config))
@@ -205,7 +205,7 @@ def main(app: Callable[[Space], object], config: Config) -> None:
     try:
         started = _begin(config)
     except (ValueError, OSError) as error:
-        print(f"edm: error: {error}", file=sys.stderr)
+        tell(f"edm: error: {error}")
         sys.exit(2)
     _run(app, config, started)
 
@@ -301,6 +301,13 @@ def launched() -> tuple[int, int]:
         if all(map(str.isdigit, found)) and os.path.exists(f"/proc/self/fd/{descriptor}"):
             return int(found[0]), int(found[1])
     return 0, 1
+
+
+def tell(words: str, end: str = "\n") -> None:
+    """Print to standard error, if it can be written. If it was closed, print() takes standard output."""
+    if sys.stderr:
+        with contextlib.suppress(OSError):
+            print(words, end=end, file=sys.stderr, flush=True)
 
 
 def leave_to_rank_0() -> None:

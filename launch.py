@@ -26,7 +26,7 @@ import re
 import sys
 
 from edm import limits
-from edm.edm import PAGE_SIZE, Config, add_settings, launched, refuse
+from edm.edm import PAGE_SIZE, Config, add_settings, launched, refuse, tell
 
 PROG = "python -m edm run"
 SPACE = 256 << 30  # bytes
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     """Become the Python process that runs the program named by the arguments."""
     args, config, program = parse(arguments)
     if sys.flags.ignore_environment or sys.flags.no_site:
-        print(f"{PROG}: EDM is not used: python -I, -E and -S switch it off", file=sys.stderr)
+        tell(f"{PROG}: EDM is not used: python -I, -E and -S switch it off")
     else:
         before = os.environ.get("PYTHONPATH")
         threshold = args.numpy_threshold if args.numpy else None
@@ -64,8 +64,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
     """The options, the settings they make, and the program with its arguments."""
     parser = _parser()
     # The program begins with the first word that is not an option of EDM's. -m and -c look like options, so
-    # argparse sees them without their dash.
-    args = parser.parse_args([re.sub("^-(?=[mc])", "", word) for word in arguments])
+    # argparse sees a null byte instead of their dash: no option has such a value.
+    args = parser.parse_args([re.sub("^-(?=[mc])", "\0", word) for word in arguments])
     program = arguments[len(arguments) - len(args.program) :]
     try:
         return args, _config(args), _as_python_takes_it(program)
@@ -143,7 +143,7 @@ def _config(args: argparse.Namespace) -> Config:
         size, limit = limits.space_size(SPACE)
         args.end_addr = args.start_addr + size
         if limit:
-            print(f"{PROG}: {limit} leaves {size >> 20} MiB for the space", file=sys.stderr)
+            tell(f"{PROG}: {limit} leaves {size >> 20} MiB for the space")
     settings = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
     return Config(**settings, high_threshold=args.resident // PAGE_SIZE)
 
@@ -205,5 +205,5 @@ def _memory() -> tuple[int, int]:
 
 
 def _text(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return file.read()

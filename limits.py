@@ -8,7 +8,7 @@ Interface:
     limit_of(number)     the limit that an errno comes from, as the end of a message
     explain(error)       add that, and what helps, to an error that is why EDM can't begin
 
-Rules: the program's own process never changes a limit.
+Rules: an application's process never changes a limit.
 
 Source: getrlimit(2).
 """

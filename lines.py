@@ -89,10 +89,10 @@ class Lines:
         try:
             if os.stat(self._its_end).st_ino != os.fstat(self._memfd).st_ino:
                 return
-            with open(f"{of_thread}/syscall") as call, open(f"{of_thread}/status") as status:
+            with open(f"{of_thread}/syscall") as call, open(f"{of_thread}/status", "rb") as status:
                 if call.read(3) != "-1 ":
                     instead = "a system call"
-                elif int(re.search(r"SigBlk:\t(\w+)", status.read())[1], 16) >> SIGURG - 1 & 1:
+                elif int(re.search(rb"SigBlk:\t(\w+)", status.read())[1], 16) >> SIGURG - 1 & 1:
                     instead = NO_LINE
             os.ftruncate(self._memfd, 0)  # a late answer may be there
             if not instead:

@@ -148,10 +148,9 @@ class Lpet:
         self._lspt.gone(claimed)  # 6
         self._wake(claimed)
         pages, dirty = held.count(255), written.count(255)
-        figures = self._lspt.figures
-        figures[l.EVICTED_DIRTY] += dirty
-        figures[l.EVICTED_CLEAN] += pages - dirty
-        figures[l.SENT] += dirty * PAGE_SIZE
+        self._lspt.figures[l.EVICTED_DIRTY] += dirty
+        self._lspt.figures[l.EVICTED_CLEAN] += pages - dirty
+        self._lspt.figures[l.SENT] += dirty * PAGE_SIZE
         if dirty:
             self._refused_since, self._most = math.inf, min(2 * self._most, self._batch)
         return pages
@@ -321,8 +320,7 @@ class Lpet:
         """The runs of pages that are HERE and were clean a moment ago."""
         here = self._lspt.state[page : page + count].translate(_HERE_AS_255)
         written = self._pagemap.written(page, here)
-        clean = int.from_bytes(here, "big") ^ int.from_bytes(written, "big")
-        return runs(page, clean.to_bytes(count, "big"), HERE_RUN)
+        return runs(page, bytes(a ^ b for a, b in zip(here, written, strict=True)), HERE_RUN)
 
     def _mark_idle(self, pages: Sequence[Run]) -> None:
         self._tracker.mark_idle(pages)

@@ -133,7 +133,7 @@ def _from_mapping(np: ModuleType, file: IOBase, dtype: object, count: int, offse
                 raise
         else:
             array[:] = content
-            file.seek(begin + array.nbytes)
+            file.seek(size if count > there else begin + array.nbytes)
             return array
     file.seek(begin - offset)
     return None
@@ -161,7 +161,6 @@ class MemHandler:
         kinds = PyDataMemAllocator._fields_[1:]
         callbacks = [kind(Callback(getattr(self, name)).call) for name, kind in kinds]
         handler.allocator = self._callbacks = PyDataMemAllocator(0, *callbacks)
-        os.register_at_fork(after_in_child=self._kept.clear)
         # No callback works while the interpreter finalizes. Then nothing of this handler's is freed:
         # labs(ctx) is 0, or NULL. What this thread makes then has a handler like NumPy's own: it and its
         # name are never freed.
@@ -193,7 +192,7 @@ class MemHandler:
 
     def malloc(self, done: list[int], ctx: int, size: int) -> int:
         """A kept area, if there is one of this size. Its bytes are undefined."""
-        if size < self.thresholds[-1]:
+        if size < self.thresholds[-1] or self._space.is_over:
             return self._malloc(ctx, size)
         wanted = whole_pages(size)
         for address, length in self._kept.copy().items():
@@ -308,7 +307,9 @@ class Callback:
     @_begins_in_its_try
     def fetched(self, result: None, fetch: object, arguments: tuple) -> int:
         try:
-            was_set, arguments, done = self._set[0] and self._set[:], arguments[3:], []
+            # A slice allocates a list first: then Python 3.11 may collect garbage, which may free arrays here.
+            was_set = self._set[0] and (self._set[0], self._set[1], self._set[2])
+            arguments, done = arguments[3:], []
             if not was_set:
                 return self._work(done, *arguments)
         except BaseException as error:  # noqa: BLE001 - whichever it is, the program gets it

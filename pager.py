@@ -64,6 +64,7 @@ from edm import address_space, limits, log, mailbox
 from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.dm_handler import DmHandler
+from edm.edm import tell
 from edm.lpet import Lpet
 from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
@@ -145,11 +146,7 @@ class Pager:
     def start(self) -> None:
         """Start LPET and the threads. Raises OSError if that fails: then the process must end."""
         sys.setswitchinterval(SWITCH_INTERVAL)
-        if self._over_mpi:
-            lpet = self._new_lpet().run
-        else:
-            self._fork_lpet()
-            lpet = self._wait_for_lpet
+        lpet = self._new_lpet().run if self._over_mpi else self._fork_lpet()
         for body in (self._handler.run, lpet, self._answer):
             self._start_thread(body)
         # There has to be room for two more descriptors, which a sync or a system call needs.
@@ -209,8 +206,9 @@ class Pager:
         if self._failure:
             raise self._failure
 
-    def _fork_lpet(self) -> None:
-        """Start LPET as a process. This is called before there are threads."""
+    def _fork_lpet(self) -> Callable[[], None]:
+        """Start LPET as a process, before there are threads. Returns the body of the thread that waits for
+        its end."""
         parent = os.getpid()
 
         def lpet() -> None:
@@ -224,6 +222,7 @@ class Pager:
         self._lpet_pid = os.fork()
         if not self._lpet_pid:
             _run_process(lpet)
+        return self._wait_for_lpet
 
     def _wait_for_lpet(self) -> None:
         """A thread: if LPET fails, so does the job. LPET has printed why, unless it was killed."""
@@ -421,9 +420,9 @@ class Pager:
             except OSError as error:
                 LOG.error("report: %s", error)
         if config.stats:
-            from edm.report import say, table  # it takes long to import
+            from edm.report import table  # it takes long to import
 
-            say(table(figures, self._title) + "\n")
+            tell(table(figures, self._title))
 
     def figures(self) -> dict[str, object]:
         """See the top of this file."""
@@ -505,11 +504,14 @@ def _open_disk(config: SimpleNamespace, instance: int) -> PageStore:
 
 def _run_process(body: Callable[[], object]) -> None:
     """Call this, print why it failed, and end the process."""
+    status = 1
     try:
         body()
+        status = 0
     except BaseException as error:  # noqa: BLE001 - it ends the process
-        os._exit(print_error(error))
-    os._exit(0)
+        status = print_error(error)
+    finally:  # whatever happens: a forked LPET may not go on as its parent
+        os._exit(status)
 
 
 def print_error(error: BaseException) -> int:
@@ -519,5 +521,5 @@ def print_error(error: BaseException) -> int:
         return 1
     if words := str(getattr(error, "strerror", "") or error):  # else LPET has printed them
         words += limits.limit_of(getattr(error, "errno", None))
-        print(f"edm: error: {words}", file=sys.stderr, flush=True)
+        tell(f"edm: error: {words}")
     return 2

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 from edm import log
 from edm.address_space import socket_pair
-from edm.edm import PRINTING, Config, launched
+from edm.edm import PRINTING, Config, launched, leave_to_rank_0, tell
 from edm.messages import DMSGone
 
 # <linux/pidfd.h>
@@ -51,7 +51,7 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
     OSError if there can't be another process.
     """
     if "mpi4py.MPI" in sys.modules:
-        raise ValueError("edm: mpi4py.MPI is imported already; import it after edm.run, if ever")
+        raise ValueError("edm: mpi4py.MPI is imported; do that after edm.run, which a job has once")
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()  # else both processes would write what is buffered
@@ -83,7 +83,7 @@ def _watch(rank: Any, words: str) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, OF_LAUNCHER)
     rank.recv(1)
     if _was_killed(parent, pidfd):
-        print(f"edm: error: {words}", file=sys.stderr, flush=True)
+        tell(f"edm: error: {words}")
         _let_be_read()
     os._exit(0)
 
@@ -95,7 +95,7 @@ def _was_killed(pid: int, pidfd: int) -> bool:
     PIDFD_GET_INFO in <linux/pidfd.h>, from Linux 6.15 on.
     """
     try:
-        with open(f"/proc/{pid}/stat") as file:
+        with open(f"/proc/{pid}/stat", "rb") as file:
             code = int(file.read().split()[-1])
     except OSError:
         info = bytearray(PIDFD_INFO.pack(PIDFD_INFO_EXIT, -1))
@@ -116,7 +116,11 @@ def _run(config: Config, application: int, control: Any) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # in all of MPI's threads: Pager.run
     handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *OF_LAUNCHER)}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
-    from mpi4py import MPI  # this initialises MPI: not before the fork
+    try:
+        from mpi4py import MPI  # this initialises MPI: not before the fork
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no library
+        leave_to_rank_0()
+        os._exit(print_error(OSError(f"MPI: {error}; see: python -m edm doctor")))
 
     sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
     world, dms = MPI.COMM_WORLD, config.dms or 1
@@ -195,7 +199,7 @@ def _begin_with_all(comm: Any, wrong: str | None, application: int = 0) -> None:
     of_each = comm.allgather(wrong)
     if any(words is not None for words in of_each):
         if wrong and not any(of_each[: comm.rank]):  # the first one prints it
-            print(f"edm: error: {wrong}", file=sys.stderr, flush=True)
+            tell(f"edm: error: {wrong}")
         if application:
             if wrong is None:  # it waits for the pager's answer, and would report its end
                 os.kill(application, signal.SIGKILL)

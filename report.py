@@ -27,14 +27,13 @@ the largest AREAS are kept.
 """
 
 import json
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from edm.dm_handler import WAITS
+from edm.edm import tell
 from edm.lspt import AWAY, LOST, NEW, ONE_AWAY
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -48,12 +47,6 @@ EVICTIONS = ("evicted_clean", "evicted_dirty")
 WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}  # the others: here
 
 Figures = dict[str, object]
-
-
-def say(words: str) -> None:
-    """Write to standard error, if there is still somebody who reads it."""
-    with suppress(OSError):
-        os.write(2, words.encode(errors="backslashreplace"))
 
 
 def size(pages: float) -> str:
@@ -132,7 +125,7 @@ class Report:
             while now["until"] - self._last_second[1]["until"] >= 1:
                 self._last_second.popleft()
             # ?7l and ?7h: the terminal cuts off a line that is too long.
-            say(f"\r\x1b[K\x1b[?7l{_line(self._last_second[0], now)}\x1b[?7h")
+            tell(f"\r\x1b[K\x1b[?7l{_line(self._last_second[0], now)}\x1b[?7h", "")
         samples.append(now)
         if len(samples) > COLUMNS:
             ends = [self._start_time, *(sample["until"] for sample in samples)]
@@ -150,7 +143,7 @@ class Report:
         """At the end: erase the live line, and write the HTML page if it has a path. latencies: as
         DmHandler.latencies returns them. Raises OSError."""
         if self._live:
-            say("\r\x1b[K")
+            tell("\r\x1b[K", "")
         if not path:
             return
         areas = [self._ended(area) for area in self._here.values()]

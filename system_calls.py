@@ -321,10 +321,9 @@ class SystemCalls:
                 while done < length:
                     content = self._read(thread, call, done)
                     while content:
-                        part = content
                         if not to_file:
-                            part = content[:PAGE_SIZE]
                             _wait_for_room(fd, thread)
+                        part = content if to_file else content[:PAGE_SIZE]
                         at = offset + done
                         n = os.pwrite(fd, part, at) if nr == PWRITE else os.write(fd, part)
                         done, content = done + n, content[n:]
@@ -349,7 +348,8 @@ class SystemCalls:
                 self._bring(thread, call, done)
                 # It ends before a page that is not here. EIO: that is the first one.
                 with contextlib.suppress(OSError):
-                    return memoryview(os.pread(memory.fileno(), length, address))
+                    if content := os.pread(memory.fileno(), length, address):  # else it has ended
+                        return memoryview(content)
                 if self._lspt.stopped():
                     break
         raise OSError(errno.EFAULT, "a page can't be brought")
@@ -376,7 +376,7 @@ def _wait_for_room(fd: int, thread: int) -> None:
     while not poll.poll(SIGNAL_LOOK if blocks else 0):
         if not blocks:
             raise OSError(errno.EAGAIN, "no room")
-        with open(f"/proc/{thread}/status") as file:
+        with open(f"/proc/{thread}/status", errors="replace") as file:  # it has the thread's name
             fields = dict(line.split(":\t", 1) for line in file)
         mask = {name: int(fields[name], 16) for name in ("SigPnd", "ShdPnd", "SigCgt", "SigBlk")}
         if (mask["SigPnd"] | mask["ShdPnd"]) & mask["SigCgt"] & ~mask["SigBlk"]:

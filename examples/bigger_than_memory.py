@@ -73,7 +73,7 @@ def progress(what: str, count: int) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=64, metavar="MiB", help="of the array (64)")
     parser.add_argument("--seed", type=int, default=1, help="of the shuffling")
     args, config = edm.parse_arguments(parser, high_threshold=2048)

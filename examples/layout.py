@@ -22,7 +22,7 @@ COLOURS = {"instance": "#4c9a5f", "disk": "#c8813c", "never touched": "#e8e8e8"}
 def parse_arguments(doc: str, **defaults: object) -> tuple[argparse.Namespace, edm.Config]:
     """As edm.parse_arguments, with the wiki's addresses and log, its plain way, and --layout."""
     _leave_the_wikis_addresses_free()
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser = argparse.ArgumentParser(description=doc and doc.splitlines()[0])
     parser.add_argument("--layout", metavar="FILE.svg", help="draw the steps into this file too")
     wikis = {"start_addr": 0x1B58000, "end_addr": 0x1F40000, "log_level": "info", "plain": True}
     return edm.parse_arguments(parser, **wikis, **defaults)

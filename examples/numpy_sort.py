@@ -49,7 +49,7 @@ def work(space: edm.Space) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=256, metavar="MiB", help="of the array (256)")
     args, config = edm.parse_arguments(parser, high_threshold=8192)
     edm.main(work, config)

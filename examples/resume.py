@@ -46,7 +46,7 @@ def user_code(space: edm.Space) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--pages", type=int, default=65536, help="pages of the array")
     args, config = edm.parse_arguments(parser, keep=True, high_threshold=8192, disk="resume.disk")
     edm.main(user_code, config)

@@ -27,9 +27,8 @@ EDM = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 def start():
     """Start EDM as launch.py said, and hide it from the program."""
     settings = marshal.loads(bytes.fromhex(os.environ.pop("EDM_RUN")))
-    if settings["PYTHONPATH"] is None:
-        del os.environ["PYTHONPATH"]
-    else:
+    del os.environ["PYTHONPATH"]
+    if settings["PYTHONPATH"] is not None:
         os.environ["PYTHONPATH"] = settings["PYTHONPATH"]
     init = os.path.join(EDM, "__init__.py")
     spec = spec_from_file_location("edm", init, submodule_search_locations=[EDM])
@@ -41,7 +40,7 @@ def start():
     try:
         space = edm.edm.start(edm.edm.Config(**settings["config"]))
     except (ValueError, OSError) as error:
-        print(f"python -m edm run: error: {error}", file=sys.stderr)
+        edm.edm.tell(f"python -m edm run: error: {error}")
         os._exit(2)
 
     def use_numpy(module):

@@ -34,6 +34,25 @@ def test_advice_that_finds_no_descriptors_is_no_reason_to_end_the_job(begun):
     assert len(answers) == (not begun)
 
 
+OBJECTS = """
+import edm, numpy as np
+def app(space):
+    with edm.numpy_allocator():
+        array = np.zeros((1 << 10, 1 << 10), dtype=object)
+    edm.prefetch(array, [1, 2])
+    edm.forget(array[:, ::2], [])
+    print(edm.resident(array), edm.resident(array, [0]), edm.resident(array[0], [0]))
+    array[0, 0] = np.zeros((1 << 10, 1 << 10))
+    print(edm.resident(array[0], [0]))
+edm.run(app)
+"""
+
+
+def test_advice_may_be_about_arrays_of_objects(alone):
+    ended = alone.run("-c", OBJECTS)
+    assert ended.returncode == 0 and ended.stdout.split()[1:] == ["2", "1", "1"], ended.stdout
+
+
 def test_pages_come_before_they_are_touched_and_leave_when_they_are_not_needed(way):
     ended = way.run(PROGRAMS / "advice.py", 600)
     assert ended.returncode == 0 and "advice SUCCESS" in ended.stdout, ended.stdout

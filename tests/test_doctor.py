@@ -85,6 +85,15 @@ def test_it_is_there_from_the_folder_itself_too(run):
     assert ended.stdout == "edm.advice\n", ended
 
 
+def test_modules_of_the_current_folder_and_python_without_docstrings_are_no_hindrance(
+    run, tmp_path
+):
+    (tmp_path / "array.py").write_text("raise SystemExit('mine')")
+    ended = run("env", "PYTHONOPTIMIZE=2", sys.executable, "-m", "edm", "doctor", cwd=tmp_path)
+    assert ended.returncode == 0 and "mine" not in ended.stdout, ended.stdout
+    assert "ok       a page fault" in ended.stdout
+
+
 @pytest.fixture
 def package(public_path):
     """A folder that has edm and nothing else, for everybody to read."""

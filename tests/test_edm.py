@@ -330,6 +330,14 @@ print(rank.fork_application(Config())[1], flush=True)
     assert ended.stdout == "70000\n", ended.stderr
 
 
+def test_a_job_without_an_mpi_ends_with_one_line_and_status_2(mpirun):
+    code = "import sys; sys.modules['mpi4py'] = None; import edm; edm.main(print, edm.Config())"
+    ended = mpirun("-c", code)
+    told = [line for line in ended.stdout.splitlines() if "edm: error" in line]
+    assert ended.returncode == 2 and len(told) == 1, ended.stdout
+    assert "MPI: import of mpi4py halted" in told[0] and "Traceback" not in ended.stdout
+
+
 def test_after_the_run_a_dms_handles_signals_as_before_whatever_the_programs_defaults(mpirun):
     """A timeout of all sockets, and no standard error."""
     code = """

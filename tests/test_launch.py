@@ -245,6 +245,12 @@ def test_where_python_ignores_sitecustomize_the_program_runs_plainly_and_a_line_
     assert line.startswith("python -m edm run: EDM is not used: python -"), line
 
 
+def test_without_standard_error_nothing_of_edms_is_on_standard_output(run):
+    command = f"{sys.executable} -u -I -m edm run --resident 16M -c 'print(1)' 2>&-"
+    ended = run("sh", "-c", command)
+    assert (ended.returncode, ended.stdout) == (0, "1\n")
+
+
 # ---------------------------------------------------------------- how a program ends
 
 DIES_IN_ITS_HOOK = """
@@ -755,6 +761,7 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
         ([], "which program?"),
         (["--stats"], "which program?"),
         (["-m"], "-m: an argument is missing"),
+        (["--disk", "-m", "x"], "disk: a path has no null byte"),
         (["--report", "/nowhere/x.html", "-c", "pass"], "report: /nowhere/x.html can't be written"),
         (["--dms", "1", "x.py"], "start it as: mpirun -n 3 python -m edm run --dms 1 ..."),
         (["--dms", "2", "x.py"], "--dms"),

@@ -68,6 +68,11 @@ def test_the_hot_line_is_first_and_each_line_has_its_array_faults_and_seconds(fo
     assert seconds > less > 0
 
 
+def test_the_hot_line_is_told_whatever_its_thread_is_called(found):
+    table, *_ = found("named")
+    assert table[0][0] == HOT
+
+
 @pytest.mark.parametrize("what", ["blocking", "handling"])
 def test_a_program_that_blocks_or_handles_the_signal_does_not_notice(found, what):
     table, _, rest, in_all = found(what)

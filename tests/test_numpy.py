@@ -250,6 +250,67 @@ def test_the_allocator_is_off_when_all_blocks_have_ended_in_whatever_order(alone
     )
 
 
+OUTLIVES_ITS_SPACE = """
+import contextlib, edm, numpy as np
+stack = contextlib.ExitStack()
+def app(space):
+    stack.enter_context(edm.numpy_allocator())
+    for array in [np.ones(1 << 18)]:  # which is kept for the next one of its size
+        pass
+edm.run(app)
+array = np.empty(1 << 18)
+array[:] = 1
+print(array.sum())
+"""
+
+
+def test_arrays_of_a_block_that_outlives_its_space_are_in_ordinary_memory(alone):
+    ended = alone.run("-c", OUTLIVES_ITS_SPACE)
+    assert (ended.returncode, ended.stdout) == (0, "262144.0\n")
+
+
+# In one of the rounds, the garbage is collected when the result of np.array is freed for the exception.
+COLLECTS = """
+import gc, numpy as np
+class Fails:
+    def __float__(self):
+        for _ in range(3):
+            cycle = [np.empty(10)]
+            cycle.append(cycle)
+        del cycle
+        kept.extend([] for _ in range(many))
+        raise ValueError
+kept, raised = [], 0
+gc.set_threshold(300)
+for many in range(150, 500):
+    kept.clear()
+    gc.collect()
+    try:
+        np.array([1.0, Fails()], float)
+    except ValueError:
+        raised += 1
+print(raised)
+"""
+
+
+def test_no_exception_is_lost_if_garbage_is_collected_while_an_array_is_freed(run):
+    ended = run(*EDM_RUN, "-c", COLLECTS)
+    assert (ended.returncode, ended.stdout) == (0, "350\n")
+
+
+@pytest.mark.parametrize("count", [-1, 0, 1, 2, 1000])
+def test_a_file_is_left_where_numpys_fromfile_leaves_it(tmp_path, count):
+    import numpy as np
+
+    from edm.numpy_mem_handler import _from_mapping
+
+    (tmp_path / "file").write_bytes(b"0123456789ab")  # two items, and a part of the third
+    with open(tmp_path / "file", "rb") as file, open(tmp_path / "file", "rb") as other:
+        ours = _from_mapping(np, file, np.dtype("V5"), count, 1)
+        theirs = np.fromfile(other, "V5", count, offset=1)
+        assert (ours.tobytes(), file.tell()) == (theirs.tobytes(), other.tell())
+
+
 AT_THE_END = """
 import atexit, numpy as np, resource
 atexit._run_exitfuncs()

@@ -1,8 +1,10 @@
 """On one machine: the application is the process that was started, the pager is nobody's child."""
 
+import errno
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from conftest import (
     wait_for,
     wait_until_gone,
 )
+
+from edm.pager import _run_process
 
 pytestmark = needs_userfaultfd
 
@@ -267,6 +271,19 @@ for _ in range(2):
 print("SUCCESS")
 """
     check(alone.run("-c", code))  # and an application that ends by itself needs no word of it
+
+
+def test_a_process_that_cant_print_why_it_fails_ends_all_the_same():
+    def fails():
+        raise OSError(errno.ENOSPC, "no room")
+
+    if not (child := os.fork()):
+        try:
+            with open("/dev/full", "w") as sys.stderr:
+                _run_process(fails)
+        finally:
+            os._exit(77)  # it has come back to what its parent does
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
 def test_a_run_that_is_refused_leaves_nothing_open(alone, tmp_path):

@@ -1,6 +1,7 @@
 """readahead.py: which faults are a stream, how its window grows, and what comes with a fault."""
 
 import errno
+import os
 import random
 import threading
 import time
@@ -310,12 +311,14 @@ class FakeUffd:
         self.poisoned = []
         self.faults = []
         self.lspt = lspt
+        self.mapped = lspt.pages
 
     def read_faults(self):
         return self.faults
 
     def copy(self, address, source, length, mark):
-        pass
+        if address + length > self.mapped * PAGE_SIZE:
+            raise FileNotFoundError(errno.ENOENT, "UFFDIO_COPY")
 
     def poison(self, address, length):
         # No FREE takes the page in between: its next area would find the poison.
@@ -450,6 +453,26 @@ def test_no_more_runs_are_asked_for_than_pages_may_be_here_and_the_first_ones_co
     while handler._advised:
         handler._bring_advised()
     assert here(handler) == [*range(0, 800, 2)]
+
+
+@pytest.mark.parametrize("mapped", [0, 100, 130])
+def test_pages_that_the_application_has_unmapped_are_not_coming_and_nothing_fails(handler, mapped):
+    handler._uffd.mapped = mapped
+    handler.prefetch([(100, 100), (300, 1)])
+    while handler._advised:
+        handler._bring_advised()
+    assert here(handler) == [*range(100, mapped)]
+    assert COMING not in handler._lspt.state[:]
+    assert handler._lspt.figures[RESIDENT] == len(here(handler))
+
+
+def test_a_call_that_came_while_it_waited_for_a_childs_page_is_seen_before_it_sleeps(handler):
+    handler.bring(range(5, 6), False)
+    os.eventfd_read(handler._lspt.for_handler)  # as _hear may have done, in _serve_children
+    thread = threading.Thread(target=handler._next_faults, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def until_stopped(handler):

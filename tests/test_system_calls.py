@@ -1,5 +1,6 @@
 """system_calls.py and pins.py: the system calls of a user who has userfaultfd for user mode only."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -225,6 +226,43 @@ def test_every_number_is_the_one_in_the_kernels_headers(tmp_path):
 # ---------------------------------------------------------------- pins
 
 CALL = (0, 3, 0, 0, 0, 0, 0)  # of nobody
+
+
+def test_a_write_waits_for_room_whatever_its_thread_is_called():
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(into, bytes(1 << 16))
+    os.set_blocking(into, True)
+    named, done, failed = threading.Event(), threading.Event(), []
+
+    def caller():
+        name = ctypes.create_string_buffer(b"fourteen bytes\xc3")  # the kernel cuts a name at 15
+        ctypes.CDLL(None).prctl(15, name, 0, 0, 0)  # PR_SET_NAME
+        named.set()
+        done.wait()
+
+    def writer():
+        try:
+            s._wait_for_room(into, thread.native_id)
+        except ValueError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    named.wait()
+    waits = threading.Thread(target=writer)
+    waits.start()
+    waits.join(4 * s.SIGNAL_LOOK / 1000)
+    assert waits.is_alive() and not failed
+    os.read(out, 1 << 20)
+    waits.join(10)
+    done.set()
+    thread.join()
+    for fd in (out, into):
+        os.close(fd)
+    assert not waits.is_alive() and not failed
 
 
 @pytest.fixture
