@@ -36,6 +36,7 @@ from bench.system import (
     core_seconds,
 )
 from bench.table import machine, medians, section
+from edm.doctor import find_mpirun
 
 HERE = Path(__file__).parent
 SIZES = ((512, 128), (6144, 1536))  # MiB of memory, and of it resident
@@ -57,11 +58,6 @@ assert primes[-1] == 997
 # ---------------------------------------------------------------- running a system
 
 
-def mpirun() -> str | None:
-    """The path of mpirun: the one of this Python's environment, else the one on PATH."""
-    return shutil.which("mpirun", path=f"{sys.prefix}/bin:{os.environ['PATH']}")
-
-
 def run_once(system: str, load: Load, folder: Path) -> dict:
     """One run of one system: what bench/system.py prints."""
     described = json.dumps(dataclasses.asdict(load))
@@ -72,7 +68,7 @@ def run_once(system: str, load: Load, folder: Path) -> dict:
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         if system in OVER_MPI:
-            words = [mpirun(), "-n", str(OVER_MPI[system] + 1), *words]
+            words = [find_mpirun(), "-n", str(OVER_MPI[system] + 1), *words]
         elif system in (SWAP, SWAP_4, MAPPED):
             own = (1 << 20) + 4 * load.pages  # the process's own memory, with the versions
             words.append(stack.enter_context(memory_cgroup((load.resident << 20) + own)))
@@ -96,7 +92,7 @@ def why_not(system: str, size: int, folder: Path) -> str:
         return "needs root, for a memory cgroup"
     if system in (SWAP, SWAP_4) and not shutil.which("swapon"):
         return "there is no swapon"
-    if system in OVER_MPI and not mpirun():
+    if system in OVER_MPI and not find_mpirun():
         return "there is no mpirun"
     needed = 2 * size + 1024  # the swap file stays; the floor has each page twice
     what, free = "disk in /var/tmp", shutil.disk_usage(folder).free >> 20

@@ -253,6 +253,8 @@ def main(arguments: list[str]) -> None:
         for name in args.only or PROGRAMS
         if importlib.util.find_spec(PROGRAMS[name][1].partition(".")[0])
     ]
+    if not names:
+        parser.error(f"--only: {', '.join(args.only)} needs a package that is not installed")
     args.output.mkdir(exist_ok=True)
     at_start, began, (_, stolen) = os.getloadavg()[0], time.monotonic(), core_seconds()
     with tempfile.TemporaryDirectory(prefix="edm-bench-", dir="/var/tmp") as folder:
