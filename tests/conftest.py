@@ -149,7 +149,10 @@ def wait_until_gone(job: Job, seconds: float = 5) -> None:
 def has_ended(pid: int) -> bool:
     """Has this process ended? If its parent has not waited for it, it has, too."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            in "ZX"
+        )
     except OSError:
         return True
 
@@ -230,7 +233,12 @@ class Job(subprocess.Popen):
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+                state, parent = (
+                    Path(f"/proc/{pid}/stat")
+                    .read_text(errors="replace")
+                    .rpartition(")")[2]
+                    .split()[:2]
+                )
             except OSError:
                 continue  # it ended while we looked, or is another user's
             if self.mark.encode() in environment and state != "Z":
@@ -268,7 +276,9 @@ class Job(subprocess.Popen):
         """The rank that a process is; None for others, and children of ranks."""
         try:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+            parent = (
+                Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+            )
             parents = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
         except OSError:
             return None

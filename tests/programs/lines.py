@@ -100,8 +100,13 @@ def closing(first, second):
 
 
 def named(first, second):
-    ctypes.CDLL(None).prctl(15, b"fourteen bytes\xc3", 0, 0, 0)  # PR_SET_NAME
-    work(first, second)
+    def name_and_work():
+        ctypes.CDLL(None).prctl(15, b"fourteen bytes\xc3", 0, 0, 0)  # PR_SET_NAME
+        work(first, second)
+
+    worker = threading.Thread(target=name_and_work)
+    worker.start()
+    worker.join()
 
 
 def reading(first, second):

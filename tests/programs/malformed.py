@@ -32,7 +32,7 @@ def request(kind, page=0, count=0, more=0, body=b""):
 
 PAGE = bytes(PAGE_SIZE)
 GEOMETRY = (m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE, *Share()[1:])
-RUN = m.RUN.pack(1, 1)
+RUN = m.DIRTY.pack(1, 1)
 EVICTION = {"page": 1, "count": 1, "more": 1, "body": RUN + PAGE}
 # One right request of each kind, in an order in which each of them can be done.
 RIGHT = {
@@ -78,7 +78,7 @@ def malform():
                 refused(f"kind {kind} with {field} {value!r}", request(**wrong), reason)
         if kind in (m.EVICT, m.STORE):
             for run in ((PAGES, 1), (1, 0), (1, 2), (0, 1), (2, 1), (1, 1 << 31), (1 << 63, 1)):
-                wrong = {**right, "body": m.RUN.pack(*run) + PAGE}
+                wrong = {**right, "body": m.DIRTY.pack(*run) + PAGE}
                 refused(f"a run {run}", request(kind, **wrong), "dirty pages from page")
         if kind != m.BYE:  # it is said at the end
             got, _, said = ask(request(kind, **right))
