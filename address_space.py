@@ -142,6 +142,8 @@ class Space:
         self._freeing: deque[tuple[int, int, int]] = deque()
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
             closed = partial(_closed_by, at_the_end)
+            # In what another thread forks meanwhile; later the stack is empty.
+            os.register_at_fork(after_in_child=at_the_end.close)
             if_it_fails.callback(control.close)
             memfd = closed(os.memfd_create("edm"))
             self._map(memfd)
@@ -193,7 +195,7 @@ class Space:
         block, restore = u.signal_mask()
         os.register_at_fork(before=block, after_in_parent=restore, after_in_child=self._forked)
         os.register_at_fork(after_in_child=restore)
-        atexit.register(self._end, config.stats)
+        atexit.register(self._end)
 
     # ------------------------------------------------------------ the API
 
@@ -413,31 +415,36 @@ class Space:
             return os.fstat(self._socket).st_ino == self._socket_is
         return False
 
-    def _end(self, prints: bool) -> None:
-        """At the interpreter's end, wait until the pager has printed everything: the shell's prompt
-        comes next. prints: the pager prints a table, which comes after the program's output."""
-        if prints and sys.stdout is not None:
-            with contextlib.suppress(Exception):  # Python tries again, and reports the error
-                sys.stdout.flush()
+    def _end(self) -> None:
+        """At the interpreter's end, wait until the pager has printed everything: the shell's prompt comes
+        next. If it can't sync a kept disk, the status is 2."""
+        # A table comes after the program's output. If this fails, Python tries again, and reports the error.
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
         # RuntimeError: the space has ended, or a signal handler exits during a call
-        with contextlib.suppress(OSError, RuntimeError):
-            self._call(mailbox.END)
+        with contextlib.suppress(RuntimeError):
+            try:
+                self._call(mailbox.END)
+            except OSError:  # the pager prints why
+                os._exit(2)
 
     @_locked
     def close(self) -> None:
-        """End the space and its pager. A kept disk is synced. Nothing may use an area any more."""
-        if not (connected := self._has_socket()):
-            with contextlib.suppress(OSError):  # the pager prints it
-                self._mailbox.call(mailbox.END)
-        self.is_over = True  # a signal handler may raise from here on
-        self._mailbox.ask(mailbox.CLOSE)
+        """End the space and its pager. Nothing may use an area any more. A kept disk is synced; raises OSError
+        if it can't be."""
+        connected = self._has_socket()
         try:
-            while connected and os.read(self._socket, 1):  # the answer; then the pager has ended
-                pass
+            self._mailbox.call(mailbox.END)
         finally:
-            if connected:
-                os.close(self._socket)
-            self._unmap()
+            self.is_over = True  # a signal handler may raise from here on
+            self._mailbox.ask(mailbox.CLOSE)
+            try:
+                while connected and os.read(self._socket, 1):
+                    pass  # the answer to HELLO; then the pager has ended
+            finally:
+                if connected:
+                    os.close(self._socket)
+                self._unmap()
 
     # ------------------------------------------------------------ forked children
 

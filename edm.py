@@ -246,8 +246,7 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     number, ranks = launched()
     if config.dms and ranks <= config.dms:
         leave_to_rank_0()
-        n = config.dms + 1  # with one that is an instance
-        raise ValueError(f"dms: needs at least {n} MPI ranks: mpirun -n {n} python ...")
+        raise ValueError(f"dms: needs more MPI ranks: mpirun -n {config.dms + 1} python ...")
     # If standard streams are closed, EDM's descriptors would get their numbers, the lowest ones.
     with contextlib.ExitStack() as held:
         while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:

@@ -69,7 +69,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
     program = arguments[len(arguments) - len(args.program) :]
     try:
         return args, _config(args), _as_python_takes_it(program)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         refuse(parser, error)
 
 

@@ -393,7 +393,8 @@ class Lpet:
             for at, content in dirty:
                 if track_clean:
                     self._protect(at, len(content), True)
-                os.preadv(self._memfd, [content], at * PAGE_SIZE)
+                if os.preadv(self._memfd, [content], at * PAGE_SIZE) < len(content):
+                    raise OSError(errno.EIO, "preadv: a page of the memfd can't be read")
             if dirty:
                 self._store.put([], dirty)
         except OSError:

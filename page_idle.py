@@ -121,7 +121,7 @@ def drain_lru_batches() -> None:
     Asking for a mapped page of a file to be dropped from the page cache does that: it can't be
     dropped, and the kernel thinks that a batch may hold it (mm/fadvise.c, lru_add_drain_all).
     """
-    with open(sys.executable, "rb") as mapped:
+    with open("/proc/self/exe", "rb") as mapped:
         os.posix_fadvise(mapped.fileno(), 0, PAGE_SIZE, os.POSIX_FADV_DONTNEED)
 
 

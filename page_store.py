@@ -462,10 +462,10 @@ class PageStore:
 
     def close(self) -> None:
         """Close the disk. If it is not kept, it is empty, or gone if it has no name."""
-        if not self.kept:
-            with suppress(OSError):  # it is only room
-                os.ftruncate(self.fd, 0)
-        os.close(self.fd)
+        # A network file system may report errors here. A kept disk has been synced; else it is only room.
+        with suppress(OSError), open(self.fd, "r+b", 0) as disk:
+            if not self.kept:
+                disk.truncate(0)
 
     def _address(self, page: int) -> int:
         return self._start + self._share.page(page) * PAGE_SIZE

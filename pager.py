@@ -68,6 +68,7 @@ from edm.edm import tell
 from edm.lpet import Lpet
 from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
+from edm.report import Report, table
 from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
@@ -120,12 +121,10 @@ class Pager:
         self._report = None
         live = config.progress and sys.stderr.isatty()
         if live or config.report:
-            from edm.report import Report  # it takes long to import
-
             self._report = Report(self._title, start, lspt.read, live)
             self._handler.came = self._report.came
         if lines:
-            from edm.lines import Lines  # its imports take long, too
+            from edm.lines import Lines  # its imports take long
 
             self._handler.lines = Lines(self._application, *hello.lines, *lines, lspt)
             self._report.lines = self._handler.lines.found
@@ -149,6 +148,8 @@ class Pager:
         lpet = self._new_lpet().run if self._over_mpi else self._fork_lpet()
         for body in (self._handler.run, lpet, self._answer):
             self._start_thread(body)
+        if self._store.kept:  # later, forked children may have taken all descriptors
+            _ = self._lpet
         # There has to be room for two more descriptors, which a sync or a system call needs.
         for fd in os.pipe():
             os.close(fd)
@@ -420,8 +421,6 @@ class Pager:
             except OSError as error:
                 LOG.error("report: %s", error)
         if config.stats:
-            from edm.report import table  # it takes long to import
-
             tell(table(figures, self._title))
 
     def figures(self) -> dict[str, object]:

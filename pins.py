@@ -99,10 +99,10 @@ def _goes_on(thread: int, used: int, number: int, *arguments: int) -> bool:
     try:
         with open(f"/proc/{thread}/syscall", "rb", 0) as file:
             now = file.read().decode().split()[:7]
-    except PermissionError:
-        now = ["running"]
-    except OSError:  # the thread has ended
+    except (FileNotFoundError, ProcessLookupError):  # the thread has ended
         return False
+    except OSError:  # EPERM, EMFILE
+        now = ["running"]
     if now == ["running"]:
         return _used_by(thread) - used < RUNNING
     return now == [str(number), *map(hex, arguments)]

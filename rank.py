@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 from edm import log
 from edm.address_space import socket_pair
-from edm.edm import PRINTING, Config, launched, leave_to_rank_0, tell
+from edm.edm import PRINTING, Config, launched, tell
 from edm.messages import DMSGone
 
 # <linux/pidfd.h>
@@ -119,8 +119,8 @@ def _run(config: Config, application: int, control: Any) -> None:
     try:
         from mpi4py import MPI  # this initialises MPI: not before the fork
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no library
-        leave_to_rank_0()
-        os._exit(print_error(OSError(f"MPI: {error}; see: python -m edm doctor")))
+        time.sleep(PRINTING if launched()[0] else 0)  # rank 0 prints it
+        os._exit(2 if launched()[0] else print_error(OSError(f"MPI: {error}; see edm doctor")))
 
     sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
     world, dms = MPI.COMM_WORLD, config.dms or 1
@@ -185,7 +185,7 @@ def _page(comm: Any, dms: int, application: int, control: Any) -> int:
         _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])
     if status < 0 and not failed:
-        name = signal.Signals(-status).name
+        name = next((s.name for s in signal.Signals if s == -status), f"signal {-status}")
         log.logger("EDM CLIENT").error("the application was killed by %s", name)
         return 128 - status
     return failed or status

@@ -30,7 +30,6 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from pathlib import Path
 
 from edm.dm_handler import WAITS
 from edm.edm import tell
@@ -160,6 +159,8 @@ class Report:
             "areas": _largest([*areas, *self._gone]),
             "areas_in_all": self._areas,
         }
+        from pathlib import Path  # it takes long to import
+
         text = json.dumps(content).replace("<", "\\u003c")  # a name can't end the script
         page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
         Path(path).write_text(page.replace("REPORT_AS_JSON", text), encoding="utf-8")

@@ -376,8 +376,8 @@ def _wait_for_room(fd: int, thread: int) -> None:
     while not poll.poll(SIGNAL_LOOK if blocks else 0):
         if not blocks:
             raise OSError(errno.EAGAIN, "no room")
-        with open(f"/proc/{thread}/status", errors="replace") as file:  # it has the thread's name
-            fields = dict(line.split(":\t", 1) for line in file)
+        with open(f"/proc/{thread}/status", "rb") as file:  # the thread's name may be any bytes
+            fields = dict(line.decode("latin-1").split(":\t", 1) for line in file)
         mask = {name: int(fields[name], 16) for name in ("SigPnd", "ShdPnd", "SigCgt", "SigBlk")}
         if (mask["SigPnd"] | mask["ShdPnd"]) & mask["SigCgt"] & ~mask["SigBlk"]:
             raise OSError(errno.EINTR, "a signal has come")

@@ -247,7 +247,7 @@ def test_variables_that_a_launcher_has_left_make_no_rank(monkeypatch, variables,
 def test_a_dms_needs_ranks_and_is_refused_before_anything_starts(monkeypatch):
     for name in RANKS:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match=r"^dms: needs at least 2 MPI ranks.*mpirun -n 2"):
+    with pytest.raises(ValueError, match=r"^dms: needs more MPI ranks.*mpirun -n 2"):
         edm.run(lambda space: pytest.fail("it was started"), Config(dms=1))
 
 
@@ -336,6 +336,15 @@ def test_a_job_without_an_mpi_ends_with_one_line_and_status_2(mpirun):
     told = [line for line in ended.stdout.splitlines() if "edm: error" in line]
     assert ended.returncode == 2 and len(told) == 1, ended.stdout
     assert "MPI: import of mpi4py halted" in told[0] and "Traceback" not in ended.stdout
+
+
+def test_under_edm_run_such_a_job_does_so_too(run, mpirun_command, tmp_path):
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('there is none')")
+    command = mpirun_command("-m", "edm", "run", "--dms", "1", "-c", "pass", ranks=3)
+    ended = run("env", f"PYTHONPATH={tmp_path}", *command)
+    told = [line for line in ended.stdout.splitlines() if "edm: error" in line]
+    assert ended.returncode == 2 and len(told) == 1 and "there is none" in told[0], ended.stdout
+    assert "Fatal" not in ended.stdout and "Traceback" not in ended.stdout
 
 
 def test_after_the_run_a_dms_handles_signals_as_before_whatever_the_programs_defaults(mpirun):

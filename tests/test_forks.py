@@ -26,6 +26,43 @@ def test_on_one_machine_they_do_so_from_wherever_they_are_forked(alone, case):
     assert (ended.returncode, ended.stdout) == (0, "")
 
 
+FORKED_MEANWHILE = """
+import edm, os, threading
+children, done = [], []
+def forks():
+    while not done:
+        if not (child := os.fork()):
+            os.read(out, 1)
+            os._exit(0)
+        children.append(child)
+out, into = os.pipe()
+thread = threading.Thread(target=forks)
+thread.start()
+while len(children) < 3:
+    pass
+edm.start()
+done.append(True)
+thread.join()
+memory, ours = os.stat(edm.space()._socket), set()
+for child in children:
+    for fd in os.listdir(f"/proc/{child}/fd"):
+        try:
+            ours.add(os.readlink(f"/proc/{child}/fd/{fd}").partition(" ")[0])
+        except OSError:
+            pass
+print(sorted(name for name in ours if "userfaultfd" in name))
+os.write(into, b"x" * len(children))
+for child in children:
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_child_that_a_thread_forks_while_edm_starts_keeps_nothing_of_edms(alone):
+    """It would keep a page fault of the application asleep when the pager is killed."""
+    ended = alone.run("-W", "ignore::DeprecationWarning", "-c", FORKED_MEANWHILE)
+    assert (ended.returncode, ended.stdout) == (0, "[]\n")
+
+
 @pytest.mark.parametrize("case", [["limited"], ["crowd"], ["reads", "twice"]])
 def test_on_one_machine_children_that_are_many_or_can_not_be_served_harm_nobody(alone, case):
     ended = alone.run(PROGRAMS / "forks.py", *case)

@@ -776,6 +776,15 @@ def test_storing_sends_the_dirty_pages_and_keeps_them(make):
     assert instance.pipe_is_empty()
 
 
+def test_bytes_that_cant_be_read_are_not_stored(make, monkeypatch):
+    instance = make()
+    instance.come((10, 3))
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, at: len(parts[0]) - PAGE_SIZE)
+    with pytest.raises(OSError, match="can't be read"):
+        instance.lpet.store(False)
+    assert instance.store.pages == {} and instance.here() == [10, 11, 12]
+
+
 def test_nothing_that_was_written_asks_nothing_of_the_store(make):
     instance = make()
     assert instance.lpet.store(track_clean=True) == 0

@@ -14,6 +14,7 @@ the disk is full, or a write fails (ENOSPC, EIO, short writes)
     test_refusals_after_a_long_silence_do_not_end_the_job_at_once
     test_an_area_can_be_unmapped_while_the_disk_refuses_everything
     test_when_the_disk_is_full_and_the_application_can_go_no_further_the_job_ends_and_says_why
+    test_a_program_whose_kept_disk_is_full_at_its_end_does_not_end_as_if_all_were_well
     test_on_a_full_file_system_what_no_sync_needs_makes_room_for_what_is_new
 a page can't be read back: an I/O error, or a checksum of a kept disk is wrong
     test_a_page_that_can_not_be_read_is_a_sigbus_too
@@ -143,6 +144,35 @@ def test_refusals_after_a_long_silence_do_not_end_the_job_at_once(way, tmp_path)
 def test_an_area_can_be_unmapped_while_the_disk_refuses_everything(way, tmp_path):
     ended = way.run(PROGRAMS / "refused.py", tmp_path / "disk", "munmap")
     assert ended.returncode == 0 and "refused SUCCESS" in ended.stdout, ended.stdout
+
+
+FULL_AT_THE_END = """
+import edm, sys
+disk, how = sys.argv[1:]
+config = edm.Config(high_threshold=8192, disk=disk, keep=True, end_addr=0x1008000000)
+def app(space):
+    area = space.mmap(16 << 20)
+    for page in range(0, len(area), edm.PAGE_SIZE):
+        area[page] = 1
+    print("all is written", flush=True)
+if how == "start":
+    app(edm.start(config))
+else:
+    try:
+        edm.run(app, config)
+    except OSError as error:
+        sys.exit(f"raised: {error}")
+"""
+
+
+@pytest.mark.parametrize("how", ["start", "run"])
+def test_a_program_whose_kept_disk_is_full_at_its_end_does_not_end_as_if_all_were_well(
+    way, small_file_system, how
+):
+    ended = way.run("-c", FULL_AT_THE_END, small_file_system / "disk", how)
+    assert "all is written" in ended.stdout and "is not on the disk" in ended.stdout
+    assert ended.returncode == (1 if way.alone and how == "run" else 2), ended.stdout
+    assert (how == "run") == ("raised: [Errno 28] No space left on device" in ended.stdout)
 
 
 @pytest.mark.parametrize("thresholds", [[], ["close"]], ids=["apart", "close"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import resource
@@ -238,7 +239,9 @@ def test_a_write_waits_for_room_whatever_its_thread_is_called():
     named, done, failed = threading.Event(), threading.Event(), []
 
     def caller():
-        name = ctypes.create_string_buffer(b"fourteen bytes\xc3")  # the kernel cuts a name at 15
+        name = ctypes.create_string_buffer(
+            b"a line's end\r\xc3\xa4"
+        )  # the kernel cuts a name at 15
         ctypes.CDLL(None).prctl(15, name, 0, 0, 0)  # PR_SET_NAME
         named.set()
         done.wait()
@@ -366,6 +369,17 @@ def test_a_pin_holds_as_long_as_the_thread_is_in_that_call(lspt, reading, monkey
     assert leaving(lspt, 100, 10) == []
     lspt.pins.drop_ended(109, 1)
     assert leaving(lspt, 100, 10) == [(100, 10)]
+
+
+def test_a_pin_holds_if_nothing_can_be_known_of_its_thread(lspt, monkeypatch):
+    lspt.pins.pin([range(100, 110)], 1, os.getpid(), CALL)
+
+    def none_left(*arguments):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(p, "open", none_left, raising=False)
+    lspt.pins.drop_ended(0, 1000)
+    assert leaving(lspt, 90, 30) == [(90, 10), (110, 10)]
 
 
 def test_a_pin_of_a_thread_that_runs_holds_until_it_has_used_the_processor_for_longer(lspt, start):
