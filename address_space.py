@@ -169,12 +169,11 @@ class Space:
                 u.prctl(u.PR_SET_PTRACER, pager)
             listener = []
             if how == u.USER_MODE:
-                from edm import system_calls  # root does not need it
+                from edm import system_calls as calls  # root does not need it
 
                 # EBUSY: EDM in EDM. EPERM, EINVAL, ENOSYS: a sandbox.
                 with contextlib.suppress(OSError):
-                    fd = system_calls.listener(self.start_addr, self.end_addr, lasts)
-                    listener = [closed(fd)]
+                    listener = [closed(calls.listener(self.start_addr, self.end_addr, lasts))]
             send(control, b"listener", listener)  # system calls may be waiting for it already
         self._socket = _high(control.detach())
         self._socket_is = os.fstat(self._socket).st_ino

@@ -58,8 +58,6 @@ WELCOME = Struct("<IQQ iQ36s")
 DIRTY = Struct("<QI")  # the first page of a run, and its pages
 ERRNO = Struct("<I")
 
-Part = bytes | memoryview  # of a message's body
-
 MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (DIRTY.size + PAGE_SIZE)  # bytes
 
 
@@ -102,7 +100,7 @@ class MessageBuffer:
         self.body = memory[PAGE_SIZE:]
 
     def message(
-        self, kind: int, count: int = 0, page: int = 0, more: int = 0, *parts: Part
+        self, kind: int, count: int = 0, page: int = 0, more: int = 0, *parts: bytes
     ) -> memoryview:
         """Write the header, and the parts of the body behind each other. Returns the message."""
         HEADER.pack_into(self.whole, 0, kind, more, count, page)

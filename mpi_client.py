@@ -54,7 +54,7 @@ class Slot:
         self.content_address = ctypes.addressof(ctypes.c_char.from_buffer(self.answer.body))
         self._comm, self._tag = comm, tag
 
-    def send(self, dms: int, kind: int, count: int, page: int, more: int, *body: m.Part) -> None:
+    def send(self, dms: int, kind: int, count: int, page: int, more: int, *body: bytes) -> None:
         """Send this DMS the question; wait for nothing."""
         self.dms = dms
         message = self.question.message(kind, count, page, more, *body)

@@ -82,8 +82,9 @@ progress: if one disk does not offer the newer epoch, no disk has done step 4, a
 older one. If all offer it, it is complete. A disk that starts from the older epoch repairs its headers, as
 after any crash.
 
-A block is damaged if its crc32 is wrong, its number is not its own, or its epoch is later than the
-header's. Its pages can't be read until they are written or freed.
+A block is damaged if its crc32 is wrong, its number is not its own, its epoch is later than the header's, or
+it is zeros although the other copy has it from an earlier sync. Its pages can't be read until they are written
+or freed.
 
 A page whose put has failed is TORN: the bytes at its new place are undefined. No sync succeeds until
 the page is written or freed.
@@ -500,7 +501,7 @@ class PageStore:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"disk: {path} is in use by another job") from None
+            raise ValueError(f"disk: {path} is in use by another job, or was just now") from None
         # Without data, the file is new, or a job was killed before it wrote the header.
         begun = any(data(self.fd, 0, os.fstat(self.fd).st_size))
         self.offers = self._read_header(path) if begun else range(1)
@@ -587,23 +588,25 @@ class PageStore:
             first, last = (at - TABLE) // BLOCK_SIZE, (at - TABLE + length - 1) // BLOCK_SIZE
             in_file.update(number % self._blocks for number in range(first, last + 1))
         for block in in_file:
-            places, crcs = self._read_block(now, block)
+            other = self._read_block(1 - now, block, True)
+            # Two syncs write a block. So if the last but one has it, the last one has it, too.
+            places, crcs = self._read_block(now, block, UNREADABLE in other[0] or not any(other[1]))
             # A damaged block is written, too: if it is of a sync that was interrupted, the next epoch would
             # make it valid.
-            same = (places, crcs) == self._read_block(1 - now, block) and UNREADABLE not in places
+            same = (places, crcs) == other and UNREADABLE not in places
             self._changed[block] = SAME if same else WRITE_TWICE
             page = block * BLOCK_PAGES
             for table in (self.spt, self._synced):
                 table.write(page, places)
             self._crcs[page : page + len(places)] = memoryview(crcs).cast("I")
 
-    def _read_block(self, table: int, block: int) -> tuple[bytes, bytes]:
-        """The places of this block's pages, and their crc32s."""
+    def _read_block(self, table: int, block: int, may_be_new: bool) -> tuple[bytes, bytes]:
+        """The places of this block's pages, and their crc32s. may_be_new: it may be zeros."""
         count = min(BLOCK_PAGES, self.spt.pages - block * BLOCK_PAGES)
         raw = self._pread(BLOCK_SIZE, self._block_place(table, block))
         number, epoch, places, crcs = BLOCK.unpack(raw[:-CRC])
         right = raw == _sealed(raw[:-CRC]) and number == block and epoch <= self._words[EPOCH]
-        if any(raw) and not right:
+        if not right and (any(raw) or not may_be_new):
             return bytes((UNREADABLE,)) * count, bytes(4 * count)
         return places[:count], crcs[: 4 * count]
 

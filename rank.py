@@ -163,6 +163,7 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
     control.send(f"the DMS of rank {comm.rank} on host {here} has died".encode())
     for number in OF_LAUNCHER:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_LAUNCHER)  # blocked, they stay pending
     try:
         dms.serve()
     finally:

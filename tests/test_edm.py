@@ -330,6 +330,27 @@ print(rank.fork_application(Config())[1], flush=True)
     assert ended.stdout == "70000\n", ended.stderr
 
 
+def test_a_dms_ignores_the_launchers_signals_for_good_while_it_serves(mpirun, tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+import edm
+from edm.edm import launched
+if launched()[0] == 0:
+    Path({str(tmp_path / "dms")!r}).write_text(str(os.getpid()))
+def app(space):
+    space.mmap(1 << 20)[0] = 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(int(Path({str(tmp_path / "dms")!r}).read_text()), number)
+    print("application", flush=True)
+edm.run(app)
+print("done", flush=True)
+"""
+    ended = mpirun("-c", code)
+    assert ended.returncode == 0, ended.stdout
+    assert sorted(ended.stdout.split()) == ["application", "done", "done"]
+
+
 def test_a_job_without_an_mpi_ends_with_one_line_and_status_2(mpirun):
     code = "import sys; sys.modules['mpi4py'] = None; import edm; edm.main(print, edm.Config())"
     ended = mpirun("-c", code)

@@ -935,6 +935,25 @@ def test_after_a_sync_that_failed_none_succeeds_and_nothing_is_written_over_what
     assert Kept(path).read(0) == content(2 if "second" in fails else 1)
 
 
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_a_block_of_the_table_that_has_become_zeros_is_damaged_and_not_new(path, epoch):
+    kept = Kept(path, START, START + 2 * BLOCK_PAGES * PAGE_SIZE)
+    kept.write(0, 1)
+    kept.write(BLOCK_PAGES, 2)
+    for _ in range(epoch):
+        kept.sync()
+    os.pwrite(kept.fd, bytes(BLOCK_SIZE), kept.store._block_place(epoch % 2, 0))
+    kept.close()
+    again = Kept(path, START, START + 2 * BLOCK_PAGES * PAGE_SIZE)
+    with pytest.raises(OSError, match="damaged"):
+        again.read(0)
+    assert again.read(BLOCK_PAGES) == content(2)
+    again.write(0, 3)
+    again.sync()
+    again.close()
+    assert Kept(path, START, START + 2 * BLOCK_PAGES * PAGE_SIZE).read(0) == content(3)
+
+
 def test_a_disk_whose_sync_another_dms_has_ended_midway_refuses_writes_and_says_why(path):
     kept = Kept(path)
     kept.write(0, 1)
