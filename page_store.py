@@ -501,7 +501,7 @@ class PageStore:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"disk: {path} is in use by another job, or is being written") from None
+            raise ValueError(f"disk: {path} is in use by another job, or just was") from None
         # Without data, the file is new, or a job was killed before it wrote the header.
         begun = any(data(self.fd, 0, os.fstat(self.fd).st_size))
         self.offers = self._read_header(path) if begun else range(1)
