@@ -189,9 +189,9 @@ _space: Space | None = None  # of this process, if it is an application
 def run(app: Callable[[Space], object], config: Config | None = None) -> None:
     """Run app(space), with a space that begins and ends with it.
 
-    Raises what app raises. Before app is called, raises ValueError for settings that are not possible
-    here (the range overlaps another mapping of the process, ...), and OSError for what this machine
-    lacks or what failed.
+    Raises what app raises, and OSError if a kept disk can't be synced when it has ended. Before app is
+    called, raises ValueError for settings that are not possible here (the range overlaps another
+    mapping of the process, ...), and OSError for what this machine lacks or what failed.
 
     Under mpirun -n 2 or more every rank calls this, once. It returns in a DMS when the applications
     have ended, and in each application.
