@@ -352,7 +352,7 @@ class Pager:
             return marshal.dumps(self.figures())
         elif what == mailbox.SYNC:
             return b"%d" % self._sync()
-        else:  # END: the application's interpreter ends; or CLOSE
+        elif what == mailbox.END:  # the interpreter ends; or Space.close, before its CLOSE
             self._end()
         return b""
 

@@ -26,7 +26,6 @@ more than CELLS counts of places, neighbouring places are merged in pairs. Of th
 the largest AREAS are kept.
 """
 
-import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -159,7 +158,8 @@ class Report:
             "areas": _largest([*areas, *self._gone]),
             "areas_in_all": self._areas,
         }
-        from pathlib import Path  # it takes long to import
+        import json  # both take long to import
+        from pathlib import Path
 
         text = json.dumps(content).replace("<", "\\u003c")  # a name can't end the script
         page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")

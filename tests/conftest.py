@@ -146,13 +146,15 @@ def wait_until_gone(job: Job, seconds: float = 5) -> None:
         time.sleep(0.005)
 
 
+def stat_of(pid: int | str) -> list[str]:
+    """A process's state and its parent, of proc_pid_stat(5). Its name before them may be any bytes."""
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+
+
 def has_ended(pid: int) -> bool:
     """Has this process ended? If its parent has not waited for it, it has, too."""
     try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-            in "ZX"
-        )
+        return stat_of(pid)[0] in "ZX"
     except OSError:
         return True
 
@@ -233,12 +235,7 @@ class Job(subprocess.Popen):
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                state, parent = (
-                    Path(f"/proc/{pid}/stat")
-                    .read_text(errors="replace")
-                    .rpartition(")")[2]
-                    .split()[:2]
-                )
+                state, parent = stat_of(pid)
             except OSError:
                 continue  # it ended while we looked, or is another user's
             if self.mark.encode() in environment and state != "Z":
@@ -276,9 +273,7 @@ class Job(subprocess.Popen):
         """The rank that a process is; None for others, and children of ranks."""
         try:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            parent = (
-                Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1]
-            )
+            parent = stat_of(pid)[1]
             parents = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
         except OSError:
             return None

@@ -239,9 +239,8 @@ def test_a_write_waits_for_room_whatever_its_thread_is_called():
     named, done, failed = threading.Event(), threading.Event(), []
 
     def caller():
-        name = ctypes.create_string_buffer(
-            b"a line's end\r\xc3\xa4"
-        )  # the kernel cuts a name at 15
+        # The kernel cuts a name at 15 bytes.
+        name = ctypes.create_string_buffer(b"a line's end\r\xc3\xa4")
         ctypes.CDLL(None).prctl(15, name, 0, 0, 0)  # PR_SET_NAME
         named.set()
         done.wait()
