@@ -33,10 +33,12 @@ children, done = [], []
 def forks():
     while not done:
         if not (child := os.fork()):
+            os.write(ready, b"x")  # its fork hooks have ended
             os.read(out, 1)
             os._exit(0)
         children.append(child)
 out, into = os.pipe()
+are_ready, ready = os.pipe()
 thread = threading.Thread(target=forks)
 thread.start()
 while len(children) < 3:
@@ -44,7 +46,9 @@ while len(children) < 3:
 edm.start()
 done.append(True)
 thread.join()
-kept = set()
+kept, count = set(), 0
+while count < len(children):
+    count += len(os.read(are_ready, 1 << 16))
 for child in children:
     for fd in os.listdir(f"/proc/{child}/fd"):
         if int(fd) < HIGH:  # a child that was forked after the start has a userfaultfd of its own, above
