@@ -96,7 +96,8 @@ np.ones(1 << 20)
 sys.addaudithook(lambda event, arguments: seen.append(event))
 array = np.ones(1 << 21)
 del array
-print(seen)
+# From Python 3.14 on, each call by ctypes is an event.
+print({*seen} - {"ctypes.call_function"} if sys.version_info >= (3, 14) else seen)
 """
     ended = run(*EDM_RUN, "-c", code)
     assert (ended.returncode, ended.stdout) == (0, plain("-c", code))
@@ -315,7 +316,7 @@ AT_THE_END = """
 import atexit, numpy as np, resource
 atexit._run_exitfuncs()
 a = np.ones(10)
-a.resize(1 << 20)
+a.resize(1 << 20, refcheck=False)
 print(a.sum(), np.fromiter(range(1000), int).sum())
 for _ in range(200):
     np.ones(1 << 20)
