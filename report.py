@@ -95,20 +95,17 @@ class Report:
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
         self._gone: list[dict] = []  # the largest first
         self.lines: dict[tuple, list[int]] = {}  # what lines.py has found
-        self._areas = 0  # how many there were in all
+        self._ended_areas = 0  # how many were unmapped
 
     def mapped(self, page: int, count: int, name: str) -> None:
         """An area begins at this page of the space, with count pages; or it has grown to count pages."""
-        if grown := self._here.get(page):
-            grown["count"] = count
-            return
-        times = {"mapped": time.monotonic(), "unmapped": None}
-        self._here[page] = {"page": page, "count": count, "name": name, **times}
-        self._areas += 1
+        new = {"page": page, "name": name, "mapped": time.monotonic(), "unmapped": None}
+        self._here.setdefault(page, new)["count"] = count
 
     def unmapped(self, page: int) -> None:
         """Before the area's pages are freed."""
         if area := self._here.pop(page, None):  # None: this was called before
+            self._ended_areas += 1
             area["unmapped"] = time.monotonic()
             self._gone = _largest([*self._gone, self._ended(area)])
 
@@ -156,7 +153,7 @@ class Report:
             "latencies": latencies,
             "lines": [[*key, *found] for key, found in self.lines.copy().items()],
             "areas": _largest([*areas, *self._gone]),
-            "areas_in_all": self._areas,
+            "areas_in_all": self._ended_areas + len(self._here),
         }
         import json  # both take long to import
         from pathlib import Path
