@@ -102,8 +102,8 @@ class Lpet:
         size = fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ)
         self._batch = min(batch, size // PAGE_SIZE)
         self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the claimed pages
-        bitmap = tracker == BitmapTracker.name
-        self._tracker = BitmapTracker(pagemap) if bitmap else UnmapTracker(pagemap, self._unmap)
+        by_bitmap = tracker == "bitmap"
+        self._tracker = BitmapTracker(pagemap) if by_bitmap else UnmapTracker(pagemap, self._unmap)
         self._hand = 0  # the page where the clock goes on
         # The generation of the clock's last whole turn. Another turn in it would find no page that is AGE old.
         self._turned = -1
@@ -264,7 +264,7 @@ class Lpet:
             for part in self._parts(itertools.chain(behind, self._lspt.occupied(0, start))):
                 self._hand = sum(part)
                 which = self._lspt.older_than(age)
-                if age > 0 and self._tracker.name == BitmapTracker.name:
+                if age > 0 and isinstance(self._tracker, BitmapTracker):
                     self._pass_used(*part, which)
                 gone += self._evict_all([part], which)
                 if gone >= needed or self._lspt.stopped():

@@ -80,8 +80,6 @@ class Pagemap:
 
 
 class BitmapTracker:
-    name = "bitmap"
-
     def __init__(self, pagemap: Pagemap, path: str = BITMAP) -> None:
         self._pagemap = pagemap
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -126,8 +124,6 @@ def drain_lru_batches() -> None:
 
 
 class UnmapTracker:
-    name = "unmap"
-
     def __init__(self, pagemap: Pagemap, unmap: Callable[[Iterable[Run]], None]) -> None:
         """unmap takes pages out of the page table, and leaves them in the memfd."""
         self._pagemap, self.mark_idle = pagemap, unmap

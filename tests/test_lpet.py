@@ -22,7 +22,7 @@ from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.lpet import AGE, Lpet
 from edm.lspt import ANY_HERE, AWAY, COMING, HERE, LEAVING, LOST, LSPT, NEW, NO_HOLES, SMALL
-from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
+from edm.page_idle import BitmapTracker, Pagemap, pages_in
 from edm.uffd_ctypes import PAGE_SIZE
 
 
@@ -117,14 +117,18 @@ class FakeUffd:
 class FakeTracker:
     """Pages are idle if they are in idle_pages."""
 
-    def __init__(self, name=UnmapTracker.name):
-        self.name, self.idle_pages, self.marked = name, set(), []
+    def __init__(self):
+        self.idle_pages, self.marked = set(), []
 
     def idle(self, runs):
         return self.idle_pages.intersection(pages_in(runs))
 
     def mark_idle(self, runs):
         self.marked += pages_in(runs)
+
+
+class FakeBitmap(FakeTracker, BitmapTracker):
+    """The kernel's idle bitmap says which."""
 
 
 class Instance:
@@ -138,7 +142,7 @@ class Instance:
         self.pagemap = FakePagemap(Pagemap(self.pagemap_fd, self.memory.address))
         self.lpet = Lpet(
             self.lspt, self.store, self.memory.memfd, -1, self.pagemap,
-            self.memory.address, batch, UnmapTracker.name,
+            self.memory.address, batch, "unmap",
         )  # fmt: skip
         self.uffd = self.lpet._uffd = FakeUffd(self)
         self.gone, self._gone = [], self.lspt.gone  # the pages that have left, in order
@@ -629,7 +633,7 @@ def test_neighbours_leave_together_and_younger_pages_between_them_stay(large):
 
 
 def test_pages_that_the_idle_bitmap_says_were_used_are_passed_and_marked(large):
-    tracker = large.lpet._tracker = FakeTracker(BitmapTracker.name)
+    tracker = large.lpet._tracker = FakeBitmap()
     tracker.idle_pages = set(range(2000)) - {3, 4, 100}
     gone = large.evict_once()
     assert gone == [p for p in range(128) if p not in (3, 4, 100)]
@@ -644,7 +648,7 @@ def test_pages_that_the_idle_bitmap_says_were_used_are_passed_and_marked(large):
 
 
 def test_if_all_pages_are_in_use_they_leave_nevertheless(large):
-    large.lpet._tracker = FakeTracker(BitmapTracker.name)
+    large.lpet._tracker = FakeBitmap()
     assert len(large.evict_once()) >= 100
     assert large.figure(l.RESIDENT) <= 1900
 
