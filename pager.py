@@ -8,7 +8,7 @@ In the picture: the box in the middle. Its threads:
     system calls   system_calls.py, where the application has userfaultfd for user mode only
     the main one   starts the others, and ends everything when the application has ended
 
-Interface: page_for(control, open_store, over_mpi) pages for an application until it has ended. On
+Interface: page_for(control, open_store) pages for an application until it has ended. On
 one machine address_space.py spawns a process that runs spawned(). Over MPI the rank is the pager
 (rank.py). print_error(error) prints why a process of EDM ends.
 
@@ -88,10 +88,8 @@ LOG = log.logger("EDM CLIENT")
 
 
 class Pager:
-    def __init__(
-        self, control: _socket.socket, hello: SimpleNamespace, store: PageStore, over_mpi: bool
-    ) -> None:
-        """hello: what Space has sent, with its descriptors. See page_for for the others.
+    def __init__(self, control: _socket.socket, hello: SimpleNamespace, store: PageStore) -> None:
+        """hello: what Space has sent, with its descriptors. store: a PageStore, or over MPI an MpiStore.
 
         Raises ValueError for settings that this machine can't have.
         """
@@ -99,7 +97,8 @@ class Pager:
         # last one on. When it closes the userfaultfd, missing pages read as zeros: the application
         # must be dying by then.
         uffd, self._memfd, pagemap, *lines, self._lifelines_other_end, self._lifeline = hello.fds
-        self._config, self._store, self._over_mpi = hello.config, store, over_mpi
+        self._config, self._store = hello.config, store
+        self._over_mpi = not isinstance(store, PageStore)  # then this process is a rank
         config, start = hello.config, hello.config.start_addr
         self._application, self._clean_tracking = hello.pid, hello.clean_tracking
         self._title = f"EDM, INSTANCE_{hello.instance}: {shlex.join(hello.command)}"
@@ -438,13 +437,10 @@ class Pager:
 # ---------------------------------------------------------------- a process that is a pager
 
 
-def page_for(
-    control: _socket.socket, open_store: Callable[..., PageStore], over_mpi: bool = False
-) -> int | None:
+def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> int | None:
     """Page for the application at the other end of a socket until it has ended; or refuse to.
 
-    open_store: makes the store for the application's settings and the instance's number. over_mpi: this
-    process is a rank.
+    open_store: makes the store for the application's settings and the instance's number.
 
     Returns an exit status: 0, or 2 if the pager has failed and has printed why. None: the
     application has ended before it began.
@@ -462,7 +458,7 @@ def page_for(
     LOG.info("userfaultfd permitted by: %s", hello.how)
     try:
         store = open_store(config, hello.instance)
-        pager = Pager(control, hello, store, over_mpi)
+        pager = Pager(control, hello, store)
         pager.start()
     except (ValueError, OSError) as error:
         address_space.send_answer(control, error)

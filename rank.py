@@ -181,7 +181,7 @@ def _page(comm: Any, dms: int, application: int, control: Any) -> int:
         return MpiStore(comm, dms, config.start_addr, config.end_addr)
 
     control.send(b"%d" % (comm.rank - dms))
-    failed = page_for(control, open_store, over_mpi=True)
+    failed = page_for(control, open_store)
     if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])
