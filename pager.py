@@ -105,7 +105,7 @@ class Pager:
         self._tracker = choose_tracker(config.idle_tracker)
         self._control = control  # for forked children
         self._process = os.pidfd_open(self._application)  # readable when it has ended
-        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed, or a thread has failed
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
         pages = (config.end_addr - start) // PAGE_SIZE
         self._lspt = lspt = l.LSPT(pages, config.high_threshold, config.low_threshold, config.plain)
@@ -243,8 +243,7 @@ class Pager:
                 body()
         except BaseException as error:  # noqa: BLE001 - run() raises it
             self._failure = self._failure or error
-            self._kill_application()
-            os.eventfd_write(self._ended, 1)
+            self._kill_application()  # its end ends _watch
 
     def _kill_application(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended
@@ -264,7 +263,7 @@ class Pager:
             os.killpg(self._application, number)  # its subprocesses too, as a terminal does
 
     def _watch(self) -> None:
-        """Wait until the application has ended or closed its space, or a thread has failed."""
+        """Wait until the application has ended or closed its space."""
         poll = select.poll()
         for fd in (self._process, self._ended, self._control.fileno()):
             poll.register(fd, select.POLLIN)
