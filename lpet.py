@@ -370,20 +370,14 @@ class Lpet:
         A page that is written meanwhile counts as written. track_clean: clean pages have the uffd-wp bit.
         Raises OSError if the store refuses a page, or if LPET has ended in the midst of an eviction.
         """
-        pages, ranges, self._most = 0, list(self._lspt.used(0, self._lspt.pages)), self._batch
-        while ranges:
-            later: list[Run] = []
-            for page, count in self._parts(ranges):
-                claimed, others = self._lspt.claim_all(page, count, l.NO_HOLES)
-                pages += self._store_run(page, count, claimed, track_clean)
-                later += others
-            if later and self._lspt.stopped():
-                if any(l.LEAVING in self._lspt.state[page : page + n] for page, n in later):
+        pages, everything, self._most = 0, (0, self._lspt.pages), self._batch
+        parts = self._parts(self._lspt.used(*everything))
+        for part, claimed in self._lspt.claims(parts, l.NO_HOLES):
+            pages += self._store_run(*part, claimed, track_clean)
+        if self._lspt.stopped():  # what is COMING has not come
+            for page, count in self._lspt.used(*everything):
+                if l.LEAVING in self._lspt.state[page : page + count]:
                     raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
-                break  # what was COMING has not come
-            if later:  # they are HERE, or have been stored, soon
-                time.sleep(l.SETTLE)
-            ranges = later
         return pages
 
     def _store_run(self, page: int, count: int, claimed: list[Claimed], track_clean: bool) -> int:

@@ -14,10 +14,11 @@ them.) Every page state is named here, and only the methods of LSPT change one:
     expect, expect_more   NEW, AWAY                 COMING            the DM-Handler
     arrived               COMING                    HERE              the DM-Handler
     not_coming            COMING                    AWAY, LOST        the DM-Handler
-    claim, claim_all      HERE                      LEAVING           LPET; to store: the pager
+    claim                 HERE                      LEAVING           LPET; to forget: the mailbox thread
+    claims: NO_HOLES      HERE                      LEAVING           to store: the pager
+    claims: SETTLED       NEW, AWAY, HERE, LOST     LEAVING           to free: the mailbox thread
     gone                  LEAVING                   AWAY              who claimed it
     stays                 LEAVING                   HERE              who claimed it
-    freeing               NEW, AWAY, HERE, LOST     LEAVING           the mailbox thread
     freed                 LEAVING                   NEW               the mailbox thread
     found_on_disk         NEW                       AWAY              the main thread, at the start
 
@@ -58,7 +59,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from edm.pins import Pins
 from edm.uffd_ctypes import MAP_NORESERVE, semaphore
@@ -81,7 +82,7 @@ SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algori
 # Tables for `claim`, by state: 2: the page is claimed; 1: it may be a hole; 0: it stays as it is.
 ANY_HERE = bytes(2 if byte >= HERE else byte < LOST for byte in range(256))
 NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
-_SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
+SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
 _RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # claimed pages, and the holes between them
 # The next pages that are NEW, or AWAY, behind pages that are HERE.
@@ -281,7 +282,7 @@ class LSPT(ByteTable):
     ) -> tuple[list[Claimed], list[Run]]:
         """As claim, including pinned pages. The second list has the pages that are COMING or LEAVING.
 
-        These belong to another thread, for no longer than a batch takes: the caller tries them again.
+        These belong to another thread, for no longer than a batch takes: claims tries them again.
         """
         with self.lock:
             states = self.state[page : page + count]
@@ -294,6 +295,19 @@ class LSPT(ByteTable):
                 claimed.append((page + at, states[at:end]))
         unsettled = COMING in states or LEAVING in states  # which is quick; there are rarely any
         return claimed, list(runs(page, states, _UNSETTLED)) if unsettled else []
+
+    def claims(self, parts: Iterable[Run], which: bytes) -> Iterator[tuple[Run, list[Claimed]]]:
+        """claim_all, part by part: each part, and what was claimed there. Then the same for the pages that
+        were COMING or LEAVING, and again until there are none, or stop was called."""
+        while parts:
+            later: list[Run] = []
+            for part in parts:
+                claimed, others = self.claim_all(*part, which)
+                later += others
+                yield part, claimed
+            parts = [] if self.stopped() else later
+            if parts:
+                time.sleep(SETTLE)
 
     def gone(self, claimed: list[Claimed]) -> None:
         """LEAVING → AWAY: the store has the pages' bytes, or needs none. Holes get the state before."""
@@ -312,7 +326,7 @@ class LSPT(ByteTable):
     def freed(self, claimed: list[Claimed]) -> None:
         """LEAVING → NEW."""
         self._end(claimed, bytes(256))
-        for part in {first // PART for first, _ in claimed}:  # each is in one, see freeing
+        for part in {first // PART for first, _ in claimed}:  # each is in one, see used
             with self.lock:
                 if not self.state[part * PART : (part + 1) * PART].strip(b"\0"):
                     self._used[part] = 0  # or LPET would look there at every turn
@@ -339,17 +353,6 @@ class LSPT(ByteTable):
         """For LPET: it has evicted what it could."""
         with self.lock:
             self._tell_of_room()
-
-    # ------------------------------------------------------------ freeing
-
-    def freeing(self, page: int, count: int) -> tuple[list[Claimed], list[Run]]:
-        """Any state but COMING and LEAVING → LEAVING. The second list has the COMING and LEAVING pages."""
-        claimed, later = [], []
-        for first, length in self.used(page, count):
-            some, others = self.claim_all(first, length, _SETTLED)
-            claimed += some
-            later += others
-        return claimed, later
 
     def found_on_disk(self, page: int, count: int) -> None:
         """NEW → AWAY, at the start: the store has these pages from an earlier job, long ago."""

@@ -334,11 +334,8 @@ class Pager:
             del self._lspt.areas[self._area(page)]  # Space.allocate also frees what is no area
             if self._report:
                 self._report.unmapped(page)
-            runs = [(page, count)]
-            while runs and not self._lspt.stopped():
-                runs = [left for run in runs for left in self._free(*run)]
-                if runs:
-                    time.sleep(l.SETTLE)
+            for part, taken in self._lspt.claims(self._lspt.used(page, count), l.SETTLED):
+                self._free(*part, taken)
         elif what == mailbox.PREFETCH:
             self._handler.prefetch(mailbox.RUN.iter_unpack(name))
         elif what == mailbox.FORGET:
@@ -363,10 +360,9 @@ class Pager:
         """The place in LSPT.areas of the area that begins at this page; empty if there is none."""
         return slice(*(bisect.bisect(self._lspt.areas, (first,)) for first in (page, page + 1)))
 
-    def _free(self, page: int, count: int) -> list[l.Run]:
-        """Make these pages NEW, here and in the store. Returns those that are COMING or LEAVING."""
+    def _free(self, page: int, count: int, taken: list[l.Claimed]) -> None:
+        """Make those of these pages that were claimed NEW, here and in the store."""
         start = self._config.start_addr
-        taken, later = self._lspt.freeing(page, count)
         try:
             for first, before in taken:
                 self._store.free(first, len(before))
@@ -377,7 +373,6 @@ class Pager:
         finally:  # after an error the job ends, and no page may stay LEAVING
             self._lspt.freed(taken)
             self._uffd.wake(start + page * PAGE_SIZE, count * PAGE_SIZE)
-        return later
 
     # ------------------------------------------------------------ what is kept and printed
 

@@ -495,7 +495,7 @@ def test_grace_begins_anew_when_a_fault_has_got_its_room(make, clock, how):
         instance.pagemap.clean.add(7)
         assert instance.evict_once() == [7]
     else:
-        instance.lspt.freed(instance.lspt.freeing(7, 1)[0])
+        instance.lspt.freed(instance.lspt.claim_all(7, 1, l.SETTLED)[0])
     instance.come((20, 1))
     clock.now += 100  # LPET sleeps
     instance.lspt.expect(21)

@@ -10,7 +10,7 @@ import threading
 import traceback
 
 import pytest
-from conftest import close, shared_memory
+from conftest import close, shared_memory, wait_for
 
 from edm.lspt import (
     ANY_HERE,
@@ -33,6 +33,7 @@ from edm.lspt import (
     QUARTERS,
     RESIDENT,
     ROOM_WANTED,
+    SETTLED,
     SMALL,
     SOON,
     runs,
@@ -80,6 +81,18 @@ def evict(lspt, first, count=1):
     lspt.gone(lspt.claim(first, count))
 
 
+def held(claimed):
+    """(page, state before) of each page that was claimed."""
+    return [(first + at, state) for first, before in claimed for at, state in enumerate(before)]
+
+
+def freeing(lspt, page, count):
+    """What is claimed at first when these pages are freed, and the pages that are in other hands."""
+    found = [lspt.claim_all(*part, SETTLED) for part in lspt.used(page, count)]
+    taken = [run for some, _ in found for run in some]
+    return taken, [run for _, some in found for run in some]
+
+
 def rings(lspt, bell="for_handler"):
     """Was this told something since this was last asked?"""
     fd = getattr(lspt, bell)
@@ -109,7 +122,7 @@ def test_a_page_comes_leaves_comes_back_and_is_freed(make):
     assert lspt.state[7] == AWAY and lspt.figures[RESIDENT] == 0
     assert lspt.expect(7) == AWAY
     lspt.arrived(range(7, 8))
-    taken, later = lspt.freeing(0, 100)
+    taken, later = freeing(lspt, 0, 100)
     assert later == [] and lspt.state[7] == LEAVING
     lspt.freed(taken)
     assert lspt.state[:] == bytes(100) and lspt.figures[RESIDENT] == 0
@@ -224,7 +237,7 @@ def test_what_could_not_be_had_is_away_and_lost_is_lost_until_it_is_freed(make):
     _, [strided] = expect(lspt, range(20, 40, 4))
     lspt.not_coming(strided)
     assert [page for page in range(10, 60) if lspt.state[page]] == [20, 24, 28, 32, 36]
-    taken, later = lspt.freeing(7, 90)
+    taken, later = freeing(lspt, 7, 90)
     assert taken[0][1][0] == LOST and later == []
     lspt.freed(taken)
     assert lspt.state[7:] == bytes(93) and lspt.figures[RESIDENT] == 2
@@ -356,7 +369,7 @@ def test_freeing_takes_every_page_but_those_in_other_hands(make):
     evict(lspt, 10, 2)
     theirs = lspt.claim(13, 2)
     expect(lspt, range(20, 22))
-    taken, later = lspt.freeing(8, 15)
+    taken, later = freeing(lspt, 8, 15)
     assert later == [(13, 2), (20, 2)]
     new, away, here = NEW, AWAY, HERE
     assert taken == [
@@ -369,7 +382,7 @@ def test_freeing_takes_every_page_but_those_in_other_hands(make):
     assert lspt.figures[RESIDENT] == 4
     lspt.arrived(range(20, 22))
     lspt.gone(theirs)
-    for pages, rest in (lspt.freeing(13, 2), lspt.freeing(20, 2)):
+    for pages, rest in (freeing(lspt, 13, 2), freeing(lspt, 20, 2)):
         assert rest == []
         lspt.freed(pages)
     assert lspt.state[:] == bytes(100) and lspt.figures[RESIDENT] == 0
@@ -380,8 +393,47 @@ def test_pages_that_nobody_may_free_stay_as_they_were(make):
     come(lspt, 10, 3)
     evict(lspt, 11)
     before = lspt.state[:]
-    lspt.stays(lspt.freeing(0, 100)[0])
+    lspt.stays(freeing(lspt, 0, 100)[0])
     assert lspt.state[:] == before and lspt.figures[RESIDENT] == 2
+
+
+@pytest.mark.parametrize("which", [NO_HOLES, SETTLED])
+def test_pages_in_other_hands_are_claimed_when_these_have_let_go(make, start, which):
+    lspt = make()
+    come(lspt, 10, 4)
+    theirs, others = lspt.claim(10, 1), lspt.claim(13, 1)
+    lspt.expect(20)
+    found = []
+
+    def claim():
+        for part, claimed in lspt.claims([(8, 8), (16, 8)], which):
+            found.append((part, [page for page, state in held(claimed) if state >= HERE]))
+            lspt.freed(claimed)
+
+    thread, _ = start(claim)
+    wait_for(lambda: len(found) > 5)
+    assert thread.is_alive()
+    assert found[:2] == [((8, 8), [11, 12]), ((16, 8), [])]
+    assert {part for part, _ in found[2:]} == {(10, 1), (13, 1), (20, 1)}
+    lspt.stays(theirs)
+    wait_for(lambda: ((10, 1), [10]) in found)
+    lspt.gone(others)
+    lspt.arrived(range(20, 21))
+    thread.join(10)
+    assert not thread.is_alive() and ((20, 1), [20]) in found and ((13, 1), [13]) not in found
+    assert lspt.count_away() == (which == NO_HOLES) and lspt.figures[RESIDENT] == 0
+
+
+def test_after_stop_pages_in_other_hands_are_claimed_no_more_and_all_others_are(make):
+    lspt = make()
+    come(lspt, 10, 4)
+    theirs = lspt.claim(10, 1)
+    lspt.stop()
+    for part, claimed in lspt.claims([(8, 8), (16, 8)], NO_HOLES):
+        assert held(claimed) == ([(page, HERE) for page in (11, 12, 13)] if part[0] == 8 else [])
+        lspt.stays(claimed)
+    lspt.stays(theirs)
+    assert list(lspt.runs_here()) == [(10, 4)]
 
 
 # ---------------------------------------------------------------- looking
@@ -404,7 +456,7 @@ def test_parts_whose_pages_were_all_freed_are_looked_at_no_more(make):
     come(lspt, 2 * PART - 2, PART + 4)  # in three parts
     come(lspt, 3 * PART + 100)
     come(lspt, 8 * PART)
-    taken, later = lspt.freeing(2 * PART - 2, PART + 4)
+    taken, later = freeing(lspt, 2 * PART - 2, PART + 4)
     assert not later
     lspt.freed(taken)
     assert [page for page, _ in lspt.used(0, 10 * PART)] == [3 * PART, 8 * PART]
@@ -445,7 +497,7 @@ def test_away_counts_the_pages_that_only_the_store_has(make):
     evict(lspt, 12, 2)
     assert lspt.count_away() == 4
     lspt.expect(10)
-    lspt.freed(lspt.freeing(13, 1)[0])
+    lspt.freed(freeing(lspt, 13, 1)[0])
     assert lspt.count_away() == 2
 
 
@@ -510,7 +562,7 @@ def test_untouched_parts_of_a_huge_table_cost_no_memory(make):
         come(lspt, page)
     evict(lspt, pages // 2)
     assert list(lspt.runs_here()) == [(0, 1), (pages - 1, 1)] and lspt.count_away() == 1
-    taken, later = lspt.freeing(1, pages - 1)
+    taken, later = freeing(lspt, 1, pages - 1)
     assert len(taken) == 3 and later == []
     lspt.freed(taken)
     assert list(lspt.runs_here()) == [(0, 1)] and lspt.figures[RESIDENT] == 1
@@ -549,7 +601,7 @@ def test_the_handler_is_told_when_there_is_room_if_it_wants_some(make, how, want
     assert bool(lspt.room_wanted_since()) == wanted and not rings(lspt)
     {
         "gone": lambda: lspt.gone(lspt.claim(0, 1)),
-        "freed": lambda: lspt.freed(lspt.freeing(0, 1)[0]),
+        "freed": lambda: lspt.freed(freeing(lspt, 0, 1)[0]),
         "not_coming": lambda: lspt.not_coming(range(3, 4)),
         "lost": lambda: lspt.not_coming(range(3, 4), LOST),
     }[how]()
@@ -563,7 +615,7 @@ def test_what_makes_no_room_does_not_tell_the_handler(make):
     lspt.expect(9)
     lspt.stays(lspt.claim(0, 4))
     lspt.gone([])
-    lspt.freed(lspt.freeing(20, 4)[0])
+    lspt.freed(freeing(lspt, 20, 4)[0])
     assert lspt.room_wanted_since() and not rings(lspt)
 
 
@@ -713,7 +765,7 @@ TRANSITIONS = {
     "claim": lambda lspt: lspt.claim(0, 10),
     "gone": lambda lspt: lspt.gone([(30, bytes((HERE,)))]),
     "stays": lambda lspt: lspt.stays([(30, bytes((HERE,)))]),
-    "freeing": lambda lspt: lspt.freeing(0, 100),
+    "freeing": lambda lspt: freeing(lspt, 0, 100),
     "freed": lambda lspt: lspt.freed([(30, bytes((HERE,)))]),
     "found_on_disk": lambda lspt: lspt.found_on_disk(60, 2),
 }
@@ -798,7 +850,7 @@ class Actor:
     def free(self):
         if self.dice.random() < 0.2:
             page = self.dice.choice(self.within)
-            taken, _ = self.lspt.freeing(page, min(20, self.lspt.pages - page))
+            taken, _ = freeing(self.lspt, page, min(20, self.lspt.pages - page))
             self.freeing.append(taken)
 
     def let_go(self):
