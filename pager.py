@@ -291,9 +291,7 @@ class Pager:
                 content, fds = address_space.receive(self._control, _socket.MSG_DONTWAIT)
                 if not content:
                     return False
-                self._handler.children.adopt(fds)
-                if self._system_calls:
-                    self._system_calls.adopt(int(content))
+                self._handler.children.adopt(int(content), fds)
         return True
 
     def _let_go_of_children(self) -> None:

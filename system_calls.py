@@ -188,7 +188,6 @@ class SystemCalls:
         self._uffd, self._clear_wp = u.Userfaultfd(uffd), clear_wp
         self._hear_children = hear_children
         self._file_locks = [_thread.allocate_lock() for _ in range(FILE_LOCKS)]  # by inode
-        self.processes = {application}  # those with the space; calls of others go on
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
             ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
 
@@ -214,15 +213,11 @@ class SystemCalls:
                 os.dup2(self._listener, 0)
                 u.close_from(1)
                 self._listener = self._ended = 0
-                self.processes, self._hear_children = set(), bool
+                self._process_of, self._hear_children = lambda thread: 0, bool
                 self.run()
             finally:
                 os._exit(0)
         os.close(self._listener)
-
-    def adopt(self, child: int) -> None:
-        """This process has the space, too. One thread calls this at a time."""
-        self.processes = {child, *(p for p in self.processes if os.path.exists(f"/proc/{p}"))}
 
     def _serve(self) -> None:
         """Receive a call, bring its pages, and answer it."""
@@ -251,9 +246,9 @@ class SystemCalls:
         ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
 
     def _process_of(self, thread: int) -> int:
-        """The process that has this thread, of those that have the space; 0 if none has."""
-        found = (pid for pid in self.processes if os.path.exists(f"/proc/{pid}/task/{thread}"))
-        return next(found, 0)
+        """The process that has this thread, of those that have the space; 0 if none has: its calls go on."""
+        pids = self._application, *self._handler.children.pids()
+        return next((pid for pid in pids if os.path.exists(f"/proc/{pid}/task/{thread}")), 0)
 
     def _bring(self, thread: int, call: Call, done: int = 0) -> bool:
         """Pin the first pages of the call's buffers, behind `done` bytes, and bring them. Returns whether
