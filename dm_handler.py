@@ -263,22 +263,20 @@ class DmHandler:
         return False
 
     def _bring_advised(self) -> None:
-        """Bring at most PIECE of the advised pages, as far as there is room."""
+        """Of the next PIECE advised pages, bring those that are AWAY, as far as there is room."""
         runs, most = [], PIECE
-        for _ in range(PIECE):
-            if not (most and self._advised):
-                break
+        while most > 0 and self._advised:
             pages = self._advised.popleft()
-            last, state = pages[0], self._lspt.expect(pages[0], l.AWAY)
+            state, done = self._lspt.expect(pages[0], l.AWAY), [pages[:1]]
             if state is None:
                 self._advised.appendleft(pages)
                 break
             if l.AWAY <= state < l.LOST:
-                claimed = self._lspt.expect_more(pages[:most], l.AWAY)
-                runs += claimed
-                last, most = claimed[-1][-1], most - sum(map(len, claimed))
-            if last < pages[-1]:
-                self._advised.appendleft(range(last + 1, pages.stop))
+                done = self._lspt.expect_more(pages[:most], l.AWAY)
+                runs += done
+            most -= sum(map(len, done))
+            if rest := range(done[-1][-1] + 1, pages.stop):
+                self._advised.appendleft(rest)
         self._bring_runs(runs, -1, False, l.NEW)
 
     # ------------------------------------------------------------ fetching, and reading ahead
