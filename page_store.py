@@ -346,10 +346,9 @@ class PageStore:
             for page, count in gone:
                 self.spt.change(page, count, _DROPPED)
         self._say(INFO, "page in address %#x stored in disk", dirty)
-        if self._info:
-            if gone:
-                self._log.debug("Page evicted successfully, sending ack")
-            self._show()
+        if gone and self._info:
+            self._log.debug("Page evicted successfully, sending ack")
+        self._show()
 
     def put_from_pipe(self, pipe: int, page: int, content: memoryview) -> bool:
         """If takes_pipes: write a run of pages from a pipe without copying them. 1.4 µs a page in runs of
@@ -430,8 +429,7 @@ class PageStore:
                     self._changed[block] = self._changed[block] and WRITE_TWICE
                 if before.strip(b"\0\1") and not self._words[NO_WRITES]:  # some were written
                     self._punch_spare(first, many)
-        if self._info:
-            self._show()
+        self._show()
 
     def sync(self) -> None:
         """Make everything that was put durable. A job that opens the kept disk again resumes from here.
@@ -477,8 +475,9 @@ class PageStore:
                 self._log.log(level, words, self._address(page))
 
     def _show(self) -> None:
-        self._log.debug("SPT updated. Current state: ")
-        self._banner.info(self.table())
+        if self._info:
+            self._log.debug("SPT updated. Current state: ")
+            self._banner.info(self.table())
 
     # ------------------------------------------------------------ the disk file
 
