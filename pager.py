@@ -170,8 +170,6 @@ class Pager:
         for_children = [self._memfd, self._lifelines_other_end]
         address_space.send_answer(self._control, None, self._store.kept, for_children)
         begins, listener = address_space.receive(self._control)
-        if not begins:  # a signal handler has raised in the application, which has no space now
-            os.eventfd_write(self._ended, 1)
         if listener:
             self._system_calls = SystemCalls(
                 *listener, self._ended, self._application, self._process, self._lspt, self._handler,
@@ -183,7 +181,8 @@ class Pager:
             for number in ENDING:
                 signal.signal(number, self._end_by)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-        self._guarded(self._watch)
+        if begins:  # else a signal handler has raised in the application, which has no space now
+            self._guarded(self._watch)
         self._lspt.stop()
         os.eventfd_write(self._ended, 1)
         while any(thread.is_alive() for thread in self._threads):
