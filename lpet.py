@@ -232,7 +232,7 @@ class Lpet:
 
         Raises OSError, with the store's errno, when a fault has waited for too long.
         """
-        now, wanted_since = time.monotonic(), self._lspt.room_wanted_since()
+        now, wanted_since = time.monotonic(), self._lspt.figures[l.ROOM_WANTED] / 1e9
         if wanted_since and now - max(wanted_since, self._refused_since) > GRACE:
             why = self._refusal.strerror or self._refusal
             words = f"no page can be evicted, and the application needs another one: {why}"

@@ -76,7 +76,7 @@ SOON, LONGER = 2, 8
 # Seconds between two looks at a page that is COMING or LEAVING in another thread's hands: a part of an
 # eviction, which takes 100 µs for one page and a millisecond for 256.
 SETTLE = 100e-6
-NEVER = (1 << 63) - 1  # nanoseconds of the clock
+NEVER = (1 << 63) - 1  # nanoseconds of the clock: in the far future
 SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algorithm to the letter
 
 # Tables for `claim`, by state: 2: the page is claimed; 1: it may be a hole; 0: it stays as it is.
@@ -97,7 +97,8 @@ ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 Run = tuple[int, int]  # neighbours: (first page, count)
 Claimed = tuple[int, bytes]  # a LEAVING range: (first page, the states before)
 
-# Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own.
+# Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own. ROOM_WANTED:
+# when the DM-Handler began to wait for room (nanoseconds of the clock), NEVER if only advice wants some; or 0.
 FIGURES = (
     "resident", "peak_resident", "faults_first_access", "faults_refetch", "faults_write_protect",
     "faults_other", "fetched", "bytes_received", "evicted_dirty", "evicted_clean", "marked_idle",
@@ -404,11 +405,6 @@ class LSPT(ByteTable):
         )
 
     # ------------------------------------------------------------ waiting
-
-    def room_wanted_since(self) -> float:
-        """When the DM-Handler began to wait for room (time.monotonic); 0.0: it does not wait. If only
-        advice wants room, this is in the far future."""
-        return self.figures[ROOM_WANTED] / 1e9
 
     def lpet_waits(self) -> bool:
         """For LPET: sleep until there is something to evict. Returns False once stop was called."""

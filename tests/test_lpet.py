@@ -527,7 +527,7 @@ def test_lpet_evicts_when_it_is_woken_and_ends_when_it_is_told_to(make):
     instance.come((0, 8))
     thread, ended = start(instance.lpet.run)
     assert instance.lspt.expect(20) is None
-    wait_for(lambda: not instance.lspt.room_wanted_since() and len(instance.here()) == 4)
+    wait_for(lambda: not instance.lspt.figures[l.ROOM_WANTED] and len(instance.here()) == 4)
     assert thread.is_alive() and len(instance.store.pages) == 4
     instance.lspt.stop()
     thread.join(10)

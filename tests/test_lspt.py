@@ -180,7 +180,7 @@ def test_no_more_pages_come_than_there_is_room_for(make, wanted):
     assert expect(lspt, wanted) == (NEW, [wanted[:4]])
     assert lspt.figures[ROOM_WANTED] == 0
     assert lspt.expect(90) is None and lspt.state[90] == NEW
-    assert lspt.room_wanted_since()
+    assert lspt.figures[ROOM_WANTED]
     assert lspt.expect_more(range(90, 95), NEW) == [range(90, 91)]
     assert lspt.figures[RESIDENT] == lspt.figures[PEAK] == 10
 
@@ -598,14 +598,14 @@ def test_the_handler_is_told_when_there_is_room_if_it_wants_some(make, how, want
     lspt.expect(3)
     if wanted:
         assert lspt.expect(9) is None
-    assert bool(lspt.room_wanted_since()) == wanted and not rings(lspt)
+    assert bool(lspt.figures[ROOM_WANTED]) == wanted and not rings(lspt)
     {
         "gone": lambda: lspt.gone(lspt.claim(0, 1)),
         "freed": lambda: lspt.freed(freeing(lspt, 0, 1)[0]),
         "not_coming": lambda: lspt.not_coming(range(3, 4)),
         "lost": lambda: lspt.not_coming(range(3, 4), LOST),
     }[how]()
-    assert rings(lspt) == wanted and not lspt.room_wanted_since()
+    assert rings(lspt) == wanted and not lspt.figures[ROOM_WANTED]
     assert lspt.expect(9) == NEW
 
 
@@ -616,7 +616,7 @@ def test_what_makes_no_room_does_not_tell_the_handler(make):
     lspt.stays(lspt.claim(0, 4))
     lspt.gone([])
     lspt.freed(freeing(lspt, 20, 4)[0])
-    assert lspt.room_wanted_since() and not rings(lspt)
+    assert lspt.figures[ROOM_WANTED] and not rings(lspt)
 
 
 def test_in_the_plain_way_there_is_room_when_lpet_has_ended_its_run(make):
@@ -628,9 +628,9 @@ def test_in_the_plain_way_there_is_room_when_lpet_has_ended_its_run(make):
     lspt.run_ended()
     assert not rings(lspt), "nothing has left"
     evict(lspt, 0, 1)
-    assert not rings(lspt) and lspt.room_wanted_since(), "others may leave yet"
+    assert not rings(lspt) and lspt.figures[ROOM_WANTED], "others may leave yet"
     lspt.run_ended()
-    assert rings(lspt) and not lspt.room_wanted_since()
+    assert rings(lspt) and not lspt.figures[ROOM_WANTED]
     assert lspt.expect(3 * SMALL) == NEW
 
 

@@ -19,8 +19,10 @@ from edm.lspt import (
     LONGER,
     LOST,
     LSPT,
+    NEVER,
     ONE_AWAY,
     RESIDENT,
+    ROOM_WANTED,
     SOON,
 )
 from edm.page_idle import pages_in
@@ -412,7 +414,7 @@ def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them
     assert here(handler) == [*range(100, 160)]
     handler._hear()  # as prefetch has written
     handler._bring_advised()
-    assert here(handler) == [*range(100, 160)] and lspt.room_wanted_since() > 1e9
+    assert here(handler) == [*range(100, 160)] and lspt.figures[ROOM_WANTED] == NEVER
     handler._uffd.faults = [(0, 0, 0, 0)]
     assert handler._next_faults() == handler._uffd.faults
     handler._uffd.faults = []
