@@ -255,7 +255,7 @@ class LSPT(ByteTable):
         with self.lock:
             self.set(pages, state)
             self.figures[FETCHED] -= len(pages)
-            self._room(len(pages))
+            self._room(len(pages), not self._plain)
 
     # ------------------------------------------------------------ LEAVING
 
@@ -338,22 +338,19 @@ class LSPT(ByteTable):
             for first, before in claimed:
                 self.state[first : first + len(before)] = before.translate(becomes)
                 if becomes[HERE] < HERE:
-                    self._room(before.translate(NO_HOLES).count(2))
+                    self._room(before.translate(NO_HOLES).count(2), not self._plain)
 
-    def _room(self, pages: int) -> None:
+    def _room(self, pages: int, tell: bool) -> None:
+        """So many pages fewer are here. tell: the DM-Handler, if it wants room and there is some."""
         self.figures[RESIDENT] -= pages
-        if not self._plain:
-            self._tell_of_room()
-
-    def _tell_of_room(self) -> None:
-        if self.figures[ROOM_WANTED] and self.figures[RESIDENT] < self.high:
+        if tell and self.figures[ROOM_WANTED] and self.figures[RESIDENT] < self.high:
             self.figures[ROOM_WANTED] = 0
             os.eventfd_write(self.for_handler, 1)
 
     def run_ended(self) -> None:
         """For LPET: it has evicted what it could."""
         with self.lock:
-            self._tell_of_room()
+            self._room(0, True)
 
     def found_on_disk(self, page: int, count: int) -> None:
         """NEW → AWAY, at the start: the store has these pages from an earlier job, long ago."""

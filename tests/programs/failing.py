@@ -113,10 +113,10 @@ def dies_with_the_lock():
     """LPET, where it is a process: it is killed in the midst of its 20th change of the LSPT."""
     changes, real_room, real_run = itertools.count(1), lspt.LSPT._room, lpet.Lpet.run
 
-    def room(self, pages):  # it is called with the lock
+    def room(self, pages, tell):  # it is called with the lock
         if next(changes) == 20:
             os.kill(os.getpid(), signal.SIGKILL)
-        real_room(self, pages)
+        real_room(self, pages, tell)
 
     def run(self):
         lspt.LSPT._room = room
