@@ -56,7 +56,7 @@ from edm.page_store import CONTENT, PageStore
 from edm.readahead import Readahead, Stream
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd
 
-BRING = 0.1  # seconds; then the caller looks itself whether the pages have come
+BRING = 0.1  # seconds from one look to the next whether this thread still runs
 SPIN = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
 FIRST_PIECE, PIECE = 16, min(64, PAGES_AT_ONCE)  # pages of a run that are installed at once
 WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in seconds
@@ -119,16 +119,16 @@ class DmHandler:
     # ------------------------------------------------------------ for other threads
 
     def bring(self, pages: range, write: bool) -> None:
-        """Bring those of these pages that are missing, as if they had faulted.
-
-        Returns when that is done, but after BRING seconds at the latest. A page that was LEAVING has not
-        come then.
-        """
-        done = allocate_lock()
-        done.acquire()
-        self._called.append((pages, write, done))
-        os.eventfd_write(self._lspt.for_handler, 1)
-        done.acquire(timeout=BRING)
+        """Bring those of these pages that are missing, as if they had faulted. Returns when none is missing,
+        or after LSPT.stop."""
+        while self._lspt.is_missing(pages) and not self._lspt.stopped():
+            done = allocate_lock()
+            done.acquire()
+            self._called.append((pages, write, done))
+            os.eventfd_write(self._lspt.for_handler, 1)
+            done.acquire(timeout=BRING)
+            if self._lspt.is_missing(pages):  # a page that was LEAVING
+                time.sleep(l.SETTLE)
 
     def prefetch(self, runs: Iterable[l.Run]) -> None:
         """Bring those of these pages that are AWAY, while no fault waits. Returns at once.

@@ -79,7 +79,6 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1 << 20  # bytes
 FILE_LOCKS = 64
-BRING_AGAIN = 100e-6  # seconds, as lspt.SETTLE, which the application is not to import
 PIN_WAIT = 0.3  # seconds to wait for room for a pin
 PIN_AGAIN = 1e-3  # seconds between two looks for it
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
@@ -260,10 +259,7 @@ class SystemCalls:
         wanted = self._pages_of(buffers)
         pages = self._pin(wanted, LEAST_PINNED[writes], thread, call) if wanted else []
         for run in pages:
-            while self._lspt.is_missing(run) and not self._lspt.stopped():
-                self._handler.bring(run, writes)
-                if self._lspt.is_missing(run):
-                    time.sleep(BRING_AGAIN)
+            self._handler.bring(run, writes)
             if writes and self._clear_wp:
                 start = self._start + run.start * PAGE_SIZE
                 # ENOENT, ESRCH: the application is ending.

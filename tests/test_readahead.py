@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import close, lpet_is_first
 
-from edm.dm_handler import DmHandler
+from edm.dm_handler import BRING, DmHandler
 from edm.lspt import (
     AWAY,
     COMING,
@@ -24,6 +24,7 @@ from edm.lspt import (
     RESIDENT,
     ROOM_WANTED,
     SOON,
+    STOPPED,
 )
 from edm.page_idle import pages_in
 from edm.page_store import CONTENT
@@ -469,12 +470,16 @@ def test_pages_that_the_application_has_unmapped_are_not_coming_and_nothing_fail
 
 
 def test_a_call_that_came_while_it_waited_for_a_childs_page_is_seen_before_it_sleeps(handler):
-    handler.bring(range(5, 6), False)
+    caller = threading.Thread(target=handler.bring, args=(range(5, 6), False))
+    caller.start()
     os.eventfd_read(handler._lspt.for_handler)  # as _hear may have done, in _serve_children
+    handler._lspt.figures[STOPPED] = 1  # or the caller would write again
     thread = threading.Thread(target=handler._next_faults, daemon=True)
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
+    caller.join(10)
+    assert not caller.is_alive()
 
 
 def until_stopped(handler):
@@ -483,10 +488,15 @@ def until_stopped(handler):
 
 
 def test_after_a_page_that_came_too_late_the_next_ones_are_waited_for(handler):
-    handler.bring(range(100, 101), False)  # nobody serves it
+    late = threading.Thread(target=handler.bring, args=(range(100, 101), False))
+    late.start()
+    late.join(2 * BRING)  # nobody serves it
+    assert late.is_alive() and handler._lspt.state[100] < COMING
     thread = threading.Thread(target=until_stopped, args=(handler,))
     thread.start()
     try:
+        late.join(10)
+        assert not late.is_alive() and handler._lspt.state[100] >= HERE
         for page in (300, 500, 700):
             handler.bring(range(page, page + 1), False)
             assert handler._lspt.state[page] >= HERE
