@@ -470,12 +470,11 @@ def spawned() -> None:
     u.close_from(3)  # whoever reads from the program's pipes waits for their end
     limits.lift()
     try:
-        child = os.fork()
+        if os.fork():
+            os._exit(0)  # the application's os.wait must not see the pager
     except OSError as error:
         address_space.send_answer(control, error)
         os._exit(0)
-    if child:
-        os._exit(0)  # the application's os.wait must not see the pager
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the program may ignore it; LPET is waited for
     _run_process(partial(page_for, control, _open_disk))
