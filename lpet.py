@@ -47,7 +47,6 @@ import bisect
 import errno
 import fcntl
 import itertools
-import math
 import mmap
 import os
 import re
@@ -109,7 +108,7 @@ class Lpet:
         self._turned = -1
         self._most = self._batch  # pages to evict at once
         self._again_at = 0.0  # time.monotonic, as is the next
-        self._refused_since = math.inf  # the first refusal since the store took dirty pages
+        self._refused_since = float("inf")  # the first refusal since the store took dirty pages
         self._refusal = OSError()  # the last one
         self._log, self._banner = log.logger("Lpet"), log.logger()
         self._info = self._log.isEnabledFor(INFO)
@@ -152,7 +151,7 @@ class Lpet:
         self._lspt.figures[l.EVICTED_CLEAN] += pages - dirty
         self._lspt.figures[l.SENT] += dirty * PAGE_SIZE
         if dirty:
-            self._refused_since, self._most = math.inf, min(2 * self._most, self._batch)
+            self._refused_since, self._most = float("inf"), min(2 * self._most, self._batch)
         return pages
 
     def _move_out(self, page: int, claimed: list[Claimed], held: bytes) -> tuple[list[Span], bytes]:
