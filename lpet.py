@@ -68,7 +68,6 @@ REST = 0.1  # seconds between two tries of what was refused
 # Pages that are to leave, and a few others between them: one more splice costs as much as copying
 # four pages.
 _SPAN = re.compile(rb"\xff+(?:\0{1,4}\xff+)*")
-_HERE_AS_255 = bytes(255 if state >= l.HERE else 0 for state in range(256))
 
 Span = tuple[int, int]  # (begin, end) of pages, counted from the first one of a range
 
@@ -77,7 +76,7 @@ def _held(page: int, count: int, claimed: list[Claimed]) -> bytes:
     """For each of count pages from `page`: 255 if it was HERE and has been claimed, else 0."""
     held = bytearray(count)
     for first, before in claimed:
-        held[first - page : first - page + len(before)] = before.translate(_HERE_AS_255)
+        held[first - page : first - page + len(before)] = before.translate(l.NO_HOLES)
     return bytes(held)
 
 
@@ -282,9 +281,9 @@ class Lpet:
     def _pass_used(self, page: int, count: int, which: bytes) -> None:
         """Old pages that were used get the current generation, and are marked idle again."""
         states = self._lspt.state[page : page + count].translate(which)
-        old = [page + at for at, what in enumerate(states) if what == 2]
-        idle = self._tracker.idle(runs_of(old))
-        used = runs_of([page for page in old if page not in idle])
+        old = list(runs(page, states, HERE_RUN))
+        idle = self._tracker.idle(old)
+        used = runs_of([page for page in pages_in(old) if page not in idle])
         generation = self._lspt.generation()
         for run in used:
             self._stays(self._lspt.claim(*run, which), generation)
@@ -317,7 +316,7 @@ class Lpet:
 
     def _clean(self, page: int, count: int) -> Iterator[Run]:
         """The runs of pages that are HERE and were clean a moment ago."""
-        here = self._lspt.state[page : page + count].translate(_HERE_AS_255)
+        here = self._lspt.state[page : page + count].translate(l.NO_HOLES)
         written = self._pagemap.written(page, here)
         return runs(page, bytes(a ^ b for a, b in zip(here, written, strict=True)), HERE_RUN)
 

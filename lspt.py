@@ -79,12 +79,12 @@ SETTLE = 100e-6
 NEVER = (1 << 63) - 1  # nanoseconds of the clock: in the far future
 SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algorithm to the letter
 
-# Tables for `claim`, by state: 2: the page is claimed; 1: it may be a hole; 0: it stays as it is.
-ANY_HERE = bytes(2 if byte >= HERE else byte < LOST for byte in range(256))
-NO_HOLES = bytes(2 if byte >= HERE else 0 for byte in range(256))
-SETTLED = bytes(0 if byte in (COMING, LEAVING) else 2 for byte in range(256))
+# Tables for `claim`, by state: 255: the page is claimed; 1: it may be a hole; 0: it stays as it is.
+ANY_HERE = bytes(255 if byte >= HERE else byte < LOST for byte in range(256))
+NO_HOLES = bytes(255 if byte >= HERE else 0 for byte in range(256))
+SETTLED = bytes(0 if byte in (COMING, LEAVING) else 255 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
-_RUN = re.compile(rb"\x02(?:[\x01\x02]*\x02)?")  # claimed pages, and the holes between them
+_RUN = re.compile(rb"\xff(?:[\x01\xff]*\xff)?")  # claimed pages, and the holes between them
 # The next pages that are NEW, or AWAY, behind pages that are HERE.
 _NEW_RUN, _AWAY_RUN = (re.compile(rb"[\x80-\xff]*([%b]+)" % some) for some in (b"\0", b"\1-\x40"))
 HERE_RUN = re.compile(rb"[\x80-\xff]+")
@@ -338,7 +338,7 @@ class LSPT(ByteTable):
             for first, before in claimed:
                 self.state[first : first + len(before)] = before.translate(becomes)
                 if becomes[HERE] < HERE:
-                    self._room(before.translate(NO_HOLES).count(2), not self._plain)
+                    self._room(before.translate(NO_HOLES).count(255), not self._plain)
 
     def _room(self, pages: int, tell: bool) -> None:
         """So many pages fewer are here. tell: the DM-Handler, if it wants room and there is some."""

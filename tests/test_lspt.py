@@ -335,10 +335,10 @@ def test_a_page_that_comes_back_soon_after_it_left_stays_longer(make, began, sin
     for later in range(LONGER + 2):
         lspt.figures[FETCHED] = (now + later) * lspt.quarter
         leaves = later > LONGER or (later and not stays)
-        assert (lspt.older_than(1)[lspt.state[page]] == 2) == leaves
-        assert (lspt.older_than(1)[lspt.state[11]] == 2) == (later > 0)
-        assert (lspt.older_than(0)[lspt.state[page]] == 2) == (later >= LONGER or not stays)
-        assert lspt.older_than(-LONGER)[lspt.state[page]] == 2
+        assert (lspt.older_than(1)[lspt.state[page]] == 255) == leaves
+        assert (lspt.older_than(1)[lspt.state[11]] == 255) == (later > 0)
+        assert (lspt.older_than(0)[lspt.state[page]] == 255) == (later >= LONGER or not stays)
+        assert lspt.older_than(-LONGER)[lspt.state[page]] == 255
 
 
 def test_a_page_that_is_new_is_not_made_to_stay(make):
