@@ -44,30 +44,23 @@ PAGES_AT_ONCE = (1 << 20) // PAGE_SIZE
 
 # ---------------------------------------------------------------- <linux/userfaultfd.h>
 
-uffd_msg = Struct("=B7xQQI4x")  # event; of a page fault: flags, address, thread
-uffdio_api = Struct("=QQQ")  # api, features, ioctls
-uffdio_range = Struct("=QQ")  # start, len
-uffdio_register = Struct("=QQQQ")  # range, mode, ioctls
-uffdio_copy = Struct("=QQQQq")  # dst, src, len, mode, copy
-uffdio_zeropage = Struct("=QQQq")  # range, mode, zeropage
-uffdio_writeprotect = Struct("=QQQ")  # range, mode
-uffdio_poison = Struct("=QQQq")  # range, mode, updated
-
 UFFD_API = UFFDIO = 0xAA
 
 
-def _request(number: int, block: Struct, direction: int = 3) -> int:
-    """The number of an ioctl: _IOWR, or with 2 _IOR, of <asm-generic/ioctl.h>."""
-    return direction << 30 | block.size << 16 | UFFDIO << 8 | number
+def _ioctl(number: int, fields: str, direction: int = 3) -> tuple[Struct, int]:
+    """An ioctl's block, and its number: _IOWR, or with 2 _IOR, of <asm-generic/ioctl.h>."""
+    block = Struct(fields)
+    return block, direction << 30 | block.size << 16 | UFFDIO << 8 | number
 
 
-UFFDIO_API = _request(0x3F, uffdio_api)
-UFFDIO_REGISTER = _request(0x00, uffdio_register)
-UFFDIO_WAKE = _request(0x02, uffdio_range, 2)
-UFFDIO_COPY = _request(0x03, uffdio_copy)
-UFFDIO_ZEROPAGE = _request(0x04, uffdio_zeropage)
-UFFDIO_WRITEPROTECT = _request(0x06, uffdio_writeprotect)
-UFFDIO_POISON = _request(0x08, uffdio_poison)
+uffdio_api, UFFDIO_API = _ioctl(0x3F, "=QQQ")  # api, features, ioctls
+uffdio_register, UFFDIO_REGISTER = _ioctl(0x00, "=QQQQ")  # range, mode, ioctls
+uffdio_range, UFFDIO_WAKE = _ioctl(0x02, "=QQ", 2)  # start, len
+uffdio_copy, UFFDIO_COPY = _ioctl(0x03, "=QQQQq")  # dst, src, len, mode, copy
+uffdio_zeropage, UFFDIO_ZEROPAGE = _ioctl(0x04, "=QQQq")  # range, mode, zeropage
+uffdio_writeprotect, UFFDIO_WRITEPROTECT = _ioctl(0x06, "=QQQ")  # range, mode
+uffdio_poison, UFFDIO_POISON = _ioctl(0x08, "=QQQq")  # range, mode, updated
+uffd_msg = Struct("=B7xQQI4x")  # event; of a page fault: flags, address, thread
 USERFAULTFD_IOC_NEW = UFFDIO << 8  # on /dev/userfaultfd; _IO, without a block
 
 UFFDIO_REGISTER_MODE_MISSING = 1 << 0
