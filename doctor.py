@@ -36,13 +36,13 @@ Finding = tuple[str, str, str]
 def main() -> int:
     """Check everything, and print what was found. Returns the exit status."""
     can_run = True
-    for name, check in CHECKS.items():
+    for check in CHECKS:
         try:
             state, found, remedy = check()
         except OSError as error:
             state, found = "missing", error.strerror
             remedy = PERMIT if error.errno == errno.EPERM else ""
-        print(f"{state:8} {name}: {found}")
+        print(f"{state:8} {check.__name__.replace('_', ' ')}: {found}")
         if remedy:
             print(f"         try: {remedy}")
         can_run = can_run and state != "missing"
@@ -81,7 +81,7 @@ FEATURES = {
 }
 
 
-def features() -> Finding:
+def its_features() -> Finding:
     supported = u.supported_features()
     for feature, found in FEATURES.items():
         if feature & ~supported:
@@ -103,14 +103,14 @@ EXAMPLE = ("-m", "edm.examples.eviction", "--log-level", "error")
 BACK = "the first page of area 1 is read, and is back"  # its last step
 
 
-def page_fault() -> Finding:
+def a_page_fault() -> Finding:
     _, lines = _run(sys.executable, *EXAMPLE)
     if BACK in "\n".join(lines):
         return "ok", "pages come, leave, and come back with their bytes", ""
     return "missing", lines[0], ""
 
 
-def mpi() -> Finding:
+def MPI() -> Finding:
     status, lines = _run(sys.executable, "-m", "mpi4py", "--mpi-lib-version")
     if status == 0:
         return "ok", lines[0].strip("\0 "), ""
@@ -184,7 +184,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def for_tests() -> Finding:
+def the_tests() -> Finding:
     found = {name: find_spec(name) for name in PACKAGES}
     remedy = "" if all(found.values()) else f"{PIP_INSTALL} -e '.[test]'"
     found["a C compiler"] = shutil.which("cc")
@@ -195,14 +195,7 @@ def for_tests() -> Finding:
     return "ok", "all that they need is here", ""
 
 
-CHECKS = {
-    "kernel": kernel,
-    "userfaultfd": userfaultfd,
-    "its features": features,
-    "a page fault": page_fault,
-    "idle pages": idle_pages,
-    "MPI": mpi,
-    "two ranks": two_ranks,
-    "disk": disk,
-    "the tests": for_tests,
-}
+# In this order. What is printed of a check is its function's name.
+CHECKS = (
+    kernel, userfaultfd, its_features, a_page_fault, idle_pages, MPI, two_ranks, disk, the_tests,
+)  # fmt: skip

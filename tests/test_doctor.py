@@ -22,6 +22,10 @@ from edm import doctor
 from edm import uffd_ctypes as u
 
 ROOT = Path(doctor.__file__).parent
+CHECKS = {
+    "kernel", "userfaultfd", "its features", "a page fault", "idle pages", "MPI", "two ranks", "disk",
+    "the tests",
+}  # fmt: skip
 
 
 def found(output):
@@ -37,7 +41,7 @@ def test_on_a_machine_that_has_everything_it_says_so(run, mpirun_command):
     ended = run(sys.executable, "-m", "edm", "doctor")
     assert ended.returncode == 0, ended.stdout
     states = found(ended.stdout)
-    assert states.keys() == doctor.CHECKS.keys()
+    assert states.keys() == CHECKS
     assert "missing" not in states.values()
     for name in ("kernel", "its features", "a page fault", "MPI", "two ranks"):
         assert states[name] == "ok", ended.stdout
@@ -53,11 +57,11 @@ def test_it_names_what_the_tests_need(monkeypatch, capsys):
     assert {*names, "mpich"} == set(extras)
     has_browser = shutil.which("chromium") or shutil.which("google-chrome")
     has_all = os.getuid() == 0 and shutil.which("cc") and has_browser
-    assert doctor.for_tests()[0] == ("ok" if has_all else "without")
+    assert doctor.the_tests()[0] == ("ok" if has_all else "without")
     monkeypatch.setattr(doctor, "PACKAGES", ("pytest", "no_such_package"))
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(os, "getuid", lambda: 1000)
-    monkeypatch.setattr(doctor, "CHECKS", {"the tests": doctor.for_tests})
+    monkeypatch.setattr(doctor, "CHECKS", [doctor.the_tests])
     assert doctor.main() == 0, "EDM runs without them"
     told = capsys.readouterr().out
     assert "those that need no_such_package, a C compiler, chromium, root are skipped" in told
@@ -203,7 +207,7 @@ def test_it_is_right_for_a_user_without_privileges(as_nobody):
     """As nobody: whatever the kernel permits, EDM can run, and what is not permitted is said."""
     ended = as_nobody("-m", "edm", "doctor")
     states = found(ended.stdout)
-    assert states.keys() == doctor.CHECKS.keys(), ended.stdout
+    assert states.keys() == CHECKS, ended.stdout
     for name in ("kernel", "a page fault", "MPI", "two ranks"):
         assert states[name] == "ok", ended.stdout
     assert states["idle pages"] == "without"
@@ -247,7 +251,7 @@ FEATURES = u.NEEDED_FEATURES | u.WP_FEATURES | u.UFFD_FEATURE_POISON | u.UFFD_FE
 )
 def test_what_the_kernels_userfaultfd_lacks_is_told(monkeypatch, lacks, state, words):
     monkeypatch.setattr(u, "supported_features", lambda: FEATURES & ~lacks)
-    found, told, _ = doctor.features()
+    found, told, _ = doctor.its_features()
     assert found == state and words in told
 
 
@@ -318,7 +322,7 @@ u.Userfaultfd.register = without_write_protection
 @needs_userfaultfd
 def test_a_page_comes_on_a_kernel_without_write_protection_too(at_the_start_of_each_python):
     at_the_start_of_each_python(NO_WRITE_PROTECTION)
-    state, words, _ = doctor.page_fault()
+    state, words, _ = doctor.a_page_fault()
     assert state == "ok" and "come back" in words
 
 
