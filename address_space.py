@@ -65,7 +65,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 
 from edm import mailbox
 from edm import uffd_ctypes as u
@@ -530,19 +530,17 @@ class Gaps:
 
     def __init__(self, start: int, end: int) -> None:
         self._gaps = [(start, end)]  # by address
-        self._lengths: list[tuple[int, int]] | None = None  # (length, start) of each, by length
 
     def find(self, length: int, largest: bool = False) -> tuple[int, int] | None:
         """The smallest gap that has so many bytes, or the largest one."""
-        lengths = self._by_length()
-        index = bisect.bisect(lengths, (length,))
-        if index == len(lengths):
+        index = bisect.bisect(self._lengths, (length,))
+        if index == len(self._lengths):
             return None
-        length, start = lengths[-1 if largest else index]
+        length, start = self._lengths[-1 if largest else index]
         return start, start + length
 
     def around(self, addr: int, length: int) -> tuple[int, int] | None:
-        """The gap that has all these bytes."""
+        """The gap that has all these bytes; of no bytes, one that begins or ends there has them, too."""
         index = bisect.bisect(self._gaps, (addr + 1,))
         if index and addr + length <= self._gaps[index - 1][1]:
             return self._gaps[index - 1]
@@ -556,15 +554,14 @@ class Gaps:
     def give_back(self, addr: int, length: int) -> None:
         """These bytes are no area's any more."""
         end = addr + length
-        index = bisect.bisect(self._gaps, (addr,))
-        near = self._gaps[max(0, index - 1) : index + 1]
-        touching = [gap for gap in near if gap[1] == addr or gap[0] == end]
+        touching = [gap for at in (addr, end) if (gap := self.around(at, 0))]
         joined = sorted([(addr, end), *touching])
         self._replace(touching, [(joined[0][0], joined[-1][1])])
 
     def _replace(self, old: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
         """old: neighbours, all of which are in the list. new: one of no length is left out."""
-        lengths, self._lengths = self._by_length(), None
+        lengths = self._lengths
+        del self._lengths
         new = [(start, end) for start, end in new if start < end]
         index = bisect.bisect_left(self._gaps, min(old + new))
         self._gaps[index : index + len(old)] = new
@@ -574,10 +571,10 @@ class Gaps:
             bisect.insort(lengths, (end - start, start))
         self._lengths = lengths
 
-    def _by_length(self) -> list[tuple[int, int]]:
-        if self._lengths is None:
-            self._lengths = sorted((end - start, start) for start, end in self._gaps)
-        return self._lengths
+    @cached_property
+    def _lengths(self) -> list[tuple[int, int]]:
+        """(length, start) of each gap, by length."""
+        return sorted((end - start, start) for start, end in self._gaps)
 
 
 def _closed_by(stack: contextlib.ExitStack, fd: int) -> int:
