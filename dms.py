@@ -152,8 +152,7 @@ class DMS:
         A request that can't be done changes nothing, and is answered with the reason.
         """
         try:
-            action, asked = self._understood(self._stores[source - self._first], question, answer)
-            return action(asked) or answer.message(m.OK)
+            return self._do(self._stores[source - self._first], question, answer)
         except (ValueError, struct.error, OSError, MemoryError) as error:
             if (reason := m.reason(error)) != self._refused:  # a full disk refuses again and again
                 why = m.error_of(reason).strerror
@@ -161,10 +160,8 @@ class DMS:
             self._refused = reason
             return answer.message(m.ERROR, len(reason), 0, 0, reason)
 
-    def _understood(
-        self, store: PageStore, question: memoryview, answer: m.MessageBuffer
-    ) -> tuple[Callable[[Asked], object], Asked]:
-        """What to call for this question. Raises ValueError if it is wrong."""
+    def _do(self, store: PageStore, question: memoryview, answer: m.MessageBuffer) -> memoryview:
+        """As _handle. Raises ValueError if the question is wrong, and what the store raises."""
         if not m.HEADER.size <= len(question) <= m.MAX_MESSAGE:
             raise ValueError(f"a message of {len(question)} bytes is not one of EDM's")
         kind, more, count, page = m.HEADER.unpack_from(question)
@@ -183,7 +180,7 @@ class DMS:
         pages = range(page, page + count * step, step)
         if pages and pages[-1] >= self._pages:
             raise ValueError(f"page {pages[-1]}, in a space of {self._pages} pages")
-        return action, Asked(store, kind, more, pages, body, answer)
+        return action(Asked(store, kind, more, pages, body, answer)) or answer.message(m.OK)
 
     # ------------------------------------------------------------ the requests
 
