@@ -79,7 +79,7 @@ class MpiStore:
         # The free ones. A get takes the last, a request the first, so that few get the bytes of evictions.
         self._slots: list[Slot] = []
         self._asked: list[Slot] = []  # that take_get has not taken
-        self._last: Slot | None = None  # has what take_get gave
+        self._taken: list[Slot] = []  # the one that has what take_get gave
         self._tags = itertools.count()
         self._processes: list[int] = []  # pidfds of the DMSs on this machine
         self._ended_since = 0.0  # when one of them was found to have ended; seconds of the clock
@@ -124,9 +124,8 @@ class MpiStore:
 
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
         """See PageStore."""
-        if self._last:
-            self._slots.append(self._last)
-        self._last = asked
+        self._slots += self._taken
+        self._taken = [asked]
         self._asked.remove(asked)
         kind, got = self._answer(asked, patient=False)
         self.from_each[asked.dms] += got
