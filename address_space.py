@@ -167,28 +167,26 @@ class Space:
             # The pager reads /proc/PID/syscall and mem. EINVAL: there is no Yama.
             with contextlib.suppress(OSError):
                 u.prctl(u.PR_SET_PTRACER, pager)
-            listener = []
-            if how == u.USER_MODE:
+            # True if read(2) and the like may fail, with EFAULT or EINTR, where they do not elsewhere.
+            self.user_mode, listener = how == u.USER_MODE, []
+            if self.user_mode:
                 from edm import system_calls as calls  # root does not need it
 
                 # EBUSY: EDM in EDM. EPERM, EINVAL, ENOSYS: a sandbox.
                 with contextlib.suppress(OSError):
                     listener = [closed(calls.listener(self.start_addr, self.end_addr, lasts))]
+                # MPICH would read pages of another rank's that are not here.
+                if "PMI_RANK" in os.environ:
+                    os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
+                # NumPy's OSErrors have no errno. With the filter they are about something else.
+                numbers = {errno.EFAULT} if listener else {errno.EFAULT, None}
+                hook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY], numbers)
+                if sys.excepthook is sys.__excepthook__:  # the code module compares them
+                    sys.__excepthook__ = hook
+                sys.excepthook = hook
             send(control, b"listener", listener)  # system calls may be waiting for it already
         self._socket = _high(control.detach())
         self._socket_is = os.fstat(self._socket).st_ino
-        # True if read(2) and the like may fail, with EFAULT or EINTR, where they do not elsewhere.
-        self.user_mode = how == u.USER_MODE
-        if self.user_mode:
-            # MPICH would read pages of another rank's that are not here.
-            if "PMI_RANK" in os.environ:
-                os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
-            # NumPy's OSErrors have no errno. With the filter they are about something else.
-            numbers = {errno.EFAULT} if listener else {errno.EFAULT, None}
-            hook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY], numbers)
-            if sys.excepthook is sys.__excepthook__:  # the code module compares them
-                sys.__excepthook__ = hook
-            sys.excepthook = hook
         # Else a signal handler might touch the memory in a child that has not mapped it yet. The last
         # hook is no Python code, so what a handler raises then comes to the program.
         block, restore = u.signal_mask()
