@@ -103,8 +103,8 @@ class Mailbox:
         futex_wake(self._address + 8 * _DONE)
 
     def answer(self, content: bytes, error: int = 0) -> None:
-        """Answer the present request. error: an errno, whose text is the content."""
-        content = content[:MAX_ANSWER]
+        """Answer the present request, with at most MAX_ANSWER bytes. error: an errno, whose text is the
+        content."""
         ANSWER.pack_into(self._memory, ANSWER_AT, error, len(content))
         self._memory[CONTENT_AT : CONTENT_AT + len(content)] = content
 
