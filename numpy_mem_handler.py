@@ -166,8 +166,7 @@ class MemHandler:
         # name are never freed.
         at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
         _at_exit.callback(setattr, handler, "allocator", at_end)
-        _keep(own)
-        _keep(HANDLER_NAME)
+        _keep((own, HANDLER_NAME))
         capsule = _new_capsule(ctypes.addressof(own), HANDLER_NAME, None)
         _at_exit.callback(_numpy_api(SET_HANDLER, py_object), capsule)
 
