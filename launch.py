@@ -62,7 +62,27 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
     """The options, the settings they make, and the program with its arguments."""
-    parser = _parser()
+    parser = command_parser(
+        PROG,
+        "[option ...] (SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]",
+        "Run a Python program with more memory than this machine has.\n"
+        "COMMAND is one that is written in Python, such as pytest.",
+    )
+    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--resident", type=size_in_bytes, metavar="SIZE",
+        help="memory to use, at most: 512M, 12G, or 80%% of this machine's (default: "
+        f"{DEFAULT_PERCENT}%% of what is free)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--numpy", action=argparse.BooleanOptionalAction, default=True,
+        help="whether NumPy's large arrays live in the space (default: yes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--numpy-threshold", type=size_in_bytes, default="1M", metavar="SIZE",
+        help="arrays from this size on (1M)",
+    )  # fmt: skip
+    add_settings(parser, ("high_threshold", "low_threshold"), end_addr=None, dms=0)
     # The program begins with the first word that is not an option of EDM's. -m and -c look like options, so
     # argparse sees a null byte instead of their dash: no option has such a value.
     args = parser.parse_args([re.sub("^-(?=[mc])", "\0", word) for word in arguments])
@@ -88,31 +108,6 @@ def command_parser(prog: str, usage: str, purpose: str) -> argparse.ArgumentPars
         # Without a width, argparse asks for the terminal's at each option.
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(
-        PROG,
-        "[option ...] (SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]",
-        "Run a Python program with more memory than this machine has.\n"
-        "COMMAND is one that is written in Python, such as pytest.",
-    )
-    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--resident", type=size_in_bytes, metavar="SIZE",
-        help="memory to use, at most: 512M, 12G, or 80%% of this machine's (default: "
-        f"{DEFAULT_PERCENT}%% of what is free)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--numpy", action=argparse.BooleanOptionalAction, default=True,
-        help="whether NumPy's large arrays live in the space (default: yes)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--numpy-threshold", type=size_in_bytes, default="1M", metavar="SIZE",
-        help="arrays from this size on (1M)",
-    )  # fmt: skip
-    add_settings(parser, ("high_threshold", "low_threshold"), end_addr=None, dms=0)
-    return parser
 
 
 def size_in_bytes(text: str) -> int:

@@ -815,7 +815,7 @@ def test_several_instances_share_the_memory_of_their_machine(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setenv("MPI_LOCALNRANKS", here)
         monkeypatch.setenv("PMI_SIZE", ranks)
-        config = launch._config(launch._parser().parse_args(["--dms", dms]))
+        config = launch.parse(["--dms", dms, "-"])[1]
         assert config.high_threshold == (mib << 20) // 4096
 
 

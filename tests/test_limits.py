@@ -136,7 +136,7 @@ def test_the_default_resident_leaves_room_for_what_else_a_program_needs(
     monkeypatch, free, resident
 ):
     monkeypatch.setattr(launch, "_memory", lambda: (1 << 40, free << 20))
-    config = launch._config(launch._parser().parse_args([]))
+    config = launch.parse(["-"])[1]
     assert config.high_threshold == resident << 8
 
 
