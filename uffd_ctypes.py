@@ -108,14 +108,11 @@ _NR_userfaultfd, _NR_futex, _NR_seccomp, _NR_tgkill = _NUMBERS[_machine]
 _NR_close_range, _NR_pidfd_getfd = 436, 438  # on every machine
 
 
-def _error(name: str, number: int) -> OSError:
-    return OSError(number, f"{name}: {os.strerror(number)}")
-
-
 def _checked(name: str, result: int) -> int:
     """What a call of the C library has returned. Raises OSError if that is -1."""
     if result == -1:
-        raise _error(name, ctypes.get_errno())
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
     return result
 
 
@@ -173,7 +170,7 @@ class Userfaultfd:
             return True
         except OSError as error:
             if error.errno != errno.EAGAIN:
-                raise _error(name, error.errno) from None
+                raise OSError(error.errno, f"{name}: {error.strerror}") from None
             return False
 
     def api(self, features: int) -> int:
