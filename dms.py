@@ -189,9 +189,8 @@ class DMS:
         fields = "(version, page size, start_addr, end_addr, DMSs, stripe)"
         if theirs != self._geometry:
             raise ValueError(f"instance and DMS differ in {fields}: {theirs} and {self._geometry}")
-        store = asked.store
-        offers = store.offers.start, store.offers.stop
-        welcome = m.WELCOME.pack(store.kept, *offers, os.getpid(), *m.pids_are_of())
+        kept, offers, pids = asked.store.kept, asked.store.offers, m.pids_are_of()
+        welcome = m.WELCOME.pack(kept, offers.start, offers.stop, os.getpid(), *pids)
         return asked.answer.message(m.OK, len(welcome), 0, 0, welcome)
 
     def _start(self, asked: Asked) -> None:
