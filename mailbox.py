@@ -6,7 +6,8 @@ a descriptor in a program that knows nothing of it, and may close it: this has n
 Interface: Mailbox(address), made by both ends of the same memory.
     the application     ask(what, page, count, name); call(what, page, count) waits for the answer;
                         is_done and wait_until_done say which requests the pager has done
-    the pager           wait() in a thread of its own; requests(); answer() while it does one
+    the pager           requests() in a thread of its own, which sleeps until there is one; answer()
+                        while it does one
 
 The memory: two u64, then a ring of ENTRIES requests, then one answer.
 
@@ -85,15 +86,13 @@ class Mailbox:
 
     # ------------------------------------------------------------ the pager's end
 
-    def wait(self) -> None:
-        """Sleep until there is a request, or interrupt is called."""
-        futex_wait(self._address + 8 * _ASKED, self._words[_DONE])
-
     def requests(self) -> Iterator[tuple[int, int, int, bytes]]:
-        """(what, page, count, name) of each request. It is done when the next one is asked for.
+        """(what, page, count, name) of each request. It is done when the next one is asked for. If there
+        is none, sleep until there is one, or interrupt is called.
 
         The application is woken once, after the last one: it asks nothing while it waits.
         """
+        futex_wait(self._address + 8 * _ASKED, self._words[_DONE])
         while (number := self._words[_DONE]) != self._words[_ASKED]:
             number += 1
             at = RING_AT + number % ENTRIES * ENTRY
@@ -109,5 +108,5 @@ class Mailbox:
         self._memory[CONTENT_AT : CONTENT_AT + len(content)] = content
 
     def interrupt(self) -> None:
-        """End a wait() of another thread."""
+        """End the sleep of another thread."""
         futex_wake(self._address + 8 * _ASKED)

@@ -306,7 +306,6 @@ class Pager:
     def _answer(self) -> None:
         """A thread: do what the application asks, in order."""
         while not self._lspt.stopped():
-            self._mailbox.wait()
             for what, page, count, name in self._mailbox.requests():
                 try:
                     self._mailbox.answer(self._do(what, page, count, name))

@@ -32,7 +32,6 @@ def serve(ends):
     def start(answer):
         def work():
             while not ended.is_set():
-                pager.wait()
                 for what, page, count, name in pager.requests():
                     seen.append((what, page, count, name))
                     pager.answer(*answer(what, page))
