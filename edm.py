@@ -67,8 +67,8 @@ if TYPE_CHECKING:
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
 
-# Seconds that a rank waits before it ends with an error that another rank prints: Open MPI's mpirun then kills
-# the others.
+# Seconds that a launcher gets to read what a rank has printed. A rank waits so long before it ends with an
+# error that another rank prints: Open MPI's mpirun then kills the others.
 PRINTING = 0.3
 
 CHOICES = {

@@ -42,7 +42,6 @@ PIDFD_GET_INFO = 3 << 30 | PIDFD_INFO.size << 16 | 0xFF << 8 | 11
 
 # What a launcher sends to end a job, also at Ctrl-C. A DMS goes on until all instances have ended.
 OF_LAUNCHER = signal.SIGTERM, signal.SIGINT
-READ = 0.3  # seconds at most that a launcher gets to read a message
 
 
 def fork_application(config: Config) -> tuple[Any, int] | None:
@@ -229,12 +228,12 @@ def _abort(world: Any, status: int) -> NoReturn:
 
 
 def _let_be_read() -> None:
-    """Wait until the launcher has read what this process wrote, at most READ seconds.
+    """Wait until the launcher has read what this process wrote, at most PRINTING seconds.
 
     MPICH's launcher may drop what is in its pipes when a rank ends (measured, on two busy cores: in 21
     jobs of 250 that MPI_Abort ended; in 1 of 46 whose DMS on another host was killed).
     """
-    deadline = time.monotonic() + READ
+    deadline = time.monotonic() + PRINTING
     for pipe in (1, 2):
         with contextlib.suppress(OSError):  # ENOTTY, EBADF: nobody reads there
             while any(fcntl.ioctl(pipe, FIONREAD, bytes(4))) and time.monotonic() < deadline:
