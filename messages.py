@@ -95,9 +95,8 @@ class MessageBuffer:
 
     def __init__(self) -> None:
         begin = PAGE_SIZE - HEADER.size
-        memory = memoryview(mmap.mmap(-1, begin + MAX_MESSAGE))
-        self.whole = memory[begin:]
-        self.body = memory[PAGE_SIZE:]
+        self.whole = memoryview(mmap.mmap(-1, begin + MAX_MESSAGE))[begin:]
+        self.body = self.whole[HEADER.size :]
 
     def message(
         self, kind: int, count: int = 0, page: int = 0, more: int = 0, *parts: bytes
