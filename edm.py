@@ -340,9 +340,11 @@ def refuse(parser: ArgumentParser, error: ValueError | str) -> NoReturn:
 
 
 def add_settings(parser: ArgumentParser, leave_out: Iterable[str] = (), **defaults: Any) -> None:
-    """Add an option for every setting of Config, except for those to leave out."""
+    """Add an option for every setting of Config, except for those to leave out. Have one rank print a
+    mistake that argparse finds."""
     import argparse
 
+    parser.error = lambda message: refuse(parser, message)
     group = parser.add_argument_group("EDM")
     lines = (Config.__doc__ or "").splitlines()  # python -OO has none
     words = dict(line.strip().split(": ", 1) for line in lines if ": " in line)

@@ -93,14 +93,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
         refuse(parser, error)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        refuse(self, message)
-
-
 def command_parser(prog: str, usage: str, purpose: str) -> argparse.ArgumentParser:
     """A parser for a command of this package, which reports a mistake in one line, without the usage."""
-    return Parser(
+    return argparse.ArgumentParser(
         prog=prog,
         usage=argparse.SUPPRESS,
         description=f"usage: {prog} {usage}\n\n{purpose}",

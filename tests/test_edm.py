@@ -129,8 +129,9 @@ def test_without_options_the_settings_are_the_default_ones(monkeypatch):
     assert edm.parse_arguments(argparse.ArgumentParser())[1] == Config()
 
 
-def test_a_wrong_option_is_told_in_one_line_by_one_rank(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["program", "--high-threshold", "1"])
+@pytest.mark.parametrize(("value", "words"), [("1", "high_threshold: "), ("x", "argument --high-")])
+def test_a_wrong_option_is_told_in_one_line_by_one_rank(monkeypatch, capsys, value, words):
+    monkeypatch.setattr(sys, "argv", ["program", "--high-threshold", value])
     monkeypatch.setattr(face, "PRINTING", 0)
     for rank in (0, 1):
         monkeypatch.setattr(face, "launched", lambda rank=rank: (rank, 2))
@@ -142,7 +143,7 @@ def test_a_wrong_option_is_told_in_one_line_by_one_rank(monkeypatch, capsys):
         if rank:
             assert told.err == ""
         else:
-            assert re.fullmatch("program: error: high_threshold: [^\n]*\n", told.err)
+            assert re.fullmatch(f"program: error: {words}[^\n]*\n", told.err)
 
 
 def test_settings_can_be_left_out_of_the_options():
