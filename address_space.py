@@ -661,11 +661,16 @@ def spawn_pager() -> Any:
     ]
     # All signals are blocked: it ends when the application does, and may be sent what is meant for that.
     how = {"file_actions": actions, "setsigmask": _signal.valid_signals()}
+    pending = _signal.sigpending()
     pid = os.posix_spawn(sys.executable, command, os.environ, **how)
     theirs.close()
     # ECHILD: the program ignores SIGCHLD, or another of its threads waits for any child.
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
+    if (
+        _signal.SIGCHLD in _signal.sigpending() - pending
+    ):  # the program has blocked it, and expects none
+        _signal.sigtimedwait([_signal.SIGCHLD], 0)
     return ours
 
 

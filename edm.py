@@ -153,6 +153,10 @@ class Config(SimpleNamespace):
 
     __delattr__ = __setattr__
 
+    def __replace__(self, **changes: Any) -> Config:
+        """For copy.replace, Python 3.13."""
+        return Config(**{**vars(self), **changes})
+
     def _mistakes(self) -> Iterator[tuple[object, str]]:
         """Each mistake that can be made: whether it was, and the message."""
         start, end, most = self.start_addr, self.end_addr, PAGES_AT_ONCE
@@ -244,6 +248,11 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     if _space is not None:
         raise RuntimeError("edm: this process is an application of EDM's already; see edm.space()")
     number, ranks = launched()
+    if not getattr(
+        sys, "_is_gil_enabled", lambda: True
+    )():  # threads share numpy_mem_handler.Callback
+        leave_to_rank_0()
+        raise ValueError("edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on")
     if config.dms and ranks <= config.dms:
         leave_to_rank_0()
         raise ValueError(f"dms: needs more MPI ranks: mpirun -n {config.dms + 1} python ...")
@@ -270,7 +279,8 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
 
 
 def space() -> Space:
-    """The Space of this application. Raises RuntimeError in any other process."""
+    """The Space of this application. Raises RuntimeError if this process is none. In a forked child, it is that
+    of the parent, and can't be called."""
     if _space is None:
         raise RuntimeError("edm.space: this process is not an application of EDM's")
     return _space

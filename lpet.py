@@ -366,12 +366,15 @@ class Lpet:
         """Send the store every page that was written since the store got it. Returns how many. All stay.
 
         A page that is written meanwhile counts as written. track_clean: clean pages have the uffd-wp bit.
-        Raises OSError if the store refuses a page, or if LPET has ended in the midst of an eviction.
+        Raises OSError if the store refuses a page, if the application ends meanwhile, or if LPET has ended in the
+        midst of an eviction.
         """
         pages, everything, self._most = 0, (0, self._lspt.pages), self._batch
-        parts = self._parts(self._lspt.used(*everything))
+        parts, had_ended = self._parts(self._lspt.used(*everything)), self._lspt.stopped()
         for part, claimed in self._lspt.claims(parts, l.NO_HOLES):
             pages += self._store_run(*part, claimed, track_clean)
+            if self._lspt.stopped() and not had_ended:
+                raise OSError(errno.EIO, "the application has ended")
         if self._lspt.stopped():  # what is COMING has not come
             for page, count in self._lspt.used(*everything):
                 if l.LEAVING in self._lspt.state[page : page + count]:

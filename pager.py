@@ -73,12 +73,15 @@ from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
-ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM  # what _end_by handles; rank.py blocks them
-TERM_TO_KILL = 3  # seconds from a signal to the pager until the application is killed
+# What a launcher sends to a rank, which passes it on to the application (_pass_on). rank.py blocks these until
+# the pager runs.
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
+PASSED_ON = *ENDING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+TERM_TO_KILL = 3  # seconds from one that is to end the application until this is killed
 
-# Milliseconds from one sample of --progress and --report to the next. An application that has
-# closed its end of the socket pair is looked at as often: it may have become another program.
-SAMPLE = 100
+# Milliseconds from one sample of --progress and --report to the next; without these, from one look to the next
+# whether the application has become another program.
+SAMPLE, LOOK = 100, 500
 
 # Seconds that a thread may keep the GIL when another one wants it. With the default, a fault would
 # wait for up to 5 ms while another thread computes.
@@ -178,9 +181,9 @@ class Pager:
             )  # fmt: skip
             self._start_thread(self._system_calls.run)
         if self._over_mpi:  # no other thread takes them: a signal ends a wait of this one
-            for number in ENDING:
-                signal.signal(number, self._end_by)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            for number in PASSED_ON:
+                signal.signal(number, self._pass_on)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         if begins:  # else a signal handler has raised in the application, which has no space now
             self._guarded(self._watch)
         self._lspt.stop()
@@ -248,16 +251,15 @@ class Pager:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
 
-    def _end_by(self, number: int, frame: object) -> None:
-        """A rank's signal handler: pass SIGTERM or SIGINT on to the application.
-
-        The next signal kills it. After TERM_TO_KILL seconds this is SIGALRM.
-        """
-        if self._ended_by:
-            self._kill_application()
-            return
-        self._ended_by = signal.Signals(number).name
-        signal.alarm(TERM_TO_KILL)
+    def _pass_on(self, number: int, frame: object) -> None:
+        """A rank's signal handler: pass the signal on to the application. After one of ENDING, the next of these
+        kills it. After TERM_TO_KILL seconds this is SIGALRM."""
+        if number in ENDING:
+            if self._ended_by:
+                self._kill_application()
+                return
+            self._ended_by = signal.Signals(number).name
+            signal.alarm(TERM_TO_KILL)
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.killpg(self._application, number)  # its subprocesses too, as a terminal does
 
@@ -266,12 +268,10 @@ class Pager:
         poll = select.poll()
         for fd in (self._process, self._ended, self._control.fileno()):
             poll.register(fd, select.POLLIN)
-        timeout = SAMPLE if self._report else None
         while True:
-            ready = [fd for fd, _ in poll.poll(timeout)]
+            ready = [fd for fd, _ in poll.poll(SAMPLE if self._report else LOOK)]
             if self._control.fileno() in ready and not self._hear_children():
                 poll.unregister(self._control)
-                timeout = SAMPLE
             if self._process in ready or self._ended in ready or self._pagemap.is_gone():
                 return
             with self._sampling:
@@ -332,6 +332,8 @@ class Pager:
                 self._report.unmapped(page)
             for part, taken in self._lspt.claims(self._lspt.used(page, count), l.SETTLED):
                 self._free(*part, taken)
+                if self._lspt.stopped() and not self._store.kept:
+                    break
         elif what == mailbox.PREFETCH:
             self._handler.prefetch(mailbox.RUN.iter_unpack(name))
         elif what == mailbox.FORGET:

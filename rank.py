@@ -40,9 +40,6 @@ PIDFD_INFO = Struct("=Q52xi")  # mask, exit_code
 PIDFD_INFO_EXIT = 1 << 3
 PIDFD_GET_INFO = 3 << 30 | PIDFD_INFO.size << 16 | 0xFF << 8 | 11
 
-# What a launcher sends to end a job, also at Ctrl-C. A DMS goes on until all instances have ended.
-OF_LAUNCHER = signal.SIGTERM, signal.SIGINT
-
 
 def fork_application(config: Config) -> tuple[Any, int] | None:
     """In the application, returns the socket that reaches its pager, and the instance's number; in a
@@ -79,7 +76,7 @@ def _watch(rank: Any, words: str) -> NoReturn:
     """Print these words if the DMS, our parent, is killed. It has the other end of this socket. When it ends
     in order, it kills this process first."""
     pidfd = os.pidfd_open(parent := os.getppid())
-    signal.pthread_sigmask(signal.SIG_BLOCK, OF_LAUNCHER)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     rank.recv(1)
     if _was_killed(parent, pidfd):
         tell(f"edm: error: {words}")
@@ -110,10 +107,12 @@ def _run(config: Config, application: int, control: Any) -> None:
     from edm.limits import lift
 
     lift()
-    from edm.pager import ENDING, SWITCH_INTERVAL, print_error  # not imported in the application
+    from edm.pager import PASSED_ON, SWITCH_INTERVAL, print_error  # not in the application
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # in all of MPI's threads: Pager.run
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *OF_LAUNCHER)}
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, PASSED_ON
+    )  # in all of MPI's threads: Pager.run
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *PASSED_ON)}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
     try:
         from mpi4py import MPI  # this initialises MPI: not before the fork
@@ -147,6 +146,7 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
     """Be a DMS."""
     from edm.dms import DMS
     from edm.limits import explain
+    from edm.pager import PASSED_ON
     from edm.stripes import shares
 
     dms, wrong, path, here = None, None, config.disk, hosts[comm.rank]
@@ -160,9 +160,9 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
         wrong = str(error)
     _begin_with_all(comm, wrong)
     control.send(f"the DMS of rank {comm.rank} on host {here} has died".encode())
-    for number in OF_LAUNCHER:
+    for number in PASSED_ON:  # it goes on until all instances have ended
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_LAUNCHER)  # blocked, they stay pending
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)  # blocked, they stay pending
     try:
         dms.serve()
     finally:
@@ -173,14 +173,17 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
 def _page(comm: Any, dms: int, application: int, control: Any) -> int:
     """Be the pager of an instance. Returns the application's exit status, or 2 if the pager has failed."""
     from edm.mpi_client import MpiStore
-    from edm.pager import page_for
+    from edm.pager import PASSED_ON, page_for
 
     def open_store(config: Any, instance: int) -> MpiStore:
         _begin_with_all(comm, None, application)
         return MpiStore(comm, dms, config.start_addr, config.end_addr)
 
     control.send(b"%d" % (comm.rank - dms))
+    for number in PASSED_ON:  # until Pager.run has its own handler, and if it never runs
+        signal.signal(number, lambda number, frame: os.killpg(application, number))
     failed = page_for(control, open_store)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)  # the application may go on
     if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])

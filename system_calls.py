@@ -22,7 +22,8 @@ One call, `write(fd, array)`:
 Not every program calls write(2) again for the rest of a file or a pipe (`python -u` does not). So if the
 buffer is larger than what was pinned, the pager makes the call itself: it reads the bytes from
 /proc/TID/mem, and writes them to the program's descriptor, which pidfd_getfd(2) duplicates. The call
-returns when all is written, or at an error or a signal with what was written before.
+returns when all is written, or at an error or a signal with what was written before. If the pager has no
+descriptor for that, the kernel makes the call.
 
 readv, writev, sendmsg, recvmsg and their kin keep the addresses of their buffers in memory, where the
 filter can't look. So all of these calls are stopped, in every process that has the filter, and each
@@ -73,6 +74,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from io import FileIO
 
     from edm.dm_handler import DmHandler
     from edm.lspt import LSPT
@@ -229,13 +231,15 @@ class SystemCalls:
         call = nr, *arguments
         whole = not process or self._bring(thread, call)
         if not whole and nr in (WRITE, PWRITE) and process == self._application:
-            # EBADF, EPERM, or no other thread: then the kernel makes the call.
+            # EBADF, EPERM, no other thread, or no descriptor: then the kernel makes the call.
             with contextlib.suppress(OSError, RuntimeError), contextlib.ExitStack() as if_it_fails:
                 fd = u.pidfd_getfd(self._pidfd, arguments[0])
                 if_it_fails.callback(os.close, fd)
+                memory = if_it_fails.enter_context(open(f"/proc/{thread}/mem", "rb", 0))
                 found = os.fstat(fd)
                 if self._can_be_made_here(found.st_mode):
-                    _thread.start_new_thread(self._write, (number, thread, call, fd, found))
+                    write = number, thread, call, fd, found, memory
+                    _thread.start_new_thread(self._write, write)
                     if_it_fails.pop_all()
                     return
         self._answer(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
@@ -300,17 +304,19 @@ class SystemCalls:
         limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
         return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) and limit == resource.RLIM_INFINITY
 
-    def _write(self, number: int, thread: int, call: Call, fd: int, found: os.stat_result) -> None:
+    def _write(
+        self, number: int, thread: int, call: Call, fd: int, found: os.stat_result, memory: FileIO
+    ) -> None:
         """A thread, as it may wait: make a call of write(2) or pwrite64(2), and answer."""
         nr, _, _, length, offset, *_ = call
         done = failed = 0
         to_file = stat.S_ISREG(found.st_mode)
-        # No other write to the file comes between the parts of this one.
+        # No other write that is made here comes between the parts of this one.
         lock = self._file_locks[found.st_ino % FILE_LOCKS] if to_file else contextlib.nullcontext()
         try:
-            with lock:
+            with memory, lock:
                 while done < length:
-                    content = self._read(thread, call, done)
+                    content = self._read(thread, call, done, memory)
                     while content:
                         if not to_file:
                             _wait_for_room(fd, thread)
@@ -328,21 +334,20 @@ class SystemCalls:
         with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
             self._answer(number, done, failed, 0)
 
-    def _read(self, thread: int, call: Call, done: int) -> memoryview:
+    def _read(self, thread: int, call: Call, done: int, memory: FileIO) -> memoryview:
         """The bytes that the call has behind the first `done` ones, AT_ONCE at most. Raises OSError."""
         from edm.lspt import LOST  # the application does without
 
         address, length = call[2] + done, min(call[3] - done, AT_ONCE)
         page = (address - self._start) // PAGE_SIZE
-        with open(f"/proc/{thread}/mem", "rb", 0) as memory:
-            while page < self._lspt.pages and self._lspt.state[page] != LOST:
-                self._bring(thread, call, done)
-                # It ends before a page that is not here. EIO: that is the first one.
-                with contextlib.suppress(OSError):
-                    if content := os.pread(memory.fileno(), length, address):  # else it has ended
-                        return memoryview(content)
-                if self._lspt.stopped():
-                    break
+        while page < self._lspt.pages and self._lspt.state[page] != LOST:
+            self._bring(thread, call, done)
+            # It ends before a page that is not here. EIO: that is the first one.
+            with contextlib.suppress(OSError):
+                if content := os.pread(memory.fileno(), length, address):  # else it has ended
+                    return memoryview(content)
+            if self._lspt.stopped():
+                break
         raise OSError(errno.EFAULT, "a page can't be brought")
 
 

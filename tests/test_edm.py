@@ -1,6 +1,7 @@
 """edm.py and log.py: what the settings refuse, and how lines look."""
 
 import argparse
+import copy
 import logging
 import os
 import re
@@ -351,6 +352,23 @@ print("done", flush=True)
     ended = mpirun("-c", code)
     assert ended.returncode == 0, ended.stdout
     assert sorted(ended.stdout.split()) == ["application", "done", "done"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="copy.replace came with Python 3.13")
+def test_a_replaced_config_is_checked_too():
+    config = copy.replace(Config(low_threshold=8), high_threshold=16)
+    assert (config.high_threshold, config.low_threshold) == (16, 8)
+    with pytest.raises(ValueError, match="low_threshold"):
+        copy.replace(Config(), high_threshold=16)
+
+
+def test_a_python_without_a_gil_is_told_how_to_have_one(run):
+    code = (
+        "import sys; sys._is_gil_enabled = lambda: False; import edm; edm.main(print, edm.Config())"
+    )
+    ended = run(sys.executable, "-c", code)
+    assert (ended.returncode, ended.stdout.count("\n")) == (2, 1)
+    assert "PYTHON_GIL=1 turns it on" in ended.stdout
 
 
 def test_a_job_without_an_mpi_ends_with_one_line_and_status_2(mpirun):

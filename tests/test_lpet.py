@@ -914,20 +914,27 @@ def test_storing_waits_for_a_page_that_lpet_takes_at_that_moment(make):
 
 
 @pytest.mark.parametrize("theirs", [COMING, LEAVING])
-def test_storing_does_not_wait_any_more_when_everything_ends_but_misses_no_page(make, theirs):
+def test_storing_does_not_wait_when_everything_has_ended_but_misses_no_page(make, theirs):
     instance = make()
     instance.come((20, 1))
     instance.lspt.state[20] = theirs
-    thread, ended = start(lambda: instance.lpet.store(False))
-    thread.join(0.02)
-    assert thread.is_alive()
     instance.lspt.stop()
-    thread.join(10)
     if theirs == COMING:  # the store has it
-        assert ended == [0]
+        assert instance.lpet.store(False) == 0
     else:
-        assert "LPET has ended in the midst" in str(ended[0])
-    assert instance.store.pages == {}
+        with pytest.raises(OSError, match="LPET has ended in the midst"):
+            instance.lpet.store(False)
+
+
+def test_storing_ends_when_the_application_does(make):
+    instance = make()
+    instance.come((10, 1), (40, 1))  # in two batches
+    instance.store.meanwhile = instance.lspt.stop
+    with pytest.raises(OSError, match="the application has ended"):
+        instance.lpet.store(False)
+    assert instance.store.pages == {10: content(10)}
+    instance.store.meanwhile = lambda: None
+    assert instance.lpet.store(False) == 2  # at the end
 
 
 @pytest.fixture

@@ -362,6 +362,35 @@ print("SUCCESS")
     check(alone.run("-c", code))
 
 
+def test_a_program_that_has_sigchld_blocked_finds_none_of_edms(alone):
+    code = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+import edm
+edm.start()
+assert not signal.sigpending(), signal.sigpending()
+print("SUCCESS")
+"""
+    check(alone.run("-c", code))
+
+
+def test_the_pager_ends_when_its_application_becomes_another_program_beside_a_child_of_c_code(
+    alone,
+):
+    code = """
+import ctypes, os, time, edm
+edm.start().mmap(edm.PAGE_SIZE)[0] = 1
+if not ctypes.CDLL(None).fork():
+    time.sleep(60)
+    os._exit(0)
+print("forked", flush=True)
+os.execv("/bin/sleep", ["sleep", "60"])
+"""
+    job = alone.start("-c", code)
+    read_until(job, "forked")
+    wait_for(lambda: not job.parts().get("pager"), 3)
+
+
 def test_signals_to_all_python_processes_do_not_end_the_pager(alone):
     code = """
 import edm, os, signal, time

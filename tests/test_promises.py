@@ -340,6 +340,51 @@ def test_sigterm_to_the_launcher_writes_everything_back_too(mpirun_command, star
     assert int(re.search(r"the space has (\d+) of", again.stdout)[1]) >= 8192
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+def test_over_mpi_the_application_gets_the_launchers_other_signals(start, mpirun_command, number):
+    """As from `srun --signal` before the time is up. It may take as long as it wants."""
+    code = f"""
+import signal, time, edm
+def app(space):
+    area = space.mmap(1 << 20)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])
+    print("ready", flush=True)
+    print("got", signal.sigwait([{int(number)}]), flush=True)
+    time.sleep(4)
+    area[0] = 1
+    print("done", flush=True)
+edm.run(app)
+"""
+    job = start(*mpirun_command("-c", code))
+    read_until(job, "ready")
+    parts = job.parts()
+    for part in ("DMS", "pager"):
+        os.kill(parts[part], number)
+    rest, _ = job.communicate(timeout=30)
+    assert job.returncode == 0, rest
+    assert f"got {int(number)}\ndone" in rest
+    wait_until_gone(job)
+
+
+def test_over_mpi_an_application_that_edm_has_refused_still_gets_sigterm(start, mpirun_command):
+    code = """
+import time, edm
+from edm import uffd_ctypes as u
+u.mmap(edm.Config.start_addr, 4096, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS | u.MAP_FIXED_NOREPLACE)
+try:
+    edm.run(print)
+except ValueError:
+    print("refused", flush=True)
+    time.sleep(60)
+"""
+    job = start(*mpirun_command("-c", code))
+    read_until(job, "refused")
+    os.kill(job.parts()["pager"], signal.SIGTERM)
+    job.communicate(timeout=10)
+    assert job.returncode != 0
+    wait_until_gone(job)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("who", ["rank", "launcher"])
 def test_after_a_signal_what_was_never_synced_is_on_the_disk_too(
