@@ -32,7 +32,7 @@ same addresses. It registers the mapping with a userfaultfd of its own and sends
 (children.py). It reads the application's memory, with what the application writes there later. What
 it writes is its own. It can't call Space. Touching the memory is a SIGSEGV where that does not
 work: in a child's child, after a fork that Python does not see, when the program has closed EDM's
-descriptor, and with vm.overcommit_memory=2.
+descriptor, and where RLIMIT_DATA or vm.overcommit_memory=2 allow less than all areas have.
 
 A core dump leaves the space out (MADV_DONTDUMP): the kernel would try each page, of up to 256 TiB.
 
@@ -475,7 +475,12 @@ class Space:
             # The userfaultfd and the lifeline stay open: the pager may die before it reads this.
             send(control, b"%d" % os.getpid(), [process, uffd, lifeline, pagers_end])
             if_it_fails.pop_all()  # it has not failed
-        u.mprotect(self.start_addr, length, u.PROT_READ | u.PROT_WRITE)
+        try:
+            u.mprotect(self.start_addr, length, u.PROT_READ | u.PROT_WRITE)
+        except OSError:
+            # ENOMEM: RLIMIT_DATA, and vm.overcommit_memory=2, count all that is writable.
+            for addr, whole in self._lengths.copy().items():
+                u.mprotect(addr, whole, u.PROT_READ | u.PROT_WRITE)
 
     # ------------------------------------------------------------ the areas
 

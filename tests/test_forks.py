@@ -26,6 +26,23 @@ def test_on_one_machine_they_do_so_from_wherever_they_are_forked(alone, case):
     assert (ended.returncode, ended.stdout) == (0, "")
 
 
+def test_a_limit_on_data_is_none_for_children_on_the_size_of_the_space(alone):
+    code = """
+import os, resource, edm
+def app(space):
+    areas = [space.mmap(3 * edm.PAGE_SIZE) for _ in range(3)]
+    for area in areas:
+        area[:] = b"x" * len(area)
+    resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+    if not os.fork():
+        areas[1][0] = 1
+        os._exit(sum(bytes(area) == b"x" * len(area) for area in (areas[0], areas[2])))
+    print(os.waitstatus_to_exitcode(os.wait()[1]), areas[1][0])
+edm.run(app)
+"""
+    assert alone.run("-c", code).stdout == f"2 {ord('x')}\n"
+
+
 FORKED_MEANWHILE = """
 import edm, os, threading
 from edm.address_space import HIGH
