@@ -672,9 +672,8 @@ def spawn_pager() -> Any:
     # ECHILD: the program ignores SIGCHLD, or another of its threads waits for any child.
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
-    if (
-        _signal.SIGCHLD in _signal.sigpending() - pending
-    ):  # the program has blocked it, and expects none
+    # The program has blocked it, and expects none.
+    if _signal.SIGCHLD in _signal.sigpending() - pending:
         _signal.sigtimedwait([_signal.SIGCHLD], 0)
     return ours
 

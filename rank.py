@@ -109,9 +109,8 @@ def _run(config: Config, application: int, control: Any) -> None:
     lift()
     from edm.pager import PASSED_ON, SWITCH_INTERVAL, print_error  # not in the application
 
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, PASSED_ON
-    )  # in all of MPI's threads: Pager.run
+    # In all of MPI's threads, see Pager.run.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *PASSED_ON)}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
     try:

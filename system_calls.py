@@ -235,9 +235,9 @@ class SystemCalls:
             with contextlib.suppress(OSError, RuntimeError), contextlib.ExitStack() as if_it_fails:
                 fd = u.pidfd_getfd(self._pidfd, arguments[0])
                 if_it_fails.callback(os.close, fd)
-                memory = if_it_fails.enter_context(open(f"/proc/{thread}/mem", "rb", 0))
                 found = os.fstat(fd)
                 if self._can_be_made_here(found.st_mode):
+                    memory = if_it_fails.enter_context(open(f"/proc/{thread}/mem", "rb", 0))
                     write = number, thread, call, fd, found, memory
                     _thread.start_new_thread(self._write, write)
                     if_it_fails.pop_all()
