@@ -142,14 +142,16 @@ class Space:
         self._freeing: deque[tuple[int, int, int]] = deque()
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
             closed = partial(_closed_by, at_the_end)
+            _in_child.pop_all()  # of an earlier space
             # In what another thread forks meanwhile; later the stack is empty.
-            os.register_at_fork(after_in_child=at_the_end.close)
+            _in_child.callback(at_the_end.close)
             if_it_fails.callback(control.close)
+            self._at_close = if_it_fails.enter_context(contextlib.ExitStack())
             memfd = closed(os.memfd_create("edm"))
             self._map(memfd)
-            if_it_fails.callback(self._unmap)
+            self._at_close.callback(self._unmap)
             uffd, how = u.open_userfaultfd()
-            lines = _tell_lines(if_it_fails) if config.report else []
+            lines = _tell_lines(self._at_close) if config.report else []
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
             pagers_end, lifeline = map(closed, _lifeline())
@@ -181,18 +183,16 @@ class Space:
                 # NumPy's OSErrors have no errno. With the filter they are about something else.
                 numbers = {errno.EFAULT} if listener else {errno.EFAULT, None}
                 hook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY], numbers)
-                if sys.excepthook is sys.__excepthook__:  # the code module compares them
-                    sys.__excepthook__ = hook
-                sys.excepthook = hook
+                if getattr(sys.excepthook, "func", None) is not _explain:  # an earlier space's
+                    if sys.excepthook is sys.__excepthook__:  # the code module compares them
+                        sys.__excepthook__ = hook
+                    sys.excepthook = hook
             send(control, b"listener", listener)  # system calls may be waiting for it already
-        self._socket = _high(control.detach())
+        self._socket = _closed_by(self._at_close, _high(control.detach()))
         self._socket_is = os.fstat(self._socket).st_ino
-        # Else a signal handler might touch the memory in a child that has not mapped it yet. The last
-        # hook is no Python code, so what a handler raises then comes to the program.
-        block, restore = u.signal_mask()
-        os.register_at_fork(before=block, after_in_parent=restore, after_in_child=self._forked)
-        os.register_at_fork(after_in_child=restore)
+        _in_child.callback(self._forked)
         atexit.register(self._end)
+        self._at_close.callback(atexit.unregister, self._end)
 
     # ------------------------------------------------------------ the API
 
@@ -406,12 +406,6 @@ class Space:
         lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
         raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
 
-    def _has_socket(self) -> bool:
-        """False if the program has closed it. Its number may be another file's now."""
-        with contextlib.suppress(OSError):  # EBADF
-            return os.fstat(self._socket).st_ino == self._socket_is
-        return False
-
     def _end(self) -> None:
         """At the interpreter's end, wait until the pager has printed everything: the shell's prompt comes
         next. If it can't sync a kept disk, the status is 2."""
@@ -429,7 +423,7 @@ class Space:
     def close(self) -> None:
         """End the space and its pager. Nothing may use an area any more. A kept disk is synced; raises OSError
         if it can't be."""
-        connected = self._has_socket()
+        connected = _is_open(self._socket, self._socket_is)
         try:
             self._mailbox.call(mailbox.END)
         finally:
@@ -439,9 +433,7 @@ class Space:
                 while connected and os.read(self._socket, 1):
                     pass  # the answer to HELLO; then the pager has ended
             finally:
-                if connected:
-                    os.close(self._socket)
-                self._unmap()
+                self._at_close.close()
 
     # ------------------------------------------------------------ forked children
 
@@ -449,7 +441,7 @@ class Space:
         """In a process that the application has forked: map its memory, if possible."""
         self.is_over = True
         self._lock = _thread.RLock()  # the thread that had it is not in this process
-        if self._has_socket():
+        if _is_open(self._socket, self._socket_is):
             control = _socket.socket(fileno=self._socket)
             control.settimeout(None)  # the program may have set a default
             with contextlib.closing(control), contextlib.suppress(OSError, ValueError):
@@ -580,10 +572,26 @@ class Gaps:
         return sorted((end - start, start) for start, end in self._gaps)
 
 
+_in_child = contextlib.ExitStack()  # what a forked process does first
+# Else a signal handler might touch the memory in a child that has not mapped it yet. The last hook is
+# no Python code, so what a handler raises then comes to the program.
+_block, _restore = u.signal_mask()
+os.register_at_fork(before=_block, after_in_parent=_restore, after_in_child=_in_child.close)
+os.register_at_fork(after_in_child=_restore)
+
+
 def _closed_by(stack: contextlib.ExitStack, fd: int) -> int:
-    """Have the stack close this descriptor, and return it."""
-    stack.callback(os.close, fd)
+    """Have the stack close this descriptor, unless the program has, and return it."""
+    inode = os.fstat(fd).st_ino
+    stack.callback(lambda: _is_open(fd, inode) and os.close(fd))
     return fd
+
+
+def _is_open(fd: int, inode: int) -> bool:
+    """False if the program has closed this descriptor. Its number may be another file's now."""
+    with contextlib.suppress(OSError):  # EBADF
+        return os.fstat(fd).st_ino == inode
+    return False
 
 
 def _high(fd: int) -> int:
@@ -605,19 +613,23 @@ def _lifeline() -> tuple[int, int]:
     return pagers, ours
 
 
-def _tell_lines(if_it_fails: contextlib.ExitStack) -> list[int]:
+def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:
     """Have threads that get SIGURG write their frames to the end of a memfd, see lines.py.
 
-    Returns the memfd's descriptor, or nothing if the program handles SIGURG. if_it_fails: undoes it.
+    Returns the memfd's descriptor, or nothing if the program handles SIGURG. at_close: undoes it.
     """
     import faulthandler
 
+    def undo() -> None:
+        if _signal.getsignal(_signal.SIGURG) == _signal.SIG_DFL:  # else the program handles it now
+            faulthandler.unregister(_signal.SIGURG)
+
     if _signal.getsignal(_signal.SIGURG) != _signal.SIG_DFL:
         return []
-    memfd = _closed_by(if_it_fails, _high(os.memfd_create("edm lines")))
+    memfd = _closed_by(at_close, _high(os.memfd_create("edm lines")))
     fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
     faulthandler.register(_signal.SIGURG, memfd, all_threads=False)
-    if_it_fails.callback(faulthandler.unregister, _signal.SIGURG)
+    at_close.callback(undo)
     return [memfd]
 
 

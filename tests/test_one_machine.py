@@ -263,6 +263,29 @@ print("SUCCESS")
     check(alone.run("-c", code))
 
 
+def test_of_one_run_after_another_the_last_space_is_left_and_no_descriptor_with_a_report_too(
+    alone, tmp_path
+):
+    code = f"""{OPEN}
+import gc, signal
+for handler in (signal.SIG_DFL, print):  # the second one is set while the report uses the signal
+    def look(space):
+        app(space)
+        signal.signal(signal.SIGURG, handler)
+    for _ in range(3):
+        edm.run(look, edm.Config(high_threshold=100, report={str(tmp_path / "report")!r}))
+        assert opened() == before, (opened(), before)
+gc.collect()
+assert sum(isinstance(found, edm.Space) for found in gc.get_objects()) == 1
+os.kill(os.getpid(), signal.SIGURG)
+signal.signal(signal.SIGURG, signal.SIG_DFL)
+print("SUCCESS")
+"""
+    urg = int(signal.SIGURG)
+    ended = alone.run("-c", code)
+    assert ended.returncode == 0 and ended.stdout.startswith(f"{urg} <frame "), ended.stdout
+
+
 def test_a_kept_disks_descriptors_are_so_too(alone, tmp_path):
     code = f"""{OPEN}
 for _ in range(2):
