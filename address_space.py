@@ -62,6 +62,7 @@ import gc
 import marshal
 import operator
 import os
+import posix  # os, without what a program puts there: a fork hook uses only this
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -455,7 +456,7 @@ class Space:
         length = self.end_addr - self.start_addr
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
             memfd, _ = (_closed_by(at_the_end, fd) for fd in receive(control, _socket.MSG_PEEK)[1])
-            process = _closed_by(at_the_end, os.pidfd_open(os.getpid()))
+            process = _closed_by(at_the_end, posix.pidfd_open(posix.getpid()))
             uffd = _closed_by(if_it_fails, _high(u.open_userfaultfd()[0]))
             pagers_end, lifeline = _lifeline()
             _closed_by(at_the_end, pagers_end)
@@ -465,7 +466,7 @@ class Space:
             self._map_memory(length, u.PROT_NONE, u.MAP_PRIVATE | u.MAP_NORESERVE, memfd)
             self._register(u.Userfaultfd(uffd), "none")
             # The userfaultfd and the lifeline stay open: the pager may die before it reads this.
-            send(control, b"%d" % os.getpid(), [process, uffd, lifeline, pagers_end])
+            send(control, b"%d" % posix.getpid(), [process, uffd, lifeline, pagers_end])
             if_it_fails.pop_all()  # it has not failed
         try:
             u.mprotect(self.start_addr, length, u.PROT_READ | u.PROT_WRITE)
@@ -582,15 +583,15 @@ os.register_at_fork(after_in_child=_restore)
 
 def _closed_by(stack: contextlib.ExitStack, fd: int) -> int:
     """Have the stack close this descriptor, unless the program has, and return it."""
-    inode = os.fstat(fd).st_ino
-    stack.callback(lambda: _is_open(fd, inode) and os.close(fd))
+    inode = posix.fstat(fd).st_ino
+    stack.callback(lambda: _is_open(fd, inode) and posix.close(fd))
     return fd
 
 
 def _is_open(fd: int, inode: int) -> bool:
     """False if the program has closed this descriptor. Its number may be another file's now."""
     with contextlib.suppress(OSError):  # EBADF
-        return os.fstat(fd).st_ino == inode
+        return posix.fstat(fd).st_ino == inode
     return False
 
 
@@ -598,16 +599,16 @@ def _high(fd: int) -> int:
     """Move the descriptor to a number of at least HIGH, if RLIMIT_NOFILE allows that."""
     with contextlib.suppress(OSError):
         low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
-        os.close(low)
+        posix.close(low)
     return fd
 
 
 def _lifeline() -> tuple[int, int]:
     """The write end of a pipe, which only the pager may keep, and the read end. The kernel kills
     this process when the write end is closed, as long as the read end is open in any process."""
-    ours, pagers = os.pipe2(os.O_CLOEXEC)
+    ours, pagers = posix.pipe2(os.O_CLOEXEC)
     ours = _high(ours)
-    fcntl.fcntl(ours, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(ours, fcntl.F_SETOWN, posix.getpid())
     fcntl.fcntl(ours, fcntl.F_SETSIG, _signal.SIGKILL)
     fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC)
     return pagers, ours

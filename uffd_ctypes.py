@@ -33,6 +33,7 @@ from contextlib import suppress
 from ctypes import c_int, c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from fcntl import ioctl
 from functools import partial
+from io import FileIO  # open() may be a program's
 from struct import Struct
 
 if sys.platform != "linux":
@@ -133,7 +134,7 @@ def open_userfaultfd() -> tuple[int, str]:
     if ctypes.get_errno() == errno.ENOSYS:
         raise OSError(errno.ENOSYS, "userfaultfd: this kernel is built without CONFIG_USERFAULTFD")
     # Absent, or not for this user: then the third way is left.
-    with suppress(OSError), open("/dev/userfaultfd", "r+b", 0) as device:
+    with suppress(OSError), FileIO("/dev/userfaultfd", "r+") as device:
         return ioctl(device, USERFAULTFD_IOC_NEW, flags), device.name
     if (fd := _libc.syscall(number, flags | UFFD_USER_MODE_ONLY)) >= 0:
         return fd, USER_MODE
@@ -146,11 +147,8 @@ def open_userfaultfd() -> tuple[int, str]:
 
 def supported_features() -> int:
     """The UFFD_FEATURE_* bits of this kernel. Raises OSError as open_userfaultfd does."""
-    fd, _ = open_userfaultfd()
-    try:
-        return Userfaultfd(fd).api(0)
-    finally:
-        os.close(fd)
+    with FileIO(open_userfaultfd()[0]) as file:
+        return Userfaultfd(file.fileno()).api(0)
 
 
 class Userfaultfd:

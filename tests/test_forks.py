@@ -94,6 +94,11 @@ def test_on_one_machine_children_that_are_many_or_can_not_be_served_harm_nobody(
     assert (ended.returncode, ended.stdout) == (0, "")
 
 
+def test_a_child_that_is_forked_while_a_program_mocks_what_python_has_reads_the_memory(alone):
+    ended = alone.run(PROGRAMS / "forks.py", "mocked")
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
 def test_arrays_that_a_child_makes_are_in_ordinary_memory(way):
     pytest.importorskip("numpy")
     ended = way.run(PROGRAMS / "forks.py", "its_own")

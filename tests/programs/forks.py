@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import failing
 
@@ -200,6 +201,18 @@ def killed(space):
     pool.join()
     check(area, range(1024))
     wait_for(lambda: pagers_descriptors(space) <= before)
+
+
+def mocked(space):
+    """A program that tests itself forks while functions of Python's are mocked."""
+    area = filled(space, 1024)
+    for name in ("close", "fstat", "getpid", "open", "pidfd_open", "pipe2", "read"):
+        with mock.patch(f"os.{name}"):
+            pid = child(check, area, range(0, 1024, 64))
+        assert status(pid) == 0, name
+    with mock.patch("builtins.open"):
+        pid = child(check, area, range(0, 1024, 64))
+    assert status(pid) == 0
 
 
 def its_own(space):
