@@ -110,6 +110,12 @@ def test_calls_of_forked_children_read_what_their_parent_has_and_write_what_is_t
 
 
 @needs_userfaultfd
+def test_they_do_so_in_a_pid_namespace_of_their_own_too(succeeds):
+    if "no namespaces here" in succeeds("namespaced"):
+        pytest.skip("this user can't make a PID namespace")
+
+
+@needs_userfaultfd
 def test_a_program_that_replaces_the_application_is_no_worse_for_it(succeeds):
     succeeds("replaced")
 

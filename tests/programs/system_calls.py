@@ -567,6 +567,15 @@ def forked(space):
         os._exit(1)
 
 
+def namespaced(space):
+    """As forked, in a PID namespace of the child's own."""
+    new_user, new_pid = 0x10000000, 0x20000000
+    if libc.unshare(new_user | new_pid):
+        print("no namespaces here", end=" ")
+    else:
+        forked(space)
+
+
 def left(space):
     """A child outlives this process, and writes from the space's addresses: EFAULT, and not ENOSYS."""
     if not os.fork():
