@@ -29,6 +29,7 @@ import sys
 import time
 from _multiprocessing import SemLock
 from _signal import SIG_BLOCK, SIG_SETMASK
+from _thread import _local as local
 from contextlib import suppress
 from ctypes import c_int, c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from fcntl import ioctl
@@ -299,13 +300,20 @@ def semaphore() -> SemLock:
     return SemLock(kind, 1, 1, name, True)
 
 
+class _Before(local):
+    """A signal mask of each thread's own, as an argument for ctypes."""
+
+    def __init__(self) -> None:
+        self._as_parameter_ = ctypes.create_string_buffer(128)
+
+
 def signal_mask() -> tuple[partial[int], partial[int]]:
     """Two functions, without Python code: block all signals of this thread; restore what was before.
 
     Source: pthread_sigmask(3).
     """
-    every, before = ctypes.create_string_buffer(b"\xff" * 128), ctypes.create_string_buffer(128)
-    call = WITH_GIL.pthread_sigmask  # threads share `before`
+    every, before = ctypes.create_string_buffer(b"\xff" * 128), _Before()
+    call = WITH_GIL.pthread_sigmask
     return partial(call, SIG_BLOCK, every, before), partial(call, SIG_SETMASK, before, None)
 
 

@@ -19,7 +19,7 @@ def test_forked_children_read_the_memory_and_write_privately(way, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["eighths", "not_served", "signals", "from_threads", "many_faults", "execs"]
+    "case", ["eighths", "not_served", "signals", "from_threads", "masks", "many_faults", "execs"]
 )
 def test_on_one_machine_they_do_so_from_wherever_they_are_forked(alone, case):
     ended = alone.run(PROGRAMS / "forks.py", case)

@@ -266,6 +266,31 @@ def signals(space):
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+def masks(space):
+    """Threads that block different signals fork at once, with hooks of logging's: none has another's mask."""
+    area, right = filled(space, 4), []
+
+    def check_mask(mask):
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+        check(area, [0])
+
+    def forks(mask):
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for _ in range(60):
+            assert status(child(check_mask, mask)) == 0
+            check_mask(mask)
+        right.append(mask)
+
+    sys.setswitchinterval(1e-6)
+    masks = set(), {signal.SIGUSR1}, {signal.SIGUSR2, signal.SIGINT}
+    threads = [threading.Thread(target=forks, args=(mask,)) for mask in masks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(right) == len(masks)
+
+
 def limited(space):
     """Where there are no more descriptors it is a SIGSEGV too, and nothing else."""
     area = filled(space, 1024)
