@@ -45,7 +45,7 @@ from functools import cache, partial, wraps
 from io import IOBase
 from itertools import starmap
 from operator import index
-from types import ModuleType
+from posix import fstat  # which a program's mock does not replace
 
 from edm.address_space import Space, whole_pages
 
@@ -102,32 +102,32 @@ def _replace_fromfile() -> None:
     file, and return zeros."""
     import numpy
 
-    fromfile = numpy.fromfile
+    fromfile, memmap = numpy.fromfile, numpy.memmap  # a program may replace them
 
     @wraps(fromfile)
     def mapped(file, dtype=float, count=-1, sep="", offset=0, **like):
         dtype = numpy.dtype(dtype)
         simple = dtype.itemsize and not (sep or like or dtype.subdtype or dtype.hasobject)
-        if simple and hasattr(count, "__index__") and hasattr(offset, "__index__"):
-            is_path = isinstance(file, str | bytes | os.PathLike)
-            with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
-                if is_path or hasattr(opened, "readinto") and opened.readable():
-                    array = _from_mapping(numpy, opened, dtype, index(count), index(offset))
-                    if array is not None:
-                        return array
-        return fromfile(file, dtype, count, sep, offset, **like)
+        simple = simple and hasattr(count, "__index__") and hasattr(offset, "__index__")
+        is_path = isinstance(file, str | bytes | os.PathLike)
+        with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
+            if simple and hasattr(opened, "readinto") and opened.readable() and opened.seekable():
+                array = _from_mapping(memmap, opened, dtype, index(count), index(offset))
+                if array is not None:
+                    return array
+            return fromfile(opened, dtype, count, sep, offset, **like)
 
     numpy.fromfile = mapped
 
 
-def _from_mapping(np: ModuleType, file: IOBase, dtype: object, count: int, offset: int) -> object:
+def _from_mapping(memmap: type, file: IOBase, dtype: object, count: int, offset: int) -> object:
     """What numpy.fromfile reads; None, and the file is where it was, if it has to do that itself."""
-    begin, size = file.seek(offset, os.SEEK_CUR), os.fstat(file.fileno()).st_size
+    begin, size = file.seek(offset, os.SEEK_CUR), fstat(file.fileno()).st_size
     there = (size - begin) // dtype.itemsize
     if there > 0:  # devices and the files of /proc have no size
-        array = np.empty(there if count < 0 else min(count, there), dtype)
+        array = _numpys()[0](there if count < 0 else min(count, there), dtype)
         try:
-            content = np.memmap(file, dtype, "r", begin, array.shape) if array.size else array
+            content = memmap(file, dtype, "r", begin, array.shape) if array.size else array
         except OSError as error:
             if error.errno not in (errno.ENODEV, errno.ENOMEM):  # a signal handler's
                 raise

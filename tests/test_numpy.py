@@ -307,7 +307,7 @@ def test_a_file_is_left_where_numpys_fromfile_leaves_it(tmp_path, count):
 
     (tmp_path / "file").write_bytes(b"0123456789ab")  # two items, and a part of the third
     with open(tmp_path / "file", "rb") as file, open(tmp_path / "file", "rb") as other:
-        ours = _from_mapping(np, file, np.dtype("V5"), count, 1)
+        ours = _from_mapping(np.memmap, file, np.dtype("V5"), count, 1)
         theirs = np.fromfile(other, "V5", count, offset=1)
         assert (ours.tobytes(), file.tell()) == (theirs.tobytes(), other.tell())
 

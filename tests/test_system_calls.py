@@ -95,6 +95,12 @@ def test_arrays_are_saved_and_loaded(succeeds):
 
 
 @needs_userfaultfd
+def test_numpy_says_of_a_pipe_and_a_socket_what_it_always_says(succeeds):
+    pytest.importorskip("numpy")
+    succeeds("unseekable")
+
+
+@needs_userfaultfd
 def test_the_pages_of_a_call_that_waits_stay_here(succeeds):
     succeeds("blocked")
 

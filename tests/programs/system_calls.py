@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from unittest import mock
 
 from edm import uffd_ctypes
 from edm.edm import PAGE_SIZE, Config, numpy_allocator, run, start
@@ -465,6 +466,8 @@ def arrays(space):
                     continue
                 sys.exit("fromfile has read what it can't")
         assert np.fromfile(f"{folder}/numbers", np.int64, True).tolist() == [0]
+        with mock.patch("os.fstat"), mock.patch("numpy.memmap"), mock.patch("numpy.empty"):
+            assert np.fromfile(f"{folder}/numbers", np.int64, 2).tolist() == [0, 1]
         with open(f"{folder}/numbers") as text:
             assert np.fromfile(text, np.int64, 3, offset=8).tolist() == [1, 2, 3]
         assert len(np.fromfile("/dev/urandom", np.uint8, LENGTH)) == LENGTH
@@ -574,6 +577,23 @@ def namespaced(space):
         print("no namespaces here", end=" ")
     else:
         forked(space)
+
+
+def unseekable(space):
+    """What np.fromfile says of a pipe and of a socket is what NumPy says."""
+    import numpy as np
+
+    (ours, _), (end, _other) = os.pipe(), socket.socketpair()
+    with numpy_allocator():
+        for fd, buffering in ((ours, 0), (ours, -1), (end.fileno(), 0), (end.fileno(), -1)):
+            words = []
+            for fromfile in (np.fromfile, np.fromfile.__wrapped__):
+                with open(fd, "rb", buffering, closefd=False) as file:
+                    try:
+                        fromfile(file, np.int64)
+                    except OSError as error:
+                        words.append(repr(error))
+            assert len(words) == 2 and words[0] == words[1], words
 
 
 def left(space):
