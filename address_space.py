@@ -672,6 +672,7 @@ def spawn_pager() -> Any:
     ours, theirs = socket_pair()
     folder = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, "-I", "-S", "-c", _BOOT, folder]
+    environment = {name: os.environ[name] for name in os.environ if name}  # not "": it is refused
     actions = [
         (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
@@ -681,7 +682,7 @@ def spawn_pager() -> Any:
     # All signals are blocked: it ends when the application does, and may be sent what is meant for that.
     how = {"file_actions": actions, "setsigmask": _signal.valid_signals()}
     pending = _signal.sigpending()
-    pid = os.posix_spawn(sys.executable, command, os.environ, **how)
+    pid = os.posix_spawn(sys.executable, command, environment, **how)
     theirs.close()
     # ECHILD: the program ignores SIGCHLD, or another of its threads waits for any child.
     with contextlib.suppress(ChildProcessError):

@@ -48,13 +48,14 @@ def main(arguments: list[str]) -> None:
         startup = os.path.join(os.path.dirname(os.path.abspath(__file__)), "startup")
         os.environ["PYTHONPATH"] = f"{startup}{os.pathsep}{before}" if before else startup
         # In the C locale, Python has set this, and the next one would find no C locale (PEP 538).
-        # A process that is not dumpable can't read it: see prctl(2), PR_SET_DUMPABLE.
-        with contextlib.suppress(PermissionError), open("/proc/self/environ", "rb") as file:
+        # EACCES: this process is not dumpable, see prctl(2), PR_SET_DUMPABLE.
+        with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
             given = re.search(rb"(?:^|\0)LC_CTYPE=([^\0]*)", file.read())
             os.environ.pop("LC_CTYPE", None)
             if given:
                 os.environ["LC_CTYPE"] = os.fsdecode(given[1])
-    os.execv(sys.executable, [sys.orig_argv[0], *_interpreter_options(), *program])
+    # Without a name, which execv refuses, Python's is python3.
+    os.execv(sys.executable, [sys.orig_argv[0] or "python3", *_interpreter_options(), *program])
 
 
 # ---------------------------------------------------------------- the command line

@@ -68,5 +68,5 @@ def explain(error: Exception) -> None:
         error.strerror += limit_of(error.errno)
         if error.errno in (errno.EFBIG, errno.ENOMEM):  # of the disk, or of a table of its pages
             error.strerror += "; a smaller end_addr needs less"
-        elif error.filename == "/proc/self/pagemap":
+        elif error.filename == "/proc/self/pagemap" and error.errno == errno.EACCES:
             error.strerror += "; this process is not dumpable, see prctl(2): PR_SET_DUMPABLE"

@@ -479,6 +479,25 @@ def test_pythonpath_is_as_the_user_has_it(tmp_path, before):
     assert within == plain
 
 
+def test_a_variable_may_have_no_name():
+    begin = "import ctypes, os, sys; ctypes.CDLL(None).putenv(b'=x'); os.execv(sys.executable, "
+    for words in ((), RUN):
+        command = [sys.executable, *words, "-c", "import os; print(os.environ[''])"]
+        whole = [sys.executable, "-c", f"{begin}{command})"]
+        ended = subprocess.run(whole, capture_output=True, timeout=60, check=False)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"x\n", b"")
+
+
+def test_the_command_may_have_no_name(monkeypatch):
+    taken = []
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "execv", lambda *command: taken.append(command))
+    monkeypatch.setattr(sys, "orig_argv", ["", *RUN, "-c", "pass"])
+    monkeypatch.setattr(sys, "argv", ["", *RUN[2:], "-c", "pass"])
+    launch.main([*RUN[3:], "-c", "pass"])
+    assert taken == [(sys.executable, ["python3", "-c", "pass"])]  # what Python takes for ""
+
+
 CUSTOMIZED = """\
 import sys
 sys.customized = __name__, __file__, sys.modules[__name__].__spec__.name, sorted(sys.modules)

@@ -5,6 +5,7 @@ These need a space; what a program finds besides is in test_launch.py.
 
 import os
 import re
+import shlex
 import sys
 import time
 
@@ -89,6 +90,16 @@ def test_what_keeps_edm_from_starting_is_told_in_one_line_with_status_2(run):
     ended = run(*EDM_RUN, "--disk", "/nowhere/disk", "-c", "print('started')")
     assert ended.returncode == 2 and ended.stdout.count("\n") == 1, ended.stdout
     assert ended.stdout.startswith("python -m edm run: error: ") and "/nowhere/disk" in ended.stdout
+
+
+@pytest.mark.parametrize("options", [(), EDM_RUN[-2:]])
+def test_a_system_without_proc_is_told_in_one_line(run, options):
+    command = shlex.join(map(str, [*EDM_RUN[:-2], *options, "-c", "print('started')"]))
+    ended = run("unshare", "-m", "sh", "-c", f"umount -l /proc && exec {command}")
+    if os.getuid() or "unshare" in ended.stdout:
+        pytest.skip("needs root")
+    assert ended.returncode == 2 and ended.stdout.count("\n") == 1, ended.stdout
+    assert "No such file or directory: '/proc/" in ended.stdout
 
 
 @pytest.mark.undisturbed
