@@ -238,8 +238,7 @@ class SystemCalls:
                 found = os.fstat(fd)
                 if self._can_be_made_here(found.st_mode):
                     memory = if_it_fails.enter_context(open(f"/proc/{thread}/mem", "rb", 0))
-                    write = number, thread, call, fd, found, memory
-                    _thread.start_new_thread(self._write, write)
+                    _thread.start_new_thread(self._write, (number, thread, call, fd, found, memory))
                     if_it_fails.pop_all()
                     return
         self._answer(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
@@ -324,9 +323,10 @@ class SystemCalls:
                         at = offset + done
                         n = os.pwrite(fd, part, at) if nr == PWRITE else os.write(fd, part)
                         done, content = done + n, content[n:]
-        except OSError as error:
-            failed = error.errno if not done else 0
-            if error.errno == errno.EPIPE:
+        except (OSError, MemoryError) as error:  # whatever it is, the thread waits for an answer
+            reason = getattr(error, "errno", errno.ENOMEM)
+            failed = reason if not done else 0
+            if reason == errno.EPIPE:
                 os.kill(self._application, SIGPIPE)
         except OverflowError:  # of pwrite: a negative offset
             failed = errno.EINVAL

@@ -146,6 +146,23 @@ def test_calls_of_processes_that_outlive_the_application_go_on_and_nothing_stays
     wait_until_gone(job)
 
 
+@pytest.mark.parametrize("done", [0, 3])
+def test_a_large_write_for_which_the_pager_has_no_memory_is_answered(tmp_path, done):
+    calls, answers = object.__new__(s.SystemCalls), []
+    calls._file_locks = [threading.Lock()] * s.FILE_LOCKS
+    calls._answer = lambda *answer: answers.append(answer)
+
+    def read(thread, call, already, memory):
+        if already == done:
+            raise MemoryError
+        return memoryview(bytes(done))
+
+    calls._read = read
+    fd, call = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT), (s.WRITE, 0, 0, 10, 0)
+    calls._write(7, 0, call, fd, os.fstat(fd), contextlib.nullcontext())
+    assert answers == [(7, done, 0 if done else errno.ENOMEM, 0)]
+
+
 # ---------------------------------------------------------------- the filter
 
 
