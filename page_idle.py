@@ -158,8 +158,9 @@ def unmap_missing() -> str:
         os.pwrite(memfd.fileno(), bytes(PAGE_SIZE), HUGE + PAGE_SIZE)
         if os.fstat(memfd.fileno()).st_blocks * 512 <= PAGE_SIZE:
             return ""
-    file = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
-    return f"this kernel makes huge pages of memory files: echo advise > {file}"
+    # From Linux 6.10 on each size has a file, too, which may say always where the first one says never.
+    files = "/sys/kernel/mm/transparent_hugepage/{,hugepages-*/}shmem_enabled"
+    return f"this kernel makes huge pages of memory files: echo advise | tee {files}"
 
 
 def choose_tracker(wanted: str) -> str:

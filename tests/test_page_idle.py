@@ -1,7 +1,10 @@
 """page_idle.py: pagemap and the idle bitmap, against files that stand for the kernel's."""
 
 import os
+import subprocess
+from pathlib import Path
 from struct import pack, unpack, unpack_from
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,6 +148,19 @@ def test_auto_takes_the_bitmap_where_it_can_be_used(monkeypatch):
     monkeypatch.setattr(page_idle, "bitmap_missing", lambda: "")
     assert choose_tracker("auto") == choose_tracker("bitmap") == "bitmap"
     assert choose_tracker("unmap") == "unmap"
+
+
+def test_the_remedy_for_huge_pages_of_memory_files_is_for_those_of_each_size_too(monkeypatch):
+    assert page_idle.unmap_missing() == ""
+    monkeypatch.setattr(os, "fstat", lambda fd: SimpleNamespace(st_blocks=page_idle.HUGE // 512))
+    words, files = page_idle.unmap_missing().split("tee ")
+    assert words == "this kernel makes huge pages of memory files: echo advise | "
+    monkeypatch.undo()
+    command = ["bash", "-c", f"grep -l advise {files}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    folder = Path("/sys/kernel/mm/transparent_hugepage")
+    there = [folder / "shmem_enabled", *folder.glob("hugepages-*/shmem_enabled")]
+    assert sorted(found) == sorted(str(file) for file in there if file.exists())
 
 
 @pytest.mark.parametrize("missing", ["", "no such file"])
