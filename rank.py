@@ -58,27 +58,26 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
         _run(config, application, theirs)
         return None
     theirs.close()
-    if launched()[0] >= (config.dms or 1):
-        os.setpgid(0, 0)
-    sent = ours.recv(1000).decode()
-    if not sent:
+    if launched()[0] < (config.dms or 1):
+        _watch(ours)
+    os.setpgid(0, 0)
+    if not (number := ours.recv(1000)):
         os._exit(0)  # the rank has printed why it can't begin
-    if not sent.isdigit():
-        _watch(ours, sent)
     # The application is no rank: it may use MPI by itself, and so may its children.
     of_rank = re.compile("(?!.*ALLOW_RUN_AS_ROOT)(PMI|OMPI_|PRTE|HYDI|MPI_LOCAL)")
     for name in filter(of_rank.match, list(os.environ)):
         del os.environ[name]
-    return ours, int(sent)
+    return ours, int(number)
 
 
-def _watch(rank: Any, words: str) -> NoReturn:
-    """Print these words if the DMS, our parent, is killed. It has the other end of this socket. When it ends
+def _watch(rank: Any) -> NoReturn:
+    """Print what the DMS, our parent, has sent by the other end of this socket if it is killed. When it ends
     in order, it kills this process first."""
-    pidfd = os.pidfd_open(parent := os.getppid())
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    pidfd = os.pidfd_open(parent := os.getppid())
+    words = rank.recv(1000).decode()  # none if it can't begin, and has printed why
     rank.recv(1)
-    if _was_killed(parent, pidfd):
+    if words and _was_killed(parent, pidfd):
         tell(f"edm: error: {words}")
         _let_be_read()
     os._exit(0)

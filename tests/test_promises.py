@@ -366,6 +366,26 @@ edm.run(app)
     wait_until_gone(job)
 
 
+def test_a_signal_to_the_dms_and_its_child_before_they_serve_does_not_fail_the_job(
+    start, mpirun_command
+):
+    """As a launcher sends it to a process group."""
+    job = start(*mpirun_command("-c", "import edm; edm.run(lambda space: print('runs'))"))
+    dms = wait_for(lambda: job.ranks().get(0))
+    child = wait_for(lambda: next((p for p, parent in job.processes().items() if parent == dms), 0))
+    os.kill(dms, signal.SIGSTOP)  # it has hardly begun
+    wait_for(lambda: blocks(child, signal.SIGTERM))
+    os.kill(child, signal.SIGTERM)
+    os.kill(dms, signal.SIGCONT)
+    output, _ = job.communicate(timeout=30)
+    assert (job.returncode, output) == (0, "runs\n")
+
+
+def blocks(pid, number):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"SigBlk:\t(\w+)", status)[1], 16) >> number - 1 & 1
+
+
 def test_over_mpi_an_application_that_edm_has_refused_still_gets_sigterm(start, mpirun_command):
     code = """
 import time, edm
