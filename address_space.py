@@ -10,7 +10,7 @@ Interface:
     for advice.py              Space: advise, resident
     for numpy_mem_handler.py   Space: can_be_called, allocate, allocated, arrays, grow, release
     for edm.py                 Space begins when it is made and ends with close; spawn_pager
-    for the pager              receive, send_answer
+    for the pager, rank.py     receive, send_answer; socket_pair
 
 The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
 with userfaultfd. Areas are bookkeeping of this process (Gaps). The pager gets a list of them only
@@ -95,8 +95,8 @@ def whole_pages(length: int) -> int:
 
 
 def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Call this method with the lock. The `with` statement is on the lock itself, because a signal
-    handler can't raise between taking the lock and entering the block then."""
+    """Call this method with the lock. The `with` statement is on the lock itself: then no signal handler
+    can raise between taking the lock and entering the block."""
 
     @wraps(method)
     def locked(self: Space, *args: Any, **options: Any) -> Any:
@@ -301,8 +301,8 @@ class Space:
     def allocate(self, length: int, name: str, grows: bool = False) -> int:
         """Map an area of length bytes, zeros, at the end of the smallest gap that has room.
 
-        Returns its address, or 0 when no gap is large enough: what is raised is a signal handler's. grows:
-        in the middle of the largest gap, so that this area and others have room to grow.
+        Returns its address, or 0 when no gap is large enough. An exception is always a signal handler's.
+        grows: in the middle of the largest gap, so that this area and others have room to grow.
         """
         whole = whole_pages(length)
         # On a kept disk a small gap may be an area of an earlier job, which mmap will map again.
@@ -375,7 +375,7 @@ class Space:
         u.mmap(self.start_addr, length, prot, flags | u.MAP_FIXED_NOREPLACE, memfd)
         u.madvise(self.start_addr, length, u.MADV_DONTFORK)
         u.madvise(self.start_addr, length, u.MADV_DONTDUMP)
-        # Punching a part of a huge page clears the bytes that a pipe refers to. EINVAL: there are none.
+        # Punching a part of a huge page clears bytes that a pipe refers to. EINVAL: this kernel makes none.
         with contextlib.suppress(OSError):
             u.madvise(self.start_addr, length, u.MADV_NOHUGEPAGE)
 

@@ -6,6 +6,7 @@ Interface: run() is the thread; figures() and latencies() what it has counted. F
 bring() and prefetch(). `children`: the forked ones of the application (children.py). `came` and `lines`:
 set by the pager for --report and --progress.
 
+To bring pages is to make them COMING (LSPT.expect), ask the store for them, take its answer, and install them.
 _bring_missing brings a page that a thread waits for: a fault of the application, a fault of a forked
 child, or bring(), which a thread of the pager calls for a system call. Readahead may bring pages that
 follow it. _bring_advised brings pages that the application's advice has named, see prefetch(), and only
@@ -15,11 +16,11 @@ One fault, from the message to the woken application:
 
     run             reads the messages that wait.
     _bring_missing  waits for LPET to make room, if high_threshold pages are here ("avoid memory flood").
-                    Then LSPT.expect claims the page: NEW or AWAY → COMING. For a page that is LEAVING it
-                    does nothing: the thread that has claimed the page wakes the application.
-    _window         if readahead.py sees a stream: claims the pages that follow, and asks the store for
-                    all of them, in pieces. The first piece of a run is small: the application works on
-                    it while the others come.
+                    Then LSPT.expect: NEW or AWAY → COMING. For a page that is LEAVING it does nothing: the
+                    thread that has claimed the page wakes the application.
+    _window         if readahead.py sees a stream: makes the pages that follow COMING, too.
+    _fetch          asks the store for all of these, in pieces. The first piece of a run is small: the
+                    application works on it while the others come.
     _take           takes a piece from the store, and again what the store could not return together.
     _install        makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application.
 
@@ -185,8 +186,8 @@ class DmHandler:
                 self._serve_children()
             if faults := self._uffd.read_faults():
                 return faults
-            # LPET wakes us when there is room. After LSPT.stop, no advised page comes. bring may have been called
-            # while this thread waited for a child's page.
+            # If advice waits for room, LPET wakes this thread. After LSPT.stop, no advised page comes. bring may
+            # have been called while a child's page waited for room: _hear has taken that wake-up.
             if self._called or self._advised and not (figures[l.ROOM_WANTED] or figures[l.STOPPED]):
                 return []
             os.sched_yield()
@@ -277,7 +278,7 @@ class DmHandler:
             most -= sum(map(len, done))
             if rest := range(done[-1][-1] + 1, pages.stop):
                 self._advised.appendleft(rest)
-        self._bring_runs(runs, -1, False, l.NEW)
+        self._fetch(runs, -1, False, l.NEW)
 
     # ------------------------------------------------------------ fetching, and reading ahead
 
@@ -290,11 +291,10 @@ class DmHandler:
             runs += self._lspt.expect_more(part, state, 0)
         self._readahead.continued(stream, runs[-1][-1])
         # The next column of a matrix needs the pages of this one again.
-        self._bring_runs(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
+        self._fetch(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
 
-    def _bring_runs(self, runs: list[range], page: int, write: bool, before: int) -> None:
-        """As _take, but ask for all of these pages first, in pieces. The application works on the first
-        piece of a window while the others come."""
+    def _fetch(self, runs: list[range], page: int, write: bool, before: int) -> None:
+        """As _take, but ask for all of these pages first, in pieces."""
         pieces = [piece for run in runs for piece in self._pieces(run)]
         for piece, asked in [(piece, self._ask(piece)) for piece in pieces]:
             self._take(piece, asked, page, write, before)

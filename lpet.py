@@ -87,7 +87,7 @@ class Lpet:
     ) -> None:  # fmt: skip
         """memfd: the application's memory. tracker: the idle tracker's name.
 
-        batch: pages that are looked at and evicted at once.
+        batch: pages at most that are looked at, or evicted, at once.
         """
         self._lspt, self._store = lspt, store
         self._uffd, self._pagemap = Userfaultfd(uffd), pagemap

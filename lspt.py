@@ -25,9 +25,9 @@ them.) Every page state is named here, and only the methods of LSPT change one:
     NEW       never accessed, or freed: zeros
     AWAY      only the store has it, or it left without ever being written
               (with the generation in which it left)
-    COMING    the DM-Handler is installing it
+    COMING    the DM-Handler is fetching and installing it
     HERE      in the memfd, the application's memory
-    LEAVING   it is being evicted, stored or freed; or it is a hole in a range that is
+    LEAVING   it is being evicted, stored or freed; or it is a hole between pages that are
     LOST      its bytes can't be read: touching it is a SIGBUS
 
 Whether a page is clean is not stored here: the page table knows.
@@ -48,8 +48,8 @@ Rules:
     * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
       thread touches its memory or its state. So `arrived` needs no lock. A fault of a LEAVING page
       sleeps until its owner has changed the state and wakes the range. Then the fault is tried again.
-    * A LEAVING range may have holes: pages that are NEW or AWAY, and can't come until the range has left.
-      `gone` and `stays` give them back the state before.
+    * One claim takes neighbours, and may take holes between them: pages that are NEW or AWAY. They become
+      LEAVING too, so that they can't come meanwhile. `gone` and `stays` give them back the state before.
     * `areas` belongs to the pager's process. LPET does not use it.
 """
 
@@ -92,10 +92,15 @@ _UNSETTLED = re.compile(rb"[\x42\x43]+")
 # For bytes.translate: without the generations of pages that are AWAY.
 ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 
-# Types for several pages. The others are range, for pages at equal distances in the order of need; Bytes, a
-# run with its content (page_store.py); and Span, a part of the range of one eviction (lpet.py).
-Run = tuple[int, int]  # neighbours: (first page, count)
-Claimed = tuple[int, bytes]  # a LEAVING range: (first page, the states before)
+# How several pages are written, in all modules. Neighbours have numbers that follow each other.
+#     range      Python's: pages at equal distances, in the order of need
+#     Run        neighbours
+#     Claimed    neighbours that one claim has made LEAVING, with what each was before: HERE, or a hole
+#     Bytes      neighbours and their content (page_store.py)
+#     Span       neighbours, numbered from the first page of one eviction (lpet.py)
+#     bytes      a byte for each page, from some page on: its state; or 255 if the page is meant, else 0
+Run = tuple[int, int]  # first page, count
+Claimed = tuple[int, bytes]  # first page, the states before
 
 # Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own. ROOM_WANTED:
 # when the DM-Handler began to wait for room (nanoseconds of the clock), NEVER if only advice wants some; or 0.
@@ -251,7 +256,7 @@ class LSPT(ByteTable):
         self.set(pages, HERE + generation % GENERATIONS)
 
     def not_coming(self, pages: range, state: int = AWAY) -> None:
-        """COMING → AWAY: the pages could not be fetched; the store still has them. Or → LOST."""
+        """COMING → AWAY: the pages have not come; the store has them as before. Or → LOST."""
         with self.lock:
             self.set(pages, state)
             self.figures[FETCHED] -= len(pages)
@@ -274,16 +279,16 @@ class LSPT(ByteTable):
     def claim(self, page: int, count: int, which: bytes = ANY_HERE) -> list[Claimed]:
         """HERE → LEAVING, for those of count pages that the table `which` selects, except pinned ones.
 
-        Returns an item for each run of such pages, with the holes between them.
+        Returns an item for each run of such pages; a run includes the holes between them.
         """
         return self.claim_all(page, count, which, pinned=False)[0]
 
     def claim_all(
         self, page: int, count: int, which: bytes, pinned: bool = True
     ) -> tuple[list[Claimed], list[Run]]:
-        """As claim, including pinned pages. The second list has the pages that are COMING or LEAVING.
-
-        These belong to another thread, for no longer than a batch takes: claims tries them again.
+        """As claim, but also pinned pages. The second list has those of the pages that were COMING or LEAVING,
+        whatever `which` says of them: another thread has them, for no longer than a batch takes. `claims` tries
+        them again.
         """
         with self.lock:
             states = self.state[page : page + count]
@@ -298,8 +303,9 @@ class LSPT(ByteTable):
         return claimed, list(runs(page, states, _UNSETTLED)) if unsettled else []
 
     def claims(self, parts: Iterable[Run], which: bytes) -> Iterator[tuple[Run, list[Claimed]]]:
-        """claim_all, part by part: each part, and what was claimed there. Then the same for the pages that
-        were COMING or LEAVING, and again until there are none, or stop was called."""
+        """claim_all of each part in turn: yields the part, and what was claimed there. Then it does the same
+        with the pages that were COMING or LEAVING, until no page is, or stop was called. The caller ends each
+        claim, by gone, stays or freed, before it asks for the next."""
         while parts:
             later: list[Run] = []
             for part in parts:
@@ -311,7 +317,7 @@ class LSPT(ByteTable):
                 time.sleep(SETTLE)
 
     def gone(self, claimed: list[Claimed]) -> None:
-        """LEAVING → AWAY: the store has the pages' bytes, or needs none. Holes get the state before."""
+        """LEAVING → AWAY: the store has the pages' bytes, or they are zeros. Holes get the state before."""
         self._end(claimed, _here_becomes(AWAY + self.generation() % AWAYS))
 
     def stays(self, claimed: list[Claimed], generation: int | None = None) -> None:
@@ -341,7 +347,7 @@ class LSPT(ByteTable):
                     self._room(before.translate(NO_HOLES).count(255), not self._plain)
 
     def _room(self, pages: int, tell: bool) -> None:
-        """So many pages fewer are here. tell: the DM-Handler, if it wants room and there is some."""
+        """So many pages fewer are here. tell: wake the DM-Handler, if it wants room and there is some."""
         self.figures[RESIDENT] -= pages
         if tell and self.figures[ROOM_WANTED] and self.figures[RESIDENT] < self.high:
             self.figures[ROOM_WANTED] = 0

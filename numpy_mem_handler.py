@@ -161,9 +161,9 @@ class MemHandler:
         kinds = PyDataMemAllocator._fields_[1:]
         callbacks = [kind(Callback(getattr(self, name)).call) for name, kind in kinds]
         handler.allocator = self._callbacks = PyDataMemAllocator(0, *callbacks)
-        # No callback works while the interpreter finalizes. Then nothing of this handler's is freed:
-        # labs(ctx) is 0, or NULL. What this thread makes then has a handler like NumPy's own: it and its
-        # name are never freed.
+        # No callback works while the interpreter finalizes. From then on, realloc and free are the C
+        # library's labs, of ctx, which is 0: free does nothing, and realloc returns NULL, so it fails. What
+        # this thread makes then has a handler like NumPy's own: it and its name are never freed.
         at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
         _at_exit.callback(setattr, handler, "allocator", at_end)
         _keep((own, HANDLER_NAME))

@@ -3,9 +3,12 @@
 In the picture: what LPET reads before it decides.
 
 Interface:
-    Pagemap(fd)                  /proc/PID/pagemap: uffd-wp bits, presence, page frame numbers
+    Pagemap(fd, start_addr)      /proc/PID/pagemap: uffd-wp bits, presence, page frame numbers
     BitmapTracker, UnmapTracker  mark_idle(runs), then later idle(runs)
     choose_tracker(wanted)       the name of the one that Config asks for, or of the best that works here
+    bitmap_missing,              why they can't work here, for doctor.py
+    unmap_missing
+    pages_in(runs)               the pages of these runs
 
 A page is idle if nothing has read or written it since it was last marked idle.
 

@@ -5,7 +5,7 @@ DMS (dms.py) has one for each instance, and the pager has an MpiStore (mpi_clien
 same methods.
 
 Interface: PageStore(path, start_addr, end_addr, ...)
-    ask_get, take_get    bring pages, for a pager: ask, and later take the answer
+    ask_get, take_get    pages come to the instance, for a pager: ask, and later take the answer
     get                  the same in one step, for the DMS
     put                  pages leave the instance, or only their bytes are stored
     put_from_pipe        as put, from a pipe; only if takes_pipes
@@ -90,8 +90,9 @@ A page whose put has failed is TORN: the bytes at its new place are undefined. N
 the page is written or freed.
 
 Disk space: free punches the places that the last sync does not use, and the next sync punches the others.
-The blocks of a page are allocated before the page is written. When the file system is full, put punches
-every place that neither the last sync nor the SPT uses, once an epoch, and tries again.
+Before a page is written, the file gets room for the page's block in both copies of the table. When the
+file system is full, put punches every place that neither the last sync nor the SPT uses, once an epoch, and
+tries again.
 """
 
 import ctypes

@@ -5,7 +5,8 @@ In the picture: the box in the middle. Its threads:
     DM-Handler     dm_handler.py
     LPET           lpet.py; on one machine this is a process, and the thread waits for its end
     mailbox        does what the application's Space (address_space.py) asks, in order
-    system calls   system_calls.py, where the application has userfaultfd for user mode only
+    system calls   system_calls.py, where the application has userfaultfd for user mode only. A large
+                   write has a thread of its own
     the main one   starts the others, and ends everything when the application has ended
 
 Interface: page_for(control, open_store) pages for an application until it has ended. On

@@ -4,8 +4,9 @@ In the picture: from the application to the pager, beside the page faults. Where
 user mode only, a system call fails with EFAULT on a page that is not here. So a seccomp filter stops
 such a call before it begins, and the pager brings its pages.
 
-Interface: listener(start, end) is the application's. It installs the filter, for good, and returns the
-descriptor on which the kernel reports stopped calls. SystemCalls is the pager's: run() is its thread.
+Interface: listener(start, end, ...) is the application's. It installs the filter, for good, and returns
+the descriptor on which the kernel reports stopped calls. SystemCalls is the pager's: run() is its thread,
+and close() comes at the end.
 
 One call, `write(fd, array)`:
 
@@ -229,7 +230,7 @@ class SystemCalls:
             self._hear_children()
             process = self._process_of(thread)
         call = nr, *arguments
-        whole = not process or self._bring(thread, call)
+        whole = not process or self._pin_and_bring(thread, call)
         if not whole and nr in (WRITE, PWRITE) and process == self._application:
             # EBADF, EPERM, no other thread, or no descriptor: then the kernel makes the call.
             with contextlib.suppress(OSError, RuntimeError), contextlib.ExitStack() as if_it_fails:
@@ -252,7 +253,7 @@ class SystemCalls:
         pids = self._application, *self._handler.children.pids()
         return next((pid for pid in pids if os.path.exists(f"/proc/{pid}/task/{thread}")), 0)
 
-    def _bring(self, thread: int, call: Call, done: int = 0) -> bool:
+    def _pin_and_bring(self, thread: int, call: Call, done: int = 0) -> bool:
         """Pin the first pages of the call's buffers, behind `done` bytes, and bring them. Returns whether
         these are all pages of a call that has one buffer."""
         number, *arguments = call
@@ -341,7 +342,7 @@ class SystemCalls:
         address, length = call[2] + done, min(call[3] - done, AT_ONCE)
         page = (address - self._start) // PAGE_SIZE
         while page < self._lspt.pages and self._lspt.state[page] != LOST:
-            self._bring(thread, call, done)
+            self._pin_and_bring(thread, call, done)
             # It ends before a page that is not here. EIO: that is the first one.
             with contextlib.suppress(OSError):
                 if content := os.pread(memory.fileno(), length, address):  # else it has ended
