@@ -184,10 +184,9 @@ class MpiStore:
     # ------------------------------------------------------------ asking and waiting
 
     def _slot(self, at: int) -> Slot:
-        try:
+        with suppress(IndexError):
             return self._slots.pop(at)
-        except IndexError:
-            return Slot(self._comm, next(self._tags))
+        return Slot(self._comm, next(self._tags))
 
     def _request(
         self, kind: int, page: int = 0, count: int = 0, more: int = 0, body: bytes = b"",

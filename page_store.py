@@ -253,8 +253,9 @@ class PageStore:
         self.sync_phases = self._write_blocks, self._make_durable, self._make_current
         try:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
-        except BaseException:
+        except BaseException as error:
             os.close(self.fd)
+            error.filename = path  # for the words of an OSError
             raise
 
     # ------------------------------------------------------------ pages come

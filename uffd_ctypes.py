@@ -297,7 +297,10 @@ def semaphore() -> SemLock:
     """A lock for threads and forked processes: a semaphore of one, sem_overview(7), whose name is gone
     at once. It is what multiprocessing.Lock wraps; that takes long to import."""
     kind, name = 1, f"/edm-{os.getpid()}-{time.monotonic_ns()}"
-    return SemLock(kind, 1, 1, name, True)
+    try:
+        return SemLock(kind, 1, 1, name, True)
+    except OSError as error:  # that is full, or can't be written
+        raise OSError(error.errno, f"sem_open: {error.strerror}", "/dev/shm") from None
 
 
 class _Before(local):

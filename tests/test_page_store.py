@@ -1322,6 +1322,15 @@ def test_a_new_disk_has_room_for_both_of_its_headers(path):
     assert whole[:8] == whole[HEADER_COPY:][:8] == MAGIC
 
 
+def test_a_new_disk_for_which_there_is_no_room_is_named(small_file_system):
+    with open(small_file_system / "other", "wb") as other:
+        os.posix_fallocate(other.fileno(), 0, 4 << 20)
+    path = str(small_file_system / "disk")
+    with pytest.raises(OSError, match=path) as caught:
+        PageStore(path, START, END)
+    assert caught.value.errno == errno.ENOSPC
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -74,6 +74,16 @@ def test_a_failed_call_raises_oserror_with_errno_and_the_calls_name():
         assert caught.value.errno == errno.EINVAL
 
 
+def test_a_semaphore_for_which_there_is_no_room_names_the_file_system(monkeypatch):
+    def is_full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(u, "SemLock", is_full)
+    with pytest.raises(OSError, match="sem_open: .*'/dev/shm'") as caught:
+        u.semaphore()
+    assert caught.value.errno == errno.ENOSPC
+
+
 FIXED = u.MAP_SHARED | u.MAP_FIXED_NOREPLACE
 
 
