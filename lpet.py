@@ -2,7 +2,8 @@
 
 In the picture: beside the DM-Handler, with the LSPT between them. On one machine it is a process of
 its own, forked from the pager, as a thread would wait for the pager's GIL. Over MPI it is a thread of
-the pager. The code is the same: it shares nothing with the DM-Handler but the LSPT and the store.
+the pager, as a forked process could not use MPI. The code is the same: it shares nothing with the
+DM-Handler but the LSPT and the store.
 
 Interface: run() is LPET. forget() evicts what the application does not need (advice.py), and store()
 sends the store what it does not have yet, without evicting it. Both are called by another thread, which

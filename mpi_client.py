@@ -194,19 +194,19 @@ class MpiStore:
     ) -> dict[Share, bytes]:  # fmt: skip
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
         answers; returns their bodies. Raises one of the errors, if there are any."""
-        asked, bodies, failed = {}, {}, None
+        sent, bodies, failed = {}, {}, None
         for share in self._shares:
             own = share.own(page, count)
             if own or not count:
                 runs, parts = _of_share(share, dirty)
-                asked[share] = self._slot(0)
-                asked[share].send(
+                sent[share] = self._slot(0)
+                sent[share].send(
                     share.which, kind, len(own), own.start, more or len(runs), body, *runs, *parts
                 )
         # A large message travels only while both ends call MPI: no sleep before it is sent.
-        for slot in asked.values():
+        for slot in sent.values():
             self._wait(slot.sending, False)
-        for share, slot in asked.items():
+        for share, slot in sent.items():
             try:
                 _, length = self._answer(slot)
                 bodies[share] = bytes(slot.answer.body[:length])

@@ -11,6 +11,10 @@ Rules: one process of the job prints a mistake, in one line, before any applicat
 application (edm.py), which gets it from its pager, or a DMS's rank. The launcher's signals come to the
 rank, which passes them on (pager.py). So the application has a process group of its own.
 
+Every rank forks a child, with a socket pair between them, and sends it one message when MPI is initialised:
+the instance's number, if the child is an application; words to print, if the rank is a DMS. None comes if
+the rank ends before: then the child ends, too.
+
 The child that a DMS's rank forks is no application. It prints a line when its parent, the DMS, has been
 killed. It is in the parent's process group. A launcher kills that as a whole, so a DMS that the launcher
 ends is not reported. Nor is one that has exited: either it has printed why, or its MPI has, as Open MPI does
