@@ -255,7 +255,7 @@ class PageStore:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
         except BaseException as error:
             os.close(self.fd)
-            error.filename = path  # for the words of an OSError
+            error.filename = path or name  # for the words of an OSError
             raise
 
     # ------------------------------------------------------------ pages come
