@@ -3,7 +3,8 @@
 In the picture: the right end of the MPI arrow, rank 0 of the job. With several DMSs, ranks 0, 1, ...
 each have a share of every instance's pages (stripes.py).
 
-Interface: DMS(comm, ...).serve() answers the instances' requests until the last has said BYE.
+Interface: DMS(comm, ...).serve() answers the instances' requests until the last has said BYE. Before that,
+all DMSs of a job tell each other their `offers`, and call start().
 
 Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason.
 No message ends the DMS, nor do SIGTERM and SIGINT: the instances end it, when they have written back what
@@ -61,7 +62,6 @@ class DMS:
         be made, ValueError when one may not be used.
         """
         self._comm, self._first = comm, share.of  # the first rank that is an instance
-        self._geometry = (m.VERSION, PAGE_SIZE, start_addr, end_addr, *share[1:])
         instances = range(comm.size - share.of)
         self._stores = [PageStore(path, start_addr, end_addr, keep, n, share) for n in instances]
         self._pages = share.below((end_addr - start_addr) // PAGE_SIZE)
@@ -70,11 +70,9 @@ class DMS:
         self._log = log.logger("DMS")
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes).
         self._requests: dict[int, tuple[Callable[[Asked], object], int, int, int]] = {
-            m.HELLO: (self._hello, 0, 0, m.GEOMETRY.size),
             m.GET: (self._get, PAGES_AT_ONCE, MAX_STRIDE, 0),
             m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
-            m.START: (self._start, 0, 0, m.EPOCH.size),
             m.SYNC: (self._sync, 0, m.SYNC_PHASES - 1, 0),
             m.FREE: (self._free, max(1, self._pages), 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
@@ -82,6 +80,17 @@ class DMS:
         }
         self._left: list[PageStore] = []  # of the instances that have said BYE
         self._refused = b""  # the last reason
+        self.offers = [store.offers for store in self._stores]  # the syncs that each can start from
+
+    def start(self, offers_of_all: list[list[range]]) -> str | None:
+        """Start the stores that offer a choice, each from the newest sync that all DMSs have. Returns what is
+        wrong, if there is none. Raises OSError as PageStore.start does."""
+        for store, *offers in zip(self._stores, *offers_of_all, strict=True):
+            if store.offers:
+                if not (by_all := set.intersection(*map(set, offers))):
+                    return f"disk: no sync is on the disks of all DMSs, but these: {offers}"
+                store.start(max(by_all))
+        return None
 
     # ------------------------------------------------------------ receiving and answering
 
@@ -169,8 +178,6 @@ class DMS:
             raise ValueError("it has said BYE")
         if kind not in self._requests:
             raise ValueError(f"there is no request of kind {kind}")
-        if store.offers and kind not in (m.HELLO, m.START, m.BYE):
-            raise ValueError("its disk waits for START")
         action, *most = self._requests[kind]
         body = question[m.HEADER.size :]
         if not min(1, most[0]) <= count <= most[0] or more > most[1] or len(body) > most[2]:
@@ -183,18 +190,6 @@ class DMS:
         return action(Asked(store, kind, more, pages, body, answer)) or answer.message(m.OK)
 
     # ------------------------------------------------------------ the requests
-
-    def _hello(self, asked: Asked) -> memoryview:
-        theirs = m.GEOMETRY.unpack(asked.body)
-        fields = "(version, page size, start_addr, end_addr, DMSs, stripe)"
-        if theirs != self._geometry:
-            raise ValueError(f"instance and DMS differ in {fields}: {theirs} and {self._geometry}")
-        kept, offers, pids = asked.store.kept, asked.store.offers, m.pids_are_of()
-        welcome = m.WELCOME.pack(kept, offers.start, offers.stop, os.getpid(), *pids)
-        return asked.answer.message(m.OK, len(welcome), 0, 0, welcome)
-
-    def _start(self, asked: Asked) -> None:
-        asked.store.start(*m.EPOCH.unpack(asked.body))
 
     def _sync(self, asked: Asked) -> None:
         """In a thread."""

@@ -7,8 +7,6 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
     header   u16 kind, u16 more, u32 count, u64 page           (little-endian)
 
     from the instance                          from the DMS
-    HELLO      GEOMETRY                        OK, with WELCOME
-    START      EPOCH: one that it offers       OK: a kept disk goes on from there
     GET        count pages from page on,       NEW_PAGES: they were never accessed
                `more` pages apart              CONTENT: their bytes follow
                                                (each of the first count of them)
@@ -28,9 +26,10 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
 The unused fields of a question's header are 0.
 
 Pages have the numbers that this DMS gives them (stripes.py); with one DMS, this is
-(address - start_addr) / PAGE_SIZE. START is sent only to several DMSs, if their disks are kept, and
-before all requests that are about pages. Instead of any of these answers the DMS may send ERROR with a
-reason; then every page is where it was. ERROR to a GET says that the first page can't be read.
+(address - start_addr) / PAGE_SIZE. Instead of any of these answers the DMS may send ERROR with a reason;
+then every page is where it was. ERROR to a GET says that the first page can't be read.
+
+That both ends have the same VERSION and settings is seen before the first message (rank.py).
 
 A question and its answer have the same MPI tag. No other question has that tag until the answer is there.
 Messages of different tags have no order.
@@ -38,23 +37,18 @@ Messages of different tags have no order.
 
 import errno
 import mmap
-import os
 from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-VERSION = 5
+VERSION = 6
 MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS: no application asks for more, see mailbox.py
 SYNC_PHASES = 3
 
-HELLO, GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE, START = range(1, 10)
+GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE = range(1, 8)
 OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18
 
 HEADER = Struct("<HHIQ")
-GEOMETRY = Struct("<IIQQIQ")  # version, page size, start_addr, end_addr; of the Share: of, stripe
-EPOCH = Struct("<Q")
-# 1 if the disk is kept; the epochs that it offers, range(a, b); the DMS's pid, and its pids_are_of()
-WELCOME = Struct("<IQQ iQ36s")
 DIRTY = Struct("<QI")  # the first page of a run, and its pages
 ERRNO = Struct("<I")
 
@@ -63,15 +57,6 @@ MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (DIRTY.size + PAGE_SIZE)  # bytes
 
 class DMSGone(Exception):
     """A DMS's process has ended, and will answer no more."""
-
-
-def pids_are_of() -> tuple[int, bytes]:
-    """Where this process's pids are valid: the inode of its pid namespace, and the boot id of its machine.
-
-    Source: namespaces(7), proc(5).
-    """
-    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-        return os.stat("/proc/self/ns/pid").st_ino, file.read(36)
 
 
 def reason(error: Exception) -> bytes:

@@ -2,14 +2,13 @@
 
 In the picture: between the pager's threads and the DMSs.
 
-Interface: MpiStore(comm, dms, start_addr, end_addr), with the methods of PageStore that a pager calls, and
-their contracts. Each raises OSError with the DMS's errno and reason if a DMS refuses; and DMSGone if the
+Interface: MpiStore(comm, dms, ...), with the methods of PageStore that a pager calls, and their contracts.
+Each raises OSError with the DMS's errno and reason if a DMS refuses; and DMSGone if the
 process of a DMS on this machine has ended. Of a DMS on another machine only the launcher knows.
 
 The pages are striped over the DMSs (stripes.py). A get is about pages of one stripe: a caller that wants
 more asks for all of them before it takes the first. The other methods ask every DMS concerned, and wait.
 
-    HELLO    to all; kept disks of several DMSs then START from the newest epoch that all offer
     sync     every DMS does the first of PageStore.sync_phases, then every DMS the next
 
 Rules: any thread may call any method, except that one thread alone calls take_get. Each request has a slot:
@@ -65,12 +64,11 @@ class Slot:
 class MpiStore:
     takes_pipes = False  # the bytes go into a message
 
-    def __init__(self, comm: MPI.Comm, dms: int, start_addr: int, end_addr: int) -> None:
-        """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs.
-
-        Says HELLO. Raises OSError if a DMS refuses it, because their settings differ, and ValueError if
-        the kept disks do not belong together; then it has said BYE, too.
-        """
+    def __init__(
+        self, comm: MPI.Comm, dms: int, start_addr: int, end_addr: int, kept: bool, fds: list[int]
+    ) -> None:
+        """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs. kept: their
+        disks are. fds: pidfds of those on this machine."""
         self._comm, self._start, self._shares = comm, start_addr, shares(dms)
         self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._log = log.logger("MpiClient")
@@ -81,27 +79,9 @@ class MpiStore:
         self._asked: list[Slot] = []  # that take_get has not taken
         self._taken: list[Slot] = []  # the one that has what take_get gave
         self._tags = itertools.count()
-        self._processes: list[int] = []  # pidfds of the DMSs on this machine
+        self.kept, self._processes = kept, fds
         self._ended_since = 0.0  # when one of them was found to have ended; seconds of the clock
-        geometry = m.VERSION, PAGE_SIZE, start_addr, end_addr, *self._shares[0][1:]
-        try:
-            self._say_hello(m.GEOMETRY.pack(*geometry))
-        except (OSError, ValueError):
-            self.close()
-            raise
-        self._lock = threading.Lock() if self.kept else nullcontext()
-
-    def _say_hello(self, geometry: bytes) -> None:
-        offers = []
-        for welcome in self._request(m.HELLO, body=geometry).values():
-            self.kept, begin, end, pid, *there = m.WELCOME.unpack(welcome)
-            offers.append(set(range(begin, end)))
-            if tuple(there) == m.pids_are_of():
-                self._processes.append(os.pidfd_open(pid))
-        if any(offers):
-            if not (by_all := set.intersection(*offers)):
-                raise ValueError(f"disk: no sync is on the disks of all DMSs, but these: {offers}")
-            self._request(m.START, body=m.EPOCH.pack(max(by_all)))
+        self._lock = threading.Lock() if kept else nullcontext()
 
     # ------------------------------------------------------------ what a PageStore does
 
@@ -189,9 +169,8 @@ class MpiStore:
         return Slot(self._comm, next(self._tags))
 
     def _request(
-        self, kind: int, page: int = 0, count: int = 0, more: int = 0, body: bytes = b"",
-        dirty: Sequence[Bytes] = (),
-    ) -> dict[Share, bytes]:  # fmt: skip
+        self, kind: int, page: int = 0, count: int = 0, more: int = 0, dirty: Sequence[Bytes] = ()
+    ) -> dict[Share, bytes]:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
         answers; returns their bodies. Raises one of the errors, if there are any."""
         sent, bodies, failed = {}, {}, None
@@ -199,10 +178,8 @@ class MpiStore:
             own = share.own(page, count)
             if own or not count:
                 runs, parts = _of_share(share, dirty)
-                sent[share] = self._slot(0)
-                sent[share].send(
-                    share.which, kind, len(own), own.start, more or len(runs), body, *runs, *parts
-                )
+                sent[share] = slot = self._slot(0)
+                slot.send(share.which, kind, len(own), own.start, more or len(runs), *runs, *parts)
         # A large message travels only while both ends call MPI: no sleep before it is sent.
         for slot in sent.values():
             self._wait(slot.sending, False)

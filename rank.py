@@ -8,7 +8,7 @@ parent of an application becomes its pager, and exits with the application's sta
 rank that runs no program. The first Config.dms ranks are the DMSs.
 
 Rules: one process of the job prints a mistake, in one line, before any application starts: either the
-application (edm.py), which gets it from its pager, or a DMS's rank. The launcher's signals come to the
+application (edm.py), which gets it from its pager, or a rank. The launcher's signals come to the
 rank, which passes them on (pager.py). So the application has a process group of its own.
 
 Every rank forks a child, with a socket pair between them, and sends it one message when MPI is initialised:
@@ -37,7 +37,8 @@ from typing import Any, NoReturn
 from edm import log
 from edm.address_space import socket_pair
 from edm.edm import PRINTING, Config, launched, tell
-from edm.messages import DMSGone
+from edm.messages import VERSION, DMSGone
+from edm.uffd_ctypes import PAGE_SIZE
 
 # <linux/pidfd.h>
 PIDFD_INFO = Struct("=Q52xi")  # mask, exit_code
@@ -124,24 +125,38 @@ def _run(config: Config, application: int, control: Any) -> None:
 
     sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
     world, dms = MPI.COMM_WORLD, config.dms or 1
+    settings = VERSION, PAGE_SIZE, config.start_addr, config.end_addr, config.keep, dms
     try:
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise OSError("this MPI library has no MPI_THREAD_MULTIPLE; install one that has")
         comm = world.Dup()  # the program may use COMM_WORLD in the DMSs when they have ended
-        hosts = comm.allgather(os.uname().nodename)[:dms]
+        ours = os.uname().nodename, (_pids_are_of(), os.getpid()), settings
+        hosts, processes, of_each = map(list, zip(*comm.allgather(ours), strict=True))
+        if len(set(of_each)) > 1:
+            fields = "(version, page size, start_addr, end_addr, keep, DMSs)"
+            _begin_with_all(comm, f"instance and DMS differ in {fields}: {of_each}")
         if comm.rank < dms:
-            _serve_pages(comm, config, hosts, application, control)
+            _serve_pages(comm, config, hosts[:dms], application, control)
             for number, handler in handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)  # None: a handler in C
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return
-        status = _page(comm, dms, application, control)
+        status = _page(comm, processes[:dms], application, control)
     except BaseException as error:  # noqa: BLE001 - it ends this process
         if isinstance(error, MPI.Exception):
             error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
         # The DMS's child has printed DMSGone. The other ranks may be waiting for this one.
         _abort(world, 2 if isinstance(error, DMSGone) else print_error(error))
     end(status)
+
+
+def _pids_are_of() -> tuple[int, str]:
+    """Where this process's pids are valid: the inode of its pid namespace, and the boot id of its machine.
+
+    Source: namespaces(7), proc(5).
+    """
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return os.stat("/proc/self/ns/pid").st_ino, file.read()
 
 
 def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, control: Any) -> None:
@@ -160,6 +175,9 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
     except (ValueError, OSError) as error:
         explain(error)
         wrong = str(error)
+    offers = comm.Create_group(comm.group.Incl(range(len(hosts)))).allgather(dms and dms.offers)
+    if all(offers):
+        wrong = dms.start(offers)
     _begin_with_all(comm, wrong)
     control.send(f"the DMS of rank {comm.rank} on host {here} has died".encode())
     for number in PASSED_ON:  # it goes on until all instances have ended
@@ -172,16 +190,20 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
         os.waitpid(watching, 0)
 
 
-def _page(comm: Any, dms: int, application: int, control: Any) -> int:
-    """Be the pager of an instance. Returns the application's exit status, or 2 if the pager has failed."""
+def _page(comm: Any, dms: list[Any], application: int, control: Any) -> int:
+    """Be the pager of an instance. dms: the process of each, as (_pids_are_of(), pid). Returns the
+    application's exit status, or 2 if the pager has failed."""
     from edm.mpi_client import MpiStore
     from edm.pager import PASSED_ON, page_for
 
+    processes = [os.pidfd_open(pid) for here, pid in dms if here == _pids_are_of()]
+
     def open_store(config: Any, instance: int) -> MpiStore:
         _begin_with_all(comm, None, application)
-        return MpiStore(comm, dms, config.start_addr, config.end_addr)
+        area = config.start_addr, config.end_addr
+        return MpiStore(comm, len(dms), *area, config.keep, processes)
 
-    control.send(b"%d" % (comm.rank - dms))
+    control.send(b"%d" % (comm.rank - len(dms)))
     for number in PASSED_ON:  # until Pager.run has its own handler, and if it never runs
         signal.signal(number, lambda number, frame: os.killpg(application, number))
     failed = page_for(control, open_store)

@@ -87,7 +87,10 @@ class Striped:
             for share in self.shares:
                 comm, own = SimpleNamespace(size=count + 1), f"{path}.dms{share.which}"
                 self.dms.append(DMS(comm, own, START, END, True, share))
-            self.store = MpiStore(Wire(machine, self.dms), count, START, END)
+            offers = [dms.offers for dms in self.dms]
+            for dms in machine.dice.sample(self.dms, count):
+                assert dms.start(offers) is None
+            self.store = MpiStore(Wire(machine, self.dms), count, START, END, True, [])
         except BaseException:
             self.close()
             raise

@@ -184,14 +184,30 @@ def test_without_a_dms_every_rank_has_a_pager_of_its_own(mpirun):
         assert ended.stdout.count("compare pages SUCCESS") == ranks, ended.stdout
 
 
-def test_ranks_that_differ_in_their_geometry_end_and_say_so(mpirun):
-    code = (
-        "import edm; from edm.edm import launched"
-        "; edm.main(print, edm.Config(end_addr=(0x11 + launched()[0]) << 32))"
-    )
-    ended = mpirun("-c", code)
+@pytest.mark.parametrize(
+    "other",
+    [
+        "settings['start_addr'] += rank << 32",
+        "settings['end_addr'] += rank << 32",
+        "settings['keep'] = not rank",
+        "settings['dms'] += rank % 2",
+        "messages.VERSION += rank",
+        "uffd_ctypes.PAGE_SIZE <<= rank",
+    ],
+)
+def test_ranks_that_differ_in_their_geometry_end_and_say_so(mpirun, tmp_path, other):
+    code = f"""
+import edm
+from edm import messages, uffd_ctypes
+from edm.edm import launched
+rank = launched()[0]
+settings = {{"start_addr": 1 << 40, "end_addr": 3 << 40, "dms": 1, "disk": {str(tmp_path / "disk")!r}}}
+{other}
+edm.main(print, edm.Config(**settings))
+"""
+    ended = mpirun("-c", code, ranks=3)
     assert ended.returncode == 2 and "instance and DMS differ in" in ended.stdout, ended.stdout
-    assert "Traceback" not in ended.stdout
+    assert ended.stdout.count("\n") == 1 and not list(tmp_path.iterdir()), ended.stdout
 
 
 def test_a_signal_handler_that_calls_the_space_in_the_midst_of_a_call_is_told_so(way):

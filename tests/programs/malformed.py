@@ -10,7 +10,6 @@ from mpi4py import MPI
 from edm import messages as m
 from edm.dms import DMS
 from edm.page_store import CONTENT, NEW_PAGES
-from edm.stripes import Share
 from edm.uffd_ctypes import PAGE_SIZE
 
 START, PAGES, TAG = 0x1B58000, 1000, 5
@@ -31,12 +30,10 @@ def request(kind, page=0, count=0, more=0, body=b""):
 
 
 PAGE = bytes(PAGE_SIZE)
-GEOMETRY = (m.VERSION, PAGE_SIZE, START, START + PAGES * PAGE_SIZE, *Share()[1:])
 RUN = m.DIRTY.pack(1, 1)
 EVICTION = {"page": 1, "count": 1, "more": 1, "body": RUN + PAGE}
 # One right request of each kind, in an order in which each of them can be done.
 RIGHT = {
-    m.HELLO: {"body": m.GEOMETRY.pack(*GEOMETRY)},
     m.GET: {"page": 1, "count": 1, "more": 1},
     m.STORE: EVICTION,
     m.EVICT: EVICTION,
@@ -48,7 +45,7 @@ RIGHT = {
 # What is wrong in each field, and words of the reason.
 WRONG = {
     "kind": (
-        (0, 10, 11, m.OK, NEW_PAGES, CONTENT, m.ERROR, 20, 0x7FFF, 0xFFFF),
+        (0, 8, 10, m.OK, NEW_PAGES, CONTENT, m.ERROR, 20, 0x7FFF, 0xFFFF),
         "no request of kind",
     ),
     "more": ((1025, 2000, 0x7FFF, 0xFFFF), "`more` of|a body of|dirty pages"),
@@ -66,9 +63,6 @@ def refused(what, message, reason):
 
 
 def malform():
-    for index in range(len(GEOMETRY)):
-        other = [field + PAGE_SIZE * (at == index) for at, field in enumerate(GEOMETRY)]
-        refused(f"HELLO of {other}", request(m.HELLO, body=m.GEOMETRY.pack(*other)), "differ")
     for kind, right in RIGHT.items():
         for field, (values, reason) in WRONG.items():
             if field in ("count", "page") and field not in right:
@@ -91,7 +85,7 @@ def malform():
     for _ in range(3000):
         noise = bytearray(dice.randbytes(dice.choice((3, 16, 17, 32, 5000))))
         if dice.random() < 0.8:  # a kind that there is, but for BYE
-            noise[:2] = dice.randint(m.HELLO, m.SYNC).to_bytes(2, "little")
+            noise[:2] = dice.randint(m.GET, m.SYNC).to_bytes(2, "little")
         if noise[:1] == bytes((m.BYE,)):
             noise[1] = 1
         ask(noise)
