@@ -35,17 +35,15 @@ import contextlib
 import contextvars
 import ctypes
 import dis
-import errno
 import os
 import sys
 from _thread import get_ident, get_native_id
 from collections.abc import Callable, Iterator
 from ctypes import c_char, c_char_p, c_int, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
 from functools import cache, partial, wraps
-from io import IOBase
 from itertools import starmap
 from operator import index
-from posix import fstat  # which a program's mock does not replace
+from posix import fstat, pread  # which a program's mock does not replace
 
 from edm.address_space import Space, whole_pages
 
@@ -55,6 +53,7 @@ HANDLER_NAME = b"mem_handler"  # of a capsule with a handler
 
 KEPT_PART = 16  # the areas that are kept have at most 1/KEPT_PART of the resident limit together
 KEPT_AREAS = 16  # and are at most this many
+PIECE = 1 << 20  # bytes that numpy.fromfile reads at once
 TRIES = 4  # of one request, if signal handlers raise in the middle of each
 
 # An allocator's functions, by their number of arguments; an address is a c_size_t. The caller has the GIL.
@@ -97,46 +96,34 @@ def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
 
 @cache
 def _replace_fromfile() -> None:
-    """Have numpy.fromfile, which np.load calls, copy from a mapping of the file. Where a system call may
-    fail on a page that is not here, or by a signal (system_calls.py), it would take that for the end of the
-    file, and return zeros."""
+    """Have numpy.fromfile, which np.load calls, read into ordinary memory and copy from there. Where a system
+    call may fail on a page that is not here, or by a signal (system_calls.py), it would take that for the end
+    of the file, and return zeros."""
     import numpy
 
-    fromfile, memmap = numpy.fromfile, numpy.memmap  # a program may replace them
+    fromfile = numpy.fromfile
 
     @wraps(fromfile)
-    def mapped(file, dtype=float, count=-1, sep="", offset=0, **like):
-        dtype = numpy.dtype(dtype)
+    def in_pieces(file, dtype=float, count=-1, sep="", offset=0, **like):
+        dtype, is_path = numpy.dtype(dtype), isinstance(file, str | bytes | os.PathLike)
         simple = dtype.itemsize and not (sep or like or dtype.subdtype or dtype.hasobject)
-        simple = simple and hasattr(count, "__index__") and hasattr(offset, "__index__")
-        is_path = isinstance(file, str | bytes | os.PathLike)
         with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
             if simple and hasattr(opened, "readinto") and opened.readable() and opened.seekable():
-                array = _from_mapping(memmap, opened, dtype, index(count), index(offset))
-                if array is not None:
-                    return array
+                fd, begin = opened.fileno(), opened.tell() + index(offset)
+                size, count, done = fstat(fd).st_size, index(count), 0
+                there = (size - begin) // dtype.itemsize
+                if there > 0:  # devices and the files of /proc have no size
+                    array = _numpys()[0](there if count < 0 else min(count, there), dtype)
+                    content = memoryview(array.view("B"))
+                    while part := pread(fd, min(PIECE, len(content) - done), begin + done):
+                        content[done : done + len(part)] = part
+                        done += len(part)
+                    if done == len(content):  # else the file has become shorter
+                        opened.seek(size if count > there else begin + done)
+                        return array
             return fromfile(opened, dtype, count, sep, offset, **like)
 
-    numpy.fromfile = mapped
-
-
-def _from_mapping(memmap: type, file: IOBase, dtype: object, count: int, offset: int) -> object:
-    """What numpy.fromfile reads; None, and the file is where it was, if it has to do that itself."""
-    begin, size = file.seek(offset, os.SEEK_CUR), fstat(file.fileno()).st_size
-    there = (size - begin) // dtype.itemsize
-    if there > 0:  # devices and the files of /proc have no size
-        array = _numpys()[0](there if count < 0 else min(count, there), dtype)
-        try:
-            content = memmap(file, dtype, "r", begin, array.shape) if array.size else array
-        except OSError as error:
-            if error.errno not in (errno.ENODEV, errno.ENOMEM):  # a signal handler's
-                raise
-        else:
-            array[:] = content
-            file.seek(size if count > there else begin + array.nbytes)
-            return array
-    file.seek(begin - offset)
-    return None
+    numpy.fromfile = in_pieces
 
 
 class MemHandler:
