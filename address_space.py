@@ -10,7 +10,7 @@ Interface:
     for advice.py              Space: advise, resident
     for numpy_mem_handler.py   Space: can_be_called, allocate, allocated, arrays, grow, release
     for edm.py                 Space begins when it is made and ends with close; spawn_pager
-    for the pager, rank.py     receive, send_answer; socket_pair
+    for the pager, rank.py     receive, send_answer, lifeline; socket_pair
 
 The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
 with userfaultfd. Areas are bookkeeping of this process (Gaps). The pager gets a list of them only
@@ -155,17 +155,13 @@ class Space:
             lines = _tell_lines(self._at_close) if config.report else []
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
-            pagers_end, lifeline = map(closed, _lifeline())
-            # Without this the kernel kills this process if the pager refuses, and ends.
-            if_it_fails.callback(fcntl.fcntl, lifeline, fcntl.F_SETFL, 0)
             hello = {
                 "config": vars(config), "instance": instance, "pid": os.getpid(), "how": how,
                 "clean_tracking": tracks,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
                 "lines": lines,
             }  # fmt: skip
-            fds = [uffd, memfd, pagemap, *lines, lifeline, pagers_end]
-            self._kept, pager = _say_hello(control, hello, fds)
+            self._kept, pager = _say_hello(control, hello, [uffd, memfd, pagemap, *lines])
             if_it_fails.pop_all()  # it has not failed
             # The pager reads /proc/PID/syscall and mem. EINVAL: there is no Yama.
             with contextlib.suppress(OSError):
@@ -458,16 +454,16 @@ class Space:
             memfd, _ = (_closed_by(at_the_end, fd) for fd in receive(control, _socket.MSG_PEEK)[1])
             process = _closed_by(at_the_end, posix.pidfd_open(posix.getpid()))
             uffd = _closed_by(if_it_fails, _high(u.open_userfaultfd()[0]))
-            pagers_end, lifeline = _lifeline()
+            ours, pagers_end = lifeline(posix.getpid())
             _closed_by(at_the_end, pagers_end)
-            _closed_by(if_it_fails, lifeline)
+            _closed_by(if_it_fails, ours)
             # PROT_NONE: reading a page before it is registered, in a signal handler, would fill the
             # memfd.
             self._map_memory(length, u.PROT_NONE, u.MAP_PRIVATE | u.MAP_NORESERVE, memfd)
             self._register(u.Userfaultfd(uffd), "none")
             # The userfaultfd and the lifeline stay open: the pager may die before it reads this. The
             # pager's number of this process, which may be in a PID namespace of its own.
-            send(control, posix.readlink(b"/proc/self"), [process, uffd, lifeline, pagers_end])
+            send(control, posix.readlink(b"/proc/self"), [process, uffd, ours, pagers_end])
             if_it_fails.pop_all()  # it has not failed
         try:
             u.mprotect(self.start_addr, length, u.PROT_READ | u.PROT_WRITE)
@@ -604,15 +600,14 @@ def _high(fd: int) -> int:
     return fd
 
 
-def _lifeline() -> tuple[int, int]:
-    """The write end of a pipe, which only the pager may keep, and the read end. The kernel kills
-    this process when the write end is closed, as long as the read end is open in any process."""
-    ours, pagers = posix.pipe2(os.O_CLOEXEC)
-    ours = _high(ours)
-    fcntl.fcntl(ours, fcntl.F_SETOWN, posix.getpid())
-    fcntl.fcntl(ours, fcntl.F_SETSIG, _signal.SIGKILL)
-    fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC)
-    return pagers, ours
+def lifeline(pid: int) -> tuple[int, int]:
+    """The read end of a pipe, and the write end, which only the pager may keep. The kernel kills the
+    process pid when the write end is closed, as long as the read end is open in any process."""
+    read, write = map(_high, posix.pipe2(os.O_CLOEXEC))
+    fcntl.fcntl(read, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(read, fcntl.F_SETSIG, _signal.SIGKILL)
+    fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)
+    return read, write
 
 
 def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:

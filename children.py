@@ -65,5 +65,5 @@ class Children:
         """No page comes any more: wake the faults in this range (bytes), and let the children
         live."""
         for _, (_, uffd, lifeline, _) in self._sent.values():
-            fcntl.fcntl(lifeline, fcntl.F_SETFL, 0)  # as in _lifeline of address_space.py
+            fcntl.fcntl(lifeline, fcntl.F_SETFL, 0)  # as in lifeline of address_space.py
             self.uffds[uffd].wake(start, length)

@@ -13,10 +13,10 @@ Interface: page_for(control, open_store) pages for an application until it has e
 one machine address_space.py spawns a process that runs spawned(). Over MPI the rank is the pager
 (rank.py). print_error(error) prints why a process of EDM ends.
 
-Application and pager each notice the end of the other. The pager polls a pidfd. The application has
-made a pipe whose only write end is here, and has asked the kernel to kill it when that end is
-closed (fcntl(2), F_SETSIG): its next fault would hang forever. Each process that it forks does the
-same (children.py). When the application has ended, the pager truncates the memfd, and
+Application and pager each notice the end of the other. The pager polls a pidfd. It has the only write
+end of a pipe, the lifeline, and has asked the kernel to kill the application when that end is closed
+(fcntl(2), F_SETSIG): its next fault would hang forever. Each process that the application forks makes
+one of its own (children.py). When the application has ended, the pager truncates the memfd, and
 switches this off for the application's children. From then on they get a SIGBUS when they touch its
 memory.
 
@@ -97,10 +97,7 @@ class Pager:
 
         Raises ValueError for settings that this machine can't have.
         """
-        # The lifeline comes last: the kernel closes the descriptors of a killed process from the
-        # last one on. When it closes the userfaultfd, missing pages read as zeros: the application
-        # must be dying by then.
-        uffd, self._memfd, pagemap, *lines, self._lifelines_other_end, self._lifeline = hello.fds
+        uffd, self._memfd, pagemap, *lines = hello.fds
         self._config, self._store = hello.config, store
         self._over_mpi = not isinstance(store, PageStore)  # then this process is a rank
         config, start = hello.config, hello.config.start_addr
@@ -148,14 +145,19 @@ class Pager:
     def start(self) -> None:
         """Start LPET and the threads. Raises OSError if that fails: then the process must end."""
         sys.setswitchinterval(SWITCH_INTERVAL)
+        if self._store.kept:  # later, forked children may have taken all descriptors
+            _ = self._lpet
+        # There has to be room for the lifeline, for two more descriptors, which a sync or a system call needs,
+        # and over MPI for LPET's pipe. On one machine that is another process's.
+        for fd in [fd for _ in range(2 + self._over_mpi) for fd in os.pipe()]:
+            os.close(fd)
         lpet = self._new_lpet().run if self._over_mpi else self._fork_lpet()
         for body in (self._handler.run, lpet, self._answer):
             self._start_thread(body)
-        if self._store.kept:  # later, forked children may have taken all descriptors
-            _ = self._lpet
-        # There has to be room for two more descriptors, which a sync or a system call needs.
-        for fd in os.pipe():
-            os.close(fd)
+        # Its number is above the userfaultfd's: the kernel closes the descriptors of a killed process from
+        # the last one on. When it closes the userfaultfd, missing pages read as zeros: the application
+        # must be dying by then. From here on nothing may fail. And LPET must not have the write end.
+        self._lifelines_other_end, self._lifeline = address_space.lifeline(self._application)
 
     def _start_thread(self, body: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._guarded, args=(body,))
@@ -216,8 +218,6 @@ class Pager:
 
         def lpet() -> None:
             u.prctl(u.PR_SET_PDEATHSIG, signal.SIGKILL)
-            os.close(self._lifeline)  # or the application would not be killed when the pager dies
-            os.close(self._lifelines_other_end)  # so there are two descriptors for a pipe
             if os.getppid() == parent:
                 with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
                     self._new_lpet().run()
