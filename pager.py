@@ -106,7 +106,7 @@ class Pager:
         self._tracker = choose_tracker(config.idle_tracker)
         self._control = control  # for forked children
         self._process = os.pidfd_open(self._application)  # readable when it has ended
-        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # the space was closed
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # CLOSE adds 1, and so does the end of run
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
         pages = (config.end_addr - start) // PAGE_SIZE
         self._lspt = lspt = l.LSPT(pages, config.high_threshold, config.low_threshold, config.plain)
@@ -132,7 +132,6 @@ class Pager:
         self._new_lpet = partial(Lpet, *of_memory, config.evict_batch, self._tracker)
         self._threads: list[threading.Thread] = []
         self._system_calls: SystemCalls | None = None
-        self._closed = False  # has the application closed its space?
         self._lpet_pid = os.getpid()
         self._failure: BaseException | None = None
         self._ended_by = ""  # the signal that has come to the pager
@@ -205,7 +204,7 @@ class Pager:
         # Or closing the lifeline would kill an application that has only closed its space.
         fcntl.fcntl(self._lifelines_other_end, fcntl.F_SETFL, 0)
         if self._system_calls:
-            self._system_calls.close(leave=not self._closed)
+            self._system_calls.close(leave=os.eventfd_read(self._ended) == 1)
         os.close(self._lifeline)
         self._control.close()  # Space.close waits for this
         if self._failure:
@@ -318,7 +317,6 @@ class Pager:
                     words = str(error.strerror or error)
                     self._mailbox.answer(words.encode(), error.errno or errno.EIO)
                 if what == mailbox.CLOSE:
-                    self._closed = True
                     os.eventfd_write(self._ended, 1)
 
     def _do(self, what: int, page: int, count: int, name: bytes) -> bytes:
