@@ -248,9 +248,8 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     if _space is not None:
         raise RuntimeError("edm: this process is an application of EDM's already; see edm.space()")
     number, ranks = launched()
-    if not getattr(
-        sys, "_is_gil_enabled", lambda: True
-    )():  # threads share numpy_mem_handler.Callback
+    # Threads share numpy_mem_handler.Callback.
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
         leave_to_rank_0()
         raise ValueError("edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on")
     if config.dms and ranks <= config.dms:
