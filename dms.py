@@ -163,11 +163,12 @@ class DMS:
         try:
             return self._do(self._stores[source - self._first], question, answer)
         except (ValueError, struct.error, OSError, MemoryError) as error:
-            if (reason := m.reason(error)) != self._refused:  # a full disk refuses again and again
-                why = m.error_of(reason).strerror
+            number, words = m.reason(error)
+            if words != self._refused:  # a full disk refuses again and again
+                why = words.decode(errors="replace")
                 self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, why)
-            self._refused = reason
-            return answer.message(m.ERROR, len(reason), 0, 0, reason)
+            self._refused = words
+            return answer.message(m.ERROR, len(words), 0, number, words)
 
     def _do(self, store: PageStore, question: memoryview, answer: m.MessageBuffer) -> memoryview:
         """As _handle. Raises ValueError if the question is wrong, and what the store raises."""

@@ -21,13 +21,13 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
     BYE                                        OK: the DMS forgets the instance
 
     dirty    u64 page, u32 count: a run
-    reason   u32 errno, then words in UTF-8
 
 The unused fields of a question's header are 0.
 
 Pages have the numbers that this DMS gives them (stripes.py); with one DMS, this is
-(address - start_addr) / PAGE_SIZE. Instead of any of these answers the DMS may send ERROR with a reason;
-then every page is where it was. ERROR to a GET says that the first page can't be read.
+(address - start_addr) / PAGE_SIZE. Instead of any of these answers the DMS may send ERROR: `more` is an
+errno, and words in UTF-8 follow. Then every page is where it was. ERROR to a GET says that the first page
+can't be read.
 
 That both ends have the same VERSION and settings is seen before the first message (rank.py).
 
@@ -50,7 +50,6 @@ OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18
 
 HEADER = Struct("<HHIQ")
 DIRTY = Struct("<QI")  # the first page of a run, and its pages
-ERRNO = Struct("<I")
 
 MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (DIRTY.size + PAGE_SIZE)  # bytes
 
@@ -59,20 +58,14 @@ class DMSGone(Exception):
     """A DMS's process has ended, and will answer no more."""
 
 
-def reason(error: Exception) -> bytes:
-    """The body of an ERROR."""
+def reason(error: Exception) -> tuple[int, bytes]:
+    """An ERROR's errno and words."""
     number, text = errno.EINVAL, str(error) or type(error).__name__
     if isinstance(error, OSError):
         number, text = error.errno or errno.EIO, error.strerror or text
     elif isinstance(error, MemoryError):
         number = errno.ENOMEM
-    return ERRNO.pack(number) + text.encode()[:1000]
-
-
-def error_of(reason: bytes) -> OSError:
-    """The error of which reason() has made this, as an OSError."""
-    text = reason[ERRNO.size :].decode(errors="replace")
-    return OSError(ERRNO.unpack_from(reason)[0], text)
+    return number, text.encode()[:1000]
 
 
 class MessageBuffer:

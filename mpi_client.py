@@ -198,9 +198,9 @@ class MpiStore:
         """Wait for the answer; its kind and its count. Raises OSError if it is ERROR."""
         self._wait(slot.sending, False)
         self._wait(slot.receiving, patient)
-        kind, _, count, _ = m.HEADER.unpack_from(slot.answer.whole)
+        kind, number, count, _ = m.HEADER.unpack_from(slot.answer.whole)
         if kind == m.ERROR:
-            raise m.error_of(bytes(slot.answer.body[:count]))
+            raise OSError(number, bytes(slot.answer.body[:count]).decode(errors="replace"))
         return kind, count
 
     def _wait(self, request: MPI.Request, patient: bool) -> None:

@@ -21,8 +21,8 @@ def ask(message):
     answer = bytearray(m.MAX_MESSAGE)
     status = MPI.Status()
     comm.Recv([answer, MPI.BYTE], 0, TAG, status)
-    kind, _, count, _ = m.HEADER.unpack_from(answer)
-    return kind, count, bytes(answer[m.HEADER.size : status.Get_count(MPI.BYTE)])
+    kind, number, count, _ = m.HEADER.unpack_from(answer)
+    return kind, number or count, bytes(answer[m.HEADER.size : status.Get_count(MPI.BYTE)])
 
 
 def request(kind, page=0, count=0, more=0, body=b""):
@@ -56,9 +56,8 @@ WRONG = {
 
 
 def refused(what, message, reason):
-    got, _, said = ask(message)
-    error = m.error_of(said) if got == m.ERROR else OSError()
-    if error.errno != errno.EINVAL or not re.search(reason, error.strerror):
+    got, number, said = ask(message)
+    if (got, number) != (m.ERROR, errno.EINVAL) or not re.search(reason, said.decode()):
         sys.exit(f"{what} got {got} {said!r}")
 
 
