@@ -248,13 +248,13 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     if _space is not None:
         raise RuntimeError("edm: this process is an application of EDM's already; see edm.space()")
     number, ranks = launched()
-    # Threads share numpy_mem_handler.Callback.
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        leave_to_rank_0()
-        raise ValueError("edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on")
+    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()  # threads share a NumPy callback
+    wrong = "" if has_gil else "edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on"
     if config.dms and ranks <= config.dms:
+        wrong = f"dms: needs more MPI ranks: mpirun -n {config.dms + 1} python ..."
+    if wrong:
         leave_to_rank_0()
-        raise ValueError(f"dms: needs more MPI ranks: mpirun -n {config.dms + 1} python ...")
+        raise ValueError(wrong)
     # If standard streams are closed, EDM's descriptors would get their numbers, the lowest ones.
     with contextlib.ExitStack() as held:
         while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:

@@ -615,6 +615,19 @@ def test_what_python_imports_for_its_m_is_not_looked_for_in_the_current_folder(t
     assert (ended.returncode, ended.stdout) == (0, "started\n")
 
 
+def test_of_two_ranks_without_a_gil_one_says_so(run, tmp_path):
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    [packages] = bare.glob("lib/python*/site-packages")
+    (packages / "a.pth").write_text("import sys; sys._is_gil_enabled = lambda: False\n")
+    (packages / "edm").symlink_to(Path(edm.__file__).parent)
+    for rank in (0, 1):
+        variables = f"OMPI_COMM_WORLD_RANK={rank}", "OMPI_COMM_WORLD_SIZE=2"
+        ended = run("env", *variables, bare / "bin" / "python", *RUN, "-c", "pass")
+        assert (ended.returncode, ended.stdout.count("\n")) == (2, 1 - rank), ended.stdout
+        assert rank or "PYTHON_GIL=1 turns it on" in ended.stdout
+
+
 @pytest.mark.skipif(not EDM_PTH, reason="not installed: edm.pth")
 @pytest.mark.parametrize("program", [["-m", "other", "-m", "edm"], ["other", "edm"], ["-mother"]])
 def test_other_programs_do_not_get_edm(tmp_path, program):
