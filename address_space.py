@@ -10,7 +10,7 @@ Interface:
     for advice.py              Space: advise, resident
     for numpy_mem_handler.py   Space: can_be_called, allocate, allocated, arrays, grow, release
     for edm.py                 Space begins when it is made and ends with close; spawn_pager
-    for the pager, rank.py     receive, send_answer, lifeline; socket_pair
+    for the pager, rank.py     receive, send_answer, lifeline, high; socket_pair
 
 The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
 with userfaultfd. Areas are bookkeeping of this process (Gaps). The pager gets a list of them only
@@ -185,7 +185,7 @@ class Space:
                         sys.__excepthook__ = hook
                     sys.excepthook = hook
             send(control, b"listener", listener)  # system calls may be waiting for it already
-        self._socket = _closed_by(self._at_close, _high(control.detach()))
+        self._socket = _closed_by(self._at_close, high(control.detach()))
         self._socket_is = os.fstat(self._socket).st_ino
         _in_child.callback(self._forked)
         atexit.register(self._end)
@@ -453,7 +453,7 @@ class Space:
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
             memfd, _ = (_closed_by(at_the_end, fd) for fd in receive(control, _socket.MSG_PEEK)[1])
             process = _closed_by(at_the_end, posix.pidfd_open(posix.getpid()))
-            uffd = _closed_by(if_it_fails, _high(u.open_userfaultfd()[0]))
+            uffd = _closed_by(if_it_fails, high(u.open_userfaultfd()[0]))
             ours, pagers_end = lifeline(posix.getpid())
             _closed_by(at_the_end, pagers_end)
             _closed_by(if_it_fails, ours)
@@ -592,7 +592,7 @@ def _is_open(fd: int, inode: int) -> bool:
     return False
 
 
-def _high(fd: int) -> int:
+def high(fd: int) -> int:
     """Move the descriptor to a number of at least HIGH, if RLIMIT_NOFILE allows that."""
     with contextlib.suppress(OSError):
         low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
@@ -603,7 +603,7 @@ def _high(fd: int) -> int:
 def lifeline(pid: int) -> tuple[int, int]:
     """The read end of a pipe, and the write end, which only the pager may keep. The kernel kills the
     process pid when the write end is closed, as long as the read end is open in any process."""
-    read, write = map(_high, posix.pipe2(os.O_CLOEXEC))
+    read, write = map(high, posix.pipe2(os.O_CLOEXEC))
     fcntl.fcntl(read, fcntl.F_SETOWN, pid)
     fcntl.fcntl(read, fcntl.F_SETSIG, _signal.SIGKILL)
     fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)
@@ -623,7 +623,7 @@ def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:
 
     if _signal.getsignal(_signal.SIGURG) != _signal.SIG_DFL:
         return []
-    memfd = _closed_by(at_close, _high(os.memfd_create("edm lines")))
+    memfd = _closed_by(at_close, high(os.memfd_create("edm lines")))
     fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
     faulthandler.register(_signal.SIGURG, memfd, all_threads=False)
     at_close.callback(undo)

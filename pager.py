@@ -147,8 +147,9 @@ class Pager:
         if self._store.kept:  # later, forked children may have taken all descriptors
             _ = self._lpet
         # There has to be room for the lifeline, for two more descriptors, which a sync or a system call needs,
-        # and over MPI for LPET's pipe. On one machine that is another process's.
-        for fd in [fd for _ in range(2 + self._over_mpi) for fd in os.pipe()]:
+        # and over MPI for LPET's pipe. On one machine that is another process's. They are high, because a process
+        # with threads, as this one will be, waits 15 ms when its table of descriptors has to grow for the lifeline.
+        for fd in [address_space.high(fd) for _ in range(2 + self._over_mpi) for fd in os.pipe()]:
             os.close(fd)
         lpet = self._new_lpet().run if self._over_mpi else self._fork_lpet()
         for body in (self._handler.run, lpet, self._answer):
