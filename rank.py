@@ -141,7 +141,7 @@ def _run(config: Config, application: int, control: Any) -> None:
                 signal.signal(number, handler or signal.SIG_DFL)  # None: a handler in C
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return
-        status = _page(comm, processes[:dms], application, control)
+        status = _page(comm, dms, processes, application, control)
     except BaseException as error:  # noqa: BLE001 - it ends this process
         if isinstance(error, MPI.Exception):
             error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
@@ -190,20 +190,20 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
         os.waitpid(watching, 0)
 
 
-def _page(comm: Any, dms: list[Any], application: int, control: Any) -> int:
-    """Be the pager of an instance. dms: the process of each, as (_pids_are_of(), pid). Returns the
+def _page(comm: Any, dms: int, processes: list[Any], application: int, control: Any) -> int:
+    """Be the pager of an instance. processes: of each rank, as (_pids_are_of(), pid). Returns the
     application's exit status, or 2 if the pager has failed."""
     from edm.mpi_client import MpiStore
     from edm.pager import PASSED_ON, page_for
 
-    processes = [os.pidfd_open(pid) for here, pid in dms if here == _pids_are_of()]
+    here, _ = processes[comm.rank]
+    fds = [os.pidfd_open(pid) for there, pid in processes[:dms] if there == here]
 
     def open_store(config: Any, instance: int) -> MpiStore:
         _begin_with_all(comm, None, application)
-        area = config.start_addr, config.end_addr
-        return MpiStore(comm, len(dms), *area, config.keep, processes)
+        return MpiStore(comm, dms, config.start_addr, config.end_addr, config.keep, fds)
 
-    control.send(b"%d" % (comm.rank - len(dms)))
+    control.send(b"%d" % (comm.rank - dms))
     for number in PASSED_ON:  # until Pager.run has its own handler, and if it never runs
         signal.signal(number, lambda number, frame: os.killpg(application, number))
     failed = page_for(control, open_store)
