@@ -21,6 +21,7 @@ a page can't be read back: an I/O error, or a checksum of a kept disk is wrong
     test_without_poison_a_page_that_can_not_be_brought_back_ends_the_job
     test_a_flipped_byte_in_a_kept_disk_is_a_sigbus_and_the_other_pages_are_whole
     test_a_flipped_bit_in_the_table_of_a_kept_disk_is_a_sigbus_for_the_next_job
+    test_a_page_that_was_lost_has_zeros_when_its_area_was_unmapped_and_can_be_used_again
     test_whatever_bit_of_a_pages_block_in_the_table_is_flipped_no_other_bytes_are_read
     test_a_page_that_the_file_system_can_not_read_is_told_and_its_neighbours_are_read
 the application raises, exits, is killed, or replaces itself
@@ -555,9 +556,8 @@ def test_what_one_way_has_written_the_other_finds(mpirun, alone, tmp_path):
         assert ended.returncode == 0 and "kept SUCCESS" in ended.stdout, ended.stdout
 
 
-def test_a_flipped_bit_in_the_table_of_a_kept_disk_is_a_sigbus_for_the_next_job(way, tmp_path):
-    way.run(PROGRAMS / "kept.py", tmp_path / "disk", "exit")
-    with (tmp_path / "disk").open("r+b") as disk:
+def flip_a_bit_of_the_first_pages_entry_in_the_table(path: Path) -> None:
+    with path.open("r+b") as disk:
         *_, page_size, start, end, epoch = HEADER.unpack(disk.read(HEADER.size))
         blocks = -(-(end - start) // page_size // BLOCK_PAGES)
         at = TABLE + epoch % 2 * blocks * BLOCK_SIZE  # the block of page 0, as it counts
@@ -565,10 +565,41 @@ def test_a_flipped_bit_in_the_table_of_a_kept_disk_is_a_sigbus_for_the_next_job(
         byte = disk.read(1)[0]
         disk.seek(at)
         disk.write(bytes((byte ^ 4,)))
+
+
+def test_a_flipped_bit_in_the_table_of_a_kept_disk_is_a_sigbus_for_the_next_job(way, tmp_path):
+    way.run(PROGRAMS / "kept.py", tmp_path / "disk", "exit")
+    flip_a_bit_of_the_first_pages_entry_in_the_table(tmp_path / "disk")
     again = way.run(PROGRAMS / "kept.py", tmp_path / "disk", "find")
     assert "page in address 0x1000000000 can't be brought back: " in again.stdout, again.stdout
     assert "table is damaged" in again.stdout
     assert again.returncode == way.killed_by(signal.SIGBUS), again.stdout
+
+
+def test_a_page_that_was_lost_has_zeros_when_its_area_was_unmapped_and_can_be_used_again(
+    way, tmp_path
+):
+    way.run(PROGRAMS / "kept.py", tmp_path / "disk", "exit")
+    flip_a_bit_of_the_first_pages_entry_in_the_table(tmp_path / "disk")
+    code = f"""
+import os, signal, edm
+
+def app(space):
+    area = space.mmap(300 * edm.PAGE_SIZE)
+    if not (child := os.fork()):
+        os._exit(area[0])
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS)
+    space.munmap(area)
+    area = space.mmap(300 * edm.PAGE_SIZE, addr=space.start_addr)
+    print(any(area))
+    area[:] = b"x" * len(area)
+    print(bytes(area) == b"x" * len(area), flush=True)
+
+disk = {str(tmp_path / "disk")!r}
+edm.run(app, edm.Config(high_threshold=64, low_threshold=32, disk=disk, keep=True))
+"""
+    again = way.run("-c", code)
+    assert again.returncode == 0 and "True\nFalse\nTrue\n" in again.stdout, again.stdout
 
 
 # ---------------------------------------------------------------- everything at once
