@@ -1,7 +1,7 @@
 """DMS, the disk manager server: serves a PageStore to each instance, over MPI.
 
 In the picture: the right end of the MPI arrow, rank 0 of the job. With several DMSs, ranks 0, 1, ...
-each have a share of every instance's pages (stripes.py).
+each have some stripes of every instance's pages (mpi_client.py).
 
 Interface: DMS(comm, ...).serve() answers the instances' requests until the last has said BYE. Before that,
 all DMSs of a job tell each other their `offers`, and call start().
@@ -34,7 +34,6 @@ from edm import log
 from edm import messages as m
 from edm.page_store import CONTENT, PageStore
 from edm.readahead import MAX_STRIDE
-from edm.stripes import ALL, Share
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 
 EAGER = 500e-6  # seconds after a message in which the DMS does not sleep
@@ -54,17 +53,17 @@ class Asked(namedtuple("Asked", "store kind more pages body answer")):
 class DMS:
     def __init__(
         self, comm: MPI.Comm, path: str | None, start_addr: int, end_addr: int, keep: bool = False,
-        share: Share = ALL,
+        dms: int = 1,
     ) -> None:  # fmt: skip
         """The server of all ranks of comm that are not DMSs.
 
-        path, keep: as PageStore's. share: the pages that this DMS has. Raises OSError when a disk can't
+        path, keep: as PageStore's. dms: how many ranks, the first ones, are DMSs. Raises OSError when a disk can't
         be made, ValueError when one may not be used.
         """
-        self._comm, self._first = comm, share.of  # the first rank that is an instance
-        instances = range(comm.size - share.of)
-        self._stores = [PageStore(path, start_addr, end_addr, keep, n, share) for n in instances]
-        self._pages = share.below((end_addr - start_addr) // PAGE_SIZE)
+        self._comm, self._first = comm, dms  # the first rank that is an instance
+        instances, own = range(comm.size - dms), (comm.rank, dms)
+        self._stores = [PageStore(path, start_addr, end_addr, keep, n, own) for n in instances]
+        self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._syncs = {store: threading.Lock() for store in self._stores}
         self._unused: list[m.MessageBuffer] = []
         self._log = log.logger("DMS")
@@ -74,7 +73,7 @@ class DMS:
             m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.SYNC: (self._sync, 0, m.SYNC_PHASES - 1, 0),
-            m.FREE: (self._free, max(1, self._pages), 0, 0),
+            m.FREE: (self._free, self._pages, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
             m.BYE: (lambda asked: self._left.append(asked.store), 0, 0, 0),
         }

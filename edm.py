@@ -17,7 +17,7 @@
                                          pager ── MPI ──► DMS (rank 0): a PageStore for each instance
                                                ╲╱         with every second stripe of its pages
                                          pager ── MPI ──► DMS (rank 1): likewise
-                                           rank.py, mpi_client.py, messages.py, dms.py, stripes.py
+                                           rank.py, mpi_client.py, messages.py, dms.py
 
 The words, which are those of the original's wiki ("End to End Examples"), as are the lines of the log:
     instance      an application and its pager         DM-Handler   resolves page faults

@@ -24,8 +24,8 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
 
 The unused fields of a question's header are 0.
 
-Pages have the numbers that this DMS gives them (stripes.py); with one DMS, this is
-(address - start_addr) / PAGE_SIZE. Instead of any of these answers the DMS may send ERROR: `more` is an
+A page's number is (address - start_addr) / PAGE_SIZE. Of a range, a DMS does what is asked to the pages that it
+has (mpi_client.py); of the others it has never heard, so they stay NEW. Instead of any of these answers the DMS may send ERROR: `more` is an
 errno, and words in UTF-8 follow. Then every page is where it was. ERROR to a GET says that the first page
 can't be read.
 
@@ -41,7 +41,7 @@ from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-VERSION = 6
+VERSION = 7
 MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS: no application asks for more, see mailbox.py
 SYNC_PHASES = 3
 

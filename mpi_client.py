@@ -6,8 +6,12 @@ Interface: MpiStore(comm, dms, ...), with the methods of PageStore that a pager 
 Each raises OSError with the DMS's errno and reason if a DMS refuses; and DMSGone if the
 process of a DMS on this machine has ended. Of a DMS on another machine only the launcher knows.
 
-The pages are striped over the DMSs (stripes.py). A get is about pages of one stripe: a caller that wants
-more asks for all of them before it takes the first. The other methods ask every DMS concerned, and wait.
+The pages are striped over the DMSs: stripe s, which is STRIPE pages, belongs to DMS s % N. A single DMS has
+all pages in one endless stripe. A get is about pages of one stripe: a caller that wants more asks for all of
+them before it takes the first. The other methods ask every DMS concerned, and wait.
+
+    page             0 ... 63    64 ... 127    128 ... 191    192 ... 255
+    of two DMSs      0           1             0              1
 
     sync     every DMS does the first of PageStore.sync_phases, then every DMS the next
 
@@ -36,8 +40,7 @@ from mpi4py import MPI
 from edm import log
 from edm import messages as m
 from edm.lspt import Run, runs
-from edm.page_store import ON_DISK, Bytes
-from edm.stripes import Share, shares
+from edm.page_store import ON_DISK, STRIPE, Bytes
 from edm.uffd_ctypes import PAGE_SIZE
 
 PATIENCE = 50e-6  # seconds between two tests of a patient thread
@@ -69,7 +72,8 @@ class MpiStore:
     ) -> None:
         """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs. kept: their
         disks are. fds: pidfds of those on this machine."""
-        self._comm, self._start, self._shares = comm, start_addr, shares(dms)
+        self._comm, self._start, self._dmss = comm, start_addr, dms
+        self._stripe = STRIPE if dms > 1 else 1 << 62
         self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._log = log.logger("MpiClient")
         self._debug = self._log.isEnabledFor(DEBUG)
@@ -87,9 +91,9 @@ class MpiStore:
 
     def together(self, pages: range) -> int:
         """See PageStore. It may be more pages than these."""
-        stripe = self._shares[0].stripe
-        begin = pages[0] // stripe * stripe
-        return len(range(pages[0], begin + stripe if pages.step > 0 else begin - 1, pages.step))
+        begin = pages[0] // self._stripe * self._stripe
+        end = begin + self._stripe if pages.step > 0 else begin - 1
+        return len(range(pages[0], end, pages.step))
 
     def ask_get(self, pages: range) -> Slot:
         """See PageStore."""
@@ -97,8 +101,8 @@ class MpiStore:
         slot.address = self._start + pages.start * PAGE_SIZE  # for take_get's log
         if self._debug:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
-        share = self._shares[pages.start // self._shares[0].stripe % len(self._shares)]
-        slot.send(share.which, m.GET, len(pages), share.below(pages.start), pages.step)
+        dms = pages.start // self._stripe % self._dmss
+        slot.send(dms, m.GET, len(pages), pages.start, pages.step)
         self._asked.append(slot)
         return slot
 
@@ -142,11 +146,10 @@ class MpiStore:
 
     def locations(self, page: int, count: int) -> bytes:
         """See PageStore. count: at most MAX_LOCATIONS."""
-        found = bytearray(count)
-        for share, states in self._request(m.LOCATIONS, page, count).items():
-            for own, first, many in share.runs(page, count) if states.strip(b"\0") else ():
-                found[first - page : first - page + many] = states[own - share.below(page) :][:many]
-        return bytes(found)
+        found = 0
+        for states in self._request(m.LOCATIONS, page, count):  # zeros for the pages of the others
+            found |= int.from_bytes(states, "big")
+        return found.to_bytes(count, "big")
 
     def runs_on_disk(self) -> Iterator[Run]:
         """See PageStore."""
@@ -163,6 +166,13 @@ class MpiStore:
 
     # ------------------------------------------------------------ asking and waiting
 
+    def _parts(self, page: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """The parts of these pages that are of one stripe: (its DMS, the first page, how many)."""
+        while count:
+            many = min(self._stripe - page % self._stripe, count)
+            yield page // self._stripe % self._dmss, page, many
+            page, count = page + many, count - many
+
     def _slot(self, at: int) -> Slot:
         with suppress(IndexError):
             return self._slots.pop(at)
@@ -170,23 +180,27 @@ class MpiStore:
 
     def _request(
         self, kind: int, page: int = 0, count: int = 0, more: int = 0, dirty: Sequence[Bytes] = ()
-    ) -> dict[Share, bytes]:
+    ) -> list[bytes]:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
         answers; returns their bodies. Raises one of the errors, if there are any."""
-        sent, bodies, failed = {}, {}, None
-        for share in self._shares:
-            own = share.own(page, count)
-            if own or not count:
-                runs, parts = _of_share(share, dirty)
-                sent[share] = slot = self._slot(0)
-                slot.send(share.which, kind, len(own), own.start, more or len(runs), *runs, *parts)
+        asked = {dms for dms, _, _ in itertools.islice(self._parts(page, count), self._dmss)}
+        dirty_of: list[list[Bytes]] = [[] for _ in range(self._dmss)]
+        for first, content in dirty:
+            for dms, at, many in self._parts(first, len(content) // PAGE_SIZE):
+                dirty_of[dms].append((at, content[(at - first) * PAGE_SIZE :][: many * PAGE_SIZE]))
+        sent, bodies, failed = [], [], None
+        for dms in asked or range(self._dmss):
+            runs = [m.DIRTY.pack(at, len(part) // PAGE_SIZE) for at, part in dirty_of[dms]]
+            parts = [part for _, part in dirty_of[dms]]
+            sent.append(slot := self._slot(0))
+            slot.send(dms, kind, count, page, more or len(runs), *runs, *parts)
         # A large message travels only while both ends call MPI: no sleep before it is sent.
-        for slot in sent.values():
+        for slot in sent:
             self._wait(slot.sending, False)
-        for share, slot in sent.items():
+        for slot in sent:
             try:
                 _, length = self._answer(slot)
-                bodies[share] = bytes(slot.answer.body[:length])
+                bodies.append(bytes(slot.answer.body[:length]))
             except OSError as error:
                 failed = error
             self._slots.insert(0, slot)
@@ -223,13 +237,3 @@ class MpiStore:
             self._ended_since = self._ended_since or time.monotonic()
             if time.monotonic() - self._ended_since > LAST_WORDS:
                 raise m.DMSGone("a DMS has died")
-
-
-def _of_share(share: Share, dirty: Sequence[Bytes]) -> tuple[list[bytes], list[memoryview]]:
-    """The runs that this share has of these pages, packed; and the bytes of each."""
-    runs, parts = [], []
-    for page, content in dirty:
-        for own, first, count in share.runs(page, len(content) // PAGE_SIZE):
-            runs.append(m.DIRTY.pack(own, count))
-            parts.append(content[(first - page) * PAGE_SIZE :][: count * PAGE_SIZE])
-    return runs, parts

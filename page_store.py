@@ -10,7 +10,7 @@ Interface: PageStore(path, start_addr, end_addr, ...)
     put                  pages leave the instance, or only their bytes are stored
     put_from_pipe        as put, from a pipe; only if takes_pipes
     free, sync, locations, runs_on_disk, table, close
-    offers, start        a kept store with a share of the pages: the syncs that it can resume from
+    offers, start        a kept store of several: the syncs that it can resume from
     sync_phases          a sync of several stores as one: all call the first of these before any calls the
                          second, and so on. The first does step 1 (see below), the second steps 1 to 3, the
                          third step 4. A store whose table can't be written refuses in the first, when
@@ -74,8 +74,10 @@ was ever used.
 If step 2 or 3 fails, it is not known which epoch is durable. Nothing is written after that, nor after
 step 4 has failed.
 
-Several stores, each with a Share of the pages (stripes.py), sync as one. Their client has all of them do
-step 1, then steps 1 to 3, and step 4 only when all have succeeded. In between, nothing is put, freed or synced, and a
+Several DMSs have a part of the pages each (mpi_client.py). All number the pages alike: to a store, the others'
+pages are NEW. So its memory and table are as large as if it had all pages.
+
+Such stores sync as one. Their client has all of them do step 1, then steps 1 to 3, and step 4 only when all have succeeded. In between, nothing is put, freed or synced, and a
 disk has two complete epochs, which its headers name: it offers both. At the start the client selects the
 newest epoch that all disks offer. It is the epoch of the last sync that returned, or of the one in
 progress: if one disk does not offer the newer epoch, no disk has done step 4, and all still have the
@@ -111,7 +113,6 @@ from struct import Struct
 
 from edm import log
 from edm.lspt import ByteTable, Run, runs
-from edm.stripes import ALL, Share
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, punch_hole, semaphore
 
 # A byte of the SPT. INSTANCE | DISK: the instance has the page, and the disk has its bytes, unless the
@@ -125,14 +126,17 @@ NEW_PAGES, CONTENT = 17, 18  # answers to a get, on the wire too: never accessed
 
 Bytes = tuple[int, memoryview]  # the first page of a run, and the run's bytes
 
+# Pages. Of n DMSs, one has every n-th stripe. A readahead window of 256 pages goes to four DMSs at once.
+STRIPE = 64
+
 # Bytes in one write. Longer writes make larger folios in the page cache, where ext4 takes longer to write
 # a single page: measured 28 µs after writes of 1 MiB, 5 after 128 KiB. A page of a run takes 1.5 and 2.3.
 WRITE_SIZE = 128 << 10
 
 # The disk file's format.
-MAGIC, FORMAT = b"EDM disk", 3
-# magic, format; the share: which, of (0: not kept), stripe (pages; 0: it has all pages); page size,
-# start_addr, end_addr; epoch
+MAGIC, FORMAT = b"EDM disk", 4
+# magic, format; the DMS's number, how many there are (0: not kept), STRIPE; page size, start_addr,
+# end_addr; epoch
 HEADER = Struct("<8sH HHH IQQ Q")
 HEADER_COPY = 64 << 10  # bytes from one copy to the other: a multiple of every page size
 TABLE = 2 * HEADER_COPY
@@ -211,14 +215,14 @@ def data(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
 class PageStore:
     def __init__(
         self, path: str | None, start_addr: int, end_addr: int, keep: bool = False, instance: int = 0,
-        share: Share = ALL,
+        dms: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         """Without a path, the disk is a file without a name in disk_folder().
 
         keep: the disk outlives the job, which resumes from the last sync of an earlier one. instance: its
-        number, which the path of every instance but the first, 0, has added. share: the pages that the
-        store has; a kept disk that has not all of them waits for start(). Raises ValueError, which names
-        the file, if the file can't be used; OSError if it can't be made.
+        number, which the path of every instance but the first, 0, has added. dms: the number of its DMS, and
+        how many there are; a kept disk of several waits for start(). Raises ValueError, which names the
+        file, if the file can't be used; OSError if it can't be made.
         """
         if path and instance:
             path += f".{instance}"
@@ -227,10 +231,9 @@ class PageStore:
         else:
             self.fd, name = tempfile.mkstemp(prefix="edm-", dir=disk_folder())
             os.unlink(name)
-        self.kept, self._start, self._share = keep, start_addr, share
-        stripes = (*share[:2], share.stripe if share.of > 1 else 0) if keep else (0, 0, 0)
-        self._geometry = *stripes, PAGE_SIZE, start_addr, end_addr
-        pages = max(share.below((end_addr - start_addr) // PAGE_SIZE), 1)
+        self.kept, self._start, self._dmss = keep, start_addr, dms[1]
+        self._geometry = *(dms if keep else (0, 0)), STRIPE, PAGE_SIZE, start_addr, end_addr
+        pages = (end_addr - start_addr) // PAGE_SIZE
         self._blocks = -(-pages // BLOCK_PAGES) if keep else 0  # in a copy of the table
         self._data = -(-self._block_place(2, 0) // HEADER_COPY) * HEADER_COPY  # the first places
         self._synced = ByteTable(pages)  # the places at the last sync; 0 if the disk is not kept
@@ -469,7 +472,7 @@ class PageStore:
                 disk.truncate(0)
 
     def _address(self, page: int) -> int:
-        return self._start + self._share.page(page) * PAGE_SIZE
+        return self._start + page * PAGE_SIZE
 
     def _say(self, level: int, words: str, dirty: Iterable[Bytes]) -> None:
         for first, content in dirty if self._info else ():
@@ -509,7 +512,7 @@ class PageStore:
         os.fchmod(self.fd, 0o600)
         os.ftruncate(self.fd, self._size if self.kept else 0)
         os.ftruncate(self.fd, self._size)
-        if not self.kept or self._share.of == 1:
+        if not self.kept or self._dmss == 1:
             self.start(self.offers[-1])
         if not begun:
             with suppress(OSError):  # the folder may be unreadable, or not take an fsync

@@ -164,14 +164,12 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
     from edm.dms import DMS
     from edm.limits import explain
     from edm.pager import PASSED_ON
-    from edm.stripes import shares
 
     dms, wrong, path, here = None, None, config.disk, hosts[comm.rank]
     if path and here in hosts[: comm.rank]:
         path += f".dms{comm.rank}"
-    share = shares(len(hosts))[comm.rank]
     try:
-        dms = DMS(comm, path, config.start_addr, config.end_addr, config.keep, share)
+        dms = DMS(comm, path, config.start_addr, config.end_addr, config.keep, len(hosts))
     except (ValueError, OSError) as error:
         explain(error)
         wrong = str(error)

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CORE = (
     "edm", "address_space", "pager", "dm_handler", "lpet", "lspt", "readahead", "page_idle",
-    "page_store", "dms", "mpi_client", "stripes", "messages", "uffd_ctypes", "log",
+    "page_store", "dms", "mpi_client", "messages", "uffd_ctypes", "log",
 )  # fmt: skip
 NO_CODE = (
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,

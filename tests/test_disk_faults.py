@@ -23,7 +23,6 @@ from edm.dms import DMS
 from edm.messages import MessageBuffer
 from edm.mpi_client import MpiStore
 from edm.page_store import CONTENT, FIRST, SECOND, TABLE
-from edm.stripes import Share, shares
 from edm.uffd_ctypes import PAGE_SIZE
 
 __all__ = ["quick_path"]  # a fixture
@@ -82,11 +81,11 @@ class Striped:
     """The kept disks of several DMSs: as Kept."""
 
     def __init__(self, path, count, machine):
-        self.shares, self.dms = shares(count), []
+        self.dms = []
         try:
-            for share in self.shares:
-                comm, own = SimpleNamespace(size=count + 1), f"{path}.dms{share.which}"
-                self.dms.append(DMS(comm, own, START, END, True, share))
+            for rank in range(count):
+                comm, own = SimpleNamespace(size=count + 1, rank=rank), f"{path}.dms{rank}"
+                self.dms.append(DMS(comm, own, START, END, True, count))
             offers = [dms.offers for dms in self.dms]
             for dms in machine.dice.sample(self.dms, count):
                 assert dms.start(offers) is None
@@ -100,10 +99,9 @@ class Striped:
         kind, got = get(self.store, range(page, page + 1))
         return got if kind == CONTENT else None
 
-    def place(self, page):
-        """Its store, that store's share, and its number there."""
-        share = self.shares[page // self.shares[0].stripe % len(self.shares)]
-        return self.dms[share.which]._stores[0], share, share.below(page)
+    def dms_of(self, page):
+        """The number of the page's DMS."""
+        return page // STRIPE % len(self.dms)
 
     def close(self):
         for dms in self.dms:
@@ -157,7 +155,7 @@ class Machine:
         monkeypatch.setattr("edm.page_store.BLOCK_PAGES", BLOCK_PAGES)
         monkeypatch.setattr("edm.page_store.BLOCK", BLOCK)
         monkeypatch.setattr("edm.page_store.BLOCK_SIZE", BLOCK_SIZE)
-        monkeypatch.setattr("edm.stripes.STRIPE", STRIPE)
+        monkeypatch.setattr("edm.mpi_client.STRIPE", STRIPE)
         self.disk = self.opened()
 
     def opened(self):
@@ -219,17 +217,18 @@ class Machine:
 
     def flip(self):
         """A bit of a page's bytes, or of a block of the table."""
-        page = own = self.dice.randrange(PAGES)
-        store, share = self.disk.store, Share()
+        page = self.dice.randrange(PAGES)
+        store, of_store = self.disk.store, range(PAGES)
         if self.count:
-            store, share, own = self.disk.place(page)
+            dms = self.disk.dms_of(page)
+            store = self.disk.dms[dms]._stores[0]
+            of_store = [other for other in of_store if self.disk.dms_of(other) == dms]
         if self.dice.random() < 0.7:
-            block = own // BLOCK_PAGES
+            block = page // BLOCK_PAGES
             at = store._block_place(self.dice.randrange(2), block) + self.dice.randrange(BLOCK_SIZE)
-            of_it = range(block * BLOCK_PAGES, (block + 1) * BLOCK_PAGES)
-            self.flipped.update(map(share.page, of_it))
+            self.flipped.update(other for other in of_store if other // BLOCK_PAGES == block)
         else:
-            at = store._place(own, self.dice.choice((FIRST, SECOND)))
+            at = store._place(page, self.dice.choice((FIRST, SECOND)))
             at += self.dice.randrange(PAGE_SIZE)
             self.flipped.add(page)
         with open(f"/proc/self/fd/{store.fd}", "r+b") as file:

@@ -16,7 +16,6 @@ from edm import messages as m
 from edm.dms import DMS
 from edm.page_store import CONTENT, DISK, EPOCH, INSTANCE, NEW, NEW_PAGES
 from edm.readahead import MAX_STRIDE
-from edm.stripes import shares
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 PAGES = 5000
@@ -24,7 +23,7 @@ START = 0x1B58000
 
 
 class TwoRanks:
-    size = 2
+    rank, size = 0, 2
 
 
 def served(path, keep):
@@ -175,8 +174,8 @@ def test_freed_pages_read_as_new(dms):
 
 
 def test_kept_disks_of_several_dmss_start_from_the_newest_sync_that_all_of_them_have(tmp_path):
-    share, end = shares(3)[0], START + 100 * PAGE_SIZE
-    ranks = SimpleNamespace(size=5)  # two instances
+    end = START + 100 * PAGE_SIZE
+    ranks = SimpleNamespace(rank=0, size=5)  # two instances
     # What this DMS offers of the first, what another one does, and where they start.
     for own, other, start in (
         (range(1), range(1), 0),
@@ -185,7 +184,7 @@ def test_kept_disks_of_several_dmss_start_from_the_newest_sync_that_all_of_them_
         (range(1, 3), range(3), 2),
         (range(2, 4), range(2), None),
     ):
-        dms = DMS(ranks, str(tmp_path / "disk"), START, end, True, share)
+        dms = DMS(ranks, str(tmp_path / "disk"), START, end, True, 3)
         assert dms.offers == [own, range(1)]
         wrong = dms.start([[own, range(1)], [other, range(1)], [range(9), range(1)]])
         if start is None:
@@ -336,16 +335,15 @@ def test_random_bytes_never_end_the_dms(dms):
     assert ask(dms, m.LOCATIONS, page=0, count=1)[0] == m.LOCATIONS
 
 
-def test_a_dms_whose_share_has_no_pages_refuses_what_is_about_pages(tmp_path):
-    ranks = SimpleNamespace(size=4)
-    dms = DMS(ranks, str(tmp_path / "disk"), START, START + 100 * PAGE_SIZE, True, shares(3)[2])
+def test_a_dms_that_has_no_page_of_a_small_space_takes_part_in_what_all_are_asked(tmp_path):
+    ranks = SimpleNamespace(rank=2, size=4)
+    dms = DMS(ranks, str(tmp_path / "disk"), START, START + 100 * PAGE_SIZE, True, 3)
     dms.start([dms.offers] * 3)
-    for kind in (m.GET, m.FREE, m.EVICT, m.STORE, m.LOCATIONS):
-        for count in (0, 1):
-            question = m.HEADER.pack(kind, 1, count, 0)
-            assert handle(dms, question, 3)[0] == m.ERROR, (kind, count)
     for phase in range(m.SYNC_PHASES):
         assert handle(dms, m.HEADER.pack(m.SYNC, phase, 0, 0), 3)[0] == m.OK
+    assert handle(dms, m.HEADER.pack(m.LOCATIONS, 0, 100, 0), 3) == (m.LOCATIONS, 100, bytes(100))
+    for kind in (m.FREE, m.EVICT):
+        assert handle(dms, m.HEADER.pack(kind, 0, 100, 0), 3)[0] == m.OK
 
 
 def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
@@ -367,7 +365,7 @@ def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
 
 def test_an_instance_with_any_number_has_a_store(tmp_path):
     """More than 256 of them, and with any rank."""
-    many = SimpleNamespace(size=1 + 300)
+    many = SimpleNamespace(rank=0, size=1 + 300)
     dms = DMS(many, str(tmp_path / "disk"), START, START + PAGES * PAGE_SIZE)
     for rank in (1, 257, 300):
         body = eviction(7, 1, (7, content(rank)))["body"]

@@ -1384,11 +1384,11 @@ def test_what_is_no_regular_file_is_refused_and_left_as_it_is(path, kind, keep):
 
 @BOTH
 def test_a_kept_disk_of_another_version_of_the_format_is_refused_with_one_line(path, keep):
-    for version in (2, 99):
+    for version in (3, 99):
         fields = HEADER.pack(MAGIC, version, 0, 1, 0, PAGE_SIZE, START, END, 7)
         header = fields + zlib.crc32(fields).to_bytes(CRC, "little")
         path.write_bytes(header.ljust(HEADER_COPY, b"\0") + header + bytes(1 << 20))
-        refused(path, f"has version {version} of the format; this EDM knows 3$", keep=keep)
+        refused(path, f"has version {version} of the format; this EDM knows 4$", keep=keep)
 
 
 def damage(path):

@@ -1,5 +1,7 @@
-"""stripes.py, and what several DMSs are for who starts them."""
+"""Which DMS has a page, and what several DMSs are for who starts them."""
 
+import itertools
+import random
 import re
 import shlex
 import sys
@@ -9,50 +11,107 @@ from types import SimpleNamespace
 import pytest
 from conftest import needs_userfaultfd
 
-from edm import rank, stripes
+from edm import messages as m
+from edm import rank
 from edm.doctor import find_mpirun
 from edm.edm import Config
 from edm.mpi_client import MpiStore
+from edm.page_store import STRIPE
+from edm.uffd_ctypes import PAGE_SIZE
 
-STRIPE = stripes.STRIPE
+START, PAGES = 0x1B58000, 2000
+
+
+class Asked:
+    """The communicator of a store whose DMSs answer OK; `questions` is what each of them was sent."""
+
+    def __init__(self, count):
+        self.questions = [[] for _ in range(count)]
+
+    def Isend(self, message, dms, tag):
+        header, body = m.HEADER.unpack_from(message[0]), bytes(message[0][m.HEADER.size :])
+        self.questions[dms].append((*header, body))
+        return SimpleNamespace(Test=lambda: True)
+
+    def Irecv(self, message, dms, tag):
+        message[0][: m.HEADER.size] = m.HEADER.pack(m.OK, 0, 0, 0)
+        return SimpleNamespace(Test=lambda: True)
+
+    def new(self):
+        """What each was sent since the last call."""
+        found, self.questions = self.questions, [[] for _ in self.questions]
+        return found
+
+
+def striped(count):
+    comm = Asked(count)
+    return comm, MpiStore(comm, count, START, START + PAGES * PAGE_SIZE, False, [])
+
+
+def dms_of(page, count):
+    return page // STRIPE % count
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_each_page_is_of_one_dms_which_numbers_its_own_without_gaps(count):
-    found = {}
-    for share in stripes.shares(count):
-        own = 0
-        for page in range(STRIPE * 30 + 7):
-            assert share.below(page) == own
-            if count == 1 or page // STRIPE % count == share.which:
-                assert share.page(own) == page
-                found[page] = share
-                own += 1
-    assert sorted(found) == list(range(STRIPE * 30 + 7))
+def test_each_page_is_asked_for_of_the_dms_that_it_was_sent_to(count):
+    comm, store = striped(count)
+    for page in range(0, PAGES, 7):
+        put = ([], [(page, memoryview(bytes(PAGE_SIZE)))])
+        for ask in (
+            lambda page=page: store.ask_get(range(page, page + 1)),
+            lambda put=put: store.put(*put),
+        ):
+            ask()
+            sent = comm.new()
+            assert [dms for dms in range(count) if sent[dms]] == [dms_of(page, count)]
+            assert sent[dms_of(page, count)][0][3] == page
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_runs_of_a_range_are_neighbours_in_the_space_and_with_the_dms(count):
-    for first, length in ((0, 1), (0, 300), (63, 2), (64, 64), (100, 1000), (127, 0)):
-        pages = []
-        for share in stripes.shares(count):
-            for own, page, many in share.runs(first, length):
-                assert many > 0 and share.below(page) == own
-                assert share.below(page + many - 1) == own + many - 1
-                pages += range(page, page + many)
-        assert sorted(pages) == list(range(first, first + length))
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_what_is_about_a_range_goes_to_the_dmss_that_have_some_of_it_with_their_dirty_pages(count):
+    comm, store = striped(count)
+    dice = random.Random(count)
+    for first, length in ((0, 1), (0, 256), (63, 2), (64, 64), (100, 200), (127, 1), (700, 256)):
+        pages = range(first, first + length)
+        having = {dms_of(page, count) for page in pages}
+        for ask in (store.free, lambda first, length: store.put([(first, length)], [])):
+            ask(first, length)
+            sent = comm.new()
+            assert {dms for dms in range(count) if sent[dms]} == having
+            assert all(asked[0][2:4] == (length, first) for asked in sent if asked)
+        content = memoryview(dice.randbytes(length * PAGE_SIZE))
+        ends = sorted({first, *dice.choices(pages, k=3)})  # runs with a gap behind each
+        dirty = [
+            (at, content[(at - first) * PAGE_SIZE : (to - first - 1) * PAGE_SIZE])
+            for at, to in itertools.pairwise([*ends, first + length + 1])
+            if at < to - 1
+        ]
+        store.put([(first, length)], dirty)
+        got = {}
+        for dms, [question] in ((dms, asked) for dms, asked in enumerate(comm.new()) if asked):
+            runs, body = question[1], question[4]
+            at = runs * m.DIRTY.size
+            for page, many in m.DIRTY.iter_unpack(body[:at]):
+                for each in range(page, page + many):
+                    assert dms_of(each, count) == dms
+                    got[each] = body[at : at + PAGE_SIZE]
+                    at += PAGE_SIZE
+        assert got == {
+            page + at: bytes(part[at * PAGE_SIZE :][:PAGE_SIZE])
+            for page, part in dirty
+            for at in range(len(part) // PAGE_SIZE)
+        }
+    store.sync()
+    assert all(len(asked) == m.SYNC_PHASES for asked in comm.new())
 
 
 @pytest.mark.parametrize("step", [1, 2, 7, 64, -1, -7, -64])
 def test_a_get_ends_where_a_stripe_does(step):
-    def together(count, pages):
-        return MpiStore.together(SimpleNamespace(_shares=stripes.shares(count)), pages)
-
     for first in (5000, 5055, 5056, 5119, 5120):
         pages = range(first, first + 50 * step, step)
-        assert together(1, pages) >= 50
+        assert striped(1)[1].together(pages) >= 50
         of_the_stripe = [page for page in pages if page // STRIPE == first // STRIPE]
-        assert list(pages[: together(2, pages)]) == of_the_stripe
+        assert list(pages[: striped(2)[1].together(pages)]) == of_the_stripe
 
 
 @pytest.mark.parametrize(

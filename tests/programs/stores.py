@@ -20,7 +20,6 @@ from edm.dms import DMS
 from edm.messages import DMSGone
 from edm.mpi_client import MpiStore
 from edm.page_store import CONTENT, DISK, INSTANCE, PageStore
-from edm.stripes import shares
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 START, PAGES = 0x1B58000, 1000
@@ -252,7 +251,7 @@ if comm.rank < DMSS:
     if comm.rank == 0:
         comm.isend(os.getpid(), DMSS, ASIDE)
     own = disk and f"{disk}{comm.rank or ''}"
-    server = DMS(comm, own, START, END, bool(disk), shares(DMSS)[comm.rank])
+    server = DMS(comm, own, START, END, bool(disk), DMSS)
     server.start(comm.Create_group(comm.group.Incl(range(DMSS))).allgather(server.offers))
     server.serve()
 else:
