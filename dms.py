@@ -43,8 +43,6 @@ LOOK = 10e-6  # seconds that a look takes
 # of two DMSs took 1300 µs.
 NAPS, LONGEST_NAP = 16, 2e-3
 
-ENDED = True  # next(exchange, ENDED) of an exchange that has come to its end
-
 
 class Asked(namedtuple("Asked", "store kind more pages body answer")):
     """A question (messages.py) to the store of an instance, and memory for the answer."""
@@ -104,7 +102,8 @@ class DMS:
                 message = status.Get_source(), status.Get_tag(), status.Get_count(MPI.BYTE)
                 under_way.append(self._exchange(*message))
             before = len(under_way)
-            under_way = [exchange for exchange in under_way if not next(exchange, ENDED)]
+            # next() gives True when an exchange has come to its end.
+            under_way = [exchange for exchange in under_way if not next(exchange, True)]
             now = time.monotonic()
             if found or len(under_way) < before:
                 last, until = now, now + EAGER
