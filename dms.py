@@ -80,13 +80,13 @@ class DMS:
         self.offers = [store.offers for store in self._stores]  # the syncs that each can start from
 
     def start(self, offers_of_all: list[list[range]]) -> str | None:
-        """Start the stores that offer a choice, each from the newest sync that all DMSs have. Returns what is
-        wrong, if there is none. Raises OSError as PageStore.start does."""
+        """Start the stores that wait for it, each from the oldest sync that all DMSs have (page_store.py). Returns
+        what is wrong, if there is none. Raises OSError as PageStore.start does."""
         for store, *offers in zip(self._stores, *offers_of_all, strict=True):
             if store.offers:
                 if not (by_all := set.intersection(*map(set, offers))):
                     return f"disk: no sync is on the disks of all DMSs, but these: {offers}"
-                store.start(max(by_all))
+                store.start(min(by_all))
         return None
 
     # ------------------------------------------------------------ receiving and answering

@@ -43,7 +43,7 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 VERSION = 7
 MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS: no application asks for more, see mailbox.py
-SYNC_PHASES = 3
+SYNC_PHASES = 2
 
 GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE = range(1, 8)
 OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18

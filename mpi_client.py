@@ -13,7 +13,7 @@ them before it takes the first. The other methods ask every DMS concerned, and w
     page             0 ... 63    64 ... 127    128 ... 191    192 ... 255
     of two DMSs      0           1             0              1
 
-    sync     every DMS does the first of PageStore.sync_phases, then every DMS the next
+    sync     every DMS prepares it, then every DMS commits it: PageStore.sync_phases
 
 Rules: any thread may call any method, except that one thread alone calls take_get. Each request has a slot:
 an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.

@@ -12,9 +12,7 @@ Interface: PageStore(path, start_addr, end_addr, ...)
     free, sync, locations, runs_on_disk, table, close
     offers, start        a kept store of several: the syncs that it can resume from
     sync_phases          a sync of several stores as one: all call the first of these before any calls the
-                         second, and so on. The first does step 1 (see below), the second steps 1 to 3, the
-                         third step 4. A store whose table can't be written refuses in the first, when
-                         all of them can go on as before
+                         second. The first does steps 1 and 2 (see below), the second step 3
     SPT                  a byte a page: where the page is
     disk_folder          where a disk without a path is made
 
@@ -65,24 +63,21 @@ was ever used.
     put     writes a page to the place that the last sync does not use.
     sync    1. writes the changed blocks to the copy of the table that is not current: the blocks that
                changed since the last sync, or between the last two.
-            2. fsync: pages and table are durable.
-            3. writes the first header with the next epoch, fsync.
-            4. writes the second header.
-    start   takes the newer header whose crc32 is right. If the headers differ, it first makes them
-            the same and durable, as steps 3 and 4 do.
+            2. writes the second header with the next epoch, fsync: the sync is prepared.
+            3. writes the first header with the next epoch, fsync: it is committed.
+    start   takes the first header, or if its crc32 is wrong, the second; and first makes both the
+            same and durable.
 
-If step 2 or 3 fails, it is not known which epoch is durable. Nothing is written after that, nor after
-step 4 has failed.
+If step 2 or 3 fails, it is not known what is durable, and nothing is written after that.
 
 Several DMSs have a part of the pages each (mpi_client.py). All number the pages alike: to a store, the others'
 pages are NEW. So its memory and table are as large as if it had all pages.
 
-Such stores sync as one. Their client has all of them do step 1, then steps 1 to 3, and step 4 only when all have succeeded. In between, nothing is put, freed or synced, and a
-disk has two complete epochs, which its headers name: it offers both. At the start the client selects the
-newest epoch that all disks offer. It is the epoch of the last sync that returned, or of the one in
-progress: if one disk does not offer the newer epoch, no disk has done step 4, and all still have the
-older one. If all offer it, it is complete. A disk that starts from the older epoch repairs its headers, as
-after any crash.
+Such stores sync as one. Their client has all of them prepare it, and only when all have succeeded, commit it. In
+between, nothing is put, freed or synced. A disk that was prepared, and not committed, has two epochs, and offers
+both. At the start all take the oldest epoch that all disks offer. If one has committed the newer epoch, it
+offers only that, and then all have prepared it. If none has, the older one is whole everywhere: a put never
+writes over what the last committed sync needs. So if one disk can't prepare a sync, all go on as before.
 
 A block is damaged if its crc32 is wrong, its number is not its own, its epoch is later than the header's, or
 it is zeros although the other copy has it from an earlier sync. Its pages can't be read until they are written
@@ -149,8 +144,8 @@ BLOCK_SIZE = BLOCK.size + CRC
 # two syncs, one for each copy: WRITE_TWICE, after the first of them WRITE_ONCE, and then SAME.
 SAME, WRITE_ONCE, WRITE_TWICE = 1, 2, 3
 
-# The shared words: the epoch of the last sync; an errno if nothing may be written (EBUSY: a sync is in
-# progress); the last epoch in which put made room, plus 1.
+# The shared words: the epoch of the last sync; an errno if nothing may be written; the last epoch in which put
+# made room, plus 1.
 EPOCH, NO_WRITES, ROOM_MADE = 0, 1, 2
 
 # Tables for bytes.translate, of SPT bytes.
@@ -251,9 +246,9 @@ class PageStore:
         # A kept disk needs the bytes for their checksums, and a log names each page.
         self.takes_pipes = not (keep or self._info)
         self.offers = range(0)  # the epochs that it can start from; none once it has started
-        # Between the last two steps of a sync: the blocks that it has written, and the places in them.
-        self._durable: dict[int, bytes] = {}
-        self.sync_phases = self._write_blocks, self._make_durable, self._make_current
+        # Between the steps of a sync: the blocks that it has written, and the places in them.
+        self._prepared: dict[int, bytes] | None = None
+        self.sync_phases = self._prepare, self._commit
         try:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
         except BaseException as error:
@@ -443,8 +438,8 @@ class PageStore:
         OSError: the kernel reports lost writes only once, see fsync(2).
         """
         with self._lock:
-            self._make_durable()
-            self._make_current()
+            self._prepare()
+            self._commit()
 
     def locations(self, page: int, count: int) -> bytes:
         """A byte for each of count pages from page on: NEW, INSTANCE, DISK, or INSTANCE | DISK."""
@@ -513,7 +508,7 @@ class PageStore:
         os.ftruncate(self.fd, self._size if self.kept else 0)
         os.ftruncate(self.fd, self._size)
         if not self.kept or self._dmss == 1:
-            self.start(self.offers[-1])
+            self.start(self.offers[0])
         if not begun:
             with suppress(OSError):  # the folder may be unreadable, or not take an fsync
                 folder = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY)
@@ -522,17 +517,14 @@ class PageStore:
                 os.close(folder)
 
     def start(self, epoch: int) -> None:
-        """Resume from the sync of this epoch. Raises ValueError if it is not one of `offers`, and OSError if
-        the headers can't be made the same."""
-        if epoch not in self.offers:
-            raise ValueError(f"it can't start from sync {epoch}, only from one of {self.offers}")
-        self._words[EPOCH], header = epoch, self._header(epoch)
-        if any(self._pread(len(header), at) != header for at in (0, HEADER_COPY)):
-            # This job overwrites what the other epoch needs, so its own has to be durable first. And both
-            # headers have to be allocated before the disk gets full.
-            _write_all(self.fd, header, 0)
-            os.fsync(self.fd)
-            _write_all(self.fd, header, HEADER_COPY)
+        """Resume from the sync of this epoch, one of `offers`. Raises OSError if the headers can't be written.
+
+        This job overwrites what another epoch needs, so its own has to be durable first. A header may not be,
+        if a job was killed after it had written it. And both have to be allocated before the disk gets full.
+        """
+        self._words[EPOCH] = epoch
+        self._write_header(epoch, 0)
+        self._write_header(epoch, HEADER_COPY)
         self._load_table()
         self.offers = range(0)
 
@@ -543,13 +535,10 @@ class PageStore:
             return os.pread(self.fd, length, at)
         return b"\xff" * length
 
-    def _header(self, epoch: int) -> bytes:
-        return _sealed(HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch))
-
     def _read_header(self, path: str) -> range:
         """The epochs that this job can resume from. Raises ValueError if it can't use the file.
 
-        An epoch that both copies of the header name is durable: the second is written after an fsync.
+        The second copy names the sync that was prepared last, the first one the last that was committed.
         """
         copies = [self._pread(HEADER.size + CRC, at) for at in (0, HEADER_COPY)]
         if not (ours := [copy for copy in copies if copy.startswith(MAGIC)]):
@@ -616,53 +605,48 @@ class PageStore:
 
     # ------------------------------------------------------------ a sync's steps
 
-    def _write_blocks(self) -> None:
-        """Step 1. If it fails, nothing has changed on the disk. Raises OSError if a page is TORN, or nothing may
-        be written."""
+    def _prepare(self) -> None:
+        """Steps 1 and 2. If step 1 fails, nothing has changed on the disk. Raises OSError if a page is TORN, or
+        nothing may be written."""
         self._check_writable()
-        self._durable, torn, epoch = {}, 0, self._words[EPOCH] + 1
+        prepared, torn, epoch = {}, 0, self._words[EPOCH] + 1
         for block, _ in runs(0, bytes(self._changed[: self._blocks]), _TO_WRITE):
             states = self.spt.read(block * BLOCK_PAGES, BLOCK_PAGES)
-            self._durable[block] = states.translate(_PLACE)
+            prepared[block] = states.translate(_PLACE)
             torn += len(states.translate(None, _WHOLE))
         if torn:
             raise OSError(errno.EIO, f"{torn} pages could not be written")
-        for block, places in self._durable.items():
+        for block, places in prepared.items():
             crcs = self._crcs[block * BLOCK_PAGES :][:BLOCK_PAGES].tobytes()
             whole = _sealed(BLOCK.pack(block, epoch, places, crcs))
             _write_all(self.fd, whole, self._block_place(epoch % 2, block))
+        self._write_header(epoch, HEADER_COPY)
+        self._prepared = prepared
 
-    def _make_durable(self) -> None:
-        """Steps 1 to 3: so a client that leaves out the first phase loses nothing. Nothing may be written
-        until _make_current."""
-        self._write_blocks()
+    def _commit(self) -> None:
+        """Step 3. Places that only the sync before this one needs are punched, of pages that have none now."""
+        if self.kept:
+            prepared, self._prepared = self._prepared, None
+            if prepared is None:
+                raise OSError(errno.EINVAL, "there is no sync to commit")
+            self._write_header(self._words[EPOCH] + 1, 0)
+            self._words[EPOCH] += 1
+            for block, places in prepared.items():
+                self._changed[block] -= 1
+                self._synced.write(block * BLOCK_PAGES, places)
+                for run in runs(block * BLOCK_PAGES, places, _NOWHERE):
+                    self._punch_spare(*run)
+
+    def _write_header(self, epoch: int, at: int) -> None:
+        """Write this copy of the header. It, and all that was written before, is durable then."""
+        header = _sealed(HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch))
         try:
+            _write_all(self.fd, header, at)
             os.fsync(self.fd)
-            if self.kept:
-                _write_all(self.fd, self._header(self._words[EPOCH] + 1), 0)
-                os.fsync(self.fd)
-                self._words[NO_WRITES] = errno.EBUSY
         except OSError as error:
             self._words[NO_WRITES] = error.errno or errno.EIO
             raise
 
-    def _make_current(self) -> None:
-        """Step 4. Places that only the sync before this one needs are punched, of pages that have none now."""
-        if self.kept:
-            if self._words[NO_WRITES] != errno.EBUSY:
-                raise OSError(errno.EINVAL, "there is no sync to make current")
-            self._words[NO_WRITES] = errno.EIO  # if this fails
-            _write_all(self.fd, self._header(self._words[EPOCH] + 1), HEADER_COPY)
-            self._words[EPOCH] += 1
-            self._words[NO_WRITES] = 0
-        for block, places in self._durable.items():
-            self._changed[block] -= 1
-            self._synced.write(block * BLOCK_PAGES, places)
-            for run in runs(block * BLOCK_PAGES, places, _NOWHERE):
-                self._punch_spare(*run)
-
     def _check_writable(self) -> None:
         if why := self._words[NO_WRITES]:
-            # The client asks for nothing during a sync.
-            ended = "a sync has ended midway, as another DMS has failed"
-            raise OSError(why, ended if why == errno.EBUSY else os.strerror(why))
+            raise OSError(why, os.strerror(why))

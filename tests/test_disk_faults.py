@@ -336,7 +336,12 @@ def test_whatever_fails_and_whenever_it_ends_the_disk_keeps_its_promise(
         with monkeypatch.context() as patched:
             machine = Machine(Path(f"{quick_path}-{seed}-"), dice, patched, count)
             actions = [machine.write] * 6 + [machine.free] * 2 + [machine.sync] * 3
-            actions += [lambda crash=machine.crash: crash(power)]
+
+            def crash(machine=machine, dice=dice):
+                """All are killed; with `power`, the machine mostly loses it at once, or else later."""
+                machine.crash(power and dice.random() < 0.8)
+
+            actions.append(crash)
             if flips:
                 actions.append(machine.flip)
             for _ in range(60):
@@ -349,7 +354,7 @@ def test_whatever_fails_and_whenever_it_ends_the_disk_keeps_its_promise(
                 try:
                     dice.choice(actions)()
                 except Killed:
-                    machine.crash(power)
+                    crash()
                 machine.check()
             machine.end()
 

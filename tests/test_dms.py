@@ -173,7 +173,7 @@ def test_freed_pages_read_as_new(dms):
     assert ask(dms, m.GET, page=0, count=8)[:2] == (NEW_PAGES, 8)
 
 
-def test_kept_disks_of_several_dmss_start_from_the_newest_sync_that_all_of_them_have(tmp_path):
+def test_kept_disks_of_several_dmss_start_from_the_oldest_sync_that_all_of_them_have(tmp_path):
     end = START + 100 * PAGE_SIZE
     ranks = SimpleNamespace(rank=0, size=5)  # two instances
     # What this DMS offers of the first, what another one does, and where they start.
@@ -181,7 +181,8 @@ def test_kept_disks_of_several_dmss_start_from_the_newest_sync_that_all_of_them_
         (range(1), range(1), 0),
         (range(2), range(1, 3), 1),
         (range(1, 3), range(2), 1),
-        (range(1, 3), range(3), 2),
+        (range(1, 3), range(3), 1),  # all have prepared 2, and none has committed it
+        (range(1, 3), range(2, 4), 2),
         (range(2, 4), range(2), None),
     ):
         dms = DMS(ranks, str(tmp_path / "disk"), START, end, True, 3)
@@ -191,8 +192,7 @@ def test_kept_disks_of_several_dmss_start_from_the_newest_sync_that_all_of_them_
             assert "no sync is on the disks of all DMSs" in wrong and f"{own}, {other}" in wrong
         else:
             assert [store._words[EPOCH] for store in dms._stores] == [start, 0] and not wrong
-            for phase in dms._stores[0].sync_phases[:2]:  # it ends before the third
-                phase()
+            dms._stores[0].sync_phases[0]()  # it ends before the second
         for store in dms._stores:
             store.close()
 
