@@ -561,9 +561,13 @@ class PageStore:
         ):
             if wrong:
                 raise ValueError(f"disk: {path} {how}")
+        committed = min(fields[-1] for fields in whole)
         if len(whole) < 2 and epoch:  # at epoch 0, the job that made the disk may have been killed
             self._log.warning("%s: one of the two copies of its header is damaged", path)
-        return range(min(fields[-1] for fields in whole), epoch + 1)
+            # The first copy has named the epoch before, if another disk has refused to prepare this one.
+            if self._dmss > 1 and copies[0] != _sealed(copies[0][:-CRC]):
+                committed -= 1
+        return range(committed, epoch + 1)
 
     # ------------------------------------------------------------ the table of a kept disk
 

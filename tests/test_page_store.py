@@ -838,6 +838,35 @@ def test_whatever_bit_of_a_header_is_flipped_the_other_copy_is_taken_and_nothing
             assert whole.startswith(header) and whole.startswith(header, HEADER_COPY)
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_one_damaged_header_is_no_loss_if_another_disk_has_refused_a_sync(path, refused):
+    def begin():
+        stores = [PageStore(f"{path}{n}", START, END, True, 0, (n, 2)) for n in range(2)]
+        epoch = min(set.intersection(*(set(store.offers) for store in stores)))
+        for store in stores:
+            store.start(epoch)
+        return stores
+
+    stores = begin()
+    for seed in range(3):
+        for store in stores:
+            write(store, 0, content(seed))
+        for phase in range(2):
+            for store in stores:
+                store.sync_phases[phase]()
+    if refused:
+        write(stores[0], 0, content(4))
+        stores[0].sync_phases[0]()
+        write(stores[0], 0, content(5))  # over what was prepared
+    for store in stores:
+        store.close()
+    with open(f"{path}0", "r+b") as file:
+        file.write(b"EDM disk, damaged")
+    for store in begin():
+        assert get(store, range(1)) == (CONTENT, content(2))
+        store.close()
+
+
 def make_unreadable(monkeypatch, place):
     """From now on, reading from this place of a file fails."""
     real = os.pread
