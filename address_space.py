@@ -48,6 +48,7 @@ the read end of the lifeline, a pipe.
 
 from __future__ import annotations
 
+import _pickle
 import _signal
 import _socket
 import _thread
@@ -59,7 +60,6 @@ import ctypes
 import errno
 import fcntl
 import gc
-import marshal
 import operator
 import os
 import posix  # os, without what a program puts there: a fork hook uses only this
@@ -271,7 +271,7 @@ class Space:
 
     def figures(self) -> dict[str, Any]:
         """What the pager has counted: faults, evictions, bytes, latencies. See pager.py."""
-        return marshal.loads(self._call(mailbox.FIGURES))
+        return _pickle.loads(self._call(mailbox.FIGURES))
 
     # ------------------------------------------------------------ for advice.py
 
@@ -723,12 +723,12 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[boo
     or OSError that the pager has answered.
     """
     with contextlib.suppress(BrokenPipeError):  # the pager has refused already
-        send(control, marshal.dumps(hello), fds)
+        send(control, _pickle.dumps(hello), fds)
     if not (answer := control.recv(MAX_HELLO, _socket.MSG_PEEK)):
         raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
-    kept, pager, number, words, file = marshal.loads(answer)
-    if words:
-        raise OSError(number, words, file) if number else ValueError(words)
+    refusal, kept, pager = _pickle.loads(answer)
+    if refusal:
+        raise refusal
     return kept, pager
 
 
@@ -737,9 +737,5 @@ def send_answer(control: Any, refusal: Exception | None, kept: bool = False, fds
 
     kept: is the disk kept? fds: the memfd and the lifeline, for forked children.
     """
-    number, words, file = 0, str(refusal or ""), None
-    if isinstance(refusal, OSError):
-        number, file = refusal.errno or errno.EIO, refusal.filename
-        words = refusal.strerror or words
     with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
-        send(control, marshal.dumps((kept, os.getpid(), number, words, file)), fds)
+        send(control, _pickle.dumps((refusal, kept, os.getpid())), fds)

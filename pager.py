@@ -44,12 +44,12 @@ A kept disk gets it and is synced. But any error that is not an OSError may have
 moved: then the disk stays as the last sync has left it.
 """
 
+import _pickle
 import _socket
 import bisect
 import contextlib
 import errno
 import fcntl
-import marshal
 import os
 import select
 import shlex
@@ -342,7 +342,7 @@ class Pager:
         elif what == mailbox.LOCATIONS:
             return self._lspt.located(page, count, self._store.locations)
         elif what == mailbox.FIGURES:
-            return marshal.dumps(self.figures())
+            return _pickle.dumps(self.figures())
         elif what == mailbox.SYNC:
             return b"%d" % self._sync()
         elif what == mailbox.END:  # the interpreter ends; or Space.close, before its CLOSE
@@ -440,7 +440,7 @@ def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> i
     packet, fds = address_space.receive(control)
     if not fds:
         return None
-    hello, store = SimpleNamespace(**marshal.loads(packet), fds=fds), None
+    hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds), None
     config = hello.config = SimpleNamespace(**hello.config)
     if hello.instance and config.report:  # one file for each instance
         name, ending = os.path.splitext(config.report)
