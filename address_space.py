@@ -179,11 +179,8 @@ class Space:
                     os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
                 # NumPy's OSErrors have no errno. With the filter they are about something else.
                 numbers = {errno.EFAULT} if listener else {errno.EFAULT, None}
-                hook = partial(_explain, sys.excepthook, [_USER_MODE_ONLY], numbers)
-                if getattr(sys.excepthook, "func", None) is not _explain:  # an earlier space's
-                    if sys.excepthook is sys.__excepthook__:  # the code module compares them
-                        sys.__excepthook__ = hook
-                    sys.excepthook = hook
+                atexit.unregister(_explain)  # an earlier space's
+                atexit.register(_explain, numbers)
             send(control, b"listener", listener)  # system calls may be waiting for it already
         self._socket = _closed_by(self._at_close, high(control.detach()))
         self._socket_is = os.fstat(self._socket).st_ino
@@ -638,12 +635,11 @@ def _users(view: memoryview) -> int:
 ALONE = _users(memoryview(b""))
 
 
-def _explain(hook: Any, words: list[str], numbers: set[int | None], *raised: Any) -> None:
-    """sys.excepthook, and an explanation of the first OSError with one of these errnos."""
-    hook(*raised)
-    error = raised[1]
-    if isinstance(error, OSError) and error.errno in numbers and words:
-        sys.stderr.write(words.pop())
+def _explain(numbers: set[int | None]) -> None:
+    """At the interpreter's end, explain the OSError that has ended the program, if it has one of these errnos."""
+    error = getattr(sys, "last_value", None)  # what Python has printed last
+    if isinstance(error, OSError) and error.errno in numbers:
+        sys.stderr.write(_USER_MODE_ONLY)
 
 
 # ---------------------------------------------------------------- a pager on this machine

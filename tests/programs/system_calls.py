@@ -622,10 +622,8 @@ os.writev(1, [b"replaced ", b"SUCCESS"])
 
 def again():
     """A process has a space a second time, after the first one has ended."""
-    sys.excepthook = hook = lambda *raised: None
     for _ in range(2):
         run(files, config())
-        assert sys.excepthook.args[0] is hook  # with one more frame in all, not with one for each
         os.writev(1, [b"what a process ", b"does behind them, too\n"])
 
 
