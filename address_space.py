@@ -141,16 +141,14 @@ class Space:
         self._released: deque[tuple[int, int]] = deque()
         # (number of the FREE, address, length): not a gap yet.
         self._freeing: deque[tuple[int, int, int]] = deque()
-        with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
+        with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as self._at_close:
             closed = partial(_closed_by, at_the_end)
             _in_child.pop_all()  # of an earlier space
             # In what another thread forks meanwhile; later the stack is empty.
             _in_child.callback(at_the_end.close)
-            if_it_fails.callback(control.close)
-            self._at_close = if_it_fails.enter_context(contextlib.ExitStack())
+            self._at_close.callback(control.close)
             memfd = closed(os.memfd_create("edm"))
             self._map(memfd)
-            self._at_close.callback(self._unmap)
             uffd, how = u.open_userfaultfd()
             lines = _tell_lines(self._at_close) if config.report else []
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
@@ -162,7 +160,7 @@ class Space:
                 "lines": lines,
             }  # fmt: skip
             self._kept, pager = _say_hello(control, hello, [uffd, memfd, pagemap, *lines])
-            if_it_fails.pop_all()  # it has not failed
+            self._at_close = self._at_close.pop_all()  # it has not failed
             # The pager reads /proc/PID/syscall and mem. EINVAL: there is no Yama.
             with contextlib.suppress(OSError):
                 u.prctl(u.PR_SET_PTRACER, pager)
@@ -362,6 +360,7 @@ class Space:
             reason = error.strerror + limit_of(error.errno)
             why = f"overlaps what is mapped, or can't be mapped at all ({reason})"
             raise ValueError(f"{where} {why}; choose other addresses") from None
+        self._at_close.callback(u.munmap, self.start_addr, length)
         self._mailbox = mailbox.Mailbox(self.end_addr)
 
     def _map_memory(self, length: int, prot: int, flags: int, memfd: int) -> None:
@@ -371,9 +370,6 @@ class Space:
         # Punching a part of a huge page clears bytes that a pipe refers to. EINVAL: this kernel makes none.
         with contextlib.suppress(OSError):
             u.madvise(self.start_addr, length, u.MADV_NOHUGEPAGE)
-
-    def _unmap(self) -> None:
-        u.munmap(self.start_addr, self.end_addr - self.start_addr + mailbox.SIZE)
 
     def _register(self, uffd: u.Userfaultfd, wanted: str, threads: bool = False) -> str:
         """Enable the features that this kernel has, and register the space.
@@ -418,16 +414,14 @@ class Space:
         """End the space and its pager. Nothing may use an area any more. A kept disk is synced; raises OSError
         if it can't be."""
         connected = _is_open(self._socket, self._socket_is)
-        try:
-            self._mailbox.call(mailbox.END)
-        finally:
-            self.is_over = True  # a signal handler may raise from here on
-            self._mailbox.ask(mailbox.CLOSE)
+        with self._at_close:  # a signal handler may raise at any point
             try:
+                self._mailbox.call(mailbox.END)
+            finally:
+                self.is_over = True
+                self._mailbox.ask(mailbox.CLOSE)
                 while connected and os.read(self._socket, 1):
                     pass  # the answer to HELLO; then the pager has ended
-            finally:
-                self._at_close.close()
 
     # ------------------------------------------------------------ forked children
 
