@@ -8,7 +8,7 @@ memory.
 Interface:
     for the application        Space: mmap, munmap, sync, areas, locations, figures
     for advice.py              Space: advise, resident
-    for numpy_mem_handler.py   Space: can_be_called, allocate, allocated, arrays, grow, release
+    for numpy_mem_handler.py   Space: can_be_called, allocate, lengths, arrays, grow, release
     for edm.py                 Space begins when it is made and ends with close; spawn_pager
     for the pager, rank.py     receive, send_answer, lifeline, high; socket_pair
 
@@ -135,7 +135,7 @@ class Space:
         self.is_over = False  # True when the space has been closed, and in a forked process
         self._lock = _thread.RLock()  # never taken twice, but it knows whether this thread has it
         self._gaps = Gaps(self.start_addr, self.end_addr)
-        self._lengths: dict[int, int] = {}  # address → length in bytes, of each area
+        self.lengths: dict[int, int] = {}  # address → length in bytes, whole pages, of each area
         self._views: dict[int, tuple[memoryview, int]] = {}  # id(view) → view, address
         # (address, length): to be freed when the lock is free.
         self._released: deque[tuple[int, int]] = deque()
@@ -246,7 +246,7 @@ class Space:
     @_locked
     def areas(self) -> list[tuple[int, int]]:
         """The (address, length in bytes) of every area, by address."""
-        return sorted(self._lengths.copy().items())  # a copy: release may change it meanwhile
+        return sorted(self.lengths.copy().items())  # a copy: release may change it meanwhile
 
     @_locked
     def locations(self, addr: int, length: int) -> list[str]:
@@ -315,26 +315,22 @@ class Space:
         False, and nothing has changed, where the addresses behind it are not free, and with a kept
         disk, which may have other bytes there.
         """
-        had, whole = self._lengths[addr], whole_pages(length)
+        had, whole = self.lengths[addr], whole_pages(length)
         if self._kept or not self._gaps.around(addr + had, whole - had):
             return False
         self._take(addr, whole, had=had)
         return True
 
-    def allocated(self, addr: int) -> int:
-        """The length in bytes, whole pages, of the area at this address."""
-        return self._lengths[addr]
-
     def arrays(self) -> int:
         """How many areas allocate has mapped that release has not freed."""
-        return len(self._lengths) - len(self._views)
+        return len(self.lengths) - len(self._views)
 
     def release(self, addr: int) -> None:
         """Free the area that is mapped there: now, or after the call that is under way.
 
         This does not wait for the pager, unless the mailbox is full.
         """
-        self._released.append((addr, self._lengths.pop(addr)))
+        self._released.append((addr, self.lengths.pop(addr)))
         self._free_released()
 
     def _free_released(self) -> None:
@@ -460,7 +456,7 @@ class Space:
             u.mprotect(self.start_addr, length, u.PROT_READ | u.PROT_WRITE)
         except OSError:
             # ENOMEM: RLIMIT_DATA, and vm.overcommit_memory=2, count all that is writable.
-            for addr, whole in self._lengths.copy().items():
+            for addr, whole in self.lengths.copy().items():
                 u.mprotect(addr, whole, u.PROT_READ | u.PROT_WRITE)
 
     # ------------------------------------------------------------ the areas
@@ -492,7 +488,7 @@ class Space:
     def _take(self, addr: int, whole: int, name: str = "", had: int = 0) -> None:
         """Make these bytes an area, or the area larger that has `had` of them."""
         self._gaps.take(addr + had, whole - had)
-        self._lengths[addr] = whole
+        self.lengths[addr] = whole
         self._mailbox.ask(mailbox.MAPPED, *self._pages(addr, whole), name.encode(errors="replace"))
 
     def _pages(self, addr: int, length: int) -> tuple[int, int]:

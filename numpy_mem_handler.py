@@ -197,7 +197,7 @@ class MemHandler:
 
     def realloc(self, done: list[int], ctx: int, old: int, size: int) -> int:
         inside = self._start <= old < self._end
-        before = self._space.allocated(old) if inside else _usable_size(old)
+        before = self._space.lengths[old] if inside else _usable_size(old)
         grows = size > before
         if inside and not grows and before // 2 < size:
             return old
@@ -217,7 +217,7 @@ class MemHandler:
             return 0
         # Keep the area for the next array of its size, if it is small: its pages are already here. With a limit
         # of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
-        length, most = self._space.allocated(address), self._space.resident_limit // KEPT_PART
+        length, most = self._space.lengths[address], self._space.resident_limit // KEPT_PART
         if length > most or self._space.is_over:
             self._space.release(address)
             return 0
