@@ -332,11 +332,8 @@ def _raising(came: BaseException) -> list[Callable[[], object]]:
     came.__traceback__ = trace
     if get_native_id() == os.getpid():  # the main thread: it alone makes pending calls
         return [partial(_came.append, (type(came), came)), partial(_call_soon, _IS_TRUE, _RAISES)]
-    # SetAsyncExc wants a class, and makes an instance. Up to Python 3.11 it does not before somebody catches
-    # it: in the main thread, sys.exit(5) would be status 0.
-    kind = type(came)
-    kind = type(kind.__name__, (kind,), {"__new__": lambda *_: came})
-    return [partial(_raise_soon, get_ident(), kind)]
+    # Other threads run no signal handlers: it came by this call, which takes a class.
+    return [partial(_raise_soon, get_ident(), type(came))]
 
 
 def _array(calls: list[Callable[[], object]]) -> object:
