@@ -47,13 +47,11 @@ def main(arguments: list[str]) -> None:
         os.environ["EDM_RUN"] = marshal.dumps(settings).hex()
         startup = os.path.join(os.path.dirname(os.path.abspath(__file__)), "startup")
         os.environ["PYTHONPATH"] = f"{startup}{os.pathsep}{before}" if before else startup
-        # In the C locale, Python has set this, and the next one would find no C locale (PEP 538).
-        # EACCES: this process is not dumpable, see prctl(2), PR_SET_DUMPABLE.
-        with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
-            given = re.search(rb"(?:^|\0)LC_CTYPE=([^\0]*)", file.read())
-            os.environ.pop("LC_CTYPE", None)
-            if given:
-                os.environ["LC_CTYPE"] = os.fsdecode(given[1])
+        # In the C locale, Python has set LC_CTYPE, and the next one would find no C locale. With C, it sets
+        # it again (PEP 538, PEP 540).
+        coerced = os.environ.get("LC_CTYPE") == "C.UTF-8" and not os.environ.get("LC_ALL")
+        if coerced and sys.flags.utf8_mode:
+            os.environ["LC_CTYPE"] = "C"
     # Without a name, which execv refuses, Python's is python3.
     os.execv(sys.executable, [sys.orig_argv[0] or "python3", *_interpreter_options(), *program])
 

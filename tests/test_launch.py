@@ -720,11 +720,20 @@ def test_what_numpy_was_imported_by_can_be_pickled():
 
 
 @pytest.mark.parametrize(
-    "locale", [{}, {"LC_CTYPE": "C"}, {"LC_ALL": "C"}, {"LANG": "C", "LC_CTYPE": "C.UTF-8"}]
-)
+    "locale",
+    [
+        {}, {"LC_CTYPE": "C"}, {"LC_ALL": "C"}, {"LANG": "C", "LC_CTYPE": "C.UTF-8"},
+        {"LANG": "C.UTF-8", "LC_CTYPE": "C"}, {"LC_ALL": "C", "LC_CTYPE": "C.UTF-8"},
+        {"LC_CTYPE": "C.UTF-8", "PYTHONUTF8": "1"}, {"PYTHONUTF8": "0"},
+        {"LC_ALL": "", "LC_CTYPE": "POSIX"},
+    ],
+)  # fmt: skip
 def test_the_locale_is_as_the_user_has_it(locale):
     env = {name: os.environ[name] for name in os.environ if not re.match("LC_|LANG$", name)}
-    code = "import os, sys; print(sys.flags.utf8_mode, sys.stdout.encoding, os.environ.get('LC_CTYPE'))"
+    code = """
+import os, sys
+print(sys.flags.utf8_mode, sys.stdout.encoding, sys.stdin.errors, os.environ.get("LC_CTYPE"))
+"""
     plain, within = both(["-c", code], env=env | locale)
     assert within == plain and plain[0] == 0
 
