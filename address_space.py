@@ -241,7 +241,7 @@ class Space:
         the call. After any crash, a job that resumes the disk finds these pages, or those of a
         later sync. Raises OSError with the store's reason when it can't write. Source: fsync(2).
         """
-        return int(self._call(mailbox.SYNC))
+        return self._call(mailbox.SYNC)
 
     @_locked
     def areas(self) -> list[tuple[int, int]]:
@@ -266,7 +266,7 @@ class Space:
 
     def figures(self) -> dict[str, Any]:
         """What the pager has counted: faults, evictions, bytes, latencies. See pager.py."""
-        return _pickle.loads(self._call(mailbox.FIGURES))
+        return self._call(mailbox.FIGURES)
 
     # ------------------------------------------------------------ for advice.py
 
@@ -496,7 +496,7 @@ class Space:
         return (addr - self.start_addr) // PAGE_SIZE, length // PAGE_SIZE
 
     @_locked
-    def _call(self, what: int) -> bytes:
+    def _call(self, what: int) -> Any:
         return self._mailbox.call(what)
 
 

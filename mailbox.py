@@ -22,6 +22,7 @@ interrupt. Python runs other threads and signal handlers while a thread waits he
 handler raises, the request goes on without the caller.
 """
 
+import _pickle
 import ctypes
 from collections.abc import Iterator
 from struct import Struct
@@ -31,14 +32,12 @@ from edm.uffd_ctypes import PAGE_SIZE, futex_wait, futex_wake
 MAPPED, FREE, LOCATIONS, FIGURES, SYNC, END, CLOSE, PREFETCH, FORGET = range(9)
 
 REQUEST = Struct("=BxHxxxxQQ")  # what, bytes of the name, first page, count of pages
-ANSWER = Struct("=iI")  # 0, or an errno if the content is an error's text; bytes of the content
 ENTRY = 256  # bytes: a REQUEST and an area's name, or RUNS
 ENTRIES = 128
 RING_AT = PAGE_SIZE  # where it begins
-ANSWER_AT = RING_AT + ENTRIES * ENTRY  # where the answer is
-CONTENT_AT = ANSWER_AT + ANSWER.size
-MAX_ANSWER = 1 << 16  # bytes of a content
-SIZE = -(-(CONTENT_AT + MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
+ANSWER_AT = RING_AT + ENTRIES * ENTRY  # where the answer is, a pickle
+MAX_ANSWER = 1 << 16  # bytes that an answer may be, and as many more for the pickle
+SIZE = -(-(ANSWER_AT + 2 * MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
 RUN = Struct("=QQ")  # of PREFETCH and FORGET: first page, count of pages
 RUNS = (ENTRY - REQUEST.size) // RUN.size
 
@@ -66,14 +65,13 @@ class Mailbox:
         futex_wake(self._address + 8 * _ASKED)
         return number
 
-    def call(self, what: int, page: int = 0, count: int = 0) -> bytes:
-        """Send a request and wait for the answer. Raises OSError with the pager's errno."""
+    def call(self, what: int, page: int = 0, count: int = 0) -> object:
+        """Send a request and wait for the answer. If that is an OSError, raises it."""
         self.wait_until_done(self.ask(what, page, count))
-        error, length = ANSWER.unpack_from(self._memory, ANSWER_AT)
-        content = bytes(self._memory[CONTENT_AT : CONTENT_AT + length])
-        if error:
-            raise OSError(error, content.decode())
-        return content
+        answer = _pickle.loads(self._memory[ANSWER_AT:])
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
 
     def is_done(self, number: int) -> bool:
         """Has the pager done this request?"""
@@ -101,11 +99,10 @@ class Mailbox:
             self._words[_DONE] = number
         futex_wake(self._address + 8 * _DONE)
 
-    def answer(self, content: bytes, error: int = 0) -> None:
-        """Answer the present request, with at most MAX_ANSWER bytes. error: an errno, whose text is the
-        content."""
-        ANSWER.pack_into(self._memory, ANSWER_AT, error, len(content))
-        self._memory[CONTENT_AT : CONTENT_AT + len(content)] = content
+    def answer(self, answer: object) -> None:
+        """Answer the present request, with at most MAX_ANSWER bytes, or another object of about that size."""
+        pickled = _pickle.dumps(answer)
+        self._memory[ANSWER_AT : ANSWER_AT + len(pickled)] = pickled
 
     def interrupt(self) -> None:
         """End the sleep of another thread."""

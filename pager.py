@@ -315,12 +315,11 @@ class Pager:
                     # nothing that a lack of descriptors, for _lpet, should end it for.
                     if what == mailbox.FREE or what == mailbox.FORGET and "_lpet" in vars(self):
                         raise
-                    words = str(error.strerror or error)
-                    self._mailbox.answer(words.encode(), error.errno or errno.EIO)
+                    self._mailbox.answer(error)
                 if what == mailbox.CLOSE:
                     os.eventfd_write(self._ended, 1)
 
-    def _do(self, what: int, page: int, count: int, name: bytes) -> bytes:
+    def _do(self, what: int, page: int, count: int, name: bytes) -> object:
         """One request; the answer. Raises OSError if it can't be done."""
         if what == mailbox.MAPPED:
             self._lspt.areas[self._area(page)] = [(page, count)]  # replaces one that has grown
@@ -342,12 +341,12 @@ class Pager:
         elif what == mailbox.LOCATIONS:
             return self._lspt.located(page, count, self._store.locations)
         elif what == mailbox.FIGURES:
-            return _pickle.dumps(self.figures())
+            return self.figures()
         elif what == mailbox.SYNC:
-            return b"%d" % self._sync()
+            return self._sync()
         elif what == mailbox.END:  # the interpreter ends; or Space.close, before its CLOSE
             self._end()
-        return b""
+        return None
 
     @cached_property
     def _lpet(self) -> Lpet:

@@ -34,7 +34,7 @@ def serve(ends):
             while not ended.is_set():
                 for what, page, count, name in pager.requests():
                     seen.append((what, page, count, name))
-                    pager.answer(*answer(what, page))
+                    pager.answer(answer(what, page))
 
         threads.append(threading.Thread(target=work))
         threads[0].start()
@@ -48,7 +48,7 @@ def serve(ends):
 
 
 def echo(what, page):
-    return (b"%d" % page,)
+    return b"%d" % page
 
 
 @pytest.mark.parametrize("first", [0, (1 << 32) - 200])
@@ -67,7 +67,7 @@ def test_requests_are_done_in_order_also_when_the_futexes_begin_again(memory, en
 
 def test_a_long_name_is_cut_and_a_large_answer_comes_whole(ends, serve):
     application, _ = ends
-    seen = serve(lambda what, page: (b"x" * m.MAX_ANSWER,))
+    seen = serve(lambda what, page: b"x" * m.MAX_ANSWER)
     application.ask(m.MAPPED, 0, 1, b"n" * 1000)
     assert application.call(m.LOCATIONS) == b"x" * m.MAX_ANSWER
     assert seen[0][3] == b"n" * (m.ENTRY - m.REQUEST.size)
@@ -75,7 +75,7 @@ def test_a_long_name_is_cut_and_a_large_answer_comes_whole(ends, serve):
 
 def test_an_error_is_raised_with_its_errno_and_text(ends, serve):
     application, _ = ends
-    serve(lambda what, page: (b"it is full", errno.ENOSPC))
+    serve(lambda what, page: OSError(errno.ENOSPC, "it is full"))
     with pytest.raises(OSError, match="it is full") as caught:
         application.call(m.SYNC)
     assert caught.value.errno == errno.ENOSPC
