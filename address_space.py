@@ -274,8 +274,7 @@ class Space:
     def advise(self, what: int, runs: list[tuple[int, int]]) -> None:
         """Send a PREFETCH or a FORGET of these runs of pages, numbered from start_addr."""
         for at in range(0, len(runs), mailbox.RUNS):
-            packed = b"".join(mailbox.RUN.pack(*run) for run in runs[at : at + mailbox.RUNS])
-            self._mailbox.ask(what, name=packed)
+            self._mailbox.ask(what, more=runs[at : at + mailbox.RUNS])
 
     @_locked
     def resident(self, runs: list[tuple[int, int]]) -> int:
@@ -489,7 +488,8 @@ class Space:
         """Make these bytes an area, or the area larger that has `had` of them."""
         self._gaps.take(addr + had, whole - had)
         self.lengths[addr] = whole
-        self._mailbox.ask(mailbox.MAPPED, *self._pages(addr, whole), name.encode(errors="replace"))
+        called = name.encode(errors="replace")[: mailbox.MAX_NAME]
+        self._mailbox.ask(mailbox.MAPPED, *self._pages(addr, whole), called)
 
     def _pages(self, addr: int, length: int) -> tuple[int, int]:
         """A range in bytes as (first page, count of pages)."""

@@ -4,12 +4,13 @@ In the picture: the arrow from the application to the pager that is not a page f
 a descriptor in a program that knows nothing of it, and may close it: this has none.
 
 Interface: Mailbox(address), made by both ends of the same memory.
-    the application     ask(what, page, count, name); call(what, page, count) waits for the answer;
+    the application     ask(what, page, count, more); call(what, page, count) waits for the answer;
                         is_done and wait_until_done say which requests the pager has done
     the pager           requests() in a thread of its own, which sleeps until there is one; answer()
                         while it does one
 
-The memory: two u64, then a ring of ENTRIES requests, then one answer.
+The memory: two u64, then a ring of ENTRIES requests, then one answer. Each of these is
+a pickle.
 
     asked      how many requests were written so far: the number of the last one
     done       the number of the last request that is done. They are done in order
@@ -25,21 +26,19 @@ handler raises, the request goes on without the caller.
 import _pickle
 import ctypes
 from collections.abc import Iterator
-from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, futex_wait, futex_wake
 
 MAPPED, FREE, LOCATIONS, FIGURES, SYNC, END, CLOSE, PREFETCH, FORGET = range(9)
 
-REQUEST = Struct("=BxHxxxxQQ")  # what, bytes of the name, first page, count of pages
-ENTRY = 256  # bytes: a REQUEST and an area's name, or RUNS
+ENTRY = 1 << 10  # bytes of a request, a pickle
 ENTRIES = 128
 RING_AT = PAGE_SIZE  # where it begins
 ANSWER_AT = RING_AT + ENTRIES * ENTRY  # where the answer is, a pickle
 MAX_ANSWER = 1 << 16  # bytes that an answer may be, and as many more for the pickle
 SIZE = -(-(ANSWER_AT + 2 * MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
-RUN = Struct("=QQ")  # of PREFETCH and FORGET: first page, count of pages
-RUNS = (ENTRY - REQUEST.size) // RUN.size
+MAX_NAME = 512  # bytes of an area's name, in MAPPED
+RUNS = 32  # (first page, count of pages) in a PREFETCH or FORGET
 
 _ASKED, _DONE = range(2)
 
@@ -50,17 +49,18 @@ class Mailbox:
         self._address = address
         memory = self._memory = memoryview((ctypes.c_ubyte * SIZE).from_address(address)).cast("B")
         self._words = memory[:16].cast("Q")
+        self._ring = [memory[at : at + ENTRY] for at in range(RING_AT, ANSWER_AT, ENTRY)]
 
     # ------------------------------------------------------------ the application's end
 
-    def ask(self, what: int, page: int = 0, count: int = 0, name: bytes = b"") -> int:
-        """Send a request about count pages from page on; its number. Waits only while the ring is full."""
-        name = name[: ENTRY - REQUEST.size]
+    def ask(self, what: int, page: int = 0, count: int = 0, more: object = None) -> int:
+        """Send a request about count pages from page on; its number. Waits only while the ring is full.
+
+        more: an area's name, or a list of runs."""
+        pickled = _pickle.dumps((what, page, count, more))
         number = self._words[_ASKED] + 1
         self.wait_until_done(number - ENTRIES)
-        at = RING_AT + number % ENTRIES * ENTRY
-        REQUEST.pack_into(self._memory, at, what, len(name), page, count)
-        self._memory[at + REQUEST.size : at + REQUEST.size + len(name)] = name
+        self._ring[number % ENTRIES][: len(pickled)] = pickled
         self._words[_ASKED] = number
         futex_wake(self._address + 8 * _ASKED)
         return number
@@ -84,19 +84,16 @@ class Mailbox:
 
     # ------------------------------------------------------------ the pager's end
 
-    def requests(self) -> Iterator[tuple[int, int, int, bytes]]:
-        """(what, page, count, name) of each request. It is done when the next one is asked for. If there
+    def requests(self) -> Iterator[tuple]:
+        """(what, page, count, more) of each request. It is done when the next one is asked for. If there
         is none, sleep until there is one, or interrupt is called.
 
         The application is woken once, after the last one: it asks nothing while it waits.
         """
         futex_wait(self._address + 8 * _ASKED, self._words[_DONE])
         while (number := self._words[_DONE]) != self._words[_ASKED]:
-            number += 1
-            at = RING_AT + number % ENTRIES * ENTRY
-            what, length, page, count = REQUEST.unpack_from(self._memory, at)
-            yield what, page, count, bytes(self._memory[at + REQUEST.size :][:length])
-            self._words[_DONE] = number
+            yield _pickle.loads(self._ring[(number + 1) % ENTRIES])
+            self._words[_DONE] = number + 1
         futex_wake(self._address + 8 * _DONE)
 
     def answer(self, answer: object) -> None:

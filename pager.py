@@ -307,9 +307,9 @@ class Pager:
     def _answer(self) -> None:
         """A thread: do what the application asks, in order."""
         while not self._lspt.stopped():
-            for what, page, count, name in self._mailbox.requests():
+            for what, page, count, more in self._mailbox.requests():
                 try:
-                    self._mailbox.answer(self._do(what, page, count, name))
+                    self._mailbox.answer(self._do(what, page, count, more))
                 except OSError as error:
                     # The application does not look at these answers, so errors end the job. But advice is
                     # nothing that a lack of descriptors, for _lpet, should end it for.
@@ -319,12 +319,12 @@ class Pager:
                 if what == mailbox.CLOSE:
                     os.eventfd_write(self._ended, 1)
 
-    def _do(self, what: int, page: int, count: int, name: bytes) -> object:
+    def _do(self, what: int, page: int, count: int, more: bytes | list[l.Run] | None) -> object:
         """One request; the answer. Raises OSError if it can't be done."""
         if what == mailbox.MAPPED:
             self._lspt.areas[self._area(page)] = [(page, count)]  # replaces one that has grown
             if self._report:
-                self._report.mapped(page, count, name.decode(errors="replace"))
+                self._report.mapped(page, count, more.decode(errors="replace"))
         elif what == mailbox.FREE:
             del self._lspt.areas[self._area(page)]  # Space.allocate also frees what is no area
             if self._report:
@@ -334,9 +334,9 @@ class Pager:
                 if self._lspt.stopped() and not self._store.kept:
                     break
         elif what == mailbox.PREFETCH:
-            self._handler.prefetch(mailbox.RUN.iter_unpack(name))
+            self._handler.prefetch(more)
         elif what == mailbox.FORGET:
-            for run in mailbox.RUN.iter_unpack(name):
+            for run in more:
                 self._lpet.forget(*run)
         elif what == mailbox.LOCATIONS:
             return self._lspt.located(page, count, self._store.locations)

@@ -62,15 +62,22 @@ def test_requests_are_done_in_order_also_when_the_futexes_begin_again(memory, en
         numbers.append(application.ask(m.MAPPED, page, 1, b"name"))
     assert application.call(m.SYNC, 1000) == b"1000"
     assert all(map(application.is_done, numbers))
-    assert seen == [(m.MAPPED, page, 1, b"name") for page in range(1000)] + [(m.SYNC, 1000, 0, b"")]
+    assert seen == [(m.MAPPED, page, 1, b"name") for page in range(1000)] + [
+        (m.SYNC, 1000, 0, None)
+    ]
 
 
-def test_a_long_name_is_cut_and_a_large_answer_comes_whole(ends, serve):
+def test_the_largest_requests_and_answers_come_whole_and_a_larger_request_is_refused(ends, serve):
     application, _ = ends
     seen = serve(lambda what, page: b"x" * m.MAX_ANSWER)
-    application.ask(m.MAPPED, 0, 1, b"n" * 1000)
+    largest = (1 << 64) - 1, (1 << 64) - 1
+    requests = [(m.MAPPED, *largest, b"n" * m.MAX_NAME), (m.PREFETCH, 0, 0, [largest] * m.RUNS)]
+    for request in requests:
+        application.ask(*request)
+    with pytest.raises(ValueError):
+        application.ask(m.MAPPED, 0, 1, b"n" * m.ENTRY)
     assert application.call(m.LOCATIONS) == b"x" * m.MAX_ANSWER
-    assert seen[0][3] == b"n" * (m.ENTRY - m.REQUEST.size)
+    assert seen == [*requests, (m.LOCATIONS, 0, 0, None)]
 
 
 def test_an_error_is_raised_with_its_errno_and_text(ends, serve):

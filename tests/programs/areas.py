@@ -60,8 +60,8 @@ def app(space):
     assert space.locations(END - PAGE, PAGE) == ["NEW"] and space.locations(END, 0) == []
     assert space.areas() == [(0x1D4C000, 4 * PAGE)]
 
-    # A size that is another kind of integer, as NumPy's are.
-    space.munmap(space.mmap(Integer(PAGE), addr=Integer(0x1D5C000)))
+    # A size that is another kind of integer, as NumPy's are; and a name that is long, and no text.
+    space.munmap(space.mmap(Integer(PAGE), addr=Integer(0x1D5C000), name="\udce9\u20ac" * 1000))
 
     # Without an address: in the smallest gap that has room, here the one behind the area.
     low = space.mmap(100)
