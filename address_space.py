@@ -131,7 +131,7 @@ class Space:
         """
         self.start_addr, self.end_addr = config.start_addr, config.end_addr
         self.resident_limit = config.high_threshold * PAGE_SIZE  # bytes
-        self.instance, self.has_report = instance, bool(config.report)
+        self.instance, self.has_report, self._kept = instance, bool(config.report), config.keep
         self.is_over = False  # True when the space has been closed, and in a forked process
         self._lock = _thread.RLock()  # never taken twice, but it knows whether this thread has it
         self._gaps = Gaps(self.start_addr, self.end_addr)
@@ -159,7 +159,7 @@ class Space:
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
                 "lines": lines,
             }  # fmt: skip
-            self._kept, pager = _say_hello(control, hello, [uffd, memfd, pagemap, *lines])
+            pager = _say_hello(control, hello, [uffd, memfd, pagemap, *lines])
             self._at_close = self._at_close.pop_all()  # it has not failed
             # The pager reads /proc/PID/syscall and mem. EINVAL: there is no Yama.
             with contextlib.suppress(OSError):
@@ -701,27 +701,26 @@ def receive(control: Any, flags: int = 0) -> tuple[bytes, list[int]]:
             return content, list(array.array("i", sent[0][2])) if sent else []
 
 
-def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> tuple[bool, int]:
-    """Send Space's first message. Returns what is answered: whether the disk is kept, and the
-    pager's process id.
+def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> int:
+    """Send Space's first message. Returns what is answered: the pager's process id.
 
     The answer stays in the socket, with the descriptors for forked children. Raises the ValueError
     or OSError that the pager has answered.
     """
     with contextlib.suppress(BrokenPipeError):  # the pager has refused already
         send(control, _pickle.dumps(hello), fds)
-    if not (answer := control.recv(MAX_HELLO, _socket.MSG_PEEK)):
+    if not (packet := control.recv(MAX_HELLO, _socket.MSG_PEEK)):
         raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
-    refusal, kept, pager = _pickle.loads(answer)
-    if refusal:
-        raise refusal
-    return kept, pager
+    answer = _pickle.loads(packet)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
-def send_answer(control: Any, refusal: Exception | None, kept: bool = False, fds: Any = ()) -> None:
-    """The pager's answer to Space: it serves, or an OSError or ValueError says why not.
+def send_answer(control: Any, answer: int | Exception, fds: Any = ()) -> None:
+    """The pager's answer to Space: its process id when it serves, or the OSError or ValueError why not.
 
-    kept: is the disk kept? fds: the memfd and the lifeline, for forked children.
+    fds: the memfd and the lifeline, for forked children.
     """
     with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
-        send(control, _pickle.dumps((refusal, kept, os.getpid())), fds)
+        send(control, _pickle.dumps(answer), fds)

@@ -174,7 +174,7 @@ class Pager:
         stay open.
         """
         for_children = [self._memfd, self._lifelines_other_end]
-        address_space.send_answer(self._control, None, self._store.kept, for_children)
+        address_space.send_answer(self._control, os.getpid(), for_children)
         begins, listener = address_space.receive(self._control)
         if listener:
             self._system_calls = SystemCalls(
