@@ -96,24 +96,23 @@ class BitmapTracker:
 
     def _set_bits(self, runs: Iterable[Run]) -> None:
         words: dict[int, int] = {}
-        for page, count in runs:
-            for pfn in self._pagemap.pfns(page, count):
-                if pfn:
-                    words[pfn // 64] = words.get(pfn // 64, 0) | 1 << pfn % 64
-        for word, bits in words.items():  # a zero bit changes nothing
-            os.pwrite(self._fd, bits.to_bytes(8, sys.byteorder), 8 * word)
+        for _, at, bit in self._bits(runs):
+            words[at] = words.get(at, 0) | bit
+        for at, bits in words.items():  # a zero bit changes nothing
+            os.pwrite(self._fd, bits.to_bytes(8, sys.byteorder), at)
 
     def idle(self, runs: Iterable[Run]) -> set[int]:
         """The pages of these runs that nothing has touched since they were marked."""
-        found = set()
+        words = ((page, os.pread(self._fd, 8, at), bit) for page, at, bit in self._bits(runs))
+        return {page for page, word, bit in words if int.from_bytes(word, sys.byteorder) & bit}
+
+    def _bits(self, runs: Iterable[Run]) -> Iterator[tuple[int, int, int]]:
+        """(page, offset of a word in the bitmap, the page's bit there). A page that is not in the page table
+        has no frame number, and counts as used: nothing is known of it."""
         for page, count in runs:
-            for at, pfn in enumerate(self._pagemap.pfns(page, count)):
-                # A page that is not in the page table (pfn 0) counts as used: nothing is known of it.
+            for at, pfn in enumerate(self._pagemap.pfns(page, count), start=page):
                 if pfn:
-                    word = os.pread(self._fd, 8, 8 * (pfn // 64))
-                    if int.from_bytes(word, sys.byteorder) >> pfn % 64 & 1:
-                        found.add(page + at)
-        return found
+                    yield at, pfn // 64 * 8, 1 << pfn % 64
 
 
 def drain_lru_batches() -> None:
