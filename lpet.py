@@ -68,17 +68,9 @@ GRACE = 5.0  # seconds: by then whoever fills the disk may have made room
 REST = 0.1  # seconds between two tries of what was refused
 # Pages that are to leave, and a few others between them: one more splice costs as much as copying
 # four pages.
-_SPAN = re.compile(rb"\xff+(?:\0{1,4}\xff+)*")
+_SPAN = re.compile(rb"[\x80-\xff]+(?:[^\x80-\xff]{1,4}[\x80-\xff]+)*")
 
 Span = tuple[int, int]  # (begin, end) of pages, counted from the first one of a range
-
-
-def _held(page: int, count: int, claimed: list[Claimed]) -> bytes:
-    """For each of count pages from `page`: 255 if it was HERE and has been claimed, else 0."""
-    held = bytearray(count)
-    for first, before in claimed:
-        held[first - page : first - page + len(before)] = before.translate(l.NO_HOLES)
-    return bytes(held)
 
 
 class Lpet:
@@ -129,24 +121,24 @@ class Lpet:
         The steps are explained at the top. count: at most PAGES_AT_ONCE.
         """
         self._lspt.pins.drop_ended(page, count)
-        if not (claimed := self._lspt.claim(page, count, which)):  # 1
+        claimed = self._lspt.claim(page, count, which)  # 1
+        if not (pages := claimed[1].translate(l.NO_HOLES).count(255)):
             return 0
-        held = _held(page, count, claimed)
-        leave = list(pages_in(runs(page, held, HERE_RUN))) if self._info else []
+        leave = list(pages_in(runs(*claimed, HERE_RUN))) if self._info else []
         self._say("[LPET] sending eviction request for page in addr %#x", leave)
-        spans, written = self._move_out(page, claimed, held)  # 2, 3, 4
-        ranges = [(first, len(before)) for first, before in claimed]
+        spans, written = self._move_out(*claimed)  # 2, 3, 4
+        ranges = list(runs(*claimed, l.CLAIMED))
         moved = self._moved(page, spans, written)  # then put has nothing to write, and can't fail
         try:
             self._store.put(ranges, [] if moved else self._content_of(page, written))  # 5
         except OSError as error:
-            self._put_back(page, claimed, held)
-            self._refused(error, held.count(255))
+            self._put_back(claimed)
+            self._refused(error, pages)
             return 0
         self._say("[Lpet] - received ack for eviction of page in address : %#x", leave)
         self._lspt.gone(claimed)  # 6
         self._wake(claimed)
-        pages, dirty = held.count(255), written.count(255)
+        dirty = written.count(255)
         self._lspt.figures[l.EVICTED_DIRTY] += dirty
         self._lspt.figures[l.EVICTED_CLEAN] += pages - dirty
         self._lspt.figures[l.SENT] += dirty * PAGE_SIZE
@@ -154,14 +146,14 @@ class Lpet:
             self._refused_since, self._most = float("inf"), min(2 * self._most, self._batch)
         return pages
 
-    def _move_out(self, page: int, claimed: list[Claimed], held: bytes) -> tuple[list[Span], bytes]:
-        """Steps 2 to 4: the pages are in the pipe, and nowhere else. Returns the spans of the range that
+    def _move_out(self, page: int, before: bytes) -> tuple[list[Span], bytes]:
+        """Steps 2 to 4: the claimed pages are in the pipe, and nowhere else. Returns the spans of the range that
         are in it, and what Pagemap.written returns."""
-        spans = [found.span() for found in _SPAN.finditer(held)]
+        spans = [found.span() for found in _SPAN.finditer(before)]
         self._fill_pipe(page, spans)
-        for first, before in claimed:
-            punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE, WITH_GIL)
-        return spans, self._pagemap.written(page, held)
+        for first, count in runs(page, before, l.CLAIMED):
+            punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE, WITH_GIL)
+        return spans, self._pagemap.written(page, before.translate(l.NO_HOLES))
 
     def _fill_pipe(self, first: int, spans: Iterable[Span]) -> None:
         for begin, end in spans:
@@ -185,25 +177,25 @@ class Lpet:
         return False
 
     def _content_of(self, first: int, which: bytes) -> list[Bytes]:
-        """The bytes of the pages whose byte in `which` is 255, in runs. first: the first page of the
+        """The bytes of the pages that `which` says are HERE, or 255, in runs. first: the first page of the
         range."""
         found = runs(first, which, HERE_RUN)
         return [(at, self._bytes[(at - first) * PAGE_SIZE :][: n * PAGE_SIZE]) for at, n in found]
 
-    def _put_back(self, page: int, claimed: list[Claimed], held: bytes) -> None:
+    def _put_back(self, claimed: Claimed) -> None:
         """The pages are HERE again. The page table has kept their uffd-wp bits: clean pages are still clean."""
-        for first, content in self._content_of(page, held):
+        for first, content in self._content_of(*claimed):
             if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
                 raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
         self._stays(claimed)
 
-    def _wake(self, claimed: list[Claimed]) -> None:
+    def _wake(self, claimed: Claimed) -> None:
         """Let the faults of these pages, and of those between them, be tried again."""
-        if claimed:
-            start, end = claimed[0][0], claimed[-1][0] + len(claimed[-1][1])
+        if found := list(runs(*claimed, l.CLAIMED)):
+            start, end = found[0][0], sum(found[-1])
             self._uffd.wake(self._start + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
 
-    def _stays(self, claimed: list[Claimed], generation: int | None = None) -> None:
+    def _stays(self, claimed: Claimed, generation: int | None = None) -> None:
         self._lspt.stays(claimed, generation)
         self._wake(claimed)
 
@@ -329,10 +321,9 @@ class Lpet:
         """UnmapTracker's mark_idle: take pages out of the page table, but leave them in the memfd."""
         for page, count in self._parts(pages):
             claimed = self._lspt.claim(page, count, l.NO_HOLES)
-            held = _held(page, count, claimed)
-            spans, _ = self._move_out(page, claimed, held)
+            spans, _ = self._move_out(*claimed)
             self._empty_pipe(spans)
-            self._put_back(page, claimed, held)
+            self._put_back(claimed)
 
     def _show_lspt(self) -> None:
         here = list(self._lspt.runs_here())
@@ -372,8 +363,8 @@ class Lpet:
         """
         pages, everything, self._most = 0, (0, self._lspt.pages), self._batch
         parts, had_ended = self._parts(self._lspt.used(*everything)), self._lspt.stopped()
-        for part, claimed in self._lspt.claims(parts, l.NO_HOLES):
-            pages += self._store_run(*part, claimed, track_clean)
+        for claimed in self._lspt.claims(parts, l.NO_HOLES):
+            pages += self._store_run(claimed, track_clean)
             if self._lspt.stopped() and not had_ended:
                 raise OSError(errno.EIO, "the application has ended")
         if self._lspt.stopped():  # what is COMING has not come
@@ -382,8 +373,9 @@ class Lpet:
                     raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
         return pages
 
-    def _store_run(self, page: int, count: int, claimed: list[Claimed], track_clean: bool) -> int:
-        written = self._pagemap.written(page, _held(page, count, claimed))
+    def _store_run(self, claimed: Claimed, track_clean: bool) -> int:
+        page, before = claimed
+        written = self._pagemap.written(page, before.translate(l.NO_HOLES))
         dirty = self._content_of(page, written)
         try:
             for at, content in dirty:

@@ -85,22 +85,25 @@ NO_HOLES = bytes(255 if byte >= HERE else 0 for byte in range(256))
 SETTLED = bytes(0 if byte in (COMING, LEAVING) else 255 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
 _RUN = re.compile(rb"\xff(?:[\x01\xff]*\xff)?")  # claimed pages, and the holes between them
+# In Claimed, a page that the claim leaves as it is: another thread has it, or the table does not select it.
+OTHERS, PASSED = 68, 69
+_AS_IT_IS = bytes(OTHERS if byte in (COMING, LEAVING) else PASSED for byte in range(256))
+CLAIMED, OTHERS_RUN = re.compile(rb"[^\x44\x45]+"), re.compile(rb"\x44+")
 # The next pages that are NEW, or AWAY, behind pages that are HERE.
 _NEW_RUN, _AWAY_RUN = (re.compile(rb"[\x80-\xff]*([%b]+)" % some) for some in (b"\0", b"\1-\x40"))
-HERE_RUN = re.compile(rb"[\x80-\xff]+")
-_UNSETTLED = re.compile(rb"[\x42\x43]+")
+HERE_RUN, LOST_RUN = re.compile(rb"[\x80-\xff]+"), re.compile(rb"\x41+")
 # For bytes.translate: without the generations of pages that are AWAY.
 ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 
 # How several pages are written, in all modules. Neighbours have numbers that follow each other.
 #     range      Python's: pages at equal distances, in the order of need
 #     Run        neighbours
-#     Claimed    neighbours that one claim has made LEAVING, with what each was before: HERE, or a hole
+#     Claimed    neighbours, with the state that each had before one claim made it LEAVING; or OTHERS, PASSED
 #     Bytes      neighbours and their content (page_store.py)
 #     Span       neighbours, numbered from the first page of one eviction (lpet.py)
 #     bytes      a byte for each page, from some page on: its state; or 255 if the page is meant, else 0
 Run = tuple[int, int]  # first page, count
-Claimed = tuple[int, bytes]  # first page, the states before
+Claimed = tuple[int, bytes]  # first page, a byte for each
 
 # Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own. ROOM_WANTED:
 # when the DM-Handler began to wait for room (nanoseconds of the clock), NEVER if only advice wants some; or 0.
@@ -276,51 +279,38 @@ class LSPT(ByteTable):
             table[HERE + generation % GENERATIONS] = 0
         return bytes(table)
 
-    def claim(self, page: int, count: int, which: bytes = ANY_HERE) -> list[Claimed]:
-        """HERE → LEAVING, for those of count pages that the table `which` selects, except pinned ones.
-
-        Returns an item for each run of such pages; a run includes the holes between them.
-        """
-        return self.claim_all(page, count, which, pinned=False)[0]
-
-    def claim_all(
-        self, page: int, count: int, which: bytes, pinned: bool = True
-    ) -> tuple[list[Claimed], list[Run]]:
-        """As claim, but also pinned pages. The second list has those of the pages that were COMING or LEAVING,
-        whatever `which` says of them: another thread has them, for no longer than a batch takes. `claims` tries
-        them again.
-        """
+    def claim(self, page: int, count: int, which: bytes = ANY_HERE, pins: bool = True) -> Claimed:
+        """HERE → LEAVING, for those of count pages that the table `which` selects, and the holes between them.
+        pins: except pinned pages."""
         with self.lock:
             states = self.state[page : page + count]
-            chosen, claimed = states.translate(which), []
-            if not pinned:
+            chosen, before = states.translate(which), bytearray(states.translate(_AS_IT_IS))
+            if pins:
                 chosen = self.pins.without(page, chosen)
-            for run in _RUN.finditer(chosen):
-                at, end = run.span()
-                self.state[page + at : page + end] = bytes((LEAVING,)) * (end - at)
-                claimed.append((page + at, states[at:end]))
-        unsettled = COMING in states or LEAVING in states  # which is quick; there are rarely any
-        return claimed, list(runs(page, states, _UNSETTLED)) if unsettled else []
+            for at, many in runs(0, chosen, _RUN):
+                before[at : at + many] = states[at : at + many]
+                self.state[page + at : page + at + many] = bytes((LEAVING,)) * many
+        return page, bytes(before)
 
-    def claims(self, parts: Iterable[Run], which: bytes) -> Iterator[tuple[Run, list[Claimed]]]:
-        """claim_all of each part in turn: yields the part, and what was claimed there. Then it does the same
-        with the pages that were COMING or LEAVING, until no page is, or stop was called. The caller ends each
-        claim, by gone, stays or freed, before it asks for the next."""
+    def claims(self, parts: Iterable[Run], which: bytes) -> Iterator[Claimed]:
+        """claim of each part in turn, also of pinned pages. Then the same with the pages that other threads had,
+        for no longer than a batch takes, until they have none, or stop was called. The caller ends each claim,
+        by gone, stays or freed, before it asks for the next."""
         while parts:
             later: list[Run] = []
             for part in parts:
-                claimed, others = self.claim_all(*part, which)
-                later += others
-                yield part, claimed
+                claimed = self.claim(*part, which, pins=False)
+                later += runs(*claimed, OTHERS_RUN)
+                yield claimed
             parts = [] if self.stopped() else later
             if parts:
                 time.sleep(SETTLE)
 
-    def gone(self, claimed: list[Claimed]) -> None:
+    def gone(self, claimed: Claimed) -> None:
         """LEAVING → AWAY: the store has the pages' bytes, or they are zeros. Holes get the state before."""
         self._end(claimed, _here_becomes(AWAY + self.generation() % AWAYS))
 
-    def stays(self, claimed: list[Claimed], generation: int | None = None) -> None:
+    def stays(self, claimed: Claimed, generation: int | None = None) -> None:
         """LEAVING → the state before.
 
         generation: the pages that were HERE were used recently, and get this generation.
@@ -330,21 +320,22 @@ class LSPT(ByteTable):
             same = _here_becomes(HERE + generation % GENERATIONS)
         self._end(claimed, same)
 
-    def freed(self, claimed: list[Claimed]) -> None:
-        """LEAVING → NEW."""
+    def freed(self, claimed: Claimed) -> None:
+        """LEAVING → NEW. The pages are in one part of the table, see used."""
         self._end(claimed, bytes(256))
-        for part in {first // PART for first, _ in claimed}:  # each is in one, see used
-            with self.lock:
-                if not self.state[part * PART : (part + 1) * PART].strip(b"\0"):
-                    self._used[part] = 0  # or LPET would look there at every turn
-
-    def _end(self, claimed: list[Claimed], becomes: bytes) -> None:
-        """LEAVING → the state before, translated by this table."""
+        part = claimed[0] // PART
         with self.lock:
-            for first, before in claimed:
-                self.state[first : first + len(before)] = before.translate(becomes)
-                if becomes[HERE] < HERE:
-                    self._room(before.translate(NO_HOLES).count(255), not self._plain)
+            if not self.state[part * PART : (part + 1) * PART].strip(b"\0"):
+                self._used[part] = 0  # or LPET would look there at every turn
+
+    def _end(self, claimed: Claimed, becomes: bytes) -> None:
+        """LEAVING → the state before, translated by this table."""
+        page, before = claimed
+        with self.lock:
+            for at, many in runs(0, before, CLAIMED):
+                self.state[page + at : page + at + many] = before[at : at + many].translate(becomes)
+            if becomes[HERE] < HERE:
+                self._room(before.translate(NO_HOLES).count(255), not self._plain)
 
     def _room(self, pages: int, tell: bool) -> None:
         """So many pages fewer are here. tell: wake the DM-Handler, if it wants room and there is some."""

@@ -329,8 +329,8 @@ class Pager:
             del self._lspt.areas[self._area(page)]  # Space.allocate also frees what is no area
             if self._report:
                 self._report.unmapped(page)
-            for part, taken in self._lspt.claims(self._lspt.used(page, count), l.SETTLED):
-                self._free(*part, taken)
+            for claimed in self._lspt.claims(self._lspt.used(page, count), l.SETTLED):
+                self._free(claimed)
                 if self._lspt.stopped() and not self._store.kept:
                     break
         elif what == mailbox.PREFETCH:
@@ -357,19 +357,18 @@ class Pager:
         """The place in LSPT.areas of the area that begins at this page; empty if there is none."""
         return slice(*(bisect.bisect(self._lspt.areas, (first,)) for first in (page, page + 1)))
 
-    def _free(self, page: int, count: int, taken: list[l.Claimed]) -> None:
-        """Make those of these pages that were claimed NEW, here and in the store."""
-        start = self._config.start_addr
+    def _free(self, claimed: l.Claimed) -> None:
+        """Make the pages that were claimed NEW, here and in the store."""
+        start, (page, before) = self._config.start_addr, claimed
         try:
-            for first, before in taken:
-                self._store.free(first, len(before))
-                for at, state in enumerate(before) if l.LOST in before else ():
-                    if state == l.LOST:  # the poison in the page table goes when a page comes
-                        self._uffd.zeropage(start + (first + at) * PAGE_SIZE, PAGE_SIZE)
-                u.punch_hole(self._memfd, first * PAGE_SIZE, len(before) * PAGE_SIZE)
+            for first, count in l.runs(*claimed, l.LOST_RUN):  # the poison goes when a page comes
+                self._uffd.zeropage(start + first * PAGE_SIZE, count * PAGE_SIZE)
+            for first, count in l.runs(*claimed, l.CLAIMED):
+                self._store.free(first, count)
+                u.punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE)
         finally:  # after an error the job ends, and no page may stay LEAVING
-            self._lspt.freed(taken)
-            self._uffd.wake(start + page * PAGE_SIZE, count * PAGE_SIZE)
+            self._lspt.freed(claimed)
+            self._uffd.wake(start + page * PAGE_SIZE, len(before) * PAGE_SIZE)
 
     # ------------------------------------------------------------ what is kept and printed
 

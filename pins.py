@@ -3,7 +3,7 @@
 In the picture: beside the LSPT, in memory that the pager and LPET share.
 
 Interface: LSPT.pins is a Pins. system_calls.py calls pin() before a call begins. LPET calls drop_ended()
-before it evicts, and LSPT.claim_all calls without().
+before it evicts, and LSPT.claim calls without().
 
 A thread has at most one pin, for all pages of one call. The pin holds while /proc/TID/syscall shows that
 the thread is in this call, with these arguments. If the file shows only "running", the pin holds until

@@ -459,13 +459,13 @@ def close(lspt: LSPT) -> None:
 
 
 def lpet_is_first(lspt: LSPT, page: int, count: int) -> list[Claimed]:
-    """Whoever takes the lock next gets it after LPET has claimed these pages, which are then in the list."""
+    """Whoever takes the lock next gets it after LPET has claimed these pages. This is then in the list."""
     lock, left = lspt.lock, []
 
     class LpetIsFirst:
         def __enter__(self):
             lspt.lock = lock
-            left.extend(lspt.claim(page, count))
+            left.append(lspt.claim(page, count))
             lock.acquire()
 
         def __exit__(self, *raised):

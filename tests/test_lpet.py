@@ -149,9 +149,7 @@ class Instance:
         self.lspt.gone = self._note_gone
 
     def _note_gone(self, left):
-        self.gone += [
-            first + at for first, before in left for at, state in enumerate(before) if state >= HERE
-        ]
+        self.gone += pages_in(l.runs(*left, l.HERE_RUN))
         self._gone(left)
 
     def come(self, *runs, version=0):
@@ -495,7 +493,7 @@ def test_grace_begins_anew_when_a_fault_has_got_its_room(make, clock, how):
         instance.pagemap.clean.add(7)
         assert instance.evict_once() == [7]
     else:
-        instance.lspt.freed(instance.lspt.claim_all(7, 1, l.SETTLED)[0])
+        instance.lspt.freed(instance.lspt.claim(7, 1, l.SETTLED, pins=False))
     instance.come((20, 1))
     clock.now += 100  # LPET sleeps
     instance.lspt.expect(21)
@@ -908,7 +906,7 @@ def test_storing_waits_for_a_page_that_lpet_takes_at_that_moment(make):
     wait_for(lambda: instance.store.pages)
     thread.join(0.02)
     assert thread.is_alive() and theirs
-    lspt.stays(theirs)
+    lspt.stays(*theirs)
     thread.join(10)
     assert stored == [2] and instance.store.pages == {10: content(10), 11: content(11)}
 

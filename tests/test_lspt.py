@@ -16,6 +16,7 @@ from edm.lspt import (
     ANY_HERE,
     AWAY,
     AWAYS,
+    CLAIMED,
     COMING,
     FETCHED,
     GENERATIONS,
@@ -28,6 +29,7 @@ from edm.lspt import (
     NEW,
     NO_HOLES,
     ONE_AWAY,
+    OTHERS_RUN,
     PART,
     PEAK,
     QUARTERS,
@@ -81,16 +83,30 @@ def evict(lspt, first, count=1):
     lspt.gone(lspt.claim(first, count))
 
 
+def taken(*claims):
+    """(first page, states before) of each run of pages that were claimed."""
+    found = [(page, run) for page, before in claims for run in CLAIMED.finditer(before)]
+    return [(page + run.start(), run[0]) for page, run in found]
+
+
 def held(claimed):
     """(page, state before) of each page that was claimed."""
-    return [(first + at, state) for first, before in claimed for at, state in enumerate(before)]
+    return [(first + at, state) for first, run in taken(claimed) for at, state in enumerate(run)]
+
+
+def others(*claims):
+    """The runs of pages that other threads had."""
+    return [run for claimed in claims for run in runs(*claimed, OTHERS_RUN)]
 
 
 def freeing(lspt, page, count):
-    """What is claimed at first when these pages are freed, and the pages that are in other hands."""
-    found = [lspt.claim_all(*part, SETTLED) for part in lspt.used(page, count)]
-    taken = [run for some, _ in found for run in some]
-    return taken, [run for _, some in found for run in some]
+    """What is claimed at first when these pages are freed."""
+    return [lspt.claim(*part, SETTLED, pins=False) for part in lspt.used(page, count)]
+
+
+def free(lspt, claims):
+    for claimed in claims:
+        lspt.freed(claimed)
 
 
 def rings(lspt, bell="for_handler"):
@@ -116,15 +132,15 @@ def test_a_page_comes_leaves_comes_back_and_is_freed(make):
     lspt.arrived(range(7, 8))
     assert lspt.state[7] == HERE
     left = lspt.claim(0, 100)
-    assert left == [(7, bytes((HERE,)))] and lspt.state[7] == LEAVING
+    assert taken(left) == [(7, bytes((HERE,)))] and lspt.state[7] == LEAVING
     assert lspt.figures[RESIDENT] == 1, "it takes its memory until it has gone"
     lspt.gone(left)
     assert lspt.state[7] == AWAY and lspt.figures[RESIDENT] == 0
     assert lspt.expect(7) == AWAY
     lspt.arrived(range(7, 8))
-    taken, later = freeing(lspt, 0, 100)
-    assert later == [] and lspt.state[7] == LEAVING
-    lspt.freed(taken)
+    found = freeing(lspt, 0, 100)
+    assert others(*found) == [] and lspt.state[7] == LEAVING
+    free(lspt, found)
     assert lspt.state[:] == bytes(100) and lspt.figures[RESIDENT] == 0
     assert lspt.figures[PEAK] == 1
 
@@ -215,11 +231,11 @@ def test_generations_count_on_when_their_numbers_begin_anew(make):
     lspt.figures[FETCHED] = (GENERATIONS + 3) * lspt.quarter
     come(lspt, 0)
     assert lspt.state[0] == HERE + 3
-    assert lspt.claim(0, 100, lspt.older_than(1)) == []
+    assert taken(lspt.claim(0, 100, lspt.older_than(1))) == []
     lspt.figures[FETCHED] = (2 * GENERATIONS + 2 - LONGER) * lspt.quarter
     age = GENERATIONS - 1 - LONGER
-    assert lspt.claim(0, 100, lspt.older_than(age + 1)) == []
-    assert lspt.claim(0, 100, lspt.older_than(age)) == [(0, bytes((HERE + 3,)))]
+    assert taken(lspt.claim(0, 100, lspt.older_than(age + 1))) == []
+    assert taken(lspt.claim(0, 100, lspt.older_than(age))) == [(0, bytes((HERE + 3,)))]
 
 
 def test_what_could_not_be_had_is_away_and_lost_is_lost_until_it_is_freed(make):
@@ -233,13 +249,13 @@ def test_what_could_not_be_had_is_away_and_lost_is_lost_until_it_is_freed(make):
     lspt.not_coming(range(7, 8), LOST)
     assert lspt.state[7] == LOST and lspt.figures[RESIDENT] == 2
     lspt.arrived(range(5, 7))
-    assert lspt.claim(0, 100) == [(5, bytes((HERE, HERE)))], "a lost page does not leave"
+    assert taken(lspt.claim(0, 100)) == [(5, bytes((HERE, HERE)))], "a lost page does not leave"
     _, [strided] = expect(lspt, range(20, 40, 4))
     lspt.not_coming(strided)
     assert [page for page in range(10, 60) if lspt.state[page]] == [20, 24, 28, 32, 36]
-    taken, later = freeing(lspt, 7, 90)
-    assert taken[0][1][0] == LOST and later == []
-    lspt.freed(taken)
+    [found] = freeing(lspt, 7, 90)
+    assert held(found)[0] == (7, LOST) and others(found) == []
+    lspt.freed(found)
     assert lspt.state[7:] == bytes(93) and lspt.figures[RESIDENT] == 2
 
 
@@ -254,7 +270,9 @@ def test_pages_leave_with_the_holes_between_them(make):
     evict(lspt, 16)
     left = lspt.claim(5, 50)
     here, new, away = HERE, NEW, AWAY
-    assert left == [(10, bytes((here, here, here, new, new, here, away, new, new, new, here)))]
+    assert taken(left) == [
+        (10, bytes((here, here, here, new, new, here, away, new, new, new, here)))
+    ]
     assert lspt.state[10:21] == bytes((LEAVING,)) * 11, "nobody may bring the holes meanwhile"
     assert lspt.state[9] == lspt.state[21] == NEW
     assert lspt.figures[RESIDENT] == 5
@@ -270,7 +288,7 @@ def test_what_is_in_other_hands_or_lost_is_no_hole(make, blocks):
     lspt = make()
     come(lspt, 10, 5)
     lspt.state[12] = blocks
-    assert lspt.claim(0, 100) == [(10, bytes((HERE, HERE))), (13, bytes((HERE, HERE)))]
+    assert taken(lspt.claim(0, 100)) == [(10, bytes((HERE, HERE))), (13, bytes((HERE, HERE)))]
     assert lspt.state[12] == blocks
 
 
@@ -279,13 +297,14 @@ def test_only_pages_of_the_range_leave_and_without_holes_each_run_by_itself(make
     come(lspt, 10, 3)
     come(lspt, 15, 3)
     left = [(11, bytes((HERE,)) * 2), (15, bytes((HERE,)) * 2)]
-    assert lspt.claim(11, 6, NO_HOLES) == left
+    assert taken(lspt.claim(11, 6, NO_HOLES)) == left
     assert lspt.state[9:19] == bytes(
         (NEW, HERE, *[LEAVING] * 2, NEW, NEW, *[LEAVING] * 2, HERE, NEW)
     )
-    assert lspt.claim(11, 6) == [], "they are in somebody's hands"
+    assert taken(lspt.claim(11, 6)) == [], "they are in somebody's hands"
     lspt.expect(13)
-    assert lspt.claim_all(10, 7, NO_HOLES) == ([(10, bytes((HERE,)))], [(11, 3), (15, 2)])
+    claimed = lspt.claim(10, 7, NO_HOLES, pins=False)
+    assert taken(claimed) == [(10, bytes((HERE,)))] and others(claimed) == [(11, 3), (15, 2)]
 
 
 def test_only_pages_old_enough_leave_and_younger_ones_between_them_are_no_holes(make):
@@ -295,10 +314,10 @@ def test_only_pages_old_enough_leave_and_younger_ones_between_them_are_no_holes(
         come(lspt, page)
     lspt.figures[FETCHED] = 3 * lspt.quarter
     assert lspt.older_than(-LONGER) == ANY_HERE
-    assert lspt.claim(0, 100, lspt.older_than(2)) == [(10, bytes((HERE, HERE + 1)))]
-    assert lspt.claim(0, 100, lspt.older_than(2)) == []
-    assert lspt.claim(0, 100, lspt.older_than(1)) == [(13, bytes((HERE + 2,)))]
-    assert lspt.claim(0, 100, lspt.older_than(0)) == [(14, bytes((HERE + 3,)))]
+    assert taken(lspt.claim(0, 100, lspt.older_than(2))) == [(10, bytes((HERE, HERE + 1)))]
+    assert taken(lspt.claim(0, 100, lspt.older_than(2))) == []
+    assert taken(lspt.claim(0, 100, lspt.older_than(1))) == [(13, bytes((HERE + 2,)))]
+    assert taken(lspt.claim(0, 100, lspt.older_than(0))) == [(14, bytes((HERE + 3,)))]
 
 
 def test_ages_are_right_when_the_numbers_of_generations_begin_anew(make):
@@ -307,8 +326,8 @@ def test_ages_are_right_when_the_numbers_of_generations_begin_anew(make):
         lspt.figures[FETCHED] = generation * lspt.quarter
         come(lspt, generation - GENERATIONS + 1)
     assert lspt.state[:3] == bytes((HERE + GENERATIONS - 1, HERE, HERE + 1))
-    assert [first for first, _ in lspt.claim(0, 100, lspt.older_than(2))] == [0]
-    assert [first for first, _ in lspt.claim(0, 100, lspt.older_than(1))] == [1]
+    assert [first for first, _ in taken(lspt.claim(0, 100, lspt.older_than(2)))] == [0]
+    assert [first for first, _ in taken(lspt.claim(0, 100, lspt.older_than(1)))] == [1]
 
 
 def test_gone_notes_when_the_pages_left(make):
@@ -369,22 +388,22 @@ def test_freeing_takes_every_page_but_those_in_other_hands(make):
     evict(lspt, 10, 2)
     theirs = lspt.claim(13, 2)
     expect(lspt, range(20, 22))
-    taken, later = freeing(lspt, 8, 15)
-    assert later == [(13, 2), (20, 2)]
+    found = freeing(lspt, 8, 15)
+    assert others(*found) == [(13, 2), (20, 2)]
     new, away, here = NEW, AWAY, HERE
-    assert taken == [
+    assert taken(*found) == [
         (8, bytes((new, new, away, away, here))),
         (15, bytes((here, here, here, new, new))),
         (22, bytes((new,))),
     ]
-    lspt.freed(taken)
+    free(lspt, found)
     assert lspt.state[8:23] == bytes((*[NEW] * 5, *[LEAVING] * 2, *[NEW] * 5, *[COMING] * 2, NEW))
     assert lspt.figures[RESIDENT] == 4
     lspt.arrived(range(20, 22))
     lspt.gone(theirs)
-    for pages, rest in (freeing(lspt, 13, 2), freeing(lspt, 20, 2)):
-        assert rest == []
-        lspt.freed(pages)
+    for [found] in (freeing(lspt, 13, 2), freeing(lspt, 20, 2)):
+        assert others(found) == []
+        lspt.freed(found)
     assert lspt.state[:] == bytes(100) and lspt.figures[RESIDENT] == 0
 
 
@@ -393,7 +412,7 @@ def test_pages_that_nobody_may_free_stay_as_they_were(make):
     come(lspt, 10, 3)
     evict(lspt, 11)
     before = lspt.state[:]
-    lspt.stays(freeing(lspt, 0, 100)[0])
+    lspt.stays(*freeing(lspt, 0, 100))
     assert lspt.state[:] == before and lspt.figures[RESIDENT] == 2
 
 
@@ -401,12 +420,13 @@ def test_pages_that_nobody_may_free_stay_as_they_were(make):
 def test_pages_in_other_hands_are_claimed_when_these_have_let_go(make, start, which):
     lspt = make()
     come(lspt, 10, 4)
-    theirs, others = lspt.claim(10, 1), lspt.claim(13, 1)
+    theirs, too = lspt.claim(10, 1), lspt.claim(13, 1)
     lspt.expect(20)
     found = []
 
     def claim():
-        for part, claimed in lspt.claims([(8, 8), (16, 8)], which):
+        for claimed in lspt.claims([(8, 8), (16, 8)], which):
+            part = claimed[0], len(claimed[1])
             found.append((part, [page for page, state in held(claimed) if state >= HERE]))
             lspt.freed(claimed)
 
@@ -417,7 +437,7 @@ def test_pages_in_other_hands_are_claimed_when_these_have_let_go(make, start, wh
     assert {part for part, _ in found[2:]} == {(10, 1), (13, 1), (20, 1)}
     lspt.stays(theirs)
     wait_for(lambda: ((10, 1), [10]) in found)
-    lspt.gone(others)
+    lspt.gone(too)
     lspt.arrived(range(20, 21))
     thread.join(10)
     assert not thread.is_alive() and ((20, 1), [20]) in found and ((13, 1), [13]) not in found
@@ -429,8 +449,9 @@ def test_after_stop_pages_in_other_hands_are_claimed_no_more_and_all_others_are(
     come(lspt, 10, 4)
     theirs = lspt.claim(10, 1)
     lspt.stop()
-    for part, claimed in lspt.claims([(8, 8), (16, 8)], NO_HOLES):
-        assert held(claimed) == ([(page, HERE) for page in (11, 12, 13)] if part[0] == 8 else [])
+    for claimed in lspt.claims([(8, 8), (16, 8)], NO_HOLES):
+        first = claimed[0] == 8
+        assert held(claimed) == ([(page, HERE) for page in (11, 12, 13)] if first else [])
         lspt.stays(claimed)
     lspt.stays(theirs)
     assert list(lspt.runs_here()) == [(10, 4)]
@@ -456,9 +477,9 @@ def test_parts_whose_pages_were_all_freed_are_looked_at_no_more(make):
     come(lspt, 2 * PART - 2, PART + 4)  # in three parts
     come(lspt, 3 * PART + 100)
     come(lspt, 8 * PART)
-    taken, later = freeing(lspt, 2 * PART - 2, PART + 4)
-    assert not later
-    lspt.freed(taken)
+    found = freeing(lspt, 2 * PART - 2, PART + 4)
+    assert not others(*found)
+    free(lspt, found)
     assert [page for page, _ in lspt.used(0, 10 * PART)] == [3 * PART, 8 * PART]
     evict(lspt, 8 * PART)
     lspt.expect(3 * PART + 200)
@@ -497,7 +518,7 @@ def test_away_counts_the_pages_that_only_the_store_has(make):
     evict(lspt, 12, 2)
     assert lspt.count_away() == 4
     lspt.expect(10)
-    lspt.freed(freeing(lspt, 13, 1)[0])
+    lspt.freed(*freeing(lspt, 13, 1))
     assert lspt.count_away() == 2
 
 
@@ -562,9 +583,9 @@ def test_untouched_parts_of_a_huge_table_cost_no_memory(make):
         come(lspt, page)
     evict(lspt, pages // 2)
     assert list(lspt.runs_here()) == [(0, 1), (pages - 1, 1)] and lspt.count_away() == 1
-    taken, later = freeing(lspt, 1, pages - 1)
-    assert len(taken) == 3 and later == []
-    lspt.freed(taken)
+    found = freeing(lspt, 1, pages - 1)
+    assert len(taken(*found)) == 3 and others(*found) == []
+    free(lspt, found)
     assert list(lspt.runs_here()) == [(0, 1)] and lspt.figures[RESIDENT] == 1
     used = pages // PART + 4 * 3 * PAGE_SIZE  # bytes
     assert shared_memory() - before <= used >> 10
@@ -601,7 +622,7 @@ def test_the_handler_is_told_when_there_is_room_if_it_wants_some(make, how, want
     assert bool(lspt.figures[ROOM_WANTED]) == wanted and not rings(lspt)
     {
         "gone": lambda: lspt.gone(lspt.claim(0, 1)),
-        "freed": lambda: lspt.freed(freeing(lspt, 0, 1)[0]),
+        "freed": lambda: lspt.freed(*freeing(lspt, 0, 1)),
         "not_coming": lambda: lspt.not_coming(range(3, 4)),
         "lost": lambda: lspt.not_coming(range(3, 4), LOST),
     }[how]()
@@ -614,8 +635,8 @@ def test_what_makes_no_room_does_not_tell_the_handler(make):
     come(lspt, 0, 4)
     lspt.expect(9)
     lspt.stays(lspt.claim(0, 4))
-    lspt.gone([])
-    lspt.freed(freeing(lspt, 20, 4)[0])
+    lspt.gone(lspt.claim(20, 4))
+    lspt.freed(*freeing(lspt, 20, 4))
     assert lspt.figures[ROOM_WANTED] and not rings(lspt)
 
 
@@ -763,10 +784,10 @@ TRANSITIONS = {
     "expect_more": lambda lspt: lspt.expect_more(range(49, 52), NEW),
     "not_coming": lambda lspt: lspt.not_coming(range(20, 21)),
     "claim": lambda lspt: lspt.claim(0, 10),
-    "gone": lambda lspt: lspt.gone([(30, bytes((HERE,)))]),
-    "stays": lambda lspt: lspt.stays([(30, bytes((HERE,)))]),
+    "gone": lambda lspt: lspt.gone((30, bytes((HERE,)))),
+    "stays": lambda lspt: lspt.stays((30, bytes((HERE,)))),
     "freeing": lambda lspt: freeing(lspt, 0, 100),
-    "freed": lambda lspt: lspt.freed([(30, bytes((HERE,)))]),
+    "freed": lambda lspt: lspt.freed((30, bytes((HERE,)))),
     "found_on_disk": lambda lspt: lspt.found_on_disk(60, 2),
 }
 
@@ -805,13 +826,12 @@ class Actor:
         self.lspt, self.dice = lspt, random.Random(seed)
         self.within = within or range(lspt.pages)  # the pages that it takes
         self.coming = []  # (pages, state before)
-        self.left = []  # [one entry of leaving's]
+        self.left = []  # [claimed]
         self.freeing = []
 
     def here(self):
         """How many LEAVING pages in these hands were here."""
-        left = [each for lefts in (*self.left, *self.freeing) for each in lefts]
-        return sum(state >= HERE for _, before in left for state in before)
+        return sum(state >= HERE for _, before in (*self.left, *self.freeing) for state in before)
 
     def step(self):
         self.dice.choice((self.expect, self.end_coming, self.leave, self.end_left, self.free))()
@@ -838,8 +858,7 @@ class Actor:
         which = self.dice.choice((ANY_HERE, NO_HOLES, self.lspt.older_than(1)))
         page = self.dice.choice(self.within)
         count = min(self.dice.randint(1, 40), self.lspt.pages - page)
-        if left := self.lspt.claim(page, count, which):
-            self.left.append(left)
+        self.left.append(self.lspt.claim(page, count, which))
 
     def end_left(self):
         if self.freeing:
@@ -850,8 +869,7 @@ class Actor:
     def free(self):
         if self.dice.random() < 0.2:
             page = self.dice.choice(self.within)
-            taken, _ = freeing(self.lspt, page, min(20, self.lspt.pages - page))
-            self.freeing.append(taken)
+            self.freeing += freeing(self.lspt, page, min(20, self.lspt.pages - page))
 
     def let_go(self):
         while self.coming or self.left or self.freeing:

@@ -440,7 +440,7 @@ def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(han
     left = lpet_is_first(lspt, 100, 11)
     handler._bring_advised()
     assert lspt.state[100:111] == bytes((LEAVING,)) * 11
-    lspt.gone(left)
+    lspt.gone(*left)
     assert (
         lspt.state[100:111].translate(ONE_AWAY) == bytes((AWAY,)) * 11
         and lspt.figures[RESIDENT] == 0

@@ -28,7 +28,7 @@ from conftest import (
 from edm import pins as p
 from edm import system_calls as s
 from edm import uffd_ctypes as u
-from edm.lspt import ANY_HERE, HERE, LSPT
+from edm.lspt import ANY_HERE, CLAIMED, HERE, LSPT, runs
 
 NOBODY = 65534
 ROOT = Path(s.__file__).parent
@@ -309,7 +309,7 @@ def leaving(lspt, page, count):
     """Which pages LPET takes; they stay, after all."""
     left = lspt.claim(page, count)
     lspt.stays(left)
-    return [(first, len(before)) for first, before in left]
+    return list(runs(*left, CLAIMED))
 
 
 def pages_of(runs):
@@ -351,8 +351,7 @@ def test_lpet_passes_pages_that_are_pinned_and_nobody_else_does(lspt):
     assert leaving(lspt, 90, 30) == [(90, 10), (110, 10)]
     assert leaving(lspt, 105, 10) == [(110, 5)]
     assert leaving(lspt, 102, 3) == []
-    taken, _ = lspt.claim_all(90, 30, ANY_HERE)
-    assert [(first, len(before)) for first, before in taken] == [(90, 30)]
+    assert [*runs(*lspt.claim(90, 30, ANY_HERE, pins=False), CLAIMED)] == [(90, 30)]
 
 
 def test_a_pin_may_have_pages_that_are_no_neighbours_and_all_end_together(lspt):

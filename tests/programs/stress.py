@@ -15,6 +15,7 @@ import time
 from edm import address_space, lpet, pager
 from edm.edm import Config
 from edm.lpet import Lpet
+from edm.lspt import NO_HOLES
 from edm.page_store import PageStore
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -45,10 +46,10 @@ class BytesFirst(Lpet):
 
 
 class MarksFirst(Lpet):
-    def _move_out(self, page, left, here):
-        written = self._pagemap.written(page, here)
+    def _move_out(self, page, before):
+        written = self._pagemap.written(page, before.translate(NO_HOLES))
         time.sleep(MOMENT)
-        spans, _ = super()._move_out(page, left, here)
+        spans, _ = super()._move_out(page, before)
         return spans, written
 
 
