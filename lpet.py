@@ -239,9 +239,7 @@ class Lpet:
         if (needed := self._lspt.figures[l.RESIDENT] - self._lspt.low) <= 0:
             return 0
         self._lspt.figures[l.LPET_RUNS] += 1
-        if self._info:
-            self._banner.info("\n-----------------START LPET-----------------\n")
-            self._show_lspt()
+        self._banner.info("\n-----------------START LPET-----------------\n")
         by_the_wiki = self._lspt.as_the_wiki_does
         pages = (self._evict_as_the_wiki_does if by_the_wiki else self._evict_by_age)(needed)
         self._banner.info("\n-----------------END LPET-----------------\n")
@@ -291,6 +289,13 @@ class Lpet:
         at = bisect.bisect_left(pages, self._hand)
         order = pages[at:] + pages[:at]
         idle = self._tracker.idle(runs_of(pages))
+        if self._info:
+            self._log.info("start address: %#x", self._start + order[0] * PAGE_SIZE)
+            rows = [
+                (self._start + page * PAGE_SIZE, self._pagemap.pfns(page, 1)[0], page in idle)
+                for page in pages
+            ]
+            self._banner.info(log.lspt_table(rows))
         # The idle ones first. If there are too few, every page was asked about, and the others leave in order.
         chosen = sorted(order, key=lambda page: page not in idle)[:needed]
         asked = order[: order.index(chosen[-1]) + 1] if chosen[-1] in idle else order
@@ -324,19 +329,6 @@ class Lpet:
             spans, _ = self._move_out(*claimed)
             self._empty_pipe(spans)
             self._put_back(claimed)
-
-    def _show_lspt(self) -> None:
-        here = list(self._lspt.runs_here())
-        pages = list(pages_in(here))
-        if pages:
-            first = pages[bisect.bisect_left(pages, self._hand) % len(pages)]
-            self._log.info("start address: %#x", self._start + first * PAGE_SIZE)
-        idle = self._tracker.idle(here)
-        rows = [
-            (self._start + page * PAGE_SIZE, self._pagemap.pfns(page, 1)[0], page in idle)
-            for page in pages
-        ]
-        self._banner.info(log.lspt_table(rows))
 
     def forget(self, page: int, count: int) -> None:
         """Evict those of count pages that are HERE. Pinned pages stay, and so do pages that the store refuses.
