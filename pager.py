@@ -57,7 +57,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from types import SimpleNamespace
 
@@ -74,12 +74,6 @@ from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
-# What a launcher sends to a rank, which passes it on to the application (_pass_on). rank.py blocks these until
-# the pager runs.
-ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
-PASSED_ON = *ENDING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
-TERM_TO_KILL = 3  # seconds from one that is to end the application until this is killed
-
 # Milliseconds from one sample of --progress and --report to the next; without these, from one look to the next
 # whether the application has become another program.
 SAMPLE, LOOK = 100, 500
@@ -105,6 +99,7 @@ class Pager:
         self._title = f"EDM, INSTANCE_{hello.instance}: {shlex.join(hello.command)}"
         self._tracker = choose_tracker(config.idle_tracker)
         self._control = control  # for forked children
+        self._ended_by = hello.ended_by  # gets the names of signals
         self._process = os.pidfd_open(self._application)  # readable when it has ended
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # CLOSE adds 1, and so does the end of run
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
@@ -134,7 +129,6 @@ class Pager:
         self._system_calls: SystemCalls | None = None
         self._lpet_pid = os.getpid()
         self._failure: BaseException | None = None
-        self._ended_by = ""  # the signal that has come to the pager
         self._hearing = threading.Lock()  # held by the thread that receives from children
         self._sampling = threading.Lock()  # held by the thread that uses the report's samples
         self._printed = False  # was the table printed, and the report written?
@@ -183,10 +177,6 @@ class Pager:
                 self._hear_children,
             )  # fmt: skip
             self._start_thread(self._system_calls.run)
-        if self._over_mpi:  # no other thread takes them: a signal ends a wait of this one
-            for number in PASSED_ON:
-                signal.signal(number, self._pass_on)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         if begins:  # else a signal handler has raised in the application, which has no space now
             self._guarded(self._watch)
         self._lspt.stop()
@@ -251,18 +241,6 @@ class Pager:
     def _kill_application(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
-
-    def _pass_on(self, number: int, frame: object) -> None:
-        """A rank's signal handler: pass the signal on to the application. After one of ENDING, the next of these
-        kills it. After TERM_TO_KILL seconds this is SIGALRM."""
-        if number in ENDING:
-            if self._ended_by:
-                self._kill_application()
-                return
-            self._ended_by = signal.Signals(number).name
-            signal.alarm(TERM_TO_KILL)
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.killpg(self._application, number)  # its subprocesses too, as a terminal does
 
     def _watch(self) -> None:
         """Wait until the application has ended or closed its space."""
@@ -392,7 +370,7 @@ class Pager:
             if self._store.kept:
                 pages = self._sync(while_running)
                 if not self._printed and (self._ended_by or not while_running):
-                    why, took = self._ended_by or "end", time.monotonic() - began
+                    why, took = (*self._ended_by, "end")[0], time.monotonic() - began
                     words = "%s: wrote %d pages back and synced the disk in %.1f s"
                     LOG.warning(words, why, pages, took)
         finally:
@@ -427,10 +405,13 @@ class Pager:
 # ---------------------------------------------------------------- a process that is a pager
 
 
-def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> int | None:
+def page_for(
+    control: _socket.socket, open_store: Callable[..., PageStore], ended_by: Sequence[str] = ()
+) -> int | None:
     """Page for the application at the other end of a socket until it has ended; or refuse to.
 
-    open_store: makes the store for the application's settings and the instance's number.
+    open_store: makes the store for the application's settings and the instance's number. ended_by: gets the
+    names of the signals that are to end the application.
 
     Returns an exit status: 0, or 2 if the pager has failed and has printed why. None: the
     application has ended before it began.
@@ -438,7 +419,7 @@ def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> i
     packet, fds = address_space.receive(control)
     if not fds:
         return None
-    hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds), None
+    hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds, ended_by=ended_by), None
     config = hello.config = SimpleNamespace(**hello.config)
     if hello.instance and config.report:  # one file for each instance
         name, ending = os.path.splitext(config.report)

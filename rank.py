@@ -9,7 +9,7 @@ rank that runs no program. The first Config.dms ranks are the DMSs.
 
 Rules: one process of the job prints a mistake, in one line, before any application starts: either the
 application (edm.py), which gets it from its pager, or a rank. The launcher's signals come to the
-rank, which passes them on (pager.py). So the application has a process group of its own.
+rank, which passes them on. So the application has a process group of its own.
 
 Every rank forks a child, with a socket pair between them, and sends it one message when MPI is initialised:
 the instance's number, if the child is an application; words to print, if the rank is a DMS. None comes if
@@ -22,6 +22,7 @@ when another rank has died. MPICH's launcher waits for the end of this process, 
 before the job ends.
 """
 
+import _thread
 import contextlib
 import ctypes
 import fcntl
@@ -39,6 +40,11 @@ from edm.address_space import socket_pair
 from edm.edm import PRINTING, Config, launched, tell
 from edm.messages import VERSION, DMSGone
 from edm.uffd_ctypes import PAGE_SIZE
+
+# What a launcher sends to a rank, which passes it on to the application. Every rank has these blocked.
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
+PASSED_ON = *ENDING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+TERM_TO_KILL = 3  # seconds from one that is to end the application until this is killed
 
 # <linux/pidfd.h>
 PIDFD_INFO = Struct("=Q52xi")  # mask, exit_code
@@ -111,9 +117,9 @@ def _run(config: Config, application: int, control: Any) -> None:
     from edm.limits import lift
 
     lift()
-    from edm.pager import PASSED_ON, SWITCH_INTERVAL, print_error  # not in the application
+    from edm.pager import SWITCH_INTERVAL, print_error  # not in the application
 
-    # In all of MPI's threads, see Pager.run.
+    # In MPI's threads, too.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *PASSED_ON)}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
@@ -137,6 +143,8 @@ def _run(config: Config, application: int, control: Any) -> None:
             _begin_with_all(comm, f"instance and DMS differ in {fields}: {of_each}")
         if comm.rank < dms:
             _serve_pages(comm, config, hosts[:dms], application, control)
+            for number in PASSED_ON:  # drop those that have come: a DMS has ended in order
+                signal.signal(number, signal.SIG_IGN)
             for number, handler in handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)  # None: a handler in C
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -163,7 +171,6 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
     """Be a DMS."""
     from edm.dms import DMS
     from edm.limits import explain
-    from edm.pager import PASSED_ON
 
     dms, wrong, path, here = None, None, config.disk, hosts[comm.rank]
     if path and here in hosts[: comm.rank]:
@@ -178,9 +185,6 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
         wrong = dms.start(offers)
     _begin_with_all(comm, wrong)
     control.send(f"the DMS of rank {comm.rank} on host {here} has died".encode())
-    for number in PASSED_ON:  # it goes on until all instances have ended
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)  # blocked, they stay pending
     try:
         dms.serve()
     finally:
@@ -192,7 +196,7 @@ def _page(comm: Any, dms: int, processes: list[Any], application: int, control: 
     """Be the pager of an instance. processes: of each rank, as (_pids_are_of(), pid). Returns the
     application's exit status, or 2 if the pager has failed."""
     from edm.mpi_client import MpiStore
-    from edm.pager import PASSED_ON, page_for
+    from edm.pager import page_for
 
     here, _ = processes[comm.rank]
     fds = [os.pidfd_open(pid) for there, pid in processes[:dms] if there == here]
@@ -202,10 +206,9 @@ def _page(comm: Any, dms: int, processes: list[Any], application: int, control: 
         return MpiStore(comm, dms, config.start_addr, config.end_addr, config.keep, fds)
 
     control.send(b"%d" % (comm.rank - dms))
-    for number in PASSED_ON:  # until Pager.run has its own handler, and if it never runs
-        signal.signal(number, lambda number, frame: os.killpg(application, number))
-    failed = page_for(control, open_store)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)  # the application may go on
+    ended_by: list[str] = []
+    _thread.start_new_thread(_pass_on, (application, ended_by))
+    failed = page_for(control, open_store, ended_by)
     if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])
@@ -214,6 +217,22 @@ def _page(comm: Any, dms: int, processes: list[Any], application: int, control: 
         log.logger("EDM CLIENT").error("the application was killed by %s", name)
         return 128 - status
     return failed or status
+
+
+def _pass_on(application: int, ended_by: list[str]) -> NoReturn:
+    """A thread: pass the launcher's signals on to the application. After one of ENDING, whose name ended_by gets,
+    the next of these kills it. After TERM_TO_KILL seconds this is SIGALRM."""
+    pidfd = os.pidfd_open(application)
+    while True:
+        number = signal.sigwait(PASSED_ON)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            if number in ENDING:
+                if ended_by:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    continue
+                ended_by.append(signal.Signals(number).name)
+                signal.alarm(TERM_TO_KILL)
+            os.killpg(application, number)  # its subprocesses too, as a terminal does
 
 
 def _begin_with_all(comm: Any, wrong: str | None, application: int = 0) -> None:
