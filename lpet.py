@@ -70,8 +70,6 @@ REST = 0.1  # seconds between two tries of what was refused
 # four pages.
 _SPAN = re.compile(rb"[\x80-\xff]+(?:[^\x80-\xff]{1,4}[\x80-\xff]+)*")
 
-Span = tuple[int, int]  # (begin, end) of pages, counted from the first one of a range
-
 
 class Lpet:
     def __init__(
@@ -127,10 +125,10 @@ class Lpet:
         leave = list(pages_in(runs(*claimed, HERE_RUN))) if self._info else []
         self._say("[LPET] sending eviction request for page in addr %#x", leave)
         spans, written = self._move_out(*claimed)  # 2, 3, 4
-        ranges = list(runs(*claimed, l.CLAIMED))
-        moved = self._moved(page, spans, written)  # then put has nothing to write, and can't fail
+        ranges, dirty = list(runs(*claimed, l.CLAIMED)), written.count(255)
+        moved = self._moved(spans, dirty)  # then put has nothing to write, and can't fail
         try:
-            self._store.put(ranges, [] if moved else self._content_of(page, written))  # 5
+            self._store.put(ranges, [] if moved else self._content_of(page, written, HERE_RUN))  # 5
         except OSError as error:
             self._put_back(claimed)
             self._refused(error, pages)
@@ -138,7 +136,6 @@ class Lpet:
         self._say("[Lpet] - received ack for eviction of page in address : %#x", leave)
         self._lspt.gone(claimed)  # 6
         self._wake(claimed)
-        dirty = written.count(255)
         self._lspt.figures[l.EVICTED_DIRTY] += dirty
         self._lspt.figures[l.EVICTED_CLEAN] += pages - dirty
         self._lspt.figures[l.SENT] += dirty * PAGE_SIZE
@@ -146,45 +143,44 @@ class Lpet:
             self._refused_since, self._most = float("inf"), min(2 * self._most, self._batch)
         return pages
 
-    def _move_out(self, page: int, before: bytes) -> tuple[list[Span], bytes]:
-        """Steps 2 to 4: the claimed pages are in the pipe, and nowhere else. Returns the spans of the range that
-        are in it, and what Pagemap.written returns."""
-        spans = [found.span() for found in _SPAN.finditer(before)]
-        self._fill_pipe(page, spans)
+    def _move_out(self, page: int, before: bytes) -> tuple[list[Bytes], bytes]:
+        """Steps 2 to 4: the claimed pages are in the pipe, and nowhere else. Returns what is in it, with the
+        place in _bytes for it, and what Pagemap.written returns."""
+        spans = self._content_of(page, before, _SPAN)
+        self._fill_pipe(spans)
         for first, count in runs(page, before, l.CLAIMED):
             punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE, WITH_GIL)
         return spans, self._pagemap.written(page, before.translate(l.NO_HOLES))
 
-    def _fill_pipe(self, first: int, spans: Iterable[Span]) -> None:
-        for begin, end in spans:
-            at, end_at = (first + begin) * PAGE_SIZE, (first + end) * PAGE_SIZE
-            while at < end_at:
-                at += os.splice(self._memfd, self._in, end_at - at, offset_src=at)
+    def _fill_pipe(self, spans: Iterable[Bytes]) -> None:
+        for first, content in spans:
+            at, end = first * PAGE_SIZE, first * PAGE_SIZE + len(content)
+            while at < end:
+                at += os.splice(self._memfd, self._in, end - at, offset_src=at)
 
-    def _empty_pipe(self, spans: Iterable[Span]) -> None:
-        parts = [self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE] for begin, end in spans]
+    def _empty_pipe(self, spans: Iterable[Bytes]) -> None:
+        parts = [content for _, content in spans]
         if os.readv(self._out, parts) < sum(map(len, parts)):
             raise RuntimeError("readv: the pipe has less than was put into it")
 
-    def _moved(self, first: int, spans: list[Span], written: bytes) -> bool:
-        """Step 5 for dirty neighbours: pipe → disk, without a copy. False if that is not possible: then the
-        bytes are in _bytes."""
-        begin, end = spans[0]
-        if self._store.takes_pipes and len(spans) == 1 and written.count(255) == end - begin:
-            content = self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE]
-            return self._store.put_from_pipe(self._out, first + begin, content)
+    def _moved(self, spans: list[Bytes], dirty: int) -> bool:
+        """Step 5 for neighbours that are all dirty: pipe → disk, without a copy. False if that is not possible:
+        then the bytes are in _bytes."""
+        (first, content), *others = spans
+        if self._store.takes_pipes and not others and len(content) == dirty * PAGE_SIZE:
+            return self._store.put_from_pipe(self._out, first, content)
         self._empty_pipe(spans)
         return False
 
-    def _content_of(self, first: int, which: bytes) -> list[Bytes]:
-        """The bytes of the pages that `which` says are HERE, or 255, in runs. first: the first page of the
-        range."""
-        found = runs(first, which, HERE_RUN)
-        return [(at, self._bytes[(at - first) * PAGE_SIZE :][: n * PAGE_SIZE]) for at, n in found]
+    def _content_of(self, page: int, states: bytes, which: re.Pattern[bytes]) -> list[Bytes]:
+        """The runs of pages whose states match, with the places in _bytes for their content. page: the first
+        page of the range, which has the first place."""
+        found = runs(page, states, which)
+        return [(at, self._bytes[(at - page) * PAGE_SIZE :][: n * PAGE_SIZE]) for at, n in found]
 
     def _put_back(self, claimed: Claimed) -> None:
         """The pages are HERE again. The page table has kept their uffd-wp bits: clean pages are still clean."""
-        for first, content in self._content_of(*claimed):
+        for first, content in self._content_of(*claimed, HERE_RUN):
             if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
                 raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
         self._stays(claimed)
@@ -368,7 +364,7 @@ class Lpet:
     def _store_run(self, claimed: Claimed, track_clean: bool) -> int:
         page, before = claimed
         written = self._pagemap.written(page, before.translate(l.NO_HOLES))
-        dirty = self._content_of(page, written)
+        dirty = self._content_of(page, written, HERE_RUN)
         try:
             for at, content in dirty:
                 if track_clean:

@@ -100,7 +100,6 @@ ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 #     Run        neighbours
 #     Claimed    neighbours, with the state that each had before one claim made it LEAVING; or OTHERS, PASSED
 #     Bytes      neighbours and their content (page_store.py)
-#     Span       neighbours, numbered from the first page of one eviction (lpet.py)
 #     bytes      a byte for each page, from some page on: its state; or 255 if the page is meant, else 0
 Run = tuple[int, int]  # first page, count
 Claimed = tuple[int, bytes]  # first page, a byte for each

@@ -32,16 +32,15 @@ MOMENT = 1e-3  # seconds: on a machine with much to do, the threads hardly run i
 
 
 class BytesFirst(Lpet):
-    def _moved(self, first, spans, written):
+    def _moved(self, spans, dirty):
         return False
 
     def _empty_pipe(self, spans):
         pass
 
-    def _fill_pipe(self, first, spans):
-        for begin, end in spans:
-            content = self._bytes[begin * PAGE_SIZE : end * PAGE_SIZE]
-            assert os.preadv(self._memfd, [content], (first + begin) * PAGE_SIZE) == len(content)
+    def _fill_pipe(self, spans):
+        for first, content in spans:
+            assert os.preadv(self._memfd, [content], first * PAGE_SIZE) == len(content)
         time.sleep(MOMENT)
 
 
