@@ -193,9 +193,8 @@ class DmHandler:
             os.sched_yield()
             if time.monotonic() > until:
                 break
-        for fd, _ in self._epoll.poll():
-            if fd == self._lspt.for_handler:
-                self._hear()
+        if (self._lspt.for_handler, select.EPOLLIN) in self._epoll.poll():
+            self._hear()
         return self._uffd.read_faults()
 
     def _serve_children(self) -> None:
@@ -317,23 +316,20 @@ class DmHandler:
         """Install these pages, which are COMING and were asked for. A page that can't be read becomes AWAY;
         or LOST, if it is `page`, the one that has faulted. before: see LSPT.arrived."""
         noted = self.came is not None and self._waited[FAULTS] < 0  # does a fault wait?
-        while True:
-            self._waited[STORE] -= noted and time.monotonic_ns()
-            try:
-                kind, got, source = self._store.take_get(asked)
-            except OSError as error:
-                kind, got, failed = None, 1, error
-            self._waited[STORE] += noted and time.monotonic_ns()
-            if kind:
-                self._install(pages[:got], source if kind == CONTENT else 0, write, before)
-            elif pages[0] == page:
-                self._lose(page, failed)
-            else:
-                self._lspt.not_coming(pages[:1])
-            if got == len(pages):
-                return
-            pages = pages[got:]
-            asked = self._ask(pages)
+        self._waited[STORE] -= noted and time.monotonic_ns()
+        try:
+            kind, got, source = self._store.take_get(asked)
+        except OSError as error:
+            kind, got, failed = None, 1, error
+        self._waited[STORE] += noted and time.monotonic_ns()
+        if kind:
+            self._install(pages[:got], source if kind == CONTENT else 0, write, before)
+        elif pages[0] == page:
+            self._lose(page, failed)
+        else:
+            self._lspt.not_coming(pages[:1])
+        if rest := pages[got:]:  # what the store could not return together
+            self._take(rest, self._ask(rest), page, write, before)
 
     def _install(self, pages: range, source: int, write: bool, before: int) -> None:
         """source: the address of their bytes; 0: they are zeros."""
