@@ -191,8 +191,8 @@ class Lpet:
             start, end = found[0][0], sum(found[-1])
             self._uffd.wake(self._start + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
 
-    def _stays(self, claimed: Claimed, generation: int | None = None) -> None:
-        self._lspt.stays(claimed, generation)
+    def _stays(self, claimed: Claimed, used: bool = False) -> None:
+        self._lspt.stays(claimed, used)
         self._wake(claimed)
 
     def _say(self, words: str, pages: Iterable[int]) -> None:
@@ -271,9 +271,8 @@ class Lpet:
         old = list(runs(page, states, HERE_RUN))
         idle = self._tracker.idle(old)
         used = runs_of([page for page in pages_in(old) if page not in idle])
-        generation = self._lspt.generation()
         for run in used:
-            self._stays(self._lspt.claim(*run, which), generation)
+            self._stays(self._lspt.claim(*run, which), used=True)
         self._mark_idle(used)
 
     def _evict_as_the_wiki_does(self, needed: int) -> int:

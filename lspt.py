@@ -309,15 +309,10 @@ class LSPT(ByteTable):
         """LEAVING → AWAY: the store has the pages' bytes, or they are zeros. Holes get the state before."""
         self._end(claimed, _here_becomes(AWAY + self.generation() % AWAYS))
 
-    def stays(self, claimed: Claimed, generation: int | None = None) -> None:
-        """LEAVING → the state before.
-
-        generation: the pages that were HERE were used recently, and get this generation.
-        """
-        same = bytes(range(256))
-        if generation is not None:
-            same = _here_becomes(HERE + generation % GENERATIONS)
-        self._end(claimed, same)
+    def stays(self, claimed: Claimed, used: bool = False) -> None:
+        """LEAVING → the state before. used: the pages that were HERE get the current generation."""
+        now = _here_becomes(HERE + self.generation() % GENERATIONS)
+        self._end(claimed, now if used else bytes(range(256)))
 
     def freed(self, claimed: Claimed) -> None:
         """LEAVING → NEW. The pages are in one part of the table, see used."""

@@ -185,7 +185,7 @@ class Pager:
             self._mailbox.interrupt()
             time.sleep(0.001)
         try:
-            self._end(while_running=False)
+            self._end()
         except OSError as error:
             reason = f"what the application wrote since the last sync is not on the disk: {error}"
             LOG.error("%s", reason)
@@ -350,26 +350,21 @@ class Pager:
 
     # ------------------------------------------------------------ what is kept and printed
 
-    def _sync(self, while_running: bool = True) -> int:
-        """Store everything and sync the store; how many pages were stored.
-
-        while_running: the application has not ended, and the other threads work on.
-        """
+    def _sync(self) -> int:
+        """Store everything and sync the store; how many pages were stored."""
+        pages = self._lpet.store(bool(self._clean_tracking))
         if not isinstance(self._failure, OSError | None):
             raise OSError(f"EDM has failed in the middle of its work: {self._failure}")
-        pages = self._lpet.store(bool(self._clean_tracking))
-        if while_running and self._lspt.stopped():  # other threads may have left pages half moved
-            raise OSError("the application has ended")
         self._store.sync()
         return pages
 
-    def _end(self, while_running: bool = True) -> None:
-        """Sync a kept disk, and print the table or write the report, once. while_running: see _sync."""
+    def _end(self) -> None:
+        """Sync a kept disk, and print the table or write the report, once."""
         began = time.monotonic()
         try:
             if self._store.kept:
-                pages = self._sync(while_running)
-                if not self._printed and (self._ended_by or not while_running):
+                pages = self._sync()
+                if not self._printed and (self._ended_by or self._lspt.stopped()):
                     why, took = (*self._ended_by, "end")[0], time.monotonic() - began
                     words = "%s: wrote %d pages back and synced the disk in %.1f s"
                     LOG.warning(words, why, pages, took)

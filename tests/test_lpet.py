@@ -163,6 +163,11 @@ class Instance:
     def here(self):
         return list(pages_in(self.lspt.runs_here()))
 
+    def make_of(self, generation, page, count):
+        """These pages came in this generation, or were used in it."""
+        for first, n in l.runs(page, self.lspt.state[page : page + count], l.HERE_RUN):
+            self.lspt.state[first : first + n] = bytes((HERE + generation % l.GENERATIONS,)) * n
+
     def states(self, first, count):
         return list(self.lspt.state[first : first + count])
 
@@ -561,8 +566,8 @@ def test_the_clock_goes_round(large):
 
 def test_old_pages_leave_before_younger_ones_wherever_the_hand_is(large):
     now = large.lspt.generation()
-    large.lspt.stays(large.lspt.claim(0, 1900), now)
-    large.lspt.stays(large.lspt.claim(1900, 100), now - AGE)
+    large.make_of(now, 0, 1900)
+    large.make_of(now - AGE, 1900, 100)
     large.lspt.low = 1900
     assert large.evict_once() == list(range(1900, 2000)), "those that came before"
     large.lspt.low = 1800
@@ -572,8 +577,8 @@ def test_old_pages_leave_before_younger_ones_wherever_the_hand_is(large):
 
 def test_pages_that_came_back_soon_leave_last(large):
     now = large.lspt.generation()
-    large.lspt.stays(large.lspt.claim(100, 1800), now + l.LONGER)
-    large.lspt.stays(large.lspt.claim(1900, 50), now)
+    large.make_of(now + l.LONGER, 100, 1800)
+    large.make_of(now, 1900, 50)
     large.lspt.low = 1850
     others = [*range(100), *range(1900, 2000)]
     assert {*large.evict_once()} <= {*others}, "of old ones and those of today there were enough"
@@ -610,7 +615,7 @@ def test_a_generation_in_which_the_clock_has_gone_round_has_no_old_pages_left(la
     now, ages = large.lspt.generation(), []
     older_than = large.lspt.older_than
     monkeypatch.setattr(large.lspt, "older_than", lambda age: ages.append(age) or older_than(age))
-    large.lspt.stays(large.lspt.claim(0, 1990), now)
+    large.make_of(now, 0, 1990)
     large.lspt.low = 1980
     assert {*range(1990, 2000)} <= {*large.evict_once()} and {*ages} == {AGE, 0}
     for later, expected in ((0, {0}), (1, {AGE})):
@@ -623,7 +628,7 @@ def test_a_generation_in_which_the_clock_has_gone_round_has_no_old_pages_left(la
 def test_neighbours_leave_together_and_younger_pages_between_them_stay(large):
     now = large.lspt.generation()
     for page in (5, 40):
-        large.lspt.stays(large.lspt.claim(page, 1), now)
+        large.make_of(now, page, 1)
     large.lspt.low = 1999 - 64
     assert large.evict_once() == [p for p in range(128) if p not in (5, 40)][:126]
     assert large.store.tries[0] == [(0, 5), (6, 34), (41, 23)]

@@ -374,7 +374,8 @@ def test_stays_makes_the_pages_as_they_were_or_as_if_they_had_come_now(make):
     before = lspt.state[:]
     lspt.stays(lspt.claim(0, 100))
     assert lspt.state[:] == before and lspt.figures[RESIDENT] == 2
-    lspt.stays(lspt.claim(0, 100), GENERATIONS + 9)
+    lspt.figures[FETCHED] = (GENERATIONS + 9) * lspt.quarter
+    lspt.stays(lspt.claim(0, 100), used=True)
     assert lspt.state[15:20] == bytes((NEW, HERE + 9, NEW, HERE + 9, NEW))
     assert lspt.figures[RESIDENT] == 2
 
