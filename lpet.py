@@ -251,18 +251,19 @@ class Lpet:
                 which = self._lspt.older_than(age)
                 if age > 0 and isinstance(self._tracker, BitmapTracker):
                     self._pass_used(*part, which)
-                gone += self._evict_all([part], which)
+                gone += self._evict(*part, which)
                 if gone >= needed or self._lspt.stopped():
                     return gone
             self._turned = now
         return gone
 
     def _parts(self, pages: Iterable[Run]) -> Iterator[Run]:
-        """These pages, as many at once as may be evicted together."""
+        """These pages, as many at once as may be evicted together. While the store refuses, the clean ones."""
         for page, count in pages:
             while count > 0:
                 most = self._batch if self._only_clean() else self._most
-                yield page, min(most, count)
+                part = page, min(most, count)
+                yield from self._clean(*part) if self._only_clean() else [part]
                 page, count = page + most, count - most
 
     def _pass_used(self, page: int, count: int, which: bytes) -> None:
@@ -276,10 +277,7 @@ class Lpet:
         self._mark_idle(used)
 
     def _evict_as_the_wiki_does(self, needed: int) -> int:
-        here: Iterable[Run] = self._lspt.runs_here()
-        if self._only_clean():
-            here = [clean for run in here for clean in self._clean(*run)]
-        if not (pages := list(pages_in(here))):
+        if not (pages := list(pages_in(self._parts(self._lspt.runs_here())))):
             return 0
         at = bisect.bisect_left(pages, self._hand)
         order = pages[at:] + pages[:at]
@@ -297,15 +295,7 @@ class Lpet:
         self._say("[LPET] checking if page in addr %#x is idle", asked)
         self._mark_idle(runs_of(sorted({*asked} - idle - {*chosen})))
         self._hand = chosen[-1] + 1
-        return self._evict_all(runs_of(sorted(chosen)), l.NO_HOLES)
-
-    def _evict_all(self, pages: Iterable[Run], which: bytes) -> int:
-        """_evict, part by part. While the store refuses, clean pages only."""
-        gone = 0
-        for part in self._parts(pages):
-            for run in self._clean(*part) if self._only_clean() else [part]:
-                gone += self._evict(*run, which)
-        return gone
+        return sum(self._evict(*part, l.NO_HOLES) for part in self._parts(runs_of(sorted(chosen))))
 
     def _clean(self, page: int, count: int) -> Iterator[Run]:
         """The runs of pages that are HERE and were clean a moment ago."""
@@ -337,7 +327,7 @@ class Lpet:
                 time.sleep(l.SETTLE)
             if self._lspt.stopped():
                 return
-            self._evict_all([(first, n)], l.ANY_HERE)
+            self._evict(first, n, l.ANY_HERE)
 
     # ------------------------------------------------------------ storing without evicting
 
@@ -348,7 +338,8 @@ class Lpet:
         Raises OSError if the store refuses a page, if the application ends meanwhile, or if LPET has ended in the
         midst of an eviction.
         """
-        pages, everything, self._most = 0, (0, self._lspt.pages), self._batch
+        pages, everything = 0, (0, self._lspt.pages)
+        self._again_at, self._most = 0.0, self._batch
         parts, had_ended = self._parts(self._lspt.used(*everything)), self._lspt.stopped()
         for claimed in self._lspt.claims(parts, l.NO_HOLES):
             pages += self._store_run(claimed, track_clean)
