@@ -123,13 +123,11 @@ class Config(SimpleNamespace):
     report: str | None = None
     log_level: str = "warning"
 
-    def __init__(
-        self, start_addr: int = start_addr, end_addr: int = end_addr, **settings: Any
-    ) -> None:
+    def __init__(self, start_addr: int = start_addr, end_addr: int = end_addr, **more: Any) -> None:
         super().__init__(**{name: getattr(Config, name) for name in Config.__annotations__})
-        if unknown := settings.keys() - vars(self).keys():
+        if unknown := more.keys() - vars(self).keys():
             raise TypeError(f"Config: there is no setting {', '.join(unknown)}")
-        vars(self).update(settings, start_addr=start_addr, end_addr=end_addr)
+        vars(self).update(more, start_addr=start_addr, end_addr=end_addr)
         for name, kind in Config.__annotations__.items():
             if (value := vars(self)[name]) is not None or "None" not in kind:
                 try:
@@ -235,11 +233,7 @@ def start(config: Config | None = None) -> Space:
 
     Raises as run. Under an MPI launcher, this does not return in a DMS.
     """
-    if (started := _begin(config or Config(), lasts=True)) is None:  # this rank was a DMS
-        from edm import rank
-
-        rank.end(0)
-    return started
+    return _begin(config or Config(), lasts=True)
 
 
 def _begin(config: Config, lasts: bool = False) -> Space | None:
@@ -266,6 +260,8 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
 
                 log.start(config.log_level)
                 connected = rank.fork_application(config)
+                if lasts and connected is None:  # this rank was a DMS
+                    rank.end(0)
             else:
                 connected = spawn_pager(), number  # several ranks may have files of one name
             _space = Space(config, *connected, lasts) if connected else None
