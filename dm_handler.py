@@ -328,8 +328,8 @@ class DmHandler:
             self._lose(page, failed)
         else:
             self._lspt.not_coming(pages[:1])
-        if rest := pages[got:]:  # what the store could not return together
-            self._take(rest, self._ask(rest), page, write, before)
+        if got < len(pages):  # the store could not return all together
+            self._take(pages[got:], self._ask(pages[got:]), page, write, before)
 
     def _install(self, pages: range, source: int, write: bool, before: int) -> None:
         """source: the address of their bytes; 0: they are zeros."""

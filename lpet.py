@@ -119,13 +119,13 @@ class Lpet:
         The steps are explained at the top. count: at most PAGES_AT_ONCE.
         """
         self._lspt.pins.drop_ended(page, count)
-        claimed = self._lspt.claim(page, count, which)  # 1
-        if not (pages := claimed[1].translate(l.NO_HOLES).count(255)):
+        claimed = _, before, ranges = self._lspt.claim(page, count, which)  # 1
+        if not ranges:
             return 0
-        leave = list(pages_in(runs(*claimed, HERE_RUN))) if self._info else []
+        leave = list(pages_in(runs(page, before, HERE_RUN))) if self._info else []
         self._say("[LPET] sending eviction request for page in addr %#x", leave)
         spans, written = self._move_out(*claimed)  # 2, 3, 4
-        ranges, dirty = list(runs(*claimed, l.CLAIMED)), written.count(255)
+        pages, dirty = before.translate(l.NO_HOLES).count(255), written.count(255)
         moved = self._moved(spans, dirty)  # then put has nothing to write, and can't fail
         try:
             self._store.put(ranges, [] if moved else self._content_of(page, written, HERE_RUN))  # 5
@@ -143,12 +143,12 @@ class Lpet:
             self._refused_since, self._most = float("inf"), min(2 * self._most, self._batch)
         return pages
 
-    def _move_out(self, page: int, before: bytes) -> tuple[list[Bytes], bytes]:
+    def _move_out(self, page: int, before: bytes, ranges: list[Run]) -> tuple[list[Bytes], bytes]:
         """Steps 2 to 4: the claimed pages are in the pipe, and nowhere else. Returns what is in it, with the
         place in _bytes for it, and what Pagemap.written returns."""
         spans = self._content_of(page, before, _SPAN)
         self._fill_pipe(spans)
-        for first, count in runs(page, before, l.CLAIMED):
+        for first, count in ranges:
             punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE, WITH_GIL)
         return spans, self._pagemap.written(page, before.translate(l.NO_HOLES))
 
@@ -180,15 +180,15 @@ class Lpet:
 
     def _put_back(self, claimed: Claimed) -> None:
         """The pages are HERE again. The page table has kept their uffd-wp bits: clean pages are still clean."""
-        for first, content in self._content_of(*claimed, HERE_RUN):
+        for first, content in self._content_of(*claimed[:2], HERE_RUN):
             if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
                 raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
         self._stays(claimed)
 
     def _wake(self, claimed: Claimed) -> None:
         """Let the faults of these pages, and of those between them, be tried again."""
-        if found := list(runs(*claimed, l.CLAIMED)):
-            start, end = found[0][0], sum(found[-1])
+        if ranges := claimed[2]:
+            start, end = ranges[0][0], sum(ranges[-1])
             self._uffd.wake(self._start + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
 
     def _stays(self, claimed: Claimed, used: bool = False) -> None:
@@ -352,7 +352,7 @@ class Lpet:
         return pages
 
     def _store_run(self, claimed: Claimed, track_clean: bool) -> int:
-        page, before = claimed
+        page, before, _ = claimed
         written = self._pagemap.written(page, before.translate(l.NO_HOLES))
         dirty = self._content_of(page, written, HERE_RUN)
         try:

@@ -88,7 +88,7 @@ _RUN = re.compile(rb"\xff(?:[\x01\xff]*\xff)?")  # claimed pages, and the holes 
 # In Claimed, a page that the claim leaves as it is: another thread has it, or the table does not select it.
 OTHERS, PASSED = 68, 69
 _AS_IT_IS = bytes(OTHERS if byte in (COMING, LEAVING) else PASSED for byte in range(256))
-CLAIMED, OTHERS_RUN = re.compile(rb"[^\x44\x45]+"), re.compile(rb"\x44+")
+OTHERS_RUN = re.compile(rb"\x44+")
 # The next pages that are NEW, or AWAY, behind pages that are HERE.
 _NEW_RUN, _AWAY_RUN = (re.compile(rb"[\x80-\xff]*([%b]+)" % some) for some in (b"\0", b"\1-\x40"))
 HERE_RUN, LOST_RUN = re.compile(rb"[\x80-\xff]+"), re.compile(rb"\x41+")
@@ -98,11 +98,12 @@ ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 # How several pages are written, in all modules. Neighbours have numbers that follow each other.
 #     range      Python's: pages at equal distances, in the order of need
 #     Run        neighbours
-#     Claimed    neighbours, with the state that each had before one claim made it LEAVING; or OTHERS, PASSED
+#     Claimed    neighbours, with the state that each had before one claim made it LEAVING, or OTHERS, PASSED;
+#                and the runs of those that it did make LEAVING
 #     Bytes      neighbours and their content (page_store.py)
 #     bytes      a byte for each page, from some page on: its state; or 255 if the page is meant, else 0
 Run = tuple[int, int]  # first page, count
-Claimed = tuple[int, bytes]  # first page, a byte for each
+Claimed = tuple[int, bytes, list[Run]]  # first page, a byte for each; the runs
 
 # Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own. ROOM_WANTED:
 # when the DM-Handler began to wait for room (nanoseconds of the clock), NEVER if only advice wants some; or 0.
@@ -286,10 +287,12 @@ class LSPT(ByteTable):
             chosen, before = states.translate(which), bytearray(states.translate(_AS_IT_IS))
             if pins:
                 chosen = self.pins.without(page, chosen)
-            for at, many in runs(0, chosen, _RUN):
-                before[at : at + many] = states[at : at + many]
-                self.state[page + at : page + at + many] = bytes((LEAVING,)) * many
-        return page, bytes(before)
+            claimed = list(runs(page, chosen, _RUN))
+            for first, many in claimed:
+                at, end = first - page, first - page + many
+                before[at:end] = states[at:end]
+                self.state[first : first + many] = bytes((LEAVING,)) * many
+        return page, bytes(before), claimed
 
     def claims(self, parts: Iterable[Run], which: bytes) -> Iterator[Claimed]:
         """claim of each part in turn, also of pinned pages. Then the same with the pages that other threads had,
@@ -298,8 +301,8 @@ class LSPT(ByteTable):
         while parts:
             later: list[Run] = []
             for part in parts:
-                claimed = self.claim(*part, which, pins=False)
-                later += runs(*claimed, OTHERS_RUN)
+                claimed = page, before, _ = self.claim(*part, which, pins=False)
+                later += runs(page, before, OTHERS_RUN)
                 yield claimed
             parts = [] if self.stopped() else later
             if parts:
@@ -324,10 +327,11 @@ class LSPT(ByteTable):
 
     def _end(self, claimed: Claimed, becomes: bytes) -> None:
         """LEAVING → the state before, translated by this table."""
-        page, before = claimed
+        page, before, ranges = claimed
+        after = before.translate(becomes)
         with self.lock:
-            for at, many in runs(0, before, CLAIMED):
-                self.state[page + at : page + at + many] = before[at : at + many].translate(becomes)
+            for first, many in ranges:
+                self.state[first : first + many] = after[first - page : first - page + many]
             if becomes[HERE] < HERE:
                 self._room(before.translate(NO_HOLES).count(255), not self._plain)
 

@@ -16,7 +16,6 @@ from edm.lspt import (
     ANY_HERE,
     AWAY,
     AWAYS,
-    CLAIMED,
     COMING,
     FETCHED,
     GENERATIONS,
@@ -85,8 +84,11 @@ def evict(lspt, first, count=1):
 
 def taken(*claims):
     """(first page, states before) of each run of pages that were claimed."""
-    found = [(page, run) for page, before in claims for run in CLAIMED.finditer(before)]
-    return [(page + run.start(), run[0]) for page, run in found]
+    return [
+        (first, before[first - page :][:count])
+        for page, before, ranges in claims
+        for first, count in ranges
+    ]
 
 
 def held(claimed):
@@ -96,7 +98,7 @@ def held(claimed):
 
 def others(*claims):
     """The runs of pages that other threads had."""
-    return [run for claimed in claims for run in runs(*claimed, OTHERS_RUN)]
+    return [run for page, before, _ in claims for run in runs(page, before, OTHERS_RUN)]
 
 
 def freeing(lspt, page, count):
@@ -785,10 +787,10 @@ TRANSITIONS = {
     "expect_more": lambda lspt: lspt.expect_more(range(49, 52), NEW),
     "not_coming": lambda lspt: lspt.not_coming(range(20, 21)),
     "claim": lambda lspt: lspt.claim(0, 10),
-    "gone": lambda lspt: lspt.gone((30, bytes((HERE,)))),
-    "stays": lambda lspt: lspt.stays((30, bytes((HERE,)))),
+    "gone": lambda lspt: lspt.gone((30, bytes((HERE,)), [(30, 1)])),
+    "stays": lambda lspt: lspt.stays((30, bytes((HERE,)), [(30, 1)])),
     "freeing": lambda lspt: freeing(lspt, 0, 100),
-    "freed": lambda lspt: lspt.freed((30, bytes((HERE,)))),
+    "freed": lambda lspt: lspt.freed((30, bytes((HERE,)), [(30, 1)])),
     "found_on_disk": lambda lspt: lspt.found_on_disk(60, 2),
 }
 
@@ -832,7 +834,8 @@ class Actor:
 
     def here(self):
         """How many LEAVING pages in these hands were here."""
-        return sum(state >= HERE for _, before in (*self.left, *self.freeing) for state in before)
+        claims = *self.left, *self.freeing
+        return sum(state >= HERE for _, before, _ in claims for state in before)
 
     def step(self):
         self.dice.choice((self.expect, self.end_coming, self.leave, self.end_left, self.free))()

@@ -45,10 +45,10 @@ class BytesFirst(Lpet):
 
 
 class MarksFirst(Lpet):
-    def _move_out(self, page, before):
+    def _move_out(self, page, before, ranges):
         written = self._pagemap.written(page, before.translate(NO_HOLES))
         time.sleep(MOMENT)
-        spans, _ = super()._move_out(page, before)
+        spans, _ = super()._move_out(page, before, ranges)
         return spans, written
 
 
