@@ -277,8 +277,7 @@ class Pager:
         self._control.shutdown(_socket.SHUT_RD)  # a child that is forked now gets no memory
         self._hear_children()
         os.ftruncate(self._memfd, 0)
-        length = self._config.end_addr - self._config.start_addr
-        self._handler.children.let_go(self._config.start_addr, length)
+        self._handler.children.let_go(self._config.start_addr, self._lspt.pages * PAGE_SIZE)
 
     # ------------------------------------------------------------ the application's calls
 

@@ -121,8 +121,7 @@ def _run(config: Config, application: int, control: Any) -> None:
 
     # In MPI's threads, too.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *PASSED_ON)}
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
+    of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
     try:
         from mpi4py import MPI  # this initialises MPI: not before the fork
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no library
@@ -143,10 +142,9 @@ def _run(config: Config, application: int, control: Any) -> None:
             _begin_with_all(comm, f"instance and DMS differ in {fields}: {of_each}")
         if comm.rank < dms:
             _serve_pages(comm, config, hosts[:dms], application, control)
-            for number in PASSED_ON:  # drop those that have come: a DMS has ended in order
-                signal.signal(number, signal.SIG_IGN)
-            for number, handler in handlers.items():
-                signal.signal(number, handler or signal.SIG_DFL)  # None: a handler in C
+            while signal.sigtimedwait(PASSED_ON, 0):
+                pass  # what has come is not for the program: the DMS has gone on to the end
+            signal.signal(signal.SIGCHLD, of_children or signal.SIG_DFL)  # None: a handler in C
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return
         status = _page(comm, dms, processes, application, control)
