@@ -119,16 +119,17 @@ class Lpet:
         The steps are explained at the top. count: at most PAGES_AT_ONCE.
         """
         self._lspt.pins.drop_ended(page, count)
-        claimed = _, before, ranges = self._lspt.claim(page, count, which)  # 1
-        if not ranges:
+        claimed = self._lspt.claim(page, count, which)  # 1
+        if not claimed.leaving:
             return 0
-        leave = list(pages_in(runs(page, before, HERE_RUN))) if self._info else []
+        leave = list(pages_in(runs(page, claimed.chosen, HERE_RUN))) if self._info else []
         self._say("[LPET] sending eviction request for page in addr %#x", leave)
-        spans, written = self._move_out(*claimed)  # 2, 3, 4
-        pages, dirty = before.translate(l.NO_HOLES).count(255), written.count(255)
+        spans, written = self._move_out(claimed)  # 2, 3, 4
+        pages, dirty = claimed.chosen.count(255), written.count(255)
         moved = self._moved(spans, dirty)  # then put has nothing to write, and can't fail
         try:
-            self._store.put(ranges, [] if moved else self._content_of(page, written, HERE_RUN))  # 5
+            content = [] if moved else self._content_of(page, written, HERE_RUN)
+            self._store.put(claimed.leaving, content)  # 5
         except OSError as error:
             self._put_back(claimed)
             self._refused(error, pages)
@@ -143,14 +144,14 @@ class Lpet:
             self._refused_since, self._most = float("inf"), min(2 * self._most, self._batch)
         return pages
 
-    def _move_out(self, page: int, before: bytes, ranges: list[Run]) -> tuple[list[Bytes], bytes]:
+    def _move_out(self, claimed: Claimed) -> tuple[list[Bytes], bytes]:
         """Steps 2 to 4: the claimed pages are in the pipe, and nowhere else. Returns what is in it, with the
         place in _bytes for it, and what Pagemap.written returns."""
-        spans = self._content_of(page, before, _SPAN)
+        spans = self._content_of(claimed.page, claimed.chosen, _SPAN)
         self._fill_pipe(spans)
-        for first, count in ranges:
+        for first, count in claimed.leaving:
             punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE, WITH_GIL)
-        return spans, self._pagemap.written(page, before.translate(l.NO_HOLES))
+        return spans, self._pagemap.written(claimed.page, claimed.chosen)
 
     def _fill_pipe(self, spans: Iterable[Bytes]) -> None:
         for first, content in spans:
@@ -172,23 +173,23 @@ class Lpet:
         self._empty_pipe(spans)
         return False
 
-    def _content_of(self, page: int, states: bytes, which: re.Pattern[bytes]) -> list[Bytes]:
-        """The runs of pages whose states match, with the places in _bytes for their content. page: the first
+    def _content_of(self, page: int, chosen: bytes, which: re.Pattern[bytes]) -> list[Bytes]:
+        """The runs of pages whose bytes match, with the places in _bytes for their content. page: the first
         page of the range, which has the first place."""
-        found = runs(page, states, which)
+        found = runs(page, chosen, which)
         return [(at, self._bytes[(at - page) * PAGE_SIZE :][: n * PAGE_SIZE]) for at, n in found]
 
     def _put_back(self, claimed: Claimed) -> None:
         """The pages are HERE again. The page table has kept their uffd-wp bits: clean pages are still clean."""
-        for first, content in self._content_of(*claimed[:2], HERE_RUN):
+        for first, content in self._content_of(claimed.page, claimed.chosen, HERE_RUN):
             if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
                 raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
         self._stays(claimed)
 
     def _wake(self, claimed: Claimed) -> None:
         """Let the faults of these pages, and of those between them, be tried again."""
-        if ranges := claimed[2]:
-            start, end = ranges[0][0], sum(ranges[-1])
+        if claimed.leaving:
+            start, end = claimed.leaving[0][0], sum(claimed.leaving[-1])
             self._uffd.wake(self._start + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
 
     def _stays(self, claimed: Claimed, used: bool = False) -> None:
@@ -311,7 +312,7 @@ class Lpet:
         """UnmapTracker's mark_idle: take pages out of the page table, but leave them in the memfd."""
         for page, count in self._parts(pages):
             claimed = self._lspt.claim(page, count, l.NO_HOLES)
-            spans, _ = self._move_out(*claimed)
+            spans, _ = self._move_out(claimed)
             self._empty_pipe(spans)
             self._put_back(claimed)
 
@@ -352,9 +353,8 @@ class Lpet:
         return pages
 
     def _store_run(self, claimed: Claimed, track_clean: bool) -> int:
-        page, before, _ = claimed
-        written = self._pagemap.written(page, before.translate(l.NO_HOLES))
-        dirty = self._content_of(page, written, HERE_RUN)
+        written = self._pagemap.written(claimed.page, claimed.chosen)
+        dirty = self._content_of(claimed.page, written, HERE_RUN)
         try:
             for at, content in dirty:
                 if track_clean:

@@ -59,6 +59,7 @@ import mmap
 import os
 import re
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 
 from edm.pins import Pins
@@ -85,25 +86,24 @@ NO_HOLES = bytes(255 if byte >= HERE else 0 for byte in range(256))
 SETTLED = bytes(0 if byte in (COMING, LEAVING) else 255 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
 _RUN = re.compile(rb"\xff(?:[\x01\xff]*\xff)?")  # claimed pages, and the holes between them
-# In Claimed, a page that the claim leaves as it is: another thread has it, or the table does not select it.
-OTHERS, PASSED = 68, 69
-_AS_IT_IS = bytes(OTHERS if byte in (COMING, LEAVING) else PASSED for byte in range(256))
-OTHERS_RUN = re.compile(rb"\x44+")
 # The next pages that are NEW, or AWAY, behind pages that are HERE.
 _NEW_RUN, _AWAY_RUN = (re.compile(rb"[\x80-\xff]*([%b]+)" % some) for some in (b"\0", b"\1-\x40"))
 HERE_RUN, LOST_RUN = re.compile(rb"[\x80-\xff]+"), re.compile(rb"\x41+")
+UNSETTLED = re.compile(rb"[\x42\x43]+")
 # For bytes.translate: without the generations of pages that are AWAY.
 ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 
 # How several pages are written, in all modules. Neighbours have numbers that follow each other.
 #     range      Python's: pages at equal distances, in the order of need
 #     Run        neighbours
-#     Claimed    neighbours, with the state that each had before one claim made it LEAVING, or OTHERS, PASSED;
-#                and the runs of those that it did make LEAVING
+#     Claimed    neighbours: what each was before a claim, which were to be claimed, and which are LEAVING now
 #     Bytes      neighbours and their content (page_store.py)
 #     bytes      a byte for each page, from some page on: its state; or 255 if the page is meant, else 0
 Run = tuple[int, int]  # first page, count
-Claimed = tuple[int, bytes, list[Run]]  # first page, a byte for each; the runs
+
+# page: the first of the neighbours. before: the state of each. chosen: 255 for each page that was to be
+# claimed, less for holes and others. leaving: the runs of what is LEAVING now.
+Claimed = namedtuple("Claimed", "page before chosen leaving")
 
 # Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own. ROOM_WANTED:
 # when the DM-Handler began to wait for room (nanoseconds of the clock), NEVER if only advice wants some; or 0.
@@ -284,15 +284,13 @@ class LSPT(ByteTable):
         pins: except pinned pages."""
         with self.lock:
             states = self.state[page : page + count]
-            chosen, before = states.translate(which), bytearray(states.translate(_AS_IT_IS))
+            chosen = states.translate(which)
             if pins:
                 chosen = self.pins.without(page, chosen)
-            claimed = list(runs(page, chosen, _RUN))
-            for first, many in claimed:
-                at, end = first - page, first - page + many
-                before[at:end] = states[at:end]
+            leaving = list(runs(page, chosen, _RUN))
+            for first, many in leaving:
                 self.state[first : first + many] = bytes((LEAVING,)) * many
-        return page, bytes(before), claimed
+        return Claimed(page, states, chosen, leaving)
 
     def claims(self, parts: Iterable[Run], which: bytes) -> Iterator[Claimed]:
         """claim of each part in turn, also of pinned pages. Then the same with the pages that other threads had,
@@ -301,8 +299,8 @@ class LSPT(ByteTable):
         while parts:
             later: list[Run] = []
             for part in parts:
-                claimed = page, before, _ = self.claim(*part, which, pins=False)
-                later += runs(page, before, OTHERS_RUN)
+                claimed = self.claim(*part, which, pins=False)
+                later += runs(claimed.page, claimed.before, UNSETTLED)
                 yield claimed
             parts = [] if self.stopped() else later
             if parts:
@@ -320,20 +318,19 @@ class LSPT(ByteTable):
     def freed(self, claimed: Claimed) -> None:
         """LEAVING → NEW. The pages are in one part of the table, see used."""
         self._end(claimed, bytes(256))
-        part = claimed[0] // PART
+        part = claimed.page // PART
         with self.lock:
             if not self.state[part * PART : (part + 1) * PART].strip(b"\0"):
                 self._used[part] = 0  # or LPET would look there at every turn
 
     def _end(self, claimed: Claimed, becomes: bytes) -> None:
         """LEAVING → the state before, translated by this table."""
-        page, before, ranges = claimed
-        after = before.translate(becomes)
         with self.lock:
-            for first, many in ranges:
-                self.state[first : first + many] = after[first - page : first - page + many]
-            if becomes[HERE] < HERE:
-                self._room(before.translate(NO_HOLES).count(255), not self._plain)
+            for first, many in claimed.leaving:
+                before = claimed.before[first - claimed.page :][:many]
+                self.state[first : first + many] = before.translate(becomes)
+                if becomes[HERE] < HERE:
+                    self._room(before.translate(NO_HOLES).count(255), not self._plain)
 
     def _room(self, pages: int, tell: bool) -> None:
         """So many pages fewer are here. tell: wake the DM-Handler, if it wants room and there is some."""

@@ -59,7 +59,7 @@ class Pagemap:
 
     def written(self, page: int, here: bytes) -> bytes:
         """For each page, from `page` on: 255 if its byte in `here` is 255, and it was written since it got
-        the uffd-wp bit; else 0.
+        the uffd-wp bit; else less.
 
         The bit (57) of shared memory stays in the page table when the page has gone. A page without it
         counts as written: so do all, once the process has ended.

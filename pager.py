@@ -336,11 +336,11 @@ class Pager:
 
     def _free(self, claimed: l.Claimed) -> None:
         """Make the pages that were claimed NEW, here and in the store."""
-        start, (page, before, ranges) = self._config.start_addr, claimed
+        start, page, before = self._config.start_addr, claimed.page, claimed.before
         try:
             for first, count in l.runs(page, before, l.LOST_RUN):  # its poison goes
                 self._uffd.zeropage(start + first * PAGE_SIZE, count * PAGE_SIZE)
-            for first, count in ranges:
+            for first, count in claimed.leaving:
                 self._store.free(first, count)
                 u.punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE)
         finally:  # after an error the job ends, and no page may stay LEAVING

@@ -28,7 +28,6 @@ from edm.lspt import (
     NEW,
     NO_HOLES,
     ONE_AWAY,
-    OTHERS_RUN,
     PART,
     PEAK,
     QUARTERS,
@@ -37,6 +36,8 @@ from edm.lspt import (
     SETTLED,
     SMALL,
     SOON,
+    UNSETTLED,
+    Claimed,
     runs,
     runs_of,
 )
@@ -85,9 +86,9 @@ def evict(lspt, first, count=1):
 def taken(*claims):
     """(first page, states before) of each run of pages that were claimed."""
     return [
-        (first, before[first - page :][:count])
-        for page, before, ranges in claims
-        for first, count in ranges
+        (first, claimed.before[first - claimed.page :][:count])
+        for claimed in claims
+        for first, count in claimed.leaving
     ]
 
 
@@ -98,7 +99,7 @@ def held(claimed):
 
 def others(*claims):
     """The runs of pages that other threads had."""
-    return [run for page, before, _ in claims for run in runs(page, before, OTHERS_RUN)]
+    return [run for each in claims for run in runs(each.page, each.before, UNSETTLED)]
 
 
 def freeing(lspt, page, count):
@@ -429,7 +430,7 @@ def test_pages_in_other_hands_are_claimed_when_these_have_let_go(make, start, wh
 
     def claim():
         for claimed in lspt.claims([(8, 8), (16, 8)], which):
-            part = claimed[0], len(claimed[1])
+            part = claimed.page, len(claimed.before)
             found.append((part, [page for page, state in held(claimed) if state >= HERE]))
             lspt.freed(claimed)
 
@@ -453,7 +454,7 @@ def test_after_stop_pages_in_other_hands_are_claimed_no_more_and_all_others_are(
     theirs = lspt.claim(10, 1)
     lspt.stop()
     for claimed in lspt.claims([(8, 8), (16, 8)], NO_HOLES):
-        first = claimed[0] == 8
+        first = claimed.page == 8
         assert held(claimed) == ([(page, HERE) for page in (11, 12, 13)] if first else [])
         lspt.stays(claimed)
     lspt.stays(theirs)
@@ -782,15 +783,16 @@ def test_what_a_forked_process_does_is_seen_here(make, fork):
     assert lspt.state[2 * PART] == AWAY + lspt.generation()
 
 
+PAGE_30 = Claimed(30, bytes((HERE,)), b"\xff", [(30, 1)])
 TRANSITIONS = {
     "expect": lambda lspt: lspt.expect(50),
     "expect_more": lambda lspt: lspt.expect_more(range(49, 52), NEW),
     "not_coming": lambda lspt: lspt.not_coming(range(20, 21)),
     "claim": lambda lspt: lspt.claim(0, 10),
-    "gone": lambda lspt: lspt.gone((30, bytes((HERE,)), [(30, 1)])),
-    "stays": lambda lspt: lspt.stays((30, bytes((HERE,)), [(30, 1)])),
+    "gone": lambda lspt: lspt.gone(PAGE_30),
+    "stays": lambda lspt: lspt.stays(PAGE_30),
     "freeing": lambda lspt: freeing(lspt, 0, 100),
-    "freed": lambda lspt: lspt.freed((30, bytes((HERE,)), [(30, 1)])),
+    "freed": lambda lspt: lspt.freed(PAGE_30),
     "found_on_disk": lambda lspt: lspt.found_on_disk(60, 2),
 }
 
@@ -835,7 +837,7 @@ class Actor:
     def here(self):
         """How many LEAVING pages in these hands were here."""
         claims = *self.left, *self.freeing
-        return sum(state >= HERE for _, before, _ in claims for state in before)
+        return sum(state >= HERE for claimed in claims for _, state in held(claimed))
 
     def step(self):
         self.dice.choice((self.expect, self.end_coming, self.leave, self.end_left, self.free))()

@@ -309,7 +309,7 @@ def leaving(lspt, page, count):
     """Which pages LPET takes; they stay, after all."""
     left = lspt.claim(page, count)
     lspt.stays(left)
-    return left[2]
+    return left.leaving
 
 
 def pages_of(runs):
@@ -351,7 +351,7 @@ def test_lpet_passes_pages_that_are_pinned_and_nobody_else_does(lspt):
     assert leaving(lspt, 90, 30) == [(90, 10), (110, 10)]
     assert leaving(lspt, 105, 10) == [(110, 5)]
     assert leaving(lspt, 102, 3) == []
-    assert lspt.claim(90, 30, ANY_HERE, pins=False)[2] == [(90, 30)]
+    assert lspt.claim(90, 30, ANY_HERE, pins=False).leaving == [(90, 30)]
 
 
 def test_a_pin_may_have_pages_that_are_no_neighbours_and_all_end_together(lspt):

@@ -15,7 +15,6 @@ import time
 from edm import address_space, lpet, pager
 from edm.edm import Config
 from edm.lpet import Lpet
-from edm.lspt import NO_HOLES
 from edm.page_store import PageStore
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -45,10 +44,10 @@ class BytesFirst(Lpet):
 
 
 class MarksFirst(Lpet):
-    def _move_out(self, page, before, ranges):
-        written = self._pagemap.written(page, before.translate(NO_HOLES))
+    def _move_out(self, claimed):
+        written = self._pagemap.written(claimed.page, claimed.chosen)
         time.sleep(MOMENT)
-        spans, _ = super()._move_out(page, before, ranges)
+        spans, _ = super()._move_out(claimed)
         return spans, written
 
 
