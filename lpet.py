@@ -339,17 +339,17 @@ class Lpet:
         Raises OSError if the store refuses a page, if the application ends meanwhile, or if LPET has ended in the
         midst of an eviction.
         """
-        pages, everything = 0, (0, self._lspt.pages)
+        pages, had_ended = 0, self._lspt.stopped()
         self._again_at, self._most = 0.0, self._batch
-        parts, had_ended = self._parts(self._lspt.used(*everything)), self._lspt.stopped()
+        parts = self._parts(self._lspt.used(0, self._lspt.pages))
         for claimed in self._lspt.claims(parts, l.NO_HOLES):
             pages += self._store_run(claimed, track_clean)
-            if self._lspt.stopped() and not had_ended:
-                raise OSError(errno.EIO, "the application has ended")
-        if self._lspt.stopped():  # what is COMING has not come
-            for page, count in self._lspt.used(*everything):
-                if l.LEAVING in self._lspt.state[page : page + count]:
-                    raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
+            if had_ended and l.LEAVING in claimed.before:  # what is COMING has not come
+                raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
+            if self._lspt.stopped() != had_ended:
+                break
+        if self._lspt.stopped() != had_ended:  # and claims has not waited for what others have
+            raise OSError(errno.EIO, "the application has ended")
         return pages
 
     def _store_run(self, claimed: Claimed, track_clean: bool) -> int:

@@ -172,10 +172,8 @@ def choose_tracker(wanted: str) -> str:
     """
     missing = bitmap_missing() if wanted != "unmap" else ""
     if wanted == "bitmap" and missing:
-        raise ValueError(
-            f"idle_tracker: the bitmap can't be used here ({missing}); "
-            "take --idle-tracker unmap, which needs no root and no kernel option"
-        )
+        other = "take --idle-tracker unmap, which needs no root and no kernel option"
+        raise ValueError(f"idle_tracker: the bitmap can't be used here ({missing}); {other}")
     name = "unmap" if missing or wanted == "unmap" else "bitmap"
     if why := unmap_missing():
         raise ValueError(f"pages can't be written back into memory here: {why}")
