@@ -99,7 +99,7 @@ class Pager:
         self._title = f"EDM, INSTANCE_{hello.instance}: {shlex.join(hello.command)}"
         self._tracker = choose_tracker(config.idle_tracker)
         self._control = control  # for forked children
-        self._ended_by = hello.ended_by  # gets the names of signals
+        self._ended_by = hello.ended_by  # the names of signals, see page_for
         self._process = os.pidfd_open(self._application)  # readable when it has ended
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # CLOSE adds 1, and so does the end of run
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
@@ -338,7 +338,8 @@ class Pager:
         """Make the pages that were claimed NEW, here and in the store."""
         start, page, before = self._config.start_addr, claimed.page, claimed.before
         try:
-            for first, count in l.runs(page, before, l.LOST_RUN):  # its poison goes
+            # The poison in the page table goes when a page comes.
+            for first, count in l.runs(page, before, l.LOST_RUN):
                 self._uffd.zeropage(start + first * PAGE_SIZE, count * PAGE_SIZE)
             for first, count in claimed.leaving:
                 self._store.free(first, count)
@@ -351,9 +352,9 @@ class Pager:
 
     def _sync(self) -> int:
         """Store everything and sync the store; how many pages were stored."""
-        pages = self._lpet.store(bool(self._clean_tracking))
         if not isinstance(self._failure, OSError | None):
             raise OSError(f"EDM has failed in the middle of its work: {self._failure}")
+        pages = self._lpet.store(bool(self._clean_tracking))
         self._store.sync()
         return pages
 

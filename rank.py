@@ -205,7 +205,7 @@ def _page(comm: Any, dms: int, processes: list[Any], application: int, control: 
 
     control.send(b"%d" % (comm.rank - dms))
     ended_by: list[str] = []
-    _thread.start_new_thread(_pass_on, (application, ended_by))
+    _thread.start_new_thread(_pass_on, (application, os.pidfd_open(application), ended_by))
     failed = page_for(control, open_store, ended_by)
     if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)
@@ -217,10 +217,9 @@ def _page(comm: Any, dms: int, processes: list[Any], application: int, control: 
     return failed or status
 
 
-def _pass_on(application: int, ended_by: list[str]) -> NoReturn:
+def _pass_on(application: int, pidfd: int, ended_by: list[str]) -> NoReturn:
     """A thread: pass the launcher's signals on to the application. After one of ENDING, whose name ended_by gets,
     the next of these kills it. After TERM_TO_KILL seconds this is SIGALRM."""
-    pidfd = os.pidfd_open(application)
     while True:
         number = signal.sigwait(PASSED_ON)
         with contextlib.suppress(ProcessLookupError):  # it has ended
