@@ -24,10 +24,11 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
 
 The unused fields of a question's header are 0.
 
-A page's number is (address - start_addr) / PAGE_SIZE. Of a range, a DMS does what is asked to the pages that it
-has (mpi_client.py); of the others it has never heard, so they stay NEW. Instead of any of these answers the DMS may send ERROR: `more` is an
-errno, and words in UTF-8 follow. Then every page is where it was. ERROR to a GET says that the first page
-can't be read.
+A page's number is (address - start_addr) / PAGE_SIZE. A range may have pages of other DMSs (mpi_client.py). A DMS
+never gets these, so to it they are NEW, and stay so.
+
+Instead of any of these answers the DMS may send ERROR: `more` is an errno, and words in UTF-8 follow. Then every
+page is where it was. ERROR to a GET says that the first page can't be read.
 
 That both ends have the same VERSION and settings is seen before the first message (rank.py).
 
