@@ -146,10 +146,8 @@ class MpiStore:
 
     def locations(self, page: int, count: int) -> bytes:
         """See PageStore. count: at most MAX_LOCATIONS."""
-        found = 0
-        for states in self._request(m.LOCATIONS, page, count):  # zeros for the pages of the others
-            found |= int.from_bytes(states, "big")
-        return found.to_bytes(count, "big")
+        of_each = self._request(m.LOCATIONS, page, count)  # zeros for the pages of the others
+        return sum(int.from_bytes(states, "big") for states in of_each).to_bytes(count, "big")
 
     def runs_on_disk(self) -> Iterator[Run]:
         """See PageStore."""
