@@ -260,9 +260,10 @@ class Space:
         return [here if byte & 1 else "DISK" if byte else "NEW" for byte in spt]
 
     def _spt(self, page: int, count: int) -> bytes:
-        call, most, end = self._mailbox.call, mailbox.MAX_ANSWER, page + count
-        firsts = range(page, end, most)
-        return b"".join(call(mailbox.LOCATIONS, at, min(most, end - at)) for at in firsts)
+        call, most = self._mailbox.call, mailbox.MAX_ANSWER
+        # The range makes ints of NumPy's: the pager does not know these.
+        firsts = range(page, page + count, most)
+        return b"".join(call(mailbox.LOCATIONS, at, min(most, firsts.stop - at)) for at in firsts)
 
     def figures(self) -> dict[str, Any]:
         """What the pager has counted: faults, evictions, bytes, latencies. See pager.py."""

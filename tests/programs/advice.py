@@ -69,6 +69,8 @@ def app(space):
     a = np.frombuffer(area, np.float64)[: ROWS * WORDS].reshape(ROWS, WORDS)
     expected = np.arange(ROWS) + 1.0
     assert edm.resident(a) == 0
+    address, length = np.int64(a.ctypes.data), np.int64(2 * edm.PAGE_SIZE)
+    assert space.locations(address, length) == ["NEW", "NEW"], "NumPy's integers are integers"
     a[:] = expected[:, None]
     outside = np.ones(100_000)
     edm.prefetch(outside)
