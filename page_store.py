@@ -75,9 +75,10 @@ pages are NEW. So its memory and table are as large as if it had all pages.
 
 Such stores sync as one. Their client has all of them prepare it, and only when all have succeeded, commit it. In
 between, nothing is put, freed or synced. A disk that was prepared, and not committed, has two epochs, and offers
-both. At the start all take the oldest epoch that all disks offer. If one has committed the newer epoch, it
-offers only that, and then all have prepared it. If none has, the older one is whole everywhere: a put never
-writes over what the last committed sync needs. So if one disk can't prepare a sync, all go on as before.
+both. So does a disk with a damaged header: the first may have named the epoch before, or the second the next. At
+the start all take the oldest epoch that all disks offer. If one has committed the newer epoch, it offers only
+that, and then all have prepared it. If none has, the older one is whole everywhere: a put never writes over what
+the last committed sync needs. So if one disk can't prepare a sync, all go on as before.
 
 A block is damaged if its crc32 is wrong, its number is not its own, its epoch is later than the header's, or
 it is zeros although the other copy has it from an earlier sync. Its pages can't be read until they are written
@@ -561,13 +562,13 @@ class PageStore:
         ):
             if wrong:
                 raise ValueError(f"disk: {path} {how}")
-        committed = min(fields[-1] for fields in whole)
+        epochs = [fields[-1] for fields in whole]
         if len(whole) < 2 and epoch:  # at epoch 0, the job that made the disk may have been killed
             self._log.warning("%s: one of the two copies of its header is damaged", path)
-            # The first copy has named the epoch before, if another disk has refused to prepare this one.
-            if self._dmss > 1 and copies[0] != _sealed(copies[0][:-CRC]):
-                committed -= 1
-        return range(committed, epoch + 1)
+            if self._dmss > 1:
+                # The first copy may have named the epoch before, or the second one the next.
+                epochs.append(epoch + 1 if copies[0] == _sealed(copies[0][:-CRC]) else epoch - 1)
+        return range(min(epochs), max(epochs) + 1)
 
     # ------------------------------------------------------------ the table of a kept disk
 
@@ -642,10 +643,12 @@ class PageStore:
                     self._punch_spare(*run)
 
     def _write_header(self, epoch: int, at: int) -> None:
-        """Write this copy of the header. It, and all that was written before, is durable then."""
+        """Write this copy of the header. It, and all that was written before, is durable then. A sync of a disk
+        that is not kept writes no header: it may have no room for one."""
         header = _sealed(HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch))
         try:
-            _write_all(self.fd, header, at)
+            if self.kept or not epoch:
+                _write_all(self.fd, header, at)
             os.fsync(self.fd)
         except OSError as error:
             self._words[NO_WRITES] = error.errno or errno.EIO

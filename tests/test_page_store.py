@@ -838,8 +838,11 @@ def test_whatever_bit_of_a_header_is_flipped_the_other_copy_is_taken_and_nothing
             assert whole.startswith(header) and whole.startswith(header, HEADER_COPY)
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_one_damaged_header_is_no_loss_if_another_disk_has_refused_a_sync(path, refused):
+@pytest.mark.parametrize("copy", [0, HEADER_COPY])
+@pytest.mark.parametrize("then", ["nothing", "refused", "killed"])
+def test_one_damaged_header_of_several_disks_is_no_loss_whatever_became_of_the_next_sync(
+    path, copy, then
+):
     def begin():
         stores = [PageStore(f"{path}{n}", START, END, True, 0, (n, 2)) for n in range(2)]
         epoch = min(set.intersection(*(set(store.offers) for store in stores)))
@@ -847,23 +850,30 @@ def test_one_damaged_header_is_no_loss_if_another_disk_has_refused_a_sync(path, 
             store.start(epoch)
         return stores
 
-    stores = begin()
+    stores, expected = begin(), 2
     for seed in range(3):
         for store in stores:
             write(store, 0, content(seed))
         for phase in range(2):
             for store in stores:
                 store.sync_phases[phase]()
-    if refused:
+    if then == "refused":  # by the other disk
         write(stores[0], 0, content(4))
         stores[0].sync_phases[0]()
         write(stores[0], 0, content(5))  # over what was prepared
+    if then == "killed":  # when the other disk had committed
+        expected = 6
+        for store in stores:
+            write(store, 0, content(expected))
+            store.sync_phases[0]()
+        stores[1].sync_phases[1]()
     for store in stores:
         store.close()
     with open(f"{path}0", "r+b") as file:
+        file.seek(copy)
         file.write(b"EDM disk, damaged")
     for store in begin():
-        assert get(store, range(1)) == (CONTENT, content(2))
+        assert get(store, range(1)) == (CONTENT, content(expected))
         store.close()
 
 
@@ -1014,6 +1024,21 @@ def test_after_a_sync_that_failed_none_succeeds_on_a_disk_that_is_not_kept(monke
         store.sync()
     write(store, 0, content(1))
     assert get(store, range(1)) == (CONTENT, content(1))
+
+
+def test_a_full_disk_that_is_not_kept_can_be_synced_and_freeing_makes_room(
+    small_file_system, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(small_file_system))
+    store, page = PageStore(None, START, START + 3000 * PAGE_SIZE), 0
+    with pytest.raises(OSError, match="No space left"):
+        for page in range(3000):
+            write(store, page, content(page))
+    store.sync()
+    store.free(0, 10)
+    write(store, page, content(page))
+    assert get(store, range(page - 1, page + 1))[1] == content(page - 1) + content(page)
+    store.close()
 
 
 @pytest.mark.parametrize("then", [4, None], ids=["written", "freed"])
