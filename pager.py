@@ -67,7 +67,7 @@ from edm import uffd_ctypes as u
 from edm.dm_handler import DmHandler
 from edm.edm import tell
 from edm.lpet import Lpet
-from edm.page_idle import Pagemap, choose_tracker
+from edm.page_idle import Pagemap, choose_tracker, pages_in
 from edm.page_store import PageStore
 from edm.report import Report, table
 from edm.system_calls import SystemCalls
@@ -339,8 +339,9 @@ class Pager:
         start, page, before = self._config.start_addr, claimed.page, claimed.before
         try:
             # The poison in the page table goes when a page comes.
-            for first, count in l.runs(page, before, l.LOST_RUN):
-                self._uffd.zeropage(start + first * PAGE_SIZE, count * PAGE_SIZE)
+            # One by one: the program may have split the mapping there.
+            for lost in pages_in(l.runs(page, before, l.LOST_RUN)):
+                self._uffd.zeropage(start + lost * PAGE_SIZE, PAGE_SIZE)
             for first, count in claimed.leaving:
                 self._store.free(first, count)
                 u.punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE)
