@@ -9,8 +9,7 @@ Interface: Mailbox(address), made by both ends of the same memory.
     the pager           requests() in a thread of its own, which sleeps until there is one; answer()
                         while it does one
 
-The memory: two u64, then a ring of ENTRIES requests, then one answer. Each of these is
-a pickle.
+The memory: two u64, then a ring of ENTRIES requests, then one answer. Requests and answers are pickles.
 
     asked      how many requests were written so far: the number of the last one
     done       the number of the last request that is done. They are done in order
