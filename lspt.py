@@ -164,21 +164,17 @@ class ByteTable:
             self._used[pages.start // PART] = 1
             self.state[pages.start] = byte
         else:
-            self._use(pages)
-            self.state[pages.start : pages.stop : pages.step] = bytes((byte,)) * len(pages)
+            self.write(pages, bytes((byte,)) * len(pages))
 
-    def write(self, page: int, content: bytes) -> None:
-        """Set the bytes of neighbours, from page on."""
-        self._use(range(page, page + len(content)))
-        self.state[page : page + len(content)] = content
-
-    def change(self, page: int, count: int, becomes: bytes) -> None:
-        """Translate the bytes of neighbours, see bytes.translate."""
-        self.write(page, self.state[page : page + count].translate(becomes))
-
-    def _use(self, pages: range) -> None:
+    def write(self, pages: range, content: bytes) -> None:
+        """Set the bytes of these pages. pages: ascending, at least one."""
         for part in range(pages[0] // PART, pages[-1] // PART + 1):
             self._used[part] = 1
+        self.state[pages.start : pages.stop : pages.step] = content
+
+    def change(self, pages: range, becomes: bytes) -> None:
+        """Translate the bytes of neighbours, see bytes.translate."""
+        self.write(pages, self.state[pages.start : pages.stop].translate(becomes))
 
 
 class LSPT(ByteTable):

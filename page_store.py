@@ -345,7 +345,7 @@ class PageStore:
                 self._check_writable()
             self._write(dirty)
             for page, count in gone:
-                self.spt.change(page, count, _DROPPED)
+                self.spt.change(range(page, page + count), _DROPPED)
         self._say(INFO, "page in address %#x stored in disk", dirty)
         if gone and self._info:
             self._log.debug("Page evicted successfully, sending ack")
@@ -379,7 +379,7 @@ class PageStore:
         except OSError as error:
             torn = [(page, len(content) // PAGE_SIZE) for page, content in dirty]
             for page, count in torn:
-                self.spt.change(page, count, _TORN)
+                self.spt.change(range(page, page + count), _TORN)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room(torn):
                 raise
             self._write(dirty)
@@ -595,7 +595,7 @@ class PageStore:
             self._changed[block] = SAME if same else WRITE_TWICE
             page = block * BLOCK_PAGES
             for table in (self.spt, self._synced):
-                table.write(page, places)
+                table.write(range(page, page + len(places)), places)
             self._crcs[page : page + len(places)] = memoryview(crcs).cast("I")
 
     def _read_block(self, table: int, block: int, may_be_new: bool) -> tuple[bytes, bytes]:
@@ -638,8 +638,9 @@ class PageStore:
             self._words[EPOCH] += 1
             for block, places in prepared.items():
                 self._changed[block] -= 1
-                self._synced.write(block * BLOCK_PAGES, places)
-                for run in runs(block * BLOCK_PAGES, places, _NOWHERE):
+                page = block * BLOCK_PAGES
+                self._synced.write(range(page, page + len(places)), places)
+                for run in runs(page, places, _NOWHERE):
                     self._punch_spare(*run)
 
     def _write_header(self, epoch: int, at: int) -> None:

@@ -530,7 +530,7 @@ def test_what_is_here_is_located_here_whatever_the_store_has_sent(make):
     INSTANCE, DISK = 1, 2
     lspt = make()
     states = (NEW, AWAY, HERE, LOST, COMING, LEAVING)
-    lspt.write(10, bytes(states))
+    lspt.write(range(10, 16), bytes(states))
     located = {
         0: (0, 0, INSTANCE, 0, 0, 0),
         INSTANCE: (0, 0, INSTANCE, 0, INSTANCE, INSTANCE),  # sent: asked for ahead, perhaps
