@@ -113,22 +113,20 @@ class Lpet:
 
     # ------------------------------------------------------------ one eviction
 
-    def _evict(self, page: int, count: int, which: bytes) -> int:
-        """Evict the pages of a range that the table `which` selects. Returns how many.
+    def _evict(self, claimed: Claimed) -> int:
+        """Evict the pages that were claimed, which is step 1. Returns how many.
 
-        The steps are explained at the top. count: at most PAGES_AT_ONCE.
+        The steps are explained at the top. They are about PAGES_AT_ONCE at most.
         """
-        self._lspt.pins.drop_ended(page, count)
-        claimed = self._lspt.claim(page, count, which)  # 1
         if not claimed.leaving:
             return 0
-        leave = list(pages_in(runs(page, claimed.chosen, HERE_RUN))) if self._info else []
+        leave = list(pages_in(runs(claimed.page, claimed.chosen, HERE_RUN))) if self._info else []
         self._say("[LPET] sending eviction request for page in addr %#x", leave)
         spans, written = self._move_out(claimed)  # 2, 3, 4
         pages, dirty = claimed.chosen.count(255), written.count(255)
         moved = self._moved(spans, dirty)  # then put has nothing to write, and can't fail
         try:
-            content = [] if moved else self._content_of(page, written, HERE_RUN)
+            content = [] if moved else self._content_of(claimed.page, written, HERE_RUN)
             self._store.put(claimed.leaving, content)  # 5
         except OSError as error:
             self._put_back(claimed)
@@ -211,10 +209,6 @@ class Lpet:
         self._again_at = now + REST
         self._lspt.figures[l.REFUSED] += pages
 
-    def _only_clean(self) -> bool:
-        """Is it too early to try again what was refused?"""
-        return time.monotonic() < self._again_at
-
     def _rest(self) -> float:
         """How many seconds to wait before the next try, if nothing could leave.
 
@@ -252,20 +246,22 @@ class Lpet:
                 which = self._lspt.older_than(age)
                 if age > 0 and isinstance(self._tracker, BitmapTracker):
                     self._pass_used(*part, which)
-                gone += self._evict(*part, which)
+                gone += self._evict(self._lspt.claim(*part, which))
                 if gone >= needed or self._lspt.stopped():
                     return gone
             self._turned = now
         return gone
 
     def _parts(self, pages: Iterable[Run]) -> Iterator[Run]:
-        """These pages, as many at once as may be evicted together. While the store refuses, the clean ones."""
+        """These pages, as many at once as may be evicted together, without pins that have ended. While the store
+        refuses, the clean ones."""
         for page, count in pages:
             while count > 0:
-                most = self._batch if self._only_clean() else self._most
-                part = page, min(most, count)
-                yield from self._clean(*part) if self._only_clean() else [part]
-                page, count = page + most, count - most
+                too_early = time.monotonic() < self._again_at  # to try again what was refused
+                part = page, min(self._batch if too_early else self._most, count)
+                self._lspt.pins.drop_ended(*part)
+                yield from self._clean(*part) if too_early else [part]
+                page, count = sum(part), count - part[1]
 
     def _pass_used(self, page: int, count: int, which: bytes) -> None:
         """Old pages that were used get the current generation, and are marked idle again."""
@@ -296,7 +292,8 @@ class Lpet:
         self._say("[LPET] checking if page in addr %#x is idle", asked)
         self._mark_idle(runs_of(sorted({*asked} - idle - {*chosen})))
         self._hand = chosen[-1] + 1
-        return sum(self._evict(*part, l.NO_HOLES) for part in self._parts(runs_of(sorted(chosen))))
+        parts = self._parts(runs_of(sorted(chosen)))
+        return sum(self._evict(self._lspt.claim(*part, l.NO_HOLES)) for part in parts)
 
     def _clean(self, page: int, count: int) -> Iterator[Run]:
         """The runs of pages that are HERE and were clean a moment ago."""
@@ -319,16 +316,14 @@ class Lpet:
     def forget(self, page: int, count: int) -> None:
         """Evict those of count pages that are HERE. Pinned pages stay, and so do pages that the store refuses.
 
-        This waits for pages that are COMING: the application may have used them already. It stops when the
-        application has ended.
+        This waits for pages that are COMING: the application may have used them already. And for those that LPET
+        has. It stops when the application has ended.
         """
         self._again_at, self._most = 0.0, self._batch
-        for first, n in self._parts(self._lspt.used(page, count)):
-            while l.COMING in self._lspt.state[first : first + n] and not self._lspt.stopped():
-                time.sleep(l.SETTLE)
-            if self._lspt.stopped():
-                return
-            self._evict(first, n, l.ANY_HERE)
+        parts = self._parts(self._lspt.used(page, count))
+        parts = itertools.takewhile(lambda _: not self._lspt.stopped(), parts)
+        for claimed in self._lspt.claims(parts, l.ANY_HERE, pins=True):
+            self._evict(claimed)
 
     # ------------------------------------------------------------ storing without evicting
 

@@ -288,14 +288,14 @@ class LSPT(ByteTable):
                 self.state[first : first + many] = bytes((LEAVING,)) * many
         return Claimed(page, states, chosen, leaving)
 
-    def claims(self, parts: Iterable[Run], which: bytes) -> Iterator[Claimed]:
-        """claim of each part in turn, also of pinned pages. Then the same with the pages that other threads had,
-        for no longer than a batch takes, until they have none, or stop was called. The caller ends each claim,
-        by gone, stays or freed, before it asks for the next."""
+    def claims(self, parts: Iterable[Run], which: bytes, pins: bool = False) -> Iterator[Claimed]:
+        """claim of each part in turn. Then the same with the pages that other threads had, for no longer than a
+        batch takes, until they have none, or stop was called. The caller ends each claim, by gone, stays or
+        freed, before it asks for the next."""
         while parts:
             later: list[Run] = []
             for part in parts:
-                claimed = self.claim(*part, which, pins=False)
+                claimed = self.claim(*part, which, pins)
                 later += runs(claimed.page, claimed.before, UNSETTLED)
                 yield claimed
             parts = [] if self.stopped() else later

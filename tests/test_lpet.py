@@ -174,6 +174,10 @@ class Instance:
     def figure(self, which):
         return self.lspt.figures[which]
 
+    def evict(self, page, count, which):
+        """Evict these pages; how many have left?"""
+        return self.lpet._evict(self.lspt.claim(page, count, which))
+
     def evict_once(self):
         """As LPET does when it is woken; which pages left, in order?"""
         before = len(self.gone)
@@ -231,7 +235,7 @@ def refuse_nothing(runs):
 def test_an_eviction_gives_the_store_the_bytes_and_leaves_neither_memory_nor_state(make):
     instance = make()
     instance.come((10, 3), (15, 2), (40, 1), (60, 1))
-    assert instance.lpet._evict(0, 50, ANY_HERE) == 6
+    assert instance.evict(0, 50, ANY_HERE) == 6
     assert instance.store.tries == [[(10, 3), (15, 2), (40, 1)]]
     assert instance.store.stayed == [False]
     assert instance.store.pages == {p: content(p) for p in (10, 11, 12, 15, 16, 40)}
@@ -253,7 +257,7 @@ def test_as_many_pages_as_a_pipe_holds_leave_at_once_with_any_holes_between_them
     pages = range(10, 266, every)
     instance.come(*((page, 1) for page in pages))
     instance.store.refuses = refuse_all if refused else refuse_nothing
-    assert instance.lpet._evict(10, 256, ANY_HERE) == (0 if refused else len(pages))
+    assert instance.evict(10, 256, ANY_HERE) == (0 if refused else len(pages))
     assert len(instance.store.tries) == 1
     if refused:
         assert instance.here() == [*pages] and instance.memory.pages_in_it() == len(pages)
@@ -269,7 +273,7 @@ def test_dirty_neighbours_go_from_the_pipe_to_the_disk_if_it_takes_them(make, ta
     instance = make()
     instance.come((9, 4))
     instance.store.takes_pipes = takes
-    assert instance.lpet._evict(0, 50, ANY_HERE) == 4
+    assert instance.evict(0, 50, ANY_HERE) == 4
     assert instance.store.taken == ([(9, 4)] if takes else [])
     assert instance.store.tries == ([[]] if takes else [[(9, 4)]])
     assert instance.store.pages == {page: content(page) for page in range(9, 13)}
@@ -284,7 +288,7 @@ def test_only_neighbours_that_are_all_dirty_go_there(make, what):
     instance.come(*{"holes": ((9, 2), (12, 2)), "clean": ((9, 4),), "far": ((9, 1), (20, 1))}[what])
     instance.pagemap.clean |= {10} if what == "clean" else set()
     pages = set(instance.here()) - instance.pagemap.clean
-    instance.lpet._evict(0, 50, ANY_HERE)
+    instance.evict(0, 50, ANY_HERE)
     assert instance.store.taken == []
     assert instance.store.pages == {page: content(page) for page in pages}
 
@@ -292,7 +296,7 @@ def test_only_neighbours_that_are_all_dirty_go_there(make, what):
 def test_nothing_to_evict_asks_nothing_of_the_store(make):
     instance = make()
     instance.come((10, 1))
-    assert instance.lpet._evict(11, 50, ANY_HERE) == 0
+    assert instance.evict(11, 50, ANY_HERE) == 0
     assert instance.store.tries == [] and instance.here() == [10]
 
 
@@ -300,7 +304,7 @@ def test_clean_pages_leave_without_their_bytes(make):
     instance = make()
     instance.come((10, 5))
     instance.pagemap.clean |= {11, 12, 13}
-    assert instance.lpet._evict(0, 50, ANY_HERE) == 5
+    assert instance.evict(0, 50, ANY_HERE) == 5
     assert instance.store.tries == [[(10, 1), (14, 1)]]
     assert instance.store.pages == {10: content(10), 14: content(14)}
     assert instance.states(10, 5) == [AWAY] * 5 and instance.memory.pages_in_it() == 0
@@ -318,7 +322,7 @@ def test_the_store_gets_what_was_written_last_before_the_page_left_the_page_tabl
         instance.memory.write(11, version=7)  # by a thread of the application
 
     instance.lpet._fill_pipe = fill_pipe
-    instance.lpet._evict(0, 50, ANY_HERE)
+    instance.evict(0, 50, ANY_HERE)
     assert instance.store.pages == {10: content(10), 11: content(11, version=7)}
 
 
@@ -333,7 +337,7 @@ def test_the_marks_are_read_after_the_pages_have_left_the_page_table(make):
         return real(page, here)
 
     instance.pagemap.written = written
-    instance.lpet._evict(0, 50, ANY_HERE)
+    instance.evict(0, 50, ANY_HERE)
     assert present == [[False, False, 0]]
 
 
@@ -349,7 +353,7 @@ def test_faults_that_came_meanwhile_are_woken_when_the_page_is_away_or_here_agai
         assert instance.uffd.woken == set()
 
     instance.store.meanwhile = fault
-    instance.lpet._evict(0, 50, ANY_HERE)
+    instance.evict(0, 50, ANY_HERE)
     assert instance.uffd.woken == {*range(10, 16)}
     assert instance.states(12, 3) == [HERE if refused else AWAY, NEW, NEW]
 
@@ -361,14 +365,14 @@ def test_what_the_store_refuses_is_here_again_with_its_bytes(make):
     instance = make()
     instance.come((10, 3), (15, 3))
     instance.store.refuses = refuse_all
-    assert instance.lpet._evict(0, 50, ANY_HERE) == 0
+    assert instance.evict(0, 50, ANY_HERE) == 0
     assert instance.here() == [10, 11, 12, 15, 16, 17] and instance.memory.pages_in_it() == 6
     assert all(instance.memory.read(page) == content(page) for page in instance.here())
     assert instance.states(13, 2) == [NEW, NEW]
     assert instance.figure(l.REFUSED) == 6 and instance.figure(l.RESIDENT) == 6
     assert instance.figure(l.EVICTED_DIRTY) == instance.figure(l.SENT) == 0
     instance.store.refuses = refuse_nothing
-    assert instance.lpet._evict(0, 50, ANY_HERE) == 6
+    assert instance.evict(0, 50, ANY_HERE) == 6
     assert instance.store.pages == {p: content(p) for p in (10, 11, 12, 15, 16, 17)}
 
 
@@ -974,7 +978,7 @@ def test_pages_that_were_only_read_leave_without_their_bytes(registered):
         registered.install(page, page != 13)  # this one was brought by a write
     assert registered.memory.read(10) == content(10)
     registered.memory.write(11, version=1)
-    assert registered.lpet._evict(0, 50, NO_HOLES) == 4
+    assert registered.evict(0, 50, NO_HOLES) == 4
     assert registered.store.tries == [[(11, 1), (13, 1)]]
     assert registered.store.pages == {11: content(11, version=1), 13: content(13)}
     assert registered.memory.pages_in_it() == 0
@@ -995,7 +999,7 @@ def test_a_page_is_stored_once_for_each_time_that_it_was_written(registered):
     registered.store.meanwhile = lambda: None
     assert registered.lpet.store(track_clean=True) == 1, "it was written in the midst of it"
     assert registered.store.pages[12] == content(12, version=3)
-    assert registered.lpet._evict(0, 50, ANY_HERE) == 3
+    assert registered.evict(0, 50, ANY_HERE) == 3
     assert registered.store.tries[-1] == [], "no byte of them"
 
 
@@ -1010,9 +1014,9 @@ def test_what_the_store_refused_is_stored_the_next_time(registered):
     assert registered.lpet.store(track_clean=True) == 2
     registered.memory.write(11, version=1)
     registered.store.refuses = refuse_all
-    assert registered.lpet._evict(0, 50, ANY_HERE) == 0
+    assert registered.evict(0, 50, ANY_HERE) == 0
     registered.store.refuses = refuse_nothing
-    assert registered.lpet._evict(0, 50, ANY_HERE) == 2
+    assert registered.evict(0, 50, ANY_HERE) == 2
     assert registered.store.tries[-2:] == [[(11, 1)]] * 2, "a refusal leaves the marks as they were"
     assert registered.store.pages == {10: content(10), 11: content(11, version=1)}
 
@@ -1026,6 +1030,6 @@ def test_unmapping_a_page_to_see_whether_it_is_used_does_not_make_it_written_or_
     assert registered.memory.read(10) == content(10)
     registered.memory.write(12, version=1)
     assert registered.lpet._tracker.idle([(10, 3)]) == {11}
-    assert registered.lpet._evict(0, 50, ANY_HERE) == 3
+    assert registered.evict(0, 50, ANY_HERE) == 3
     assert registered.store.tries == [[(11, 2)]]
     assert registered.store.pages == {11: content(11), 12: content(12, version=1)}
