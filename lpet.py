@@ -44,7 +44,6 @@ _refused_since), LPET raises the store's reason (_refusal), which ends the job.
 Rules: an Lpet belongs to one thread. It never takes the LSPT's lock itself.
 """
 
-import bisect
 import errno
 import fcntl
 import itertools
@@ -239,9 +238,7 @@ class Lpet:
     def _evict_by_age(self, needed: int) -> int:
         now, gone = self._lspt.generation(), 0
         for age in (AGE, 0, -l.LONGER)[now == self._turned :]:
-            start = self._hand
-            behind = self._lspt.occupied(start, self._lspt.pages - start)
-            for part in self._parts(itertools.chain(behind, self._lspt.occupied(0, start))):
+            for part in self._parts(self._lspt.occupied(self._hand)):
                 self._hand = sum(part)
                 which = self._lspt.older_than(age)
                 if age > 0 and isinstance(self._tracker, BitmapTracker):
@@ -274,10 +271,9 @@ class Lpet:
         self._mark_idle(used)
 
     def _evict_as_the_wiki_does(self, needed: int) -> int:
-        if not (pages := list(pages_in(self._parts(self._lspt.runs_here())))):
+        if not (order := list(pages_in(self._parts(self._lspt.runs_here(self._hand))))):
             return 0
-        at = bisect.bisect_left(pages, self._hand)
-        order = pages[at:] + pages[:at]
+        pages = sorted(order)
         idle = self._tracker.idle(runs_of(pages))
         if self._info:
             self._log.info("start address: %#x", self._start + order[0] * PAGE_SIZE)
@@ -337,12 +333,11 @@ class Lpet:
         pages, had_ended = 0, self._lspt.stopped()
         self._again_at, self._most = 0.0, self._batch
         parts = self._parts(self._lspt.used(0, self._lspt.pages))
+        parts = itertools.takewhile(lambda _: self._lspt.stopped() == had_ended, parts)
         for claimed in self._lspt.claims(parts, l.NO_HOLES):
             pages += self._store_run(claimed, track_clean)
             if had_ended and l.LEAVING in claimed.before:  # what is COMING has not come
                 raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
-            if self._lspt.stopped() != had_ended:
-                break
         if self._lspt.stopped() != had_ended:  # and claims has not waited for what others have
             raise OSError(errno.EIO, "the application has ended")
         return pages

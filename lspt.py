@@ -347,15 +347,18 @@ class LSPT(ByteTable):
 
     # ------------------------------------------------------------ looking
 
-    def occupied(self, page: int, count: int) -> Iterator[Run]:
-        """As used, but without the parts that have no page that is HERE."""
-        for first, many in self.used(page, count):
+    def occupied(self, start: int = 0) -> Iterator[Run]:
+        """As used, of all pages, from this one on and then round to it. Without the parts that have no page
+        that is HERE."""
+        behind, before = self.used(start, self.pages - start), self.used(0, start)
+        for first, many in itertools.chain(behind, before):
             if not self.state[first : first + many].isascii():  # HERE is 128 and more
                 yield first, many
 
-    def runs_here(self) -> Iterator[Run]:
-        """The runs of pages that are HERE, by address. Each part is read when the iteration gets there."""
-        for first, count in self.occupied(0, self.pages):
+    def runs_here(self, start: int = 0) -> Iterator[Run]:
+        """The runs of pages that are HERE, in the order of occupied. Each part is read when the iteration gets
+        there."""
+        for first, count in self.occupied(start):
             yield from runs(first, self.state[first : first + count], HERE_RUN)
 
     def is_missing(self, pages: range) -> bool:

@@ -488,9 +488,12 @@ def test_parts_whose_pages_were_all_freed_are_looked_at_no_more(make):
     evict(lspt, 8 * PART)
     lspt.expect(3 * PART + 200)
     assert [page for page, _ in lspt.used(0, 10 * PART)] == [3 * PART, 8 * PART]
-    assert [page for page, _ in lspt.occupied(0, 10 * PART)] == [3 * PART]
+    assert [page for page, _ in lspt.occupied()] == [3 * PART]
+    here = 3 * PART + 100
+    assert [*lspt.occupied(here)] == [(here, PART - 100)]
+    assert [*lspt.occupied(here + 1)] == [(3 * PART, 101)]
     evict(lspt, 3 * PART + 100)
-    assert [*lspt.occupied(0, 10 * PART)] == [*lspt.runs_here()] == []
+    assert [*lspt.occupied()] == [*lspt.runs_here()] == []
     come(lspt, 2 * PART)
     assert [*lspt.runs_here()] == [(2 * PART, 1)], "they may be used again"
 
