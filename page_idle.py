@@ -177,8 +177,7 @@ def choose_tracker(wanted: str) -> str:
     name = "unmap" if missing or wanted == "unmap" else "bitmap"
     if why := unmap_missing():
         raise ValueError(f"pages can't be written back into memory here: {why}")
-    no_bitmap = f" (no bitmap: {missing})" if missing else ""
-    log.logger("Lpet").info("idle tracker: %s%s", name, no_bitmap)
+    log.logger("Lpet").info("idle tracker: %s%s", name, missing and f" (no bitmap: {missing})")
     return name
 
 

@@ -280,13 +280,12 @@ class PageStore:
         A single page of a disk that is not kept, as with most faults of random access, has a way of its own:
         it takes 2.5 µs, and with get 3.7.
         """
-        byte = self.spt.state[asked.start]
-        if len(asked) > 1 or not byte & DISK or not self.takes_pipes:
-            return *self.get(asked, self._buffer), self._buffer_at
-        if os.preadv(self.fd, self._page, self._data + asked.start * PAGE_SIZE) < PAGE_SIZE:
-            raise OSError(errno.EIO, "short read of the disk file")
-        self.spt.state[asked.start] = byte | INSTANCE
-        return CONTENT, 1, self._buffer_at
+        page, byte = asked.start, self.spt.state[asked.start]
+        alone = len(asked) == 1 and byte & DISK and self.takes_pipes
+        if alone and os.preadv(self.fd, self._page, self._data + page * PAGE_SIZE) == PAGE_SIZE:
+            self.spt.state[page] = byte | INSTANCE
+            return CONTENT, 1, self._buffer_at
+        return *self.get(asked, self._buffer), self._buffer_at
 
     def get(self, pages: range, into: memoryview) -> tuple[int, int]:
         """Send pages to the instance: (NEW_PAGES or CONTENT, the number of pages, from the first on). With
