@@ -242,7 +242,7 @@ PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 0x01, 0x02, 0x20
 MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x4000, 0x100000
 MADV_DONTFORK, MADV_NOHUGEPAGE, MADV_DONTDUMP = 10, 15, 16
-FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+FALLOC_FL_PUNCH = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 PR_SET_PDEATHSIG, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS, PR_SET_PTRACER = 1, 29, 38, 0x59616D61
 
 
@@ -272,8 +272,7 @@ def madvise(addr: int, length: int, advice: int) -> None:
 
 def punch_hole(fd: int, offset: int, length: int, libc: ctypes.CDLL = _libc) -> None:
     """fallocate(2) with PUNCH_HOLE: give back the file's memory or disk there (bytes)."""
-    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    _checked("fallocate", libc.fallocate(fd, mode, c_int64(offset), c_int64(length)))
+    _checked("fallocate", libc.fallocate(fd, FALLOC_FL_PUNCH, c_int64(offset), c_int64(length)))
 
 
 FUTEX_WAIT, FUTEX_WAKE = 0, 1  # between processes
@@ -341,10 +340,9 @@ def prctl(option: int, value: int) -> None:
     _checked("prctl", _libc.prctl(option, value, 0, 0, 0))
 
 
-# <linux/seccomp.h>. The youngest of these is WAIT_KILLABLE_RECV: Linux 5.19.
+# <linux/seccomp.h>. The flags are TSYNC, NEW_LISTENER, TSYNC_ESRCH, and the youngest: WAIT_KILLABLE_RECV, Linux 5.19.
 SECCOMP_SET_MODE_FILTER = 1
-SECCOMP_FILTER_FLAG_TSYNC, SECCOMP_FILTER_FLAG_NEW_LISTENER = 1 << 0, 1 << 3
-SECCOMP_FILTER_FLAG_TSYNC_ESRCH, SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 1 << 4, 1 << 5
+SECCOMP_FILTER_FLAGS = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5
 sock_fprog = Struct("=H6xQ")  # len, filter
 
 
@@ -354,9 +352,8 @@ def seccomp(instructions: bytes) -> int:
     Returns the listener's descriptor. Raises OSError EBUSY where there is another listener already, ESRCH
     if a thread has other filters, EINVAL for a flag that is unknown.
     """
-    flags = SECCOMP_FILTER_FLAG_TSYNC | SECCOMP_FILTER_FLAG_NEW_LISTENER
-    flags |= SECCOMP_FILTER_FLAG_TSYNC_ESRCH | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
     code = ctypes.create_string_buffer(instructions, len(instructions))
     program = sock_fprog.pack(len(instructions) // 8, ctypes.addressof(code))
-    result = _libc.syscall(_NR_seccomp, SECCOMP_SET_MODE_FILTER, c_uint(flags), program)
+    flags = c_uint(SECCOMP_FILTER_FLAGS)
+    result = _libc.syscall(_NR_seccomp, SECCOMP_SET_MODE_FILTER, flags, program)
     return _checked("seccomp", result)
