@@ -241,7 +241,7 @@ class Space:
         the call. After any crash, a job that resumes the disk finds these pages, or those of a
         later sync. Raises OSError with the store's reason when it can't write. Source: fsync(2).
         """
-        return self._call(mailbox.SYNC)
+        return self._call("sync")
 
     @_locked
     def areas(self) -> list[tuple[int, int]]:
@@ -263,19 +263,19 @@ class Space:
         call, most = self._mailbox.call, mailbox.MAX_ANSWER
         # The range makes ints of NumPy's: the pager does not know these.
         firsts = range(page, page + count, most)
-        return b"".join(call(mailbox.LOCATIONS, at, min(most, firsts.stop - at)) for at in firsts)
+        return b"".join(call("locations", at, min(most, firsts.stop - at)) for at in firsts)
 
     def figures(self) -> dict[str, Any]:
         """What the pager has counted: faults, evictions, bytes, latencies. See pager.py."""
-        return self._call(mailbox.FIGURES)
+        return self._call("figures")
 
     # ------------------------------------------------------------ for advice.py
 
     @_locked
-    def advise(self, what: int, runs: list[tuple[int, int]]) -> None:
-        """Send a PREFETCH or a FORGET of these runs of pages, numbered from start_addr."""
+    def advise(self, what: str, runs: list[tuple[int, int]]) -> None:
+        """Ask the pager to "prefetch" or "forget" these runs of pages, numbered from start_addr."""
         for at in range(0, len(runs), mailbox.RUNS):
-            self._mailbox.ask(what, more=runs[at : at + mailbox.RUNS])
+            self._mailbox.ask(what, runs[at : at + mailbox.RUNS])
 
     @_locked
     def resident(self, runs: list[tuple[int, int]]) -> int:
@@ -304,7 +304,7 @@ class Space:
         if grows:
             addr -= (addr - start) // 2 // PAGE_SIZE * PAGE_SIZE
         if self._kept:
-            self._mailbox.call(mailbox.FREE, *self._pages(addr, whole))
+            self._mailbox.call("free", *self._pages(addr, whole))
         self._take(addr, whole, name)
         return addr
 
@@ -339,7 +339,7 @@ class Space:
             with self._lock:
                 while self._released and not self.is_over:
                     addr, whole = self._released.popleft()
-                    number = self._mailbox.ask(mailbox.FREE, *self._pages(addr, whole))
+                    number = self._mailbox.ask("free", *self._pages(addr, whole))
                     self._freeing.append((number, addr, whole))
 
     # ------------------------------------------------------------ beginning and end
@@ -401,7 +401,7 @@ class Space:
         # RuntimeError: the space has ended, or a signal handler exits during a call
         with contextlib.suppress(RuntimeError):
             try:
-                self._call(mailbox.END)
+                self._call("end")
             except OSError:  # the pager prints why
                 os._exit(2)
 
@@ -412,10 +412,10 @@ class Space:
         connected = _is_open(self._socket, self._socket_is)
         with self._at_close:  # a signal handler may raise at any point
             try:
-                self._mailbox.call(mailbox.END)
+                self._mailbox.call("end")
             finally:
                 self.is_over = True
-                self._mailbox.ask(mailbox.CLOSE)
+                self._mailbox.ask("close")
                 while connected and os.read(self._socket, 1):
                     pass  # the answer to HELLO; then the pager has ended
 
@@ -490,14 +490,14 @@ class Space:
         self._gaps.take(addr + had, whole - had)
         self.lengths[addr] = whole
         called = name.encode(errors="replace")[: mailbox.MAX_NAME]
-        self._mailbox.ask(mailbox.MAPPED, *self._pages(addr, whole), called)
+        self._mailbox.ask("mapped", *self._pages(addr, whole), called)
 
     def _pages(self, addr: int, length: int) -> tuple[int, int]:
         """A range in bytes as (first page, count of pages)."""
         return (addr - self.start_addr) // PAGE_SIZE, length // PAGE_SIZE
 
     @_locked
-    def _call(self, what: int) -> Any:
+    def _call(self, what: str) -> Any:
         return self._mailbox.call(what)
 
 

@@ -14,7 +14,6 @@ there is no NumPy, and IndexError for a row that the array does not have, or row
 Source: madvise(2), MADV_WILLNEED and MADV_PAGEOUT.
 """
 
-from edm import mailbox
 from edm.edm import space
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -26,7 +25,7 @@ def prefetch(array: object, rows: object = None) -> None:
     faults go first. Other pages leave for them, so ask for less than may be resident. rows: indexes
     along the first axis, in any order, or a mask.
     """
-    space().advise(mailbox.PREFETCH, _runs(array, rows))
+    space().advise("prefetch", _runs(array, rows))
 
 
 def forget(array: object, rows: object = None) -> None:
@@ -34,7 +33,7 @@ def forget(array: object, rows: object = None) -> None:
 
     This does not wait, unless the mailbox is full. rows: as for prefetch.
     """
-    space().advise(mailbox.FORGET, _runs(array, rows))
+    space().advise("forget", _runs(array, rows))
 
 
 def resident(array: object, rows: object = None) -> int:

@@ -4,12 +4,13 @@ In the picture: the arrow from the application to the pager that is not a page f
 a descriptor in a program that knows nothing of it, and may close it: this has none.
 
 Interface: Mailbox(address), made by both ends of the same memory.
-    the application     ask(what, page, count, more); call(what, page, count) waits for the answer;
+    the application     ask(what, ...); call(what, ...) waits for the answer;
                         is_done and wait_until_done say which requests the pager has done
     the pager           requests() in a thread of its own, which sleeps until there is one; answer()
                         while it does one
 
-The memory: two u64, then a ring of ENTRIES requests, then one answer. Requests and answers are pickles.
+The memory: two u64, then a ring of ENTRIES requests, then one answer. Requests and answers are pickles. A
+request names a method of Pager (pager.py), and has its arguments.
 
     asked      how many requests were written so far: the number of the last one
     done       the number of the last request that is done. They are done in order
@@ -28,16 +29,14 @@ from collections.abc import Iterator
 
 from edm.uffd_ctypes import PAGE_SIZE, futex_wait, futex_wake
 
-MAPPED, FREE, LOCATIONS, FIGURES, SYNC, END, CLOSE, PREFETCH, FORGET = range(9)
-
 ENTRY = 1 << 10  # bytes of a request, a pickle
 ENTRIES = 128
 RING_AT = PAGE_SIZE  # where it begins
 ANSWER_AT = RING_AT + ENTRIES * ENTRY  # where the answer is, a pickle
 MAX_ANSWER = 1 << 16  # bytes that an answer may be, and as many more for the pickle
 SIZE = -(-(ANSWER_AT + 2 * MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
-MAX_NAME = 512  # bytes of an area's name, in MAPPED
-RUNS = 32  # (first page, count of pages) in a PREFETCH or FORGET
+MAX_NAME = 512  # bytes of an area's name, in a request
+RUNS = 32  # (first page, count of pages) in a request
 
 _ASKED, _DONE = range(2)
 
@@ -52,11 +51,9 @@ class Mailbox:
 
     # ------------------------------------------------------------ the application's end
 
-    def ask(self, what: int, page: int = 0, count: int = 0, more: object = None) -> int:
-        """Send a request about count pages from page on; its number. Waits only while the ring is full.
-
-        more: an area's name, or a list of runs."""
-        pickled = _pickle.dumps((what, page, count, more))
+    def ask(self, what: str, *arguments: object) -> int:
+        """Send a request; its number. Waits only while the ring is full."""
+        pickled = _pickle.dumps((what, arguments))
         number = self._words[_ASKED] + 1
         self.wait_until_done(number - ENTRIES)
         self._ring[number % ENTRIES][: len(pickled)] = pickled
@@ -64,9 +61,9 @@ class Mailbox:
         futex_wake(self._address + 8 * _ASKED)
         return number
 
-    def call(self, what: int, page: int = 0, count: int = 0) -> object:
+    def call(self, what: str, *arguments: object) -> object:
         """Send a request and wait for the answer. If that is an OSError, raises it."""
-        self.wait_until_done(self.ask(what, page, count))
+        self.wait_until_done(self.ask(what, *arguments))
         answer = _pickle.loads(self._memory[ANSWER_AT:])
         if isinstance(answer, OSError):
             raise answer
@@ -83,8 +80,8 @@ class Mailbox:
 
     # ------------------------------------------------------------ the pager's end
 
-    def requests(self) -> Iterator[tuple]:
-        """(what, page, count, more) of each request. It is done when the next one is asked for. If there
+    def requests(self) -> Iterator[tuple[str, tuple]]:
+        """(what, arguments) of each request. It is done when the next one is asked for. If there
         is none, sleep until there is one, or interrupt is called.
 
         The application is woken once, after the last one: it asks nothing while it waits.

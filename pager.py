@@ -101,7 +101,7 @@ class Pager:
         self._control = control  # for forked children
         self._ended_by = hello.ended_by  # the names of signals, see page_for
         self._process = os.pidfd_open(self._application)  # readable when it has ended
-        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # CLOSE adds 1, and so does the end of run
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # close adds 1, and so does the end of run
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
         pages = (config.end_addr - start) // PAGE_SIZE
         self._lspt = lspt = l.LSPT(pages, config.high_threshold, config.low_threshold, config.plain)
@@ -185,7 +185,7 @@ class Pager:
             self._mailbox.interrupt()
             time.sleep(0.001)
         try:
-            self._end()
+            self.end()
         except OSError as error:
             reason = f"what the application wrote since the last sync is not on the disk: {error}"
             LOG.error("%s", reason)
@@ -282,48 +282,50 @@ class Pager:
     # ------------------------------------------------------------ the application's calls
 
     def _answer(self) -> None:
-        """A thread: do what the application asks, in order."""
+        """A thread: do what the application asks, in order: each request is a call of one of these methods."""
         while not self._lspt.stopped():
-            for what, page, count, more in self._mailbox.requests():
+            for what, arguments in self._mailbox.requests():
                 try:
-                    self._mailbox.answer(self._do(what, page, count, more))
+                    self._mailbox.answer(getattr(self, what)(*arguments))
                 except OSError as error:
                     # The application does not look at these answers, so errors end the job. But advice is
                     # nothing that a lack of descriptors, for _lpet, should end it for.
-                    if what == mailbox.FREE or what == mailbox.FORGET and "_lpet" in vars(self):
+                    if what == "free" or what == "forget" and "_lpet" in vars(self):
                         raise
                     self._mailbox.answer(error)
-                if what == mailbox.CLOSE:
-                    os.eventfd_write(self._ended, 1)
 
-    def _do(self, what: int, page: int, count: int, more: bytes | list[l.Run] | None) -> object:
-        """One request; the answer. Raises OSError if it can't be done."""
-        if what == mailbox.MAPPED:
-            self._lspt.areas[self._area(page)] = [(page, count)]  # replaces one that has grown
-            if self._report:
-                self._report.mapped(page, count, more.decode(errors="replace"))
-        elif what == mailbox.FREE:
-            del self._lspt.areas[self._area(page)]  # Space.allocate also frees what is no area
-            if self._report:
-                self._report.unmapped(page)
-            for claimed in self._lspt.claims(self._lspt.used(page, count), l.SETTLED):
-                self._free(claimed)
-                if self._lspt.stopped() and not self._store.kept:
-                    break
-        elif what == mailbox.PREFETCH:
-            self._handler.prefetch(more)
-        elif what == mailbox.FORGET:
-            for run in more:
-                self._lpet.forget(*run)
-        elif what == mailbox.LOCATIONS:
-            return self._lspt.located(page, count, self._store.locations)
-        elif what == mailbox.FIGURES:
-            return self.figures()
-        elif what == mailbox.SYNC:
-            return self._sync()
-        elif what == mailbox.END:  # the interpreter ends; or Space.close, before its CLOSE
-            self._end()
-        return None
+    def mapped(self, page: int, count: int, name: bytes) -> None:
+        """There is an area now; or it has grown."""
+        self._lspt.areas[self._area(page)] = [(page, count)]
+        if self._report:
+            self._report.mapped(page, count, name.decode(errors="replace"))
+
+    def free(self, page: int, count: int) -> None:
+        """Make these pages NEW. They are an area that is none any more, or a gap: see Space.allocate."""
+        del self._lspt.areas[self._area(page)]
+        if self._report:
+            self._report.unmapped(page)
+        for claimed in self._lspt.claims(self._lspt.used(page, count), l.SETTLED):
+            self._free(claimed)
+            if self._lspt.stopped() and not self._store.kept:
+                break
+
+    def prefetch(self, runs: list[l.Run]) -> None:
+        """See DmHandler.prefetch."""
+        self._handler.prefetch(runs)
+
+    def forget(self, runs: list[l.Run]) -> None:
+        """Evict these pages."""
+        for run in runs:
+            self._lpet.forget(*run)
+
+    def locations(self, page: int, count: int) -> bytes:
+        """See LSPT.located."""
+        return self._lspt.located(page, count, self._store.locations)
+
+    def close(self) -> None:
+        """The space has ended."""
+        os.eventfd_write(self._ended, 1)
 
     @cached_property
     def _lpet(self) -> Lpet:
@@ -351,7 +353,7 @@ class Pager:
 
     # ------------------------------------------------------------ what is kept and printed
 
-    def _sync(self) -> int:
+    def sync(self) -> int:
         """Store everything and sync the store; how many pages were stored."""
         if not isinstance(self._failure, OSError | None):
             raise OSError(f"EDM has failed in the middle of its work: {self._failure}")
@@ -359,12 +361,13 @@ class Pager:
         self._store.sync()
         return pages
 
-    def _end(self) -> None:
-        """Sync a kept disk, and print the table or write the report, once."""
+    def end(self) -> None:
+        """Sync a kept disk, and print the table or write the report, once. The application asks for this
+        when its interpreter ends, and before Space.close asks for close."""
         began = time.monotonic()
         try:
             if self._store.kept:
-                pages = self._sync()
+                pages = self.sync()
                 if not self._printed and (self._ended_by or self._lspt.stopped()):
                     why, took = (*self._ended_by, "end")[0], time.monotonic() - began
                     words = "%s: wrote %d pages back and synced the disk in %.1f s"

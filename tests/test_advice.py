@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROGRAMS, needs_userfaultfd
 
-from edm.mailbox import FORGET
 from edm.pager import Pager
 
 pytest.importorskip("numpy")
@@ -16,17 +15,17 @@ pytestmark = needs_userfaultfd
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_advice_that_finds_no_descriptors_is_no_reason_to_end_the_job(begun):
-    def do(*request):
+    def forget(*request):
         raise OSError(errno.EMFILE, "Too many open files")
 
     answers, stopped = [], iter((False, True))
     mailbox = SimpleNamespace(
         wait=lambda: None,
-        requests=lambda: [(FORGET, 0, 0, b"")],
+        requests=lambda: [("forget", ([],))],
         answer=lambda *a: answers.append(a),
     )
     lspt = SimpleNamespace(stopped=lambda: next(stopped))
-    pager = SimpleNamespace(_lspt=lspt, _mailbox=mailbox, _do=do)
+    pager = SimpleNamespace(_lspt=lspt, _mailbox=mailbox, forget=forget)
     if begun:  # then an eviction has failed, in the midst of it
         pager._lpet = None
     with pytest.raises(OSError, match="Too many") if begun else contextlib.nullcontext():
