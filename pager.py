@@ -151,7 +151,7 @@ class Pager:
         # Its number is above the userfaultfd's: the kernel closes the descriptors of a killed process from
         # the last one on. When it closes the userfaultfd, missing pages read as zeros: the application
         # must be dying by then. From here on nothing may fail. And LPET must not have the write end.
-        self._lifelines_other_end, self._lifeline = address_space.lifeline(self._application)
+        self._lifelines_other_end, _ = address_space.lifeline(self._application)
 
     def _start_thread(self, body: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._guarded, args=(body,))
@@ -196,7 +196,6 @@ class Pager:
         fcntl.fcntl(self._lifelines_other_end, fcntl.F_SETFL, 0)
         if self._system_calls:
             self._system_calls.close(leave=os.eventfd_read(self._ended) == 1)
-        os.close(self._lifeline)
         self._control.close()  # Space.close waits for this
         if self._failure:
             raise self._failure
@@ -224,8 +223,7 @@ class Pager:
             # It may have had the LSPT's lock, and then any thread that wants it waits forever.
             by = signal.Signals(-status).name + limits.limit_of(status)
             print_error(OSError(f"LPET was killed by {by}"))
-            self._kill_application()
-            os._exit(2)  # a kept disk is as its last sync has left it
+            os._exit(2)  # that kills the application; a kept disk is as its last sync has left it
         if status:
             raise RuntimeError("LPET has failed") if status == 1 else OSError("")
 
@@ -236,11 +234,8 @@ class Pager:
                 body()
         except BaseException as error:  # noqa: BLE001 - run() raises it
             self._failure = self._failure or error
-            self._kill_application()  # its end ends _watch
-
-    def _kill_application(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)  # that ends _watch
 
     def _watch(self) -> None:
         """Wait until the application has ended or closed its space."""
