@@ -154,10 +154,9 @@ class Space:
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
             hello = {
-                "config": vars(config), "instance": instance, "pid": os.getpid(), "how": how,
-                "clean_tracking": tracks,
+                "config": vars(config), "instance": instance, "pid": os.getpid(),
+                "clean_tracking": tracks, "lines": lines,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
-                "lines": lines,
             }  # fmt: skip
             pager = _say_hello(control, hello, [uffd, memfd, pagemap, *lines])
             self._at_close = self._at_close.pop_all()  # it has not failed

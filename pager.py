@@ -420,7 +420,6 @@ def page_for(
         config.report = f"{name}.{hello.instance}{ending}"
     log.start(config.log_level)
     LOG.debug(" INIT")
-    LOG.info("userfaultfd permitted by: %s", hello.how)
     try:
         store = open_store(config, hello.instance)
         pager = Pager(control, hello, store)
