@@ -23,8 +23,8 @@ One call, `write(fd, array)`:
 Not every program calls write(2) again for the rest of a file or a pipe (`python -u` does not). So if the
 buffer is larger than what was pinned, the pager makes the call itself: it reads the bytes from
 /proc/TID/mem, and writes them to the program's descriptor, which pidfd_getfd(2) duplicates. The call
-returns when all is written, or at an error or a signal with what was written before. If the pager has no
-descriptor for that, the kernel makes the call.
+returns when all is written, or at an error or a signal with what was written before. If that is nothing,
+the kernel makes the call: so it is the kernel that says what is wrong.
 
 readv, writev, sendmsg, recvmsg and their kin keep the addresses of their buffers in memory, where the
 filter can't look. So all of these calls are stopped, in every process that has the filter, and each
@@ -58,7 +58,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import errno
 import os
 import select
 import stat
@@ -75,7 +74,6 @@ from edm.uffd_ctypes import PAGE_SIZE
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from io import FileIO
 
     from edm.dm_handler import DmHandler
     from edm.lspt import LSPT
@@ -108,7 +106,6 @@ _CALLS = {
 AUDIT_ARCH, _COLUMN = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}[os.uname().machine]
 CALLS = {call[_COLUMN]: call[2:] for call in _CALLS.values()}  # by number
 WRITE, PWRITE = _CALLS["write"][_COLUMN], _CALLS["pwrite64"][_COLUMN]
-SIGPIPE = 13  # signal.SIGPIPE, without importing signal: the application imports this module
 
 iovec, msghdr = Struct("=QQ"), Struct("=16xQQ")  # base, len; of its fields iov, iovlen
 IOV_MAX = 1024  # limits.h(0p)
@@ -232,20 +229,15 @@ class SystemCalls:
         call = nr, *arguments
         whole = not process or self._pin_and_bring(thread, call)
         if not whole and nr in (WRITE, PWRITE) and process == self._application:
-            # EBADF, EPERM, no other thread, or no descriptor: then the kernel makes the call.
-            with contextlib.suppress(OSError, RuntimeError), contextlib.ExitStack() as if_it_fails:
-                fd = u.pidfd_getfd(self._pidfd, arguments[0])
-                if_it_fails.callback(os.close, fd)
-                found = os.fstat(fd)
-                if self._can_be_made_here(found.st_mode):
-                    memory = if_it_fails.enter_context(open(f"/proc/{thread}/mem", "rb", 0))
-                    _thread.start_new_thread(self._write, (number, thread, call, fd, found, memory))
-                    if_it_fails.pop_all()
-                    return
-        self._answer(number, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
+            with contextlib.suppress(RuntimeError):  # no other thread: the kernel makes the call
+                _thread.start_new_thread(self._write, (number, thread, call))
+                return
+        self._answer(number)
 
-    def _answer(self, number: int, done: int, error: int, flags: int) -> None:
-        answer = seccomp_notif_resp.pack(number, done, -error, flags)
+    def _answer(self, number: int, done: int = 0) -> None:
+        """The call has done so many bytes. If it has done none, the kernel makes it."""
+        flags = 0 if done else SECCOMP_USER_NOTIF_FLAG_CONTINUE
+        answer = seccomp_notif_resp.pack(number, done, 0, flags)
         ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
 
     def _process_of(self, thread: int) -> int:
@@ -296,60 +288,60 @@ class SystemCalls:
 
     # ------------------------------------------------------------ large writes
 
-    def _can_be_made_here(self, mode: int) -> bool:
-        """Not to a socket, where a part would be a message of its own, and not to a terminal, where a write
-        may block that a signal has to end. And not to a file that is to end at the program's own limit."""
+    def _write(self, number: int, thread: int, call: Call) -> None:
+        """A thread, as it may wait: make a call of write(2) or pwrite64(2), and answer.
+
+        Whatever fails, the answer is what is written by then. If that is nothing, the kernel makes the call,
+        and says what is wrong.
+        """
+        done = 0
+        wrong = OSError, MemoryError, OverflowError  # the last of pwrite: a negative offset
+        with contextlib.suppress(*wrong):
+            for part in self._parts(thread, call):
+                done += part
+        with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
+            self._answer(number, done)
+
+    def _parts(self, thread: int, call: Call) -> Iterator[int]:
+        """Write the call's bytes part by part; how many each time."""
         import resource  # the application does without
 
-        limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
-        return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) and limit == resource.RLIM_INFINITY
+        with contextlib.ExitStack() as at_end:
+            fd = u.pidfd_getfd(self._pidfd, call[1])
+            at_end.callback(os.close, fd)
+            memory = at_end.enter_context(open(f"/proc/{thread}/mem", "rb", 0)).fileno()
+            mode, inode = os.fstat(fd)[:2]
+            if to_file := stat.S_ISREG(mode):  # no other write that is made here comes in between
+                at_end.enter_context(self._file_locks[inode % FILE_LOCKS])
+            # Not to a socket, where a part would be a message of its own, and not to a terminal, where a write
+            # may block that a signal has to end. And not to a file that is to end at the program's own limit.
+            limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
+            if not (stat.S_ISFIFO(mode) or to_file and limit == resource.RLIM_INFINITY):
+                return
+            nr, _, _, length, offset, *_ = call
+            done, content = 0, memoryview(b"")
+            while done < length:
+                content = content or self._read(thread, call, done, memory)
+                if not to_file:
+                    _wait_for_room(fd, thread)
+                part = content if to_file else content[:PAGE_SIZE]
+                n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
+                done, content = done + n, content[n:]
+                yield n
 
-    def _write(
-        self, number: int, thread: int, call: Call, fd: int, found: os.stat_result, memory: FileIO
-    ) -> None:
-        """A thread, as it may wait: make a call of write(2) or pwrite64(2), and answer."""
-        nr, _, _, length, offset, *_ = call
-        done = failed = 0
-        to_file = stat.S_ISREG(found.st_mode)
-        # No other write that is made here comes between the parts of this one.
-        lock = self._file_locks[found.st_ino % FILE_LOCKS] if to_file else contextlib.nullcontext()
-        try:
-            with memory, lock:
-                while done < length:
-                    content = self._read(thread, call, done, memory)
-                    while content:
-                        if not to_file:
-                            _wait_for_room(fd, thread)
-                        part = content if to_file else content[:PAGE_SIZE]
-                        at = offset + done
-                        n = os.pwrite(fd, part, at) if nr == PWRITE else os.write(fd, part)
-                        done, content = done + n, content[n:]
-        except (OSError, MemoryError) as error:  # whatever it is, the thread waits for an answer
-            reason = getattr(error, "errno", errno.ENOMEM)
-            failed = reason if not done else 0
-            if reason == errno.EPIPE:
-                os.kill(self._application, SIGPIPE)
-        except OverflowError:  # of pwrite: a negative offset
-            failed = errno.EINVAL
-        os.close(fd)
-        with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
-            self._answer(number, done, failed, 0)
-
-    def _read(self, thread: int, call: Call, done: int, memory: FileIO) -> memoryview:
+    def _read(self, thread: int, call: Call, done: int, memory: int) -> memoryview:
         """The bytes that the call has behind the first `done` ones, AT_ONCE at most. Raises OSError."""
         from edm.lspt import LOST  # the application does without
 
         address, length = call[2] + done, min(call[3] - done, AT_ONCE)
-        page = (address - self._start) // PAGE_SIZE
-        while page < self._lspt.pages and self._lspt.state[page] != LOST:
+        page, lspt = (address - self._start) // PAGE_SIZE, self._lspt
+        while page < lspt.pages and lspt.state[page] != LOST and not lspt.stopped():
             self._pin_and_bring(thread, call, done)
             # It ends before a page that is not here. EIO: that is the first one.
             with contextlib.suppress(OSError):
-                if content := os.pread(memory.fileno(), length, address):  # else it has ended
+                if content := os.pread(memory, length, address):  # else it has ended
                     return memoryview(content)
-            if self._lspt.stopped():
-                break
-        raise OSError(errno.EFAULT, "a page can't be brought")
+        raise OSError("a page can't be brought")
 
 
 def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int, int]]:
@@ -366,15 +358,13 @@ def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int
 
 
 def _wait_for_room(fd: int, thread: int) -> None:
-    """Wait until a page can be written there. Raises OSError: EAGAIN if the descriptor does not block, EINTR
-    if a signal with a handler waits for the thread whose call this is."""
+    """Wait until a page can be written there. Raises OSError if the descriptor does not block, or if a signal
+    with a handler waits for the thread whose call this is."""
     poll, blocks = select.poll(), os.get_blocking(fd)
     poll.register(fd, select.POLLOUT)
     while not poll.poll(SIGNAL_LOOK if blocks else 0):
-        if not blocks:
-            raise OSError(errno.EAGAIN, "no room")
         with open(f"/proc/{thread}/status", "rb") as file:  # the thread's name may be any bytes
             fields = dict(line.decode("latin-1").split(":\t", 1) for line in file)
         mask = {name: int(fields[name], 16) for name in ("SigPnd", "ShdPnd", "SigCgt", "SigBlk")}
-        if (mask["SigPnd"] | mask["ShdPnd"]) & mask["SigCgt"] & ~mask["SigBlk"]:
-            raise OSError(errno.EINTR, "a signal has come")
+        if not blocks or (mask["SigPnd"] | mask["ShdPnd"]) & mask["SigCgt"] & ~mask["SigBlk"]:
+            raise BlockingIOError
