@@ -447,9 +447,8 @@ class Space:
             # memfd.
             self._map_memory(length, u.PROT_NONE, u.MAP_PRIVATE | u.MAP_NORESERVE, memfd)
             self._register(u.Userfaultfd(uffd), "none")
-            # The userfaultfd and the lifeline stay open: the pager may die before it reads this. The
-            # pager's number of this process, which may be in a PID namespace of its own.
-            send(control, posix.readlink(b"/proc/self"), [process, uffd, ours, pagers_end])
+            # The userfaultfd and the lifeline stay open: the pager may die before it reads this.
+            send(control, b"child", [process, uffd, ours, pagers_end])
             if_it_fails.pop_all()  # it has not failed
         try:
             u.mprotect(self.start_addr, length, u.PROT_READ | u.PROT_WRITE)

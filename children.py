@@ -13,11 +13,11 @@ read end before it ends: the child goes on if it does not touch the memory. A ch
 another program is killed with the pager, too.
 
 Interface: Children(epoll) is the DM-Handler's, whose epoll wakes it when a child faults or ends.
-adopt(pid, fds) takes a new child, faulting() returns those that have faults, let_go() is for the end.
-`uffds` is empty if there are no children. pids() is for system_calls.py.
+adopt(fds) takes a new child, faulting() returns those that have faults, let_go() is for the end.
+`uffds` is empty if there are no children.
 
-Rules: the DM-Handler's thread calls faulting. Any thread may call pids, and adopt, one at a time. The main
-thread calls let_go when the DM-Handler has ended.
+Rules: the DM-Handler's thread calls faulting. The main thread calls adopt, and let_go when the DM-Handler
+has ended.
 
 Sources: userfaultfd(2), pidfd_open(2), fcntl(2) on F_SETSIG and O_ASYNC.
 """
@@ -33,9 +33,9 @@ class Children:
     def __init__(self, epoll: select.epoll) -> None:
         self._epoll = epoll  # which other threads may add to
         self.uffds: dict[int, Userfaultfd] = {}  # by descriptor
-        self._sent: dict[int, tuple[int, list[int]]] = {}  # its pid, and what it has sent; by pidfd
+        self._sent: dict[int, list[int]] = {}  # what each has sent; by pidfd
 
-    def adopt(self, pid: int, fds: list[int]) -> None:
+    def adopt(self, fds: list[int]) -> None:
         """Take a child that has sent these descriptors. If this process has no room for all of
         them, close those that have come: the others are closed already, and the child is killed."""
         if len(fds) < 4:
@@ -43,19 +43,15 @@ class Children:
                 os.close(fd)
             return
         process, uffd = fds[:2]
-        self._sent[process], self.uffds[uffd] = (pid, fds), Userfaultfd(uffd)
+        self._sent[process], self.uffds[uffd] = fds, Userfaultfd(uffd)
         for fd in (uffd, process):  # the pidfd last: the child may have ended
             self._epoll.register(fd, select.EPOLLIN)
-
-    def pids(self) -> list[int]:
-        """The process ids of all children that have not ended."""
-        return [pid for pid, _ in self._sent.copy().values()]
 
     def faulting(self) -> list[Userfaultfd]:
         """The userfaultfds that have messages. Children that have ended are forgotten."""
         ready = [fd for fd, _ in self._epoll.poll(0)]
         for process in self._sent.keys() & set(ready):
-            _, fds = self._sent.pop(process)
+            fds = self._sent.pop(process)
             del self.uffds[fds[1]]
             for fd in fds:
                 os.close(fd)
@@ -64,6 +60,6 @@ class Children:
     def let_go(self, start: int, length: int) -> None:
         """No page comes any more: wake the faults in this range (bytes), and let the children
         live."""
-        for _, (_, uffd, lifeline, _) in self._sent.values():
+        for _, uffd, lifeline, _ in self._sent.values():
             fcntl.fcntl(lifeline, fcntl.F_SETFL, 0)  # as in lifeline of address_space.py
             self.uffds[uffd].wake(start, length)

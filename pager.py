@@ -129,7 +129,6 @@ class Pager:
         self._system_calls: SystemCalls | None = None
         self._lpet_pid = os.getpid()
         self._failure: BaseException | None = None
-        self._hearing = threading.Lock()  # held by the thread that receives from children
         self._sampling = threading.Lock()  # held by the thread that uses the report's samples
         self._printed = False  # was the table printed, and the report written?
 
@@ -174,7 +173,6 @@ class Pager:
             self._system_calls = SystemCalls(
                 *listener, self._ended, self._application, self._process, self._lspt, self._handler,
                 self._config.start_addr, self._uffd.fd, self._clean_tracking == "events",
-                self._hear_children,
             )  # fmt: skip
             self._start_thread(self._system_calls.run)
         if begins:  # else a signal handler has raised in the application, which has no space now
@@ -255,16 +253,16 @@ class Pager:
     # ------------------------------------------------------------ forked children
 
     def _hear_children(self) -> bool:
-        """Receive the descriptors that forked children have sent. Any thread may call this.
+        """Receive the descriptors that forked children have sent.
 
         Returns False if every process has closed its end of the socket: no other child can come.
         """
-        with self._hearing, contextlib.suppress(BlockingIOError):  # no message is left
+        with contextlib.suppress(BlockingIOError):  # no message is left
             while True:
                 content, fds = address_space.receive(self._control, _socket.MSG_DONTWAIT)
                 if not content:
                     return False
-                self._handler.children.adopt(int(content), fds)
+                self._handler.children.adopt(fds)
         return True
 
     def _let_go_of_children(self) -> None:

@@ -28,9 +28,8 @@ the kernel makes the call: so it is the kernel that says what is wrong.
 
 readv, writev, sendmsg, recvmsg and their kin keep the addresses of their buffers in memory, where the
 filter can't look. So all of these calls are stopped, in every process that has the filter, and each
-takes 25 to 30 µs more. For a process that has the space, step 2 reads the addresses from
-/proc/TID/mem; AT_ONCE is for all buffers together. If that file can't be opened (Yama: of forked
-children), the call goes on. Under edm.run the space ends before its process does, and these calls are
+takes 25 to 30 µs more. Step 2 reads the addresses from /proc/TID/mem; AT_ONCE is for all buffers
+together. If that file can't be opened (Yama: of forked children), the call goes on. Under edm.run the space ends before its process does, and these calls are
 not stopped: they would fail for good when the pager is gone.
 
 These still give EFAULT: calls that are not in _CALLS, like sendmmsg; io_uring and O_DIRECT; datagrams
@@ -38,7 +37,8 @@ that are larger than what is pinned. These may do less than they are asked to: r
 their kin; a raw file's readinto; recv with MSG_WAITALL; and a raw file's write in a forked child. Where
 first writes are events, a sync in the moment of a call that writes memory may set that bit again.
 
-A filter is inherited, and can't be removed. Calls of processes that do not have the space just go on.
+A filter is inherited, and can't be removed. Nobody asks whether a process has the space: a forked child
+has it, and what another program has at these addresses (EDM in EDM) makes pages come that nobody needs.
 Without the pager nobody would read the listener, and matching calls would fail with ENOSYS. So if
 processes with the filter are left when the application has ended, or has become another program, the
 pager forks a process that lets their calls go on until the last of them has ended (SystemCalls.close).
@@ -73,7 +73,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from edm.dm_handler import DmHandler
     from edm.lspt import LSPT
@@ -176,16 +176,14 @@ def _at_least(argument: int, bound: int, yes: int, no: int) -> Iterator[tuple[in
 class SystemCalls:
     def __init__(
         self, listener: int, ended: int, application: int, pidfd: int, lspt: LSPT, handler: DmHandler,
-        start_addr: int, uffd: int, clear_wp: bool, hear_children: Callable[[], object],
+        start_addr: int, uffd: int, clear_wp: bool,
     ) -> None:  # fmt: skip
         """ended: an eventfd; writing it ends run(). application, pidfd: its process id, and a pidfd of it.
-        clear_wp: the uffd-wp bit of a page that a call writes has to be cleared here. hear_children: called
-        when a process is unknown."""
+        clear_wp: the uffd-wp bit of a page that a call writes has to be cleared here."""
         self._listener, self._ended = listener, ended
         self._application, self._pidfd = application, pidfd
         self._lspt, self._handler, self._start = lspt, handler, start_addr
         self._uffd, self._clear_wp = u.Userfaultfd(uffd), clear_wp
-        self._hear_children = hear_children
         self._file_locks = [_thread.allocate_lock() for _ in range(FILE_LOCKS)]  # by inode
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
             ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
@@ -212,7 +210,7 @@ class SystemCalls:
                 os.dup2(self._listener, 0)
                 u.close_from(1)
                 self._listener = self._ended = 0
-                self._process_of, self._hear_children = lambda thread: 0, bool
+                self._pin_and_bring = lambda *call: True
                 self.run()
             finally:
                 os._exit(0)
@@ -223,12 +221,10 @@ class SystemCalls:
         message = bytearray(seccomp_notif.size)
         ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
         number, thread, _, nr, _, _, *arguments = seccomp_notif.unpack(message)
-        if not (process := self._process_of(thread)):
-            self._hear_children()
-            process = self._process_of(thread)
         call = nr, *arguments
-        whole = not process or self._pin_and_bring(thread, call)
-        if not whole and nr in (WRITE, PWRITE) and process == self._application:
+        whole = self._pin_and_bring(thread, call)
+        of_application = f"/proc/{self._application}/task/{thread}"
+        if not whole and nr in (WRITE, PWRITE) and os.path.exists(of_application):
             with contextlib.suppress(RuntimeError):  # no other thread: the kernel makes the call
                 _thread.start_new_thread(self._write, (number, thread, call))
                 return
@@ -239,11 +235,6 @@ class SystemCalls:
         flags = 0 if done else SECCOMP_USER_NOTIF_FLAG_CONTINUE
         answer = seccomp_notif_resp.pack(number, done, 0, flags)
         ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
-
-    def _process_of(self, thread: int) -> int:
-        """The process that has this thread, of those that have the space; 0 if none has: its calls go on."""
-        pids = self._application, *self._handler.children.pids()
-        return next((pid for pid in pids if os.path.exists(f"/proc/{pid}/task/{thread}")), 0)
 
     def _pin_and_bring(self, thread: int, call: Call, done: int = 0) -> bool:
         """Pin the first pages of the call's buffers, behind `done` bytes, and bring them. Returns whether
