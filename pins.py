@@ -19,6 +19,7 @@ see ptrace(2). For others, every thread counts as "running".
 """
 
 import mmap
+import os
 from _multiprocessing import SemLock
 from struct import Struct
 
@@ -96,23 +97,24 @@ def first_of(runs: list[range], count: int) -> list[range]:
 
 
 def _goes_on(thread: int, used: int, number: int, *arguments: int) -> bool:
-    try:
-        with open(f"/proc/{thread}/syscall", "rb", 0) as file:
-            now = file.read().decode().split()[:7]
-    except (FileNotFoundError, ProcessLookupError):  # the thread has ended
-        return False
-    except OSError:  # EPERM, EMFILE
-        now = ["running"]
-    if now == ["running"]:
-        return _used_by(thread) - used < RUNNING
-    return now == [str(number), *map(hex, arguments)]
+    now = _words(thread, "syscall")
+    if len(now) > 1:
+        return now[:7] == [str(number), *map(hex, arguments)]
+    # It is "running", or has ended, or this process can't know (EPERM, EMFILE).
+    return os.path.exists(f"/proc/{thread}") and _used_by(thread) - used < RUNNING
 
 
 def _used_by(thread: int) -> int:
     """The processor time that this thread has used (nanoseconds); 0 if it has ended. While the thread runs,
     the kernel updates it once a tick."""
+    words = _words(thread, "schedstat")
+    return int(words[0]) if words else 0
+
+
+def _words(thread: int, name: str) -> list[str]:
+    """What this file of a thread's says; nothing if it can't be read."""
     try:
-        with open(f"/proc/{thread}/schedstat", "rb", 0) as file:
-            return int(file.read().split()[0])
+        with open(f"/proc/{thread}/{name}", "rb", 0) as file:
+            return file.read().decode().split()
     except OSError:
-        return 0
+        return []

@@ -80,8 +80,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1 << 20  # bytes
 FILE_LOCKS = 64
-PIN_WAIT = 0.3  # seconds to wait for room for a pin
-PIN_AGAIN = 1e-3  # seconds between two looks for it
+PIN_TRIES, PIN_AGAIN = 300, 1e-3  # looks for room for a pin, and the seconds between two
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
 
 # The least number of pages to pin; by whether the call writes memory. A call on a socket fails if it can't
@@ -270,12 +269,12 @@ class SystemCalls:
     def _pin(self, wanted: list[range], least: int, thread: int, call: Call) -> list[range]:
         """As Pins.pin, but wait for room. If other calls that wait, such as recv_into, keep all of it, the
         pages stay unpinned: very likely they are still here when the call touches them."""
-        pins, give_up = self._lspt.pins, time.monotonic() + PIN_WAIT
-        while not (pages := pins.pin(wanted, least, thread, call)):
-            if time.monotonic() > give_up:
-                return first_of(wanted, min(least, pins.most))
+        pins = self._lspt.pins
+        for _ in range(PIN_TRIES):
+            if pages := pins.pin(wanted, least, thread, call):
+                return pages
             time.sleep(PIN_AGAIN)
-        return pages
+        return first_of(wanted, min(least, pins.most))
 
     # ------------------------------------------------------------ large writes
 
