@@ -80,7 +80,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1 << 20  # bytes
 FILE_LOCKS = 64
-PIN_TRIES, PIN_AGAIN = 300, 1e-3  # looks for room for a pin, and the seconds between two
+TRIES = 300  # to pin pages, or to read pages that could not be pinned
+PIN_AGAIN = 1e-3  # seconds between two tries to pin
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
 
 # The least number of pages to pin; by whether the call writes memory. A call on a socket fails if it can't
@@ -270,7 +271,7 @@ class SystemCalls:
         """As Pins.pin, but wait for room. If other calls that wait, such as recv_into, keep all of it, the
         pages stay unpinned: very likely they are still here when the call touches them."""
         pins = self._lspt.pins
-        for _ in range(PIN_TRIES):
+        for _ in range(TRIES):
             if pages := pins.pin(wanted, least, thread, call):
                 return pages
             time.sleep(PIN_AGAIN)
@@ -321,11 +322,8 @@ class SystemCalls:
 
     def _read(self, thread: int, call: Call, done: int, memory: int) -> memoryview:
         """The bytes that the call has behind the first `done` ones, AT_ONCE at most. Raises OSError."""
-        from edm.lspt import LOST  # the application does without
-
         address, length = call[2] + done, min(call[3] - done, AT_ONCE)
-        page, lspt = (address - self._start) // PAGE_SIZE, self._lspt
-        while page < lspt.pages and lspt.state[page] != LOST and not lspt.stopped():
+        for _ in range(TRIES):  # a page that could not be pinned may have left again
             self._pin_and_bring(thread, call, done)
             # It ends before a page that is not here. EIO: that is the first one.
             with contextlib.suppress(OSError):
