@@ -115,7 +115,7 @@ class Lpet:
     def _evict(self, claimed: Claimed) -> int:
         """Evict the pages that were claimed, which is step 1. Returns how many.
 
-        The steps are explained at the top. They are about PAGES_AT_ONCE at most.
+        The steps are explained at the top. claimed: of at most PAGES_AT_ONCE pages.
         """
         if not claimed.leaving:
             return 0

@@ -308,8 +308,8 @@ class LSPT(ByteTable):
 
     def stays(self, claimed: Claimed, used: bool = False) -> None:
         """LEAVING → the state before. used: the pages that were HERE get the current generation."""
-        now = _here_becomes(HERE + self.generation() % GENERATIONS)
-        self._end(claimed, now if used else bytes(range(256)))
+        now = HERE + self.generation() % GENERATIONS
+        self._end(claimed, _here_becomes(now) if used else bytes(range(256)))
 
     def freed(self, claimed: Claimed) -> None:
         """LEAVING → NEW. The pages are in one part of the table, see used."""

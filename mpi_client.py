@@ -181,6 +181,7 @@ class MpiStore:
     ) -> list[bytes]:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
         answers; returns their bodies. Raises one of the errors, if there are any."""
+        # Each of the first parts is another DMS's.
         asked = {dms for dms, _, _ in itertools.islice(self._parts(page, count), self._dmss)}
         dirty_of: list[list[Bytes]] = [[] for _ in range(self._dmss)]
         for first, content in dirty:
