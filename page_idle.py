@@ -14,8 +14,8 @@ A page is idle if nothing has read or written it since it was last marked idle.
 
 BitmapTracker is the wiki's way, by /sys/kernel/mm/page_idle/bitmap. It needs root and
 CONFIG_IDLE_PAGE_TRACKING.
-  * A page that is still in a per-CPU LRU batch can't be marked idle. So the bitmap is read back. If a
-    page is not idle there, the batches are drained, and all pages are marked once more.
+  * A page that is still in a per-CPU LRU batch can't be marked idle. So the batches are drained first. That
+    takes as long as to read 16 words of the bitmap.
   * A page frame number is good only at the moment when it is read, so it is read anew each time.
 
 UnmapTracker needs neither root nor a kernel option. It takes a page out of the page table and leaves
@@ -31,7 +31,7 @@ import ctypes
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from edm import log
 from edm.lspt import Run
@@ -68,9 +68,10 @@ class Pagemap:
         both = int.from_bytes(written, "big") & int.from_bytes(here, "big")
         return both.to_bytes(len(here), "big")
 
-    def present(self, page: int, count: int) -> list[bool]:
-        """For each page: is it in the page table (bit 63)?"""
-        return [bool(b & _PRESENT) for b in self._read(page, count)[_TOP_BYTE]]
+    def absent(self, runs: Iterable[Run]) -> set[int]:
+        """The pages of these runs that are not in the page table (bit 63)."""
+        read = ((page, self._read(page, count)[_TOP_BYTE]) for page, count in runs)
+        return {at for page, tops in read for at, top in enumerate(tops, page) if top < _PRESENT}
 
     def pfns(self, page: int, count: int) -> list[int]:
         """For each page: its page frame number; 0 if it has none, or this process may not know it."""
@@ -87,14 +88,9 @@ class BitmapTracker:
         self._pagemap = pagemap
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def mark_idle(self, runs: Sequence[Run]) -> None:
+    def mark_idle(self, runs: Iterable[Run]) -> None:
         """Mark these pages idle."""
-        self._set_bits(runs)
-        if len(self.idle(runs)) < sum(count for _, count in runs):
-            drain_lru_batches()
-            self._set_bits(runs)
-
-    def _set_bits(self, runs: Iterable[Run]) -> None:
+        drain_lru_batches()
         words: dict[int, int] = {}
         for _, at, bit in self._bits(runs):
             words[at] = words.get(at, 0) | bit
@@ -128,12 +124,7 @@ def drain_lru_batches() -> None:
 class UnmapTracker:
     def __init__(self, pagemap: Pagemap, unmap: Callable[[Iterable[Run]], None]) -> None:
         """unmap takes pages out of the page table, and leaves them in the memfd."""
-        self._pagemap, self.mark_idle = pagemap, unmap
-
-    def idle(self, runs: Sequence[Run]) -> set[int]:
-        """The pages of these runs that nothing has touched since they were marked."""
-        there = (yes for run in runs for yes in self._pagemap.present(*run))
-        return {page for page, yes in zip(pages_in(runs), there, strict=True) if not yes}
+        self.mark_idle, self.idle = unmap, pagemap.absent
 
 
 def bitmap_missing() -> str:

@@ -89,7 +89,7 @@ class FakePagemap:
 
     def __init__(self, real):
         self.clean = set()
-        self.present, self.pfns = real.present, real.pfns
+        self.absent, self.pfns = real.absent, real.pfns
 
     def written(self, page, here):
         return bytes(0 if at in self.clean else byte for at, byte in enumerate(here, start=page))
@@ -329,16 +329,16 @@ def test_the_store_gets_what_was_written_last_before_the_page_left_the_page_tabl
 def test_the_marks_are_read_after_the_pages_have_left_the_page_table(make):
     instance = make()
     instance.come((10, 2))
-    present = []
+    there = []
     real = instance.pagemap.written
 
     def written(page, here):
-        present.append(instance.pagemap.present(10, 2) + [instance.memory.pages_in_it()])
+        there.append((instance.pagemap.absent([(10, 2)]), instance.memory.pages_in_it()))
         return real(page, here)
 
     instance.pagemap.written = written
     instance.evict(0, 50, ANY_HERE)
-    assert present == [[False, False, 0]]
+    assert there == [({10, 11}, 0)]
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -738,7 +738,7 @@ def test_an_unmapped_page_is_idle_until_it_is_touched_and_keeps_its_bytes(make):
     instance = make(high=8, low=4)
     instance.come((0, 8))
     assert instance.evict_once() == [0, 1, 2, 3], "all were in use: in order"
-    assert instance.pagemap.present(4, 4) == [False] * 4, "and the others are marked"
+    assert instance.pagemap.absent([(4, 4)]) == {4, 5, 6, 7}, "and the others are marked"
     assert instance.memory.pages_in_it() == 4
     # A read would map the neighbours too (fault-around), as this memory has no marks.
     instance.memory.map[4 * PAGE_SIZE] = content(4)[0]
@@ -766,7 +766,7 @@ def test_who_touches_a_page_while_it_is_being_marked_is_woken(make):
     instance.lpet._put_back = put_back
     instance.lpet._mark_idle([(10, 2)])
     assert instance.uffd.woken == {10, 11}
-    assert instance.here() == [10, 11] and instance.pagemap.present(10, 2) == [False, False]
+    assert instance.here() == [10, 11] and instance.pagemap.absent([(10, 2)]) == {10, 11}
     assert [instance.memory.read(page) for page in (10, 11)] == [content(10), content(11)]
 
 
