@@ -105,9 +105,7 @@ class Lpet:
     def run(self) -> None:
         """Evict whenever woken, until LSPT.stop. Raises OSError when a fault has waited for GRACE seconds."""
         while self._lspt.lpet_waits():
-            pages = self._evict_until_low_threshold()
-            self._lspt.run_ended()
-            if not pages:
+            if not self._evict_until_low_threshold():
                 time.sleep(min(self._rest(), 0.05))  # short, to see LSPT.stop soon
 
     # ------------------------------------------------------------ one eviction

@@ -335,11 +335,6 @@ class LSPT(ByteTable):
             self.figures[ROOM_WANTED] = 0
             os.eventfd_write(self.for_handler, 1)
 
-    def run_ended(self) -> None:
-        """For LPET: it has evicted what it could."""
-        with self.lock:
-            self._room(0, True)
-
     def found_on_disk(self, page: int, count: int) -> None:
         """NEW → AWAY, at the start: the store has these pages from an earlier job, long ago."""
         with self.lock:
@@ -395,8 +390,11 @@ class LSPT(ByteTable):
     # ------------------------------------------------------------ waiting
 
     def lpet_waits(self) -> bool:
-        """For LPET: sleep until there is something to evict. Returns False once stop was called."""
+        """For LPET, which has evicted what it could: sleep until there is something to evict. Returns False
+        once stop was called."""
         while not self.stopped():
+            with self.lock:
+                self._room(0, True)
             if self.figures[RESIDENT] >= self._wake_at or self.figures[ROOM_WANTED]:
                 return True
             # It returns at once if there was a wake-up since the last read.

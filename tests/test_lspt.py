@@ -647,19 +647,20 @@ def test_what_makes_no_room_does_not_tell_the_handler(make):
     assert lspt.figures[ROOM_WANTED] and not rings(lspt)
 
 
-def test_in_the_plain_way_there_is_room_when_lpet_has_ended_its_run(make):
+def test_in_the_plain_way_there_is_room_when_lpet_has_ended_its_run(make, start):
     lspt = make(pages=4 * SMALL, high=2 * SMALL, low=SMALL, plain=True)
     come(lspt, 0, 2 * SMALL)
     assert lspt.as_the_wiki_does
     assert not rings(lspt, "for_lpet"), "it is not woken before a fault finds no room"
     lspt.expect(3 * SMALL)
-    lspt.run_ended()
-    assert not rings(lspt), "nothing has left"
+    assert lspt.lpet_waits() and not rings(lspt), "nothing has left"
     evict(lspt, 0, 1)
     assert not rings(lspt) and lspt.figures[ROOM_WANTED], "others may leave yet"
-    lspt.run_ended()
-    assert rings(lspt) and not lspt.figures[ROOM_WANTED]
+    start(lspt.lpet_waits)
+    wait_for(lambda: rings(lspt))
+    assert not lspt.figures[ROOM_WANTED]
     assert lspt.expect(3 * SMALL) == NEW
+    lspt.stop()
 
 
 def test_lpet_sleeps_until_a_fault_finds_no_room(make, start):
