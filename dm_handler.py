@@ -47,7 +47,6 @@ import time
 from _thread import LockType, allocate_lock
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from logging import INFO
 
 from edm import log
 from edm import lspt as l
@@ -79,8 +78,7 @@ class DmHandler:
         self.children = Children(self._epoll)
         self.came: deque[int] | None = None  # gets the pages that are installed
         self.lines = None  # a lines.Lines, which samples the faults
-        self._log, self._banner = log.logger("DmHandler"), log.logger()
-        self._info = self._log.isEnabledFor(INFO)
+        self._log, self._banner, self._info = log.of_box("DmHandler")
         # The source of a zero page that gets the uffd-wp bit, which UFFDIO_ZEROPAGE can't set.
         self._zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
         self._figures = lspt.figures

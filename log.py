@@ -7,6 +7,7 @@ In the picture: every box writes here.
 Interface:
     start(level)             called by edm.run: lines of at least this level go to stderr
     logger(name)             the logger of a box: lines of logger("DMS") begin with [DMS]
+    of_box(name)             that, and what else a box needs that writes banners and tables
     spt_table, lspt_table    the two tables, as the wiki prints them
 
 Rules: a box asks its logger once, at its start, whether a level is on, and keeps the answer. So a silent
@@ -35,6 +36,11 @@ class _WikiFormatter(logging.Formatter):
 def logger(name: str = "") -> logging.Logger:
     """The logger of a box of the picture; without a name, that of the banners."""
     return logging.getLogger(f"edm.{name}" if name else "edm")
+
+
+def of_box(name: str) -> tuple[logging.Logger, logging.Logger, bool]:
+    """The logger of a box, that of the banners, and whether lines of level info are written."""
+    return logger(name), logger(), logger(name).isEnabledFor(logging.INFO)
 
 
 def start(level: str) -> None:

@@ -53,7 +53,6 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from logging import INFO
 
 from edm import log
 from edm import lspt as l
@@ -99,8 +98,7 @@ class Lpet:
         self._again_at = 0.0  # time.monotonic, as is the next
         self._refused_since = float("inf")  # the first refusal since the store took dirty pages
         self._refusal = OSError()  # the last one
-        self._log, self._banner = log.logger("Lpet"), log.logger()
-        self._info = self._log.isEnabledFor(INFO)
+        self._log, self._banner, self._info = log.of_box("Lpet")
 
     def run(self) -> None:
         """Evict whenever woken, until LSPT.stop. Raises OSError when a fault has waited for GRACE seconds."""

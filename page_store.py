@@ -242,8 +242,7 @@ class PageStore:
         self._buffer = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # for take_get
         self._buffer_at = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self._page = [self._buffer[:PAGE_SIZE]]  # where take_get reads a single page
-        self._log, self._banner = log.logger("DMS"), log.logger()
-        self._info = self._log.isEnabledFor(INFO)
+        self._log, self._banner, self._info = log.of_box("DMS")
         # A kept disk needs the bytes for their checksums, and a log names each page.
         self.takes_pipes = not (keep or self._info)
         self.offers = range(0)  # the epochs that it can start from; none once it has started
