@@ -60,10 +60,10 @@ class Stream:
 
     def expect_from(self, place: int) -> None:
         """The fault that continues the stream is here, or near: pages that are here do not fault."""
-        self.reach = self.span = range(place, place + NEAR * self.stride, self.stride)
-        if self.is_of_neighbours:
-            first, last = sorted((self.place, self.reach[-1]))
-            self.span = range(first, last + 1)
+        self.reach = range(place, place + NEAR * self.stride, self.stride)
+        # What ends or continues it: of a stream of neighbours, its last window too.
+        begin = self.place if self.is_of_neighbours else place
+        self.span = range(begin, self.reach.stop, self.stride)
 
     def wanted(self, area: range) -> list[range]:
         """The pages of this area to fetch now, in the order of need: first the one that has faulted. They are
