@@ -27,7 +27,6 @@ Rules: any thread may use a Pagemap. A tracker belongs to one Lpet.
 Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, .../mm/pagemap.rst.
 """
 
-import ctypes
 import os
 import sys
 from array import array
@@ -129,11 +128,11 @@ class UnmapTracker:
 
 def bitmap_missing() -> str:
     """Why this process can't use the kernel's idle bitmap; "" if it can."""
-    touched = ctypes.c_int(1)
     try:
         os.close(os.open(BITMAP, os.O_RDWR | os.O_CLOEXEC))
         with open("/proc/self/pagemap", "rb") as pagemap:
-            [pfn] = Pagemap(pagemap.fileno(), 0).pfns(ctypes.addressof(touched) // PAGE_SIZE, 1)
+            # Of the page that has this object: CPython's id is an address.
+            [pfn] = Pagemap(pagemap.fileno(), 0).pfns(id(pagemap) // PAGE_SIZE, 1)
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     return "" if pfn else "/proc/PID/pagemap hides page frame numbers: CAP_SYS_ADMIN shows them"
