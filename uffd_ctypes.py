@@ -101,7 +101,6 @@ _libc.mmap.restype = c_long  # an address of a process, or -1
 # Keeps the GIL: for calls that take less time than to get it back from another thread.
 WITH_GIL = ctypes.PyDLL(None, use_errno=True)
 _libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
-_libc.syscall.restype = c_long
 
 _machine = os.uname().machine
 if _machine not in _NUMBERS:
@@ -155,8 +154,6 @@ def supported_features() -> int:
 class Userfaultfd:
     """The ioctls of one userfaultfd, for one thread. See ioctl_userfaultfd(2) for each. Each raises OSError,
     which names the ioctl: ESRCH when the process has ended."""
-
-    MESSAGES = 64  # at most so many are read at once
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -225,13 +222,13 @@ class Userfaultfd:
         self._call("UFFDIO_POISON", UFFDIO_POISON)
 
     def read_faults(self) -> list[tuple[int, int, int, int]]:
-        """(event, flags, address, thread) of the faults that wait, at most MESSAGES; none: [].
+        """(event, flags, address, thread) of the faults that wait, at most 64; none: [].
 
         address: exact with UFFD_FEATURE_EXACT_ADDRESS, else its page's. thread: its id, with
         UFFD_FEATURE_THREAD_ID, or 0.
         """
         try:
-            return list(uffd_msg.iter_unpack(os.read(self.fd, uffd_msg.size * self.MESSAGES)))
+            return list(uffd_msg.iter_unpack(os.read(self.fd, 64 * uffd_msg.size)))
         except BlockingIOError:
             return []
 
@@ -354,6 +351,5 @@ def seccomp(instructions: bytes) -> int:
     """
     code = ctypes.create_string_buffer(instructions, len(instructions))
     program = sock_fprog.pack(len(instructions) // 8, ctypes.addressof(code))
-    flags = c_uint(SECCOMP_FILTER_FLAGS)
-    result = _libc.syscall(_NR_seccomp, SECCOMP_SET_MODE_FILTER, flags, program)
-    return _checked("seccomp", result)
+    arguments = SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAGS, program
+    return _checked("seccomp", _libc.syscall(_NR_seccomp, *arguments))
