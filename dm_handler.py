@@ -200,10 +200,8 @@ class DmHandler:
         for child in self.children.faulting():
             for _, _, address, _ in child.read_faults():
                 begin, page = address & -PAGE_SIZE, (address - self._start) // PAGE_SIZE
-                if self._lspt.state[page] == l.LEAVING:
+                if not self._bring_missing(address, False) and self._lspt.state[page] == l.LEAVING:
                     time.sleep(l.SETTLE)  # who has claimed it wakes only the application
-                else:
-                    self._bring_missing(address, False)
                 if self._lspt.state[page] == l.LOST:
                     # Another of its threads may have touched this page before; or it has ended.
                     with contextlib.suppress(FileExistsError, ProcessLookupError):

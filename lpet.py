@@ -80,8 +80,7 @@ class Lpet:
         """
         self._lspt, self._store = lspt, store
         self._uffd, self._pagemap = Userfaultfd(uffd), pagemap
-        self._start = start_addr
-        self._memfd = memfd
+        self._memfd, self._start = memfd, start_addr
         self._out, self._in = os.pipe2(os.O_CLOEXEC)
         # A user may have a limited number of such pipes: pipe(7), pipe-user-pages-soft.
         with suppress(PermissionError):
