@@ -140,8 +140,7 @@ class ByteTable:
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self.state = mmap.mmap(-1, pages, flags)
+        self.state = mmap.mmap(-1, pages, mmap.MAP_SHARED | MAP_NORESERVE)
         self._used = mmap.mmap(-1, -(-pages // PART))  # 1 for each part that was ever set
 
     def used(self, page: int, count: int) -> Iterator[Run]:
