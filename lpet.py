@@ -304,14 +304,14 @@ class Lpet:
             self._empty_pipe(spans)
             self._put_back(claimed)
 
-    def forget(self, page: int, count: int) -> None:
-        """Evict those of count pages that are HERE. Pinned pages stay, and so do pages that the store refuses.
+    def forget(self, advised: Iterable[Run]) -> None:
+        """Evict those of these pages that are HERE. Pinned pages stay, and so do pages that the store refuses.
 
         This waits for pages that are COMING: the application may have used them already. And for those that LPET
         has. It stops when the application has ended.
         """
         self._again_at, self._most = 0.0, self._batch
-        parts = self._parts(self._lspt.used(page, count))
+        parts = self._parts(part for run in advised for part in self._lspt.used(*run))
         parts = itertools.takewhile(lambda _: not self._lspt.stopped(), parts)
         for claimed in self._lspt.claims(parts, l.ANY_HERE, pins=True):
             self._evict(claimed)

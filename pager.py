@@ -309,8 +309,7 @@ class Pager:
 
     def forget(self, runs: list[l.Run]) -> None:
         """Evict these pages."""
-        for run in runs:
-            self._lpet.forget(*run)
+        self._lpet.forget(runs)
 
     def locations(self, page: int, count: int) -> bytes:
         """See LSPT.located."""

@@ -840,7 +840,7 @@ def test_forgetting_ends_with_the_application(make):
     instance = make()
     instance.come((10, 3))
     instance.lspt.stop()
-    instance.lpet.forget(0, 64)
+    instance.lpet.forget([(0, 64)])
     assert instance.here() == [10, 11, 12] and instance.store.tries == []
 
 
@@ -850,12 +850,12 @@ def test_after_forgets_that_were_refused_as_much_is_tried_at_once_as_before(make
     instance.come((0, 64))
     instance.store.refuses = refuse_all
     for _ in range(6):
-        instance.lpet.forget(0, 64)
+        instance.lpet.forget([(0, 64)])
     instance.store.refuses = refuse_nothing
     instance.store.tries.clear()
     instance.may_try_again()
     if what == "forget":
-        instance.lpet.forget(0, 64)
+        instance.lpet.forget([(0, 64)])
     else:
         instance.lpet.store(track_clean=False)
     assert sizes(instance) == [16] * 4
@@ -865,7 +865,7 @@ def test_forgetting_waits_for_pages_that_are_coming(make):
     instance = make()
     instance.come((10, 3))
     instance.lspt.expect(11 + 2)
-    thread, _ = start(lambda: instance.lpet.forget(8, 8))
+    thread, _ = start(lambda: instance.lpet.forget([(8, 8)]))
     thread.join(0.02)
     assert thread.is_alive()
     instance.memory.write(13)
@@ -873,7 +873,7 @@ def test_forgetting_waits_for_pages_that_are_coming(make):
     thread.join(10)
     assert not thread.is_alive() and instance.here() == []
     instance.lspt.expect(20)
-    thread, _ = start(lambda: instance.lpet.forget(16, 8))
+    thread, _ = start(lambda: instance.lpet.forget([(16, 8)]))
     instance.lspt.stop()
     thread.join(10)
     assert not thread.is_alive(), "the space has ended"
