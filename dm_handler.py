@@ -279,10 +279,8 @@ class DmHandler:
     def _window(self, stream: Stream, page: int, state: int, write: bool) -> None:
         """Bring this page, which is COMING, and with it others that the stream wants: missing ones that are as
         this one was, NEW or AWAY."""
-        first, *others = stream.wanted(self._lspt.area(page))
-        runs = self._lspt.expect_more(first, state)
-        for part in others:
-            runs += self._lspt.expect_more(part, state, 0)
+        wanted = stream.wanted(self._lspt.area(page))
+        runs = [run for part in wanted for run in self._lspt.expect_more(part, state)]
         self._readahead.continued(stream, runs[-1][-1])
         # The next column of a matrix needs the pages of this one again.
         self._fetch(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)

@@ -220,14 +220,14 @@ class LSPT(ByteTable):
                 self._coming(1)
             return state
 
-    def expect_more(self, wanted: range, state: int, at: int = 1) -> list[range]:
-        """NEW or AWAY → COMING, for these pages from the at-th on: those that have this state, as far as all
-        have it or are HERE, and as there is room for. Returns the runs. at: 0, or 1 if the first page is
-        COMING; it is in the first run then."""
-        runs, joins = [wanted[:1]][:at], at
+    def expect_more(self, wanted: range, state: int) -> list[range]:
+        """NEW or AWAY → COMING, for those of these pages that have this state, as far as all have it or are
+        HERE, and as there is room for. Returns the runs. If the first page is COMING, it is in the first one."""
         with self.lock:
             first, last = sorted((wanted[0], wanted[-1]))
             states = self.state[first : last + 1][:: wanted.step]
+            joins = at = int(states[0] == COMING)
+            runs = [wanted[:1]][:at]
             expected = _NEW_RUN if state == NEW else _AWAY_RUN
             while self.figures[RESIDENT] < self.high and (run := expected.match(states, at)):
                 begin, at = run.span(1)
