@@ -1,6 +1,5 @@
 """python -m edm doctor: that it finds what is there, and names what is not."""
 
-import configparser
 import errno
 import os
 import pwd
@@ -12,7 +11,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import mpi4py
 import pytest
@@ -22,10 +20,7 @@ from edm import doctor
 from edm import uffd_ctypes as u
 
 ROOT = Path(doctor.__file__).parent
-CHECKS = {
-    "kernel", "userfaultfd", "its features", "a page fault", "idle pages", "MPI", "two ranks", "disk",
-    "the tests",
-}  # fmt: skip
+CHECKS = {"userfaultfd", "its features", "a page fault", "idle pages", "MPI", "two ranks", "disk"}
 
 
 def found(output):
@@ -43,29 +38,9 @@ def test_on_a_machine_that_has_everything_it_says_so(run, mpirun_command):
     states = found(ended.stdout)
     assert states.keys() == CHECKS
     assert "missing" not in states.values()
-    for name in ("kernel", "its features", "a page fault", "MPI", "two ranks"):
+    for name in ("its features", "a page fault", "MPI", "two ranks"):
         assert states[name] == "ok", ended.stdout
     assert "EDM can run here." in ended.stdout
-
-
-def test_it_names_what_the_tests_need(monkeypatch, capsys):
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    extras = setup["options.extras_require"]["test"].split()
-    of_pypi = {"sklearn": "scikit-learn", "xdist": "pytest-xdist"}
-    names = {of_pypi.get(name, name) for name in doctor.PACKAGES}
-    assert {*names, "mpich"} == set(extras)
-    has_browser = shutil.which("chromium") or shutil.which("google-chrome")
-    has_all = os.getuid() == 0 and shutil.which("cc") and has_browser
-    assert doctor.the_tests()[0] == ("ok" if has_all else "without")
-    monkeypatch.setattr(doctor, "PACKAGES", ("pytest", "no_such_package"))
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(os, "getuid", lambda: 1000)
-    monkeypatch.setattr(doctor, "CHECKS", [doctor.the_tests])
-    assert doctor.main() == 0, "EDM runs without them"
-    told = capsys.readouterr().out
-    assert "those that need no_such_package, a C compiler, chromium, root are skipped" in told
-    assert "pip install -e '.[test]'" in told
 
 
 def test_every_test_file_is_named_with_what_it_proves():
@@ -128,8 +103,8 @@ def test_without_mpi_it_says_what_is_missing_and_how_to_get_it(run, package, tmp
     settings.append("MPI4PY_LIBMPI=/nowhere/libmpi.so")
     ended = run("/usr/bin/env", *settings, bare / "bin" / "python", "-m", "edm", "doctor")
     assert ended.returncode == 0 and found(ended.stdout)["MPI"] == "without", ended.stdout
-    assert "mpi4py finds no MPI library" in ended.stdout
-    assert "-m pip install mpich\n" in ended.stdout and "Traceback" not in ended.stdout
+    assert "/nowhere/libmpi.so" in ended.stdout
+    assert f"try: {command}" in ended.stdout and "Traceback" not in ended.stdout
 
 
 def test_this_environments_mpirun_is_taken_before_the_one_on_path(monkeypatch, tmp_path):
@@ -208,7 +183,7 @@ def test_it_is_right_for_a_user_without_privileges(as_nobody):
     ended = as_nobody("-m", "edm", "doctor")
     states = found(ended.stdout)
     assert states.keys() == CHECKS, ended.stdout
-    for name in ("kernel", "a page fault", "MPI", "two ranks"):
+    for name in ("a page fault", "MPI", "two ranks"):
         assert states[name] == "ok", ended.stdout
     assert states["idle pages"] == "without"
     assert states["userfaultfd"] == "ok" or "user mode only" in ended.stdout
@@ -324,12 +299,6 @@ def test_a_page_comes_on_a_kernel_without_write_protection_too(at_the_start_of_e
     at_the_start_of_each_python(NO_WRITE_PROTECTION)
     state, words, _ = doctor.a_page_fault()
     assert state == "ok" and "come back" in words
-
-
-def test_a_kernel_that_is_too_old_is_told(monkeypatch):
-    for release, state in {"5.18.99": "missing", "5.19": "ok", "6.1.0-9-amd64": "ok"}.items():
-        monkeypatch.setattr(os, "uname", lambda release=release: SimpleNamespace(release=release))
-        assert doctor.kernel()[0] == state
 
 
 @pytest.mark.parametrize("bitmap", ["", "no CONFIG_IDLE_PAGE_TRACKING"])
