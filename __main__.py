@@ -3,32 +3,31 @@
 
 import sys
 
+USAGE = "usage: python -m edm (run | kernel install) (--help | ...), or: python -m edm doctor"
+
 
 def main() -> None:
     if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         # Whatever modules the current folder has: from here on they are the program's only.
         del sys.path[0]
-    if sys.argv[1:2] == ["run"]:  # not by argparse, as every program that is run waits for it
-        from edm.launch import main as run
+    match sys.argv[1:]:
+        case ["run", *arguments]:
+            from edm import launch
 
-        run(sys.argv[2:])  # it does not return
-    if sys.argv[1:3] == ["kernel", "install"]:
-        from edm.kernel import main as install_kernel
+            launch.main(arguments)  # it does not return
+        case ["kernel", "install", *arguments]:
+            from edm import kernel
 
-        install_kernel(sys.argv[3:])
-        return
-    import argparse
+            kernel.main(arguments)
+        case ["doctor"]:
+            from edm import doctor
 
-    from edm import doctor
-
-    parser = argparse.ArgumentParser(prog="python -m edm")
-    what = (
-        "run a program with more memory (see: run --help), give Jupyter a kernel that runs this way (see: "
-        "kernel install --help), or tell whether EDM can run here (doctor)"
-    )
-    parser.add_argument("command", choices=("run", "kernel install", "doctor"), help=what)
-    parser.parse_args()
-    sys.exit(doctor.main())
+            sys.exit(doctor.main())
+        case ["-h" | "--help"]:
+            print(USAGE)
+        case _:
+            print(USAGE, file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

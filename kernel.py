@@ -12,6 +12,7 @@ Rules: a mistake is reported in one line, with exit status 2, and nothing is wri
 Source: "Kernel specs" in the documentation of jupyter_client.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -24,8 +25,9 @@ PROGRAM = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
 def main(arguments: list[str]) -> None:
     """Give this user's Jupyter a kernel spec, and say where it is."""
-    purpose = "Give Jupyter a kernel whose arrays live in EDM's space."
-    parser = launch.command_parser(PROG, f"[--name NAME] [option of {launch.PROG} ...]", purpose)
+    words = f"Give Jupyter a kernel whose arrays live in EDM's space. It has all options of {launch.PROG}."
+    # Without the usage, a mistake is one line.
+    parser = argparse.ArgumentParser(PROG, argparse.SUPPRESS, words, allow_abbrev=False)
     parser.add_argument("--name", default="edm", help="what Jupyter calls it (edm)")
     args, options = parser.parse_known_args(arguments)
     if launch.parse([*options, *PROGRAM])[2] != PROGRAM:

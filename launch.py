@@ -7,8 +7,7 @@ In the picture: starts it all. The process that the user started checks the comm
 itself by `python script.py ...`. Before the script, that interpreter imports startup/sitecustomize.py,
 which starts EDM. Python itself does all the rest.
 
-Interface: main(arguments) is the command. For kernel.py: parse(arguments) checks a command line, and
-command_parser() makes a parser.
+Interface: main(arguments) is the command. For kernel.py: parse(arguments) checks a command line.
 
 Rules: a mistake is reported in one line, with exit status 2, before anything is started. Settings are
 passed to startup/sitecustomize.py in one environment variable, which is removed there.
@@ -61,11 +60,14 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
     """The options, the settings they make, and the program with its arguments."""
-    parser = command_parser(
-        PROG,
-        "[option ...] (SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]",
-        "Run a Python program with more memory than this machine has.\n"
-        "COMMAND is one that is written in Python, such as pytest.",
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=f"{PROG} [option ...] (SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]",
+        description="Run a Python program with more memory than this machine has. COMMAND is one that is "
+        "written in Python, such as pytest.",
+        allow_abbrev=False,
+        # Without a width, argparse asks for the terminal's at each option.
+        formatter_class=functools.partial(argparse.HelpFormatter, width=100),
     )
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -90,18 +92,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
         return args, _config(args), _as_python_takes_it(program)
     except (ValueError, OSError) as error:
         refuse(parser, error)
-
-
-def command_parser(prog: str, usage: str, purpose: str) -> argparse.ArgumentParser:
-    """A parser for a command of this package, which reports a mistake in one line, without the usage."""
-    return argparse.ArgumentParser(
-        prog=prog,
-        usage=argparse.SUPPRESS,
-        description=f"usage: {prog} {usage}\n\n{purpose}",
-        allow_abbrev=False,
-        # Without a width, argparse asks for the terminal's at each option.
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
-    )
 
 
 def size_in_bytes(text: str) -> int:
