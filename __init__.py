@@ -2,7 +2,9 @@
 
 import importlib
 
-_ADVICE = ("forget", "prefetch", "resident")
+# The modules of what is not in edm.py.
+_MODULES = dict.fromkeys(("forget", "prefetch", "resident"), "advice")
+_MODULES["numpy_allocator"] = "numpy_mem_handler"
 __all__ = [
     "PAGE_SIZE", "Config", "Space", "forget", "main", "numpy_allocator", "parse_arguments", "prefetch",
     "resident", "run", "space", "start",
@@ -18,4 +20,4 @@ def __getattr__(name: str) -> object:
     # would import modules from there; __main__.py takes that folder away.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("edm.advice" if name in _ADVICE else "edm.edm"), name)
+    return getattr(importlib.import_module(f"edm.{_MODULES.get(name, 'edm')}"), name)

@@ -29,7 +29,6 @@ Interface:
     run(app, config)           run app(space) with a space of its own
     start(config)              make this interpreter an application, for the rest of its life
     space()                    in an application: its Space
-    numpy_allocator(...)       in an application: NumPy's large arrays live in its Space
     parse_arguments, main      as run, for a program with command-line options
     PAGE_SIZE                  bytes
 
@@ -279,17 +278,6 @@ def space() -> Space:
     if _space is None:
         raise RuntimeError("edm.space: this process is not an application of EDM's")
     return _space
-
-
-def numpy_allocator(threshold: int = 1 << 20) -> contextlib.AbstractContextManager[None]:
-    """A context manager: NumPy arrays that are made within, from threshold bytes on, live in the space.
-
-    Raises RuntimeError without a space, and if arrays of an earlier space of this process are left;
-    ImportError without NumPy 1.22 or later.
-    """
-    from edm import numpy_mem_handler  # the only one that needs NumPy
-
-    return numpy_mem_handler.numpy_allocator(space(), threshold)
 
 
 def launched() -> tuple[int, int]:

@@ -3,8 +3,8 @@
 In the picture: in the application process, between NumPy and the Space.
 
 Interface:
-    numpy_allocator(space, threshold)   a context manager: arrays made meanwhile, of at least so many
-                                        bytes, live in the space
+    numpy_allocator(threshold)          a context manager: arrays made meanwhile, of at least so many
+                                        bytes, live in the application's space
     handler().use(space).thresholds[0]  may be set for good
 
 NumPy asks its data memory handler for the memory of every array (NEP 49). A handler is four C functions;
@@ -46,6 +46,7 @@ from operator import index
 from posix import fstat, pread  # which a program's mock does not replace
 
 from edm.address_space import Space, whole_pages
+from edm.edm import space
 
 # PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
 SET_HANDLER, GET_HANDLER = 304, 305
@@ -80,13 +81,14 @@ atexit.register(_at_exit.close)
 
 
 @contextlib.contextmanager
-def numpy_allocator(space: Space, threshold: int) -> Iterator[None]:
-    """NumPy arrays of at least threshold bytes that are made meanwhile, by any thread, live in the space.
+def numpy_allocator(threshold: int = 1 << 20) -> Iterator[None]:
+    """A context manager: NumPy arrays that any thread makes meanwhile, from threshold bytes on, live in the
+    space.
 
-    Raises ImportError if there is no NumPy, or one that is older than 1.22; RuntimeError, see
-    MemHandler.use.
+    Raises RuntimeError without a space, and if arrays of an earlier space of this process are left;
+    ImportError without NumPy 1.22 or later.
     """
-    thresholds = handler().use(space).thresholds
+    thresholds = handler().use(space()).thresholds
     thresholds.append(threshold)
     try:
         yield

@@ -23,7 +23,8 @@ import threading
 from unittest import mock
 
 from edm import uffd_ctypes
-from edm.edm import PAGE_SIZE, Config, numpy_allocator, run, start
+from edm.edm import PAGE_SIZE, Config, run, start
+from edm.numpy_mem_handler import numpy_allocator
 
 LENGTH = 16 << 20  # of an area: four times what may be here
 HIGH = LENGTH // 4 // PAGE_SIZE

@@ -9,7 +9,8 @@ import sys
 import threading
 
 from edm import system_calls, uffd_ctypes
-from edm.edm import PAGE_SIZE, Config, numpy_allocator, start
+from edm.edm import PAGE_SIZE, Config, start
+from edm.numpy_mem_handler import numpy_allocator
 
 
 def open_userfaultfd():
