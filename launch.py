@@ -41,8 +41,7 @@ def main(arguments: list[str]) -> None:
         tell(f"{PROG}: EDM is not used: python -I, -E and -S switch it off")
     else:
         before = os.environ.get("PYTHONPATH")
-        threshold = args.numpy_threshold if args.numpy else None
-        settings = {"config": vars(config), "numpy_threshold": threshold, "PYTHONPATH": before}
+        settings = {"config": vars(config), "threshold": args.numpy_threshold, "PYTHONPATH": before}
         os.environ["EDM_RUN"] = marshal.dumps(settings).hex()
         startup = os.path.join(os.path.dirname(os.path.abspath(__file__)), "startup")
         os.environ["PYTHONPATH"] = f"{startup}{os.pathsep}{before}" if before else startup
@@ -69,20 +68,16 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
         # Without a width, argparse asks for the terminal's at each option.
         formatter_class=functools.partial(argparse.HelpFormatter, width=100),
     )
-    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--resident", type=size_in_bytes, metavar="SIZE",
+    add = parser.add_argument
+    add("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    size = {"type": size_in_bytes, "metavar": "SIZE"}
+    add(
+        "--resident", **size,
         help="memory to use, at most: 512M, 12G, or 80%% of this machine's (default: "
         f"{DEFAULT_PERCENT}%% of what is free)",
     )  # fmt: skip
-    parser.add_argument(
-        "--numpy", action=argparse.BooleanOptionalAction, default=True,
-        help="whether NumPy's large arrays live in the space (default: yes)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--numpy-threshold", type=size_in_bytes, default="1M", metavar="SIZE",
-        help="arrays from this size on (1M)",
-    )  # fmt: skip
+    add("--numpy-threshold", **size, default="1M", help="arrays from this size on are EDM's (1M)")
+    add("--no-numpy", dest="numpy_threshold", action="store_const", const=None, help="no array is")
     add_settings(parser, ("high_threshold", "low_threshold"), end_addr=None, dms=0)
     # The program begins with the first word that is not an option of EDM's. -m and -c look like options, so
     # argparse sees a null byte instead of their dash: no option has such a value.
@@ -106,8 +101,7 @@ def size_in_bytes(text: str) -> int:
 
 def _config(args: argparse.Namespace) -> Config:
     if args.dms and launched()[1] <= args.dms:
-        how = f"mpirun -n {args.dms + 2} {PROG} --dms {args.dms} ..."
-        raise ValueError(f"dms: needs more MPI ranks; start it as: {how}")
+        raise ValueError(f"dms: needs more MPI ranks: mpirun -n {args.dms + 2} {PROG} --dms ...")
     if args.resident is None:
         # As many instances share this machine's memory, as far as the MPI launcher says: without the DMSs, if all
         # ranks are here.
@@ -116,8 +110,6 @@ def _config(args: argparse.Namespace) -> Config:
         free = _memory()[1] // max(1, here - (args.dms if here == launched()[1] else 0))
         part = min(free * DEFAULT_PERCENT // 100, free - OTHERS)
         args.resident = max(part, free * LEAST_PERCENT // 100)
-    if args.resident < 2 * PAGE_SIZE:
-        raise ValueError(f"resident: {args.resident} bytes are less than two pages")
     if args.end_addr is None:
         size, limit = limits.space_size(SPACE)
         args.end_addr = args.start_addr + size
@@ -141,8 +133,6 @@ def _as_python_takes_it(program: list[str]) -> list[str]:
     own = os.path.dirname(sys.executable)
     path = shutil.which(name, path=own + os.pathsep + os.environ.get("PATH", os.defpath))
     if path is None:
-        with contextlib.suppress(OSError):  # the current folder was removed
-            name = os.path.abspath(name)
         raise ValueError(f"can't open file {name!r}: there is no such file")
     with open(path, "rb") as file:
         begin = file.read(4096)

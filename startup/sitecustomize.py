@@ -45,7 +45,7 @@ def start():
         os._exit(2)
 
     def use_numpy(module):
-        threshold = settings["numpy_threshold"]
+        threshold = settings["threshold"]
         if threshold is not None and hasattr(module, "ndarray"):  # else it is only called numpy
             # For ever: threads and exit functions make arrays after the script's end.
             edm.numpy_mem_handler.handler().use(space).thresholds[0] = threshold
