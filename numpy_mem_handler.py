@@ -115,7 +115,7 @@ def _replace_fromfile() -> None:
                 size, count, done = fstat(fd).st_size, index(count), 0
                 there = (size - begin) // dtype.itemsize
                 if there > 0:  # devices and the files of /proc have no size
-                    array = _numpys()[0](there if count < 0 else min(count, there), dtype)
+                    array = numpy.empty(there if count < 0 else min(count, there), dtype)
                     content = memoryview(array.view("B"))
                     while part := pread(fd, min(PIECE, len(content) - done), begin + done):
                         content[done : done + len(part)] = part
@@ -135,9 +135,9 @@ class MemHandler:
     """
 
     def __init__(self) -> None:
-        _numpys()
+        _, _, set_handler, get_handler = _numpys()
         # In a context where nobody has set another handler.
-        capsule = contextvars.Context().run(_numpy_api(GET_HANDLER))
+        capsule = contextvars.Context().run(get_handler)
         handler = PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
         own = PyDataMem_Handler.from_buffer_copy(handler)
         numpys = own.allocator
@@ -157,7 +157,7 @@ class MemHandler:
         _at_exit.callback(setattr, handler, "allocator", at_end)
         _keep((own, HANDLER_NAME))
         capsule = _new_capsule(ctypes.addressof(own), HANDLER_NAME, None)
-        _at_exit.callback(_numpy_api(SET_HANDLER, py_object), capsule)
+        _at_exit.callback(set_handler, capsule)
 
     def use(self, space: Space) -> MemHandler:
         """Arrays live in this space from now on. Returns this handler.
@@ -340,42 +340,36 @@ def _raising(came: BaseException) -> list[Callable[[], object]]:
 
 def _array(calls: list[Callable[[], object]]) -> object:
     """An array; when it is freed, C code makes these calls."""
-    empty, uint8 = _numpys()
+    empty, dtype, set_handler, _ = _numpys()
     call = partial(list, map(partial.__call__, calls))
     # Its memory is labs(ctx), which is ctx: nobody reads it.
     allocator = PyDataMemAllocator(id(call), _TWO(_LABS), free=_FREE(_CALL))
     handler = PyDataMem_Handler(b"after a callback", 1, allocator)
     capsule = _new_capsule(ctypes.addressof(handler), HANDLER_NAME, None)
-    dtype = uint8(metadata={"kept": (handler, call)})
+    keeps = dtype("B", metadata={"kept": (handler, call)})
     # In a context of its own: no other array gets this handler.
     context = contextvars.Context()
-    context.run(_numpy_api(SET_HANDLER, py_object), capsule)
-    return context.run(empty, 1, dtype)
+    context.run(set_handler, capsule)
+    return context.run(empty, 1, keeps)
 
 
 # ---------------------------------------------------------------- C functions
 
 
 @cache
-def _numpys() -> tuple[Callable[..., object], Callable[..., object]]:
-    """numpy.empty, and numpy.dtype of uint8. This is called first when the handler is made: later the program
-    may have hidden or replaced NumPy."""
+def _numpys() -> tuple[Callable[..., object], ...]:
+    """numpy.empty, numpy.dtype, and of NumPy's C API PyDataMem_SetHandler and PyDataMem_GetHandler. This is called
+    first when the handler is made: later the program may have hidden or replaced NumPy."""
     import numpy
 
-    return numpy.empty, partial(numpy.dtype, numpy.uint8)
-
-
-@cache
-def _numpy_api(index: int, *arguments: type) -> Callable[..., object]:
-    """The function of NumPy's C API with this index; it returns an object."""
-    import numpy
-
-    core = getattr(numpy, "_core", None) or numpy.core
     if tuple(map(int, numpy.__version__.split(".")[:2])) < (1, 22):
         raise ImportError(f"NumPy {numpy.__version__} has no data memory handlers; 1.22 has")
+    core = getattr(numpy, "_core", None) or numpy.core
     table = _pointer(core._multiarray_umath._ARRAY_API, None)
-    address = (c_void_p * (index + 1)).from_address(table)[index]
-    return ctypes.PYFUNCTYPE(py_object, *arguments)(address)
+    api = (c_void_p * (GET_HANDLER + 1)).from_address(table)
+    set_handler = ctypes.PYFUNCTYPE(py_object, py_object)(api[SET_HANDLER])
+    get_handler = ctypes.PYFUNCTYPE(py_object)(api[GET_HANDLER])
+    return numpy.empty, numpy.dtype, set_handler, get_handler
 
 
 def _function(name: str, result: type | None, *arguments: type) -> Callable[..., object]:
