@@ -45,10 +45,10 @@ def start():
         os._exit(2)
 
     def use_numpy(module):
-        threshold = settings["threshold"]
-        if threshold is not None and hasattr(module, "ndarray"):  # else it is only called numpy
+        # A module without arrays is only called numpy.
+        if settings["threshold"] is not None and hasattr(module, "ndarray"):
             # For ever: threads and exit functions make arrays after the script's end.
-            edm.numpy_mem_handler.handler().use(space).thresholds[0] = threshold
+            edm.numpy_mem_handler.handler().use(space).thresholds[0] = settings["threshold"]
 
     use_numpy(sys.modules.get("numpy"))
     imported = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
@@ -99,9 +99,7 @@ def as_importlib(function, name):
 # A finder, or a path, may be wrong.
 as_importlib(Finder.find_spec, "_find_spec")
 
-own = os.path.dirname(__file__)
-sys.path.remove(own)
-sys.path_importer_cache.pop(own, None)
+sys.path.remove(os.path.dirname(__file__))
 if "EDM_RUN" in os.environ:  # else this is a subinterpreter: its sys.path begins as the main one's
     try:
         start()
