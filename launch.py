@@ -18,7 +18,6 @@ admin-guide/cgroup-v2.rst.
 
 import argparse
 import contextlib
-import functools
 import marshal
 import os
 import re
@@ -66,7 +65,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
         "written in Python, such as pytest.",
         allow_abbrev=False,
         # Without a width, argparse asks for the terminal's at each option.
-        formatter_class=functools.partial(argparse.HelpFormatter, width=100),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
     )
     add = parser.add_argument
     add("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

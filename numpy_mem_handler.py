@@ -309,11 +309,10 @@ class Callback:
         try:
             arguments, done, was_set, came, tries = state
             answer = Answer(done[0] if done else self._work(done, *arguments) if tries > 0 else 0)
-            calls, later = [], []
-            if came is not None:
-                later += _raising(came)
+            later = [] if came is None else _raising(came)
             if was_set:
                 later.append(partial(_restore, *was_set))
+            calls = []
             answer.after = _array(calls)
             calls += later
             return answer
@@ -328,10 +327,8 @@ class Answer(int):
 
 def _raising(came: BaseException) -> list[Callable[[], object]]:
     """C calls after which the next Python code raises this exception. Its traceback loses EDM's frames."""
-    trace = came.__traceback__
-    while trace and os.path.dirname(trace.tb_frame.f_code.co_filename) == _OWN:
-        trace = trace.tb_next
-    came.__traceback__ = trace
+    while (at := came.__traceback__) and os.path.dirname(at.tb_frame.f_code.co_filename) == _OWN:
+        came.__traceback__ = at.tb_next
     if get_native_id() == os.getpid():  # the main thread: it alone makes pending calls
         return [partial(_came.append, (type(came), came)), partial(_call_soon, _IS_TRUE, _RAISES)]
     # Other threads run no signal handlers: it came by this call, which takes a class.
