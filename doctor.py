@@ -3,8 +3,8 @@
 In the picture: nothing. It tries each arrow once.
 
 Interface: main() prints a line for each check, and returns the exit status: 0 if EDM can run. A line
-begins with "ok", "missing" (EDM can't run) or "without" (EDM runs with less). What follows "try:" is a
-command to type.
+begins with "ok", "missing" (EDM can't run) or "without" (EDM runs with less). The last line is about the
+tests. What follows "try:" is a command to type.
 
 Rules: what may hang, or end its process, is tried in another process. So is the import of MPI.
 """
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 
 from edm import uffd_ctypes as u
 from edm.page_idle import bitmap_missing, unmap_missing
@@ -165,5 +166,24 @@ def disk() -> Finding:
     return "ok", found, ""
 
 
+# ---------------------------------------------------------------- the tests
+
+PACKAGES = (
+    "hypothesis", "ipykernel", "jupyter_client", "numpy", "pandas", "pytest", "ruff", "sklearn",
+    "xdist",
+)  # fmt: skip
+
+
+def the_tests() -> Finding:
+    found = {name: find_spec(name) for name in PACKAGES}
+    remedy = "" if all(found.values()) else f"{PIP_INSTALL} -e '.[test]'"
+    found["a C compiler"] = shutil.which("cc")
+    found["chromium"] = shutil.which("chromium") or shutil.which("google-chrome")
+    found["root"] = not os.getuid()
+    if missing := [name for name in found if not found[name]]:
+        return "without", f"those that need {', '.join(missing)} are skipped", remedy
+    return "ok", "all that they need is here", ""
+
+
 # In this order. What is printed of a check is its function's name.
-CHECKS = userfaultfd, its_features, a_page_fault, idle_pages, MPI, two_ranks, disk
+CHECKS = userfaultfd, its_features, a_page_fault, idle_pages, MPI, two_ranks, disk, the_tests

@@ -165,7 +165,7 @@ class Config(SimpleNamespace):
         yield end <= start, f"end_addr: {end:#x}; it must be greater than start_addr, {start:#x}"
         yield pages > MAX_PAGES, f"end_addr: {pages} pages of address space; at most {MAX_PAGES}"
         yield end > 1 << 63, f"end_addr: {end:#x}; no address space has so much"
-        yield high < 2, f"high_threshold: {high} pages resident; an instruction may touch 2"
+        yield high < 2, f"high_threshold: {high} pages; at least 2, as an instruction may touch two"
         yield not 0 <= low < high, f"low_threshold: {low} pages; less than high_threshold, {high}"
         for name in ("disk", "report"):
             yield "\0" in (getattr(self, name) or ""), f"{name}: a path has no null byte"

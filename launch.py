@@ -76,7 +76,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
         f"{DEFAULT_PERCENT}%% of what is free)",
     )  # fmt: skip
     add("--numpy-threshold", **size, default="1M", help="arrays from this size on are EDM's (1M)")
-    add("--no-numpy", dest="numpy_threshold", action="store_const", const=None, help="no array is")
+    none = {"dest": "numpy_threshold", "action": "store_const", "const": None}
+    add("--no-numpy", **none, help="no array is EDM's")
     add_settings(parser, ("high_threshold", "low_threshold"), end_addr=None, dms=0)
     # The program begins with the first word that is not an option of EDM's. -m and -c look like options, so
     # argparse sees a null byte instead of their dash: no option has such a value.
@@ -109,6 +110,8 @@ def _config(args: argparse.Namespace) -> Config:
         free = _memory()[1] // max(1, here - (args.dms if here == launched()[1] else 0))
         part = min(free * DEFAULT_PERCENT // 100, free - OTHERS)
         args.resident = max(part, free * LEAST_PERCENT // 100)
+    if args.resident < 2 * PAGE_SIZE:
+        raise ValueError(f"resident: {args.resident} bytes are less than two pages")
     if args.end_addr is None:
         size, limit = limits.space_size(SPACE)
         args.end_addr = args.start_addr + size

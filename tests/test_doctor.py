@@ -1,5 +1,6 @@
 """python -m edm doctor: that it finds what is there, and names what is not."""
 
+import configparser
 import errno
 import os
 import pwd
@@ -20,7 +21,9 @@ from edm import doctor
 from edm import uffd_ctypes as u
 
 ROOT = Path(doctor.__file__).parent
-CHECKS = {"userfaultfd", "its features", "a page fault", "idle pages", "MPI", "two ranks", "disk"}
+CHECKS = {
+    "userfaultfd", "its features", "a page fault", "idle pages", "MPI", "two ranks", "disk", "the tests",
+}  # fmt: skip
 
 
 def found(output):
@@ -41,6 +44,26 @@ def test_on_a_machine_that_has_everything_it_says_so(run, mpirun_command):
     for name in ("its features", "a page fault", "MPI", "two ranks"):
         assert states[name] == "ok", ended.stdout
     assert "EDM can run here." in ended.stdout
+
+
+def test_it_names_what_the_tests_need(monkeypatch, capsys):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]["test"].split()
+    of_pypi = {"sklearn": "scikit-learn", "xdist": "pytest-xdist"}
+    names = {of_pypi.get(name, name) for name in doctor.PACKAGES}
+    assert {*names, "mpich"} == set(extras)
+    has_browser = shutil.which("chromium") or shutil.which("google-chrome")
+    has_all = os.getuid() == 0 and shutil.which("cc") and has_browser
+    assert doctor.the_tests()[0] == ("ok" if has_all else "without")
+    monkeypatch.setattr(doctor, "PACKAGES", ("pytest", "no_such_package"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    monkeypatch.setattr(doctor, "CHECKS", [doctor.the_tests])
+    assert doctor.main() == 0, "EDM runs without them"
+    told = capsys.readouterr().out
+    assert "those that need no_such_package, a C compiler, chromium, root are skipped" in told
+    assert "pip install -e '.[test]'" in told
 
 
 def test_every_test_file_is_named_with_what_it_proves():

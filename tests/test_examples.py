@@ -250,4 +250,4 @@ def test_the_idle_bitmap_where_the_kernel_has_it(request):
     assert "eviction policy SUCCESS, with the idle tracker bitmap" in output
     for words in ("compare pages SUCCESS", "EDM can run here."):
         assert (words in output) == long
-    assert not re.search("^(missing|without) ", output, re.MULTILINE)
+    assert not re.search("^(missing|without) +(?!the tests)", output, re.MULTILINE)

@@ -789,7 +789,7 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
     ("arguments", "words"),
     [
         (["--resident", "12X", "x.py"], "resident: '12X' is not a size"),
-        (["--resident", "4K", "x.py"], "1 pages resident; an instruction may touch 2"),
+        (["--resident", "4K", "x.py"], "resident: 4096 bytes are less than two pages"),
         (["--numpy-threshold", "much", "x.py"], "numpy-threshold: 'much' is not a size"),
         (["--readahead", "0", "x.py"], "readahead: 0 pages"),
         (["--readahead", "many", "x.py"], "--readahead"),
