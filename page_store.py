@@ -193,13 +193,14 @@ def _sealed(content: bytes) -> bytes:
     return content + zlib.crc32(content).to_bytes(CRC, "little")
 
 
-def data(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of each range of a file between these offsets that is no hole (bytes)."""
+def data(fd: int, begin: int, end: int, unit: int = 1) -> Iterator[Run]:
+    """The runs of units between these offsets of a file that are not all hole. unit: bytes; the first unit, 0,
+    is at `begin`."""
+    at = begin
     try:
         while (at := os.lseek(fd, at, os.SEEK_DATA)) < end:
-            hole = os.lseek(fd, at, os.SEEK_HOLE)
-            yield at, min(hole, end) - at
-            at = hole
+            first, at = (at - begin) // unit, min(os.lseek(fd, at, os.SEEK_HOLE), end)
+            yield first, -(-(at - begin) // unit) - first
     except OSError as error:
         if error.errno != errno.ENXIO:  # ENXIO: only a hole is left
             raise
@@ -323,10 +324,8 @@ class PageStore:
         for at in range(0, len(pages) * PAGE_SIZE, length):
             if os.preadv(self.fd, [into[at : at + length]], place + at * pages.step) < length:
                 raise OSError(errno.EIO, "short read of the disk file")
-        if self.kept:
-            for at, page in enumerate(pages):
-                if _crc(into, at) != self._crcs[page]:
-                    raise OSError(errno.EIO, "the checksum is wrong")
+        if self.kept and any(_crc(into, at) != self._crcs[page] for at, page in enumerate(pages)):
+            raise OSError(errno.EIO, "the checksum is wrong")
 
     # ------------------------------------------------------------ pages go
 
@@ -413,8 +412,7 @@ class PageStore:
         """The runs of pages that the file has, in either place, also what a killed job wrote after its sync."""
         for place in (FIRST, SECOND):
             begin, end = self._place(0, place), self._place(self.spt.pages, place)
-            for at, length in data(self.fd, begin, end):
-                yield (at - begin) // PAGE_SIZE, -(-length // PAGE_SIZE)
+            yield from data(self.fd, begin, end, PAGE_SIZE)
 
     # ------------------------------------------------------------ the rest
 
@@ -501,19 +499,18 @@ class PageStore:
         except BlockingIOError:
             raise ValueError(f"disk: {path} is in use by another job, or just was") from None
         # Without data, the file is new, or a job was killed before it wrote the header.
-        begun = any(data(self.fd, 0, os.fstat(self.fd).st_size))
-        self.offers = self._read_header(path) if begun else range(1)
+        has_data = any(data(self.fd, 0, os.fstat(self.fd).st_size))
+        self.offers = self._read_header(path) if has_data else range(1)
         os.fchmod(self.fd, 0o600)
         os.ftruncate(self.fd, self._size if self.kept else 0)
         os.ftruncate(self.fd, self._size)
         if not self.kept or self._dmss == 1:
             self.start(self.offers[0])
-        if not begun:
-            with suppress(OSError):  # the folder may be unreadable, or not take an fsync
-                folder = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY)
-                with suppress(OSError):
-                    os.fsync(folder)
-                os.close(folder)
+        with suppress(OSError):  # the folder may be unreadable, or not take an fsync
+            folder = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY)
+            with suppress(OSError):
+                os.fsync(folder)  # the file's name is durable, also if an earlier job made it and was killed
+            os.close(folder)
 
     def start(self, epoch: int) -> None:
         """Resume from the sync of this epoch, one of `offers`. Raises OSError if the headers can't be written.
@@ -522,8 +519,8 @@ class PageStore:
         if a job was killed after it had written it. And both have to be allocated before the disk gets full.
         """
         self._words[EPOCH] = epoch
-        self._write_header(epoch, 0)
-        self._write_header(epoch, HEADER_COPY)
+        for at in (0, HEADER_COPY):
+            self._write_header(epoch, at)
         self._load_table()
         self.offers = range(0)
 
@@ -580,9 +577,8 @@ class PageStore:
 
     def _load_table(self) -> None:
         now, in_file = self._words[EPOCH] % 2, set()
-        for at, length in data(self.fd, TABLE, self._block_place(2, 0)):
-            first, last = (at - TABLE) // BLOCK_SIZE, (at - TABLE + length - 1) // BLOCK_SIZE
-            in_file.update(number % self._blocks for number in range(first, last + 1))
+        for first, many in data(self.fd, TABLE, self._block_place(2, 0), BLOCK_SIZE):
+            in_file.update(number % self._blocks for number in range(first, first + many))
         for block in in_file:
             other = self._read_block(1 - now, block, True)
             # Two syncs write a block. So if the last but one has it, the last one has it, too.
@@ -644,13 +640,13 @@ class PageStore:
     def _write_header(self, epoch: int, at: int) -> None:
         """Write this copy of the header. It, and all that was written before, is durable then. A sync of a disk
         that is not kept writes no header: it may have no room for one."""
-        header = _sealed(HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch))
         try:
             if self.kept or not epoch:
-                _write_all(self.fd, header, at)
+                header = HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch)
+                _write_all(self.fd, _sealed(header), at)
             os.fsync(self.fd)
-        except OSError as error:
-            self._words[NO_WRITES] = error.errno or errno.EIO
+        except BaseException as error:
+            self._words[NO_WRITES] = getattr(error, "errno", 0) or errno.EIO
             raise
 
     def _check_writable(self) -> None:
