@@ -20,6 +20,7 @@ Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next
 for a moment, offering its core at every look. Then it naps between looks, the longer the silence.
 """
 
+import errno
 import os
 import struct
 import threading
@@ -62,7 +63,6 @@ class DMS:
         instances, own = range(comm.size - dms), (comm.rank, dms)
         self._stores = [PageStore(path, start_addr, end_addr, keep, n, own) for n in instances]
         self._pages = (end_addr - start_addr) // PAGE_SIZE
-        self._syncs = {store: threading.Lock() for store in self._stores}
         self._unused: list[m.MessageBuffer] = []
         self._log = log.logger("DMS")
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes).
@@ -76,18 +76,16 @@ class DMS:
             m.BYE: (lambda asked: self._left.append(asked.store), 0, 0, 0),
         }
         self._left: list[PageStore] = []  # of the instances that have said BYE
-        self._refused = b""  # the last reason
         self.offers = [store.offers for store in self._stores]  # the syncs that each can start from
 
-    def start(self, offers_of_all: list[list[range]]) -> str | None:
-        """Start the stores that wait for it, each from the oldest sync that all DMSs have (page_store.py). Returns
-        what is wrong, if there is none. Raises OSError as PageStore.start does."""
+    def start(self, offers_of_all: list[list[range]]) -> None:
+        """Start the stores that wait for it, each from the oldest sync that all DMSs have (page_store.py). Raises
+        ValueError if there is none, OSError as PageStore.start does."""
         for store, *offers in zip(self._stores, *offers_of_all, strict=True):
             if store.offers:
                 if not (by_all := set.intersection(*map(set, offers))):
-                    return f"disk: no sync is on the disks of all DMSs, but these: {offers}"
+                    raise ValueError(f"disk: no sync is on the disks of all DMSs: {offers}")
                 store.start(min(by_all))
-        return None
 
     # ------------------------------------------------------------ receiving and answering
 
@@ -161,12 +159,12 @@ class DMS:
         try:
             return self._do(self._stores[source - self._first], question, answer)
         except (ValueError, struct.error, OSError, MemoryError) as error:
-            number, words = m.reason(error)
-            if words != self._refused:  # a full disk refuses again and again
-                why = words.decode(errors="replace")
-                self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, why)
-            self._refused = words
-            return answer.message(m.ERROR, len(words), 0, number, words)
+            number = getattr(error, "errno", 0) or errno.EINVAL
+            words = getattr(error, "strerror", "") or str(error) or type(error).__name__
+            if not isinstance(error, OSError):  # of those, as on one machine, the pager tells
+                self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, words)
+            body = words.encode()[:1000]
+            return answer.message(m.ERROR, len(body), 0, number, body)
 
     def _do(self, store: PageStore, question: memoryview, answer: m.MessageBuffer) -> memoryview:
         """As _handle. Raises ValueError if the question is wrong, and what the store raises."""
@@ -192,7 +190,7 @@ class DMS:
 
     def _sync(self, asked: Asked) -> None:
         """In a thread."""
-        with self._syncs[asked.store]:  # should an instance ask twice at once
+        with asked.store.lock:  # should an instance ask twice at once
             asked.store.sync_phases[asked.more]()
 
     def _get(self, asked: Asked) -> memoryview:

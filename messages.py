@@ -36,7 +36,6 @@ A question and its answer have the same MPI tag. No other question has that tag 
 Messages of different tags have no order.
 """
 
-import errno
 import mmap
 from struct import Struct
 
@@ -57,16 +56,6 @@ MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (DIRTY.size + PAGE_SIZE)  # bytes
 
 class DMSGone(Exception):
     """A DMS's process has ended, and will answer no more."""
-
-
-def reason(error: Exception) -> tuple[int, bytes]:
-    """An ERROR's errno and words."""
-    number, text = errno.EINVAL, str(error) or type(error).__name__
-    if isinstance(error, OSError):
-        number, text = error.errno or errno.EIO, error.strerror or text
-    elif isinstance(error, MemoryError):
-        number = errno.ENOMEM
-    return number, text.encode()[:1000]
 
 
 class MessageBuffer:

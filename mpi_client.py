@@ -122,8 +122,6 @@ class MpiStore:
         """See PageStore. The pages between the ranges go, too: this only changes where the SPT says that
         they are, and LSPT.located knows better."""
         ends = list(gone) or [(first, len(part) // PAGE_SIZE) for first, part in dirty]
-        if not ends:
-            return
         page, count, kind = ends[0][0], sum(ends[-1]) - ends[0][0], m.EVICT if gone else m.STORE
         address = self._start + page * PAGE_SIZE
         if gone:

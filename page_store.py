@@ -239,7 +239,7 @@ class PageStore:
         self._crcs = memoryview(mmap.mmap(-1, 4 * pages if keep else 4)).cast("I")
         self._changed = memoryview(mmap.mmap(-1, max(1, self._blocks)))  # a byte a block: see SAME
         self._words = memoryview(mmap.mmap(-1, 24)).cast("Q")
-        self._lock = semaphore() if keep else nullcontext()
+        self.lock = semaphore() if keep else nullcontext()
         self._buffer = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # for take_get
         self._buffer_at = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self._page = [self._buffer[:PAGE_SIZE]]  # where take_get reads a single page
@@ -331,13 +331,14 @@ class PageStore:
 
     def put(self, gone: Sequence[Run], dirty: Sequence[Bytes]) -> None:
         """Write the dirty pages. The pages `gone` have left the instance; if there are none, the instance
-        keeps the dirty ones. From the first of these pages to the last, there are at most PAGES_AT_ONCE.
+        keeps the dirty ones. There is at least one page. From the first to the last, there are at most
+        PAGES_AT_ONCE.
 
         Raises OSError on failure. Then no page has left.
         """
         if gone:
             self._say(DEBUG, "Handle page eviction in address %#x", dirty)
-        with self._lock:
+        with self.lock:
             if self.kept:
                 self._check_writable()
             self._write(dirty)
@@ -418,7 +419,7 @@ class PageStore:
 
     def free(self, page: int, count: int) -> None:
         """Forget these pages: they are NEW."""
-        with self._lock:
+        with self.lock:
             for first, many in self.spt.used(page, count):
                 before = self.spt.state[first : first + many]
                 self.spt.set(range(first, first + many), NEW)
@@ -434,7 +435,7 @@ class PageStore:
         Raises OSError if a page is TORN. Once the file system has failed to sync, each call raises
         OSError: the kernel reports lost writes only once, see fsync(2).
         """
-        with self._lock:
+        with self.lock:
             self._prepare()
             self._commit()
 
@@ -509,7 +510,9 @@ class PageStore:
         with suppress(OSError):  # the folder may be unreadable, or not take an fsync
             folder = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY)
             with suppress(OSError):
-                os.fsync(folder)  # the file's name is durable, also if an earlier job made it and was killed
+                os.fsync(
+                    folder
+                )  # the file's name is durable, also if an earlier job made it and was killed
             os.close(folder)
 
     def start(self, epoch: int) -> None:
@@ -647,6 +650,7 @@ class PageStore:
             os.fsync(self.fd)
         except BaseException as error:
             self._words[NO_WRITES] = getattr(error, "errno", 0) or errno.EIO
+            error.filename = os.readlink(f"/proc/self/fd/{self.fd}")
             raise
 
     def _check_writable(self) -> None:

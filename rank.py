@@ -37,6 +37,7 @@ from typing import Any, NoReturn
 from edm import log
 from edm.address_space import socket_pair
 from edm.edm import PRINTING, Config, launched, tell
+from edm.limits import explain, lift
 from edm.messages import VERSION, DMSGone
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -113,8 +114,6 @@ def _was_killed(pid: int, pidfd: int) -> bool:
 
 def _run(config: Config, application: int, control: Any) -> None:
     """Be this rank. Returns in a DMS, when all instances have ended."""
-    from edm.limits import lift
-
     lift()
     from edm.pager import SWITCH_INTERVAL, print_error  # not in the application
 
@@ -167,19 +166,21 @@ def _pids_are_of() -> tuple[int, str]:
 def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, control: Any) -> None:
     """Be a DMS."""
     from edm.dms import DMS
-    from edm.limits import explain
 
     dms, wrong, path, here = None, None, config.disk, hosts[comm.rank]
     if path and here in hosts[: comm.rank]:
         path += f".dms{comm.rank}"
+    among_dmss = comm.Create_group(comm.group.Incl(range(len(hosts))))
     try:
-        dms = DMS(comm, path, config.start_addr, config.end_addr, config.keep, len(hosts))
+        try:
+            dms = DMS(comm, path, config.start_addr, config.end_addr, config.keep, len(hosts))
+        finally:  # the other DMSs wait for this one's offers
+            offers = among_dmss.allgather(dms and dms.offers)
+        if all(offers):
+            dms.start(offers)
     except (ValueError, OSError) as error:
         explain(error)
         wrong = str(error)
-    offers = comm.Create_group(comm.group.Incl(range(len(hosts)))).allgather(dms and dms.offers)
-    if all(offers):
-        wrong = dms.start(offers)
     _begin_with_all(comm, wrong)
     control.send(f"the DMS of rank {comm.rank} on host {here} has died".encode())
     try:

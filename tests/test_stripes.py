@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import needs_userfaultfd
@@ -134,7 +135,7 @@ def test_each_dms_has_a_disk_of_its_own_with_the_path_itself_on_a_machine_of_its
     monkeypatch.setattr("edm.dms.DMS", dms)
     for number in range(len(hosts)):
         with pytest.raises(SystemExit):
-            rank._serve_pages(SimpleNamespace(rank=number), Config(disk="x"), hosts, 0, None)
+            rank._serve_pages(mock.MagicMock(rank=number), Config(disk="x"), hosts, 0, None)
     assert made == names
 
 

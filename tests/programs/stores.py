@@ -81,7 +81,7 @@ def one_operation(dice, first, pages):
             pages = range(page, min(page + count * stride, first + pages_in_all), stride)
             return get(store, pages[: over_mpi.together(pages)])
         if what == "put":
-            return store.put([] if stay else [(page, count)], dirty)
+            return store.put([] if stay and dirty else [(page, count)], dirty)
         return store.sync() if what == "sync" else store.free(page, count)
 
     pages_in_all = pages
