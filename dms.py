@@ -82,7 +82,7 @@ class DMS:
         """Start the stores that wait for it, each from the oldest sync that all DMSs have (page_store.py). Raises
         ValueError if there is none, OSError as PageStore.start does."""
         for store, *offers in zip(self._stores, *offers_of_all, strict=True):
-            if store.offers:
+            if store.kept and self._first > 1:
                 if not (by_all := set.intersection(*map(set, offers))):
                     raise ValueError(f"disk: no sync is on the disks of all DMSs: {offers}")
                 store.start(min(by_all))

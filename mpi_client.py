@@ -80,7 +80,7 @@ class MpiStore:
         self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
         # The free ones. A get takes the last, a request the first, so that few get the bytes of evictions.
         self._slots: list[Slot] = []
-        self._asked: list[Slot] = []  # that take_get has not taken
+        self._all: list[Slot] = []  # that there are
         self._taken: list[Slot] = []  # the one that has what take_get gave
         self._tags = itertools.count()
         self.kept, self._processes = kept, fds
@@ -103,14 +103,12 @@ class MpiStore:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
         dms = pages.start // self._stripe % self._dmss
         slot.send(dms, m.GET, len(pages), pages.start, pages.step)
-        self._asked.append(slot)
         return slot
 
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
         """See PageStore."""
         self._slots += self._taken
         self._taken = [asked]
-        self._asked.remove(asked)
         kind, got = self._answer(asked, patient=False)
         self.from_each[asked.dms] += got
         if self._debug:
@@ -155,7 +153,7 @@ class MpiStore:
 
     def close(self) -> None:
         """Say BYE: this instance has ended. Nothing else may be called after that."""
-        for slot in self._asked:  # MPI writes to its memory until the answer is there
+        for slot in self._all:  # MPI writes to its memory until the answer is there
             with suppress(OSError):
                 self._answer(slot)
         self._request(m.BYE)
@@ -172,7 +170,8 @@ class MpiStore:
     def _slot(self, at: int) -> Slot:
         with suppress(IndexError):
             return self._slots.pop(at)
-        return Slot(self._comm, next(self._tags))
+        self._all.append(slot := Slot(self._comm, next(self._tags)))
+        return slot
 
     def _request(
         self, kind: int, page: int = 0, count: int = 0, more: int = 0, dirty: Sequence[Bytes] = ()

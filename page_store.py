@@ -246,7 +246,7 @@ class PageStore:
         self._log, self._banner, self._info = log.of_box("DMS")
         # A kept disk needs the bytes for their checksums, and a log names each page.
         self.takes_pipes = not (keep or self._info)
-        self.offers = range(0)  # the epochs that it can start from; none once it has started
+        self.offers = range(0)  # the epochs that its disk has; none without a path
         # Between the steps of a sync: the blocks that it has written, and the places in them.
         self._prepared: dict[int, bytes] | None = None
         self.sync_phases = self._prepare, self._commit
@@ -500,8 +500,7 @@ class PageStore:
         except BlockingIOError:
             raise ValueError(f"disk: {path} is in use by another job, or just was") from None
         # Without data, the file is new, or a job was killed before it wrote the header.
-        has_data = any(data(self.fd, 0, os.fstat(self.fd).st_size))
-        self.offers = self._read_header(path) if has_data else range(1)
+        self.offers = self._read_header(path) if any(data(self.fd, 0, 1 << 62)) else range(1)
         os.fchmod(self.fd, 0o600)
         os.ftruncate(self.fd, self._size if self.kept else 0)
         os.ftruncate(self.fd, self._size)
@@ -525,7 +524,6 @@ class PageStore:
         for at in (0, HEADER_COPY):
             self._write_header(epoch, at)
         self._load_table()
-        self.offers = range(0)
 
     def _pread(self, length: int, at: int) -> bytes:
         """A part of header or table. An I/O error is as damaged bytes: there is another copy, or the pages of

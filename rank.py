@@ -211,8 +211,8 @@ def _page(comm: Any, dms: int, processes: list[Any], application: int, control: 
         _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])
     if status < 0 and not failed:
-        name = next((s.name for s in signal.Signals if s == -status), f"signal {-status}")
-        log.logger("EDM CLIENT").error("the application was killed by %s", name)
+        words = "the application was killed by signal %d, %s"
+        log.logger("EDM CLIENT").error(words, -status, signal.strsignal(-status))
         return 128 - status
     return failed or status
 
