@@ -45,8 +45,9 @@ LOOK = 10e-6  # seconds that a look takes
 NAPS, LONGEST_NAP = 16, 2e-3
 
 
-class Asked(namedtuple("Asked", "store kind more pages body answer")):
-    """A question (messages.py) to the store of an instance, and memory for the answer."""
+class Asked(namedtuple("Asked", "store kind more run pages body answer")):
+    """A question (messages.py) to the store of an instance, and memory for the answer. run: its page and count.
+    pages: those that it is about."""
 
 
 class DMS:
@@ -71,7 +72,7 @@ class DMS:
             m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
             m.SYNC: (self._sync, 0, m.SYNC_PHASES - 1, 0),
-            m.FREE: (self._free, self._pages, 0, 0),
+            m.FREE: (lambda asked: asked.store.free(*asked.run), self._pages, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
             m.BYE: (lambda asked: self._left.append(asked.store), 0, 0, 0),
         }
@@ -184,7 +185,8 @@ class DMS:
         pages = range(page, page + count * step, step)
         if pages and pages[-1] >= self._pages:
             raise ValueError(f"page {pages[-1]}, in a space of {self._pages} pages")
-        return action(Asked(store, kind, more, pages, body, answer)) or answer.message(m.OK)
+        asked = Asked(store, kind, more, (page, count), pages, body, answer)
+        return action(asked) or answer.message(m.OK)
 
     # ------------------------------------------------------------ the requests
 
@@ -210,11 +212,8 @@ class DMS:
             at += count * PAGE_SIZE
         if len(body) != at:
             raise ValueError(f"a body of {len(body)} bytes, where {at} belong")
-        asked.store.put([(pages.start, len(pages))] if asked.kind == m.EVICT else [], dirty)
-
-    def _free(self, asked: Asked) -> None:
-        asked.store.free(asked.pages[0], len(asked.pages))
+        asked.store.put([asked.run] if asked.kind == m.EVICT else [], dirty)
 
     def _locations(self, asked: Asked) -> memoryview:
-        states = asked.store.locations(asked.pages[0], len(asked.pages))
+        states = asked.store.locations(*asked.run)
         return asked.answer.message(m.LOCATIONS, len(states), 0, 0, states)

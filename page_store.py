@@ -21,8 +21,8 @@ Rules:
       the SPT and its checksum need no lock.
     * All state that changes is in shared memory. A process that is forked after the store was made
       may call put and put_from_pipe while its parent calls the other methods.
-    * A kept disk has one lock for all processes. put, free and sync hold it; get does not, nor do
-      sync_phases, whose caller sees to it that the others wait.
+    * A kept disk has one lock for all processes. put, free and sync hold it; get does not. Who calls
+      sync_phases holds it, and sees to it that nothing is put or freed between the two.
       A process that is killed while it holds the lock blocks the others forever, so its parent
       must end the job.
     * A disk that is not kept has no lock. Its calls share nothing but the pages that they name.
