@@ -411,9 +411,8 @@ class PageStore:
 
     def _runs_in_file(self) -> Iterator[Run]:
         """The runs of pages that the file has, in either place, also what a killed job wrote after its sync."""
-        for place in (FIRST, SECOND):
-            begin, end = self._place(0, place), self._place(self.spt.pages, place)
-            yield from data(self.fd, begin, end, PAGE_SIZE)
+        for begin in (self._place(0, FIRST), self._place(0, SECOND)):
+            yield from data(self.fd, begin, begin + self.spt.pages * PAGE_SIZE, PAGE_SIZE)
 
     # ------------------------------------------------------------ the rest
 
