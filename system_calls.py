@@ -286,20 +286,12 @@ class SystemCalls:
         Whatever fails, the answer is what is written by then. If that is nothing, the kernel makes the call,
         and says what is wrong.
         """
-        done = 0
+        done, content, (nr, its_fd, _, length, offset, *_) = 0, memoryview(b""), call
         wrong = OSError, MemoryError, OverflowError  # the last of pwrite: a negative offset
-        with contextlib.suppress(*wrong):
-            for part in self._parts(thread, call):
-                done += part
-        with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
-            self._answer(number, done)
+        with contextlib.suppress(*wrong), contextlib.ExitStack() as at_end:
+            import resource  # the application does without
 
-    def _parts(self, thread: int, call: Call) -> Iterator[int]:
-        """Write the call's bytes part by part; how many each time."""
-        import resource  # the application does without
-
-        with contextlib.ExitStack() as at_end:
-            fd = u.pidfd_getfd(self._pidfd, call[1])
+            fd = u.pidfd_getfd(self._pidfd, its_fd)
             at_end.callback(os.close, fd)
             memory = at_end.enter_context(open(f"/proc/{thread}/mem", "rb", 0)).fileno()
             mode, inode = os.fstat(fd)[:2]
@@ -308,18 +300,16 @@ class SystemCalls:
             # Not to a socket, where a part would be a message of its own, and not to a terminal, where a write
             # may block that a signal has to end. And not to a file that is to end at the program's own limit.
             limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
-            if not (stat.S_ISFIFO(mode) or to_file and limit == resource.RLIM_INFINITY):
-                return
-            nr, _, _, length, offset, *_ = call
-            done, content = 0, memoryview(b"")
-            while done < length:
+            possible = stat.S_ISFIFO(mode) or to_file and limit == resource.RLIM_INFINITY
+            while possible and done < length:
                 content = content or self._read(thread, call, done, memory)
                 if not to_file:
                     _wait_for_room(fd, thread)
                 part = content if to_file else content[:PAGE_SIZE]
                 n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
                 done, content = done + n, content[n:]
-                yield n
+        with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
+            self._answer(number, done)
 
     def _read(self, thread: int, call: Call, done: int, memory: int) -> memoryview:
         """The bytes that the call has behind the first `done` ones, AT_ONCE at most. Raises OSError."""
