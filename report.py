@@ -14,10 +14,9 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
     samples        until: when it was taken; resident, away: at that time; the counters FAULTS, EVICTIONS
                    and WAITS (seconds): since the start; came: pages since the sample before, by place
     latencies      [µs at most, faults], ascending
-    areas          page: the first, in the space; count; name; mapped, unmapped: when, or null; ended_up:
-                   pages, by where they were in the end
+    areas          the largest AREAS; page: the first, in the space; count; name; mapped, unmapped: when, or
+                   null; ended_up: pages, by where they were in the end. The others were here
     lines          [line, its array's first page, count of pages, faults, nanoseconds], see lines.py
-    areas_in_all   how many areas there were, including those that are left out
 
 Rules: one thread at a time calls sample or write; one calls mapped, unmapped or write. The DM-Handler
 appends to Report.came meanwhile. Memory is bounded however long the job runs. If there are more than
@@ -42,7 +41,7 @@ AREAS = 200
 
 FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
-WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}  # the others: here
+WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}
 
 Figures = dict[str, object]
 
@@ -95,7 +94,6 @@ class Report:
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
         self._gone: list[dict] = []  # the largest first
         self.lines: dict[tuple, list[int]] = {}  # what lines.py has found
-        self._ended_areas = 0  # how many were unmapped
 
     def mapped(self, page: int, count: int, name: str) -> None:
         """An area begins at this page of the space, with count pages; or it has grown to count pages."""
@@ -105,7 +103,6 @@ class Report:
     def unmapped(self, page: int) -> None:
         """Before the area's pages are freed."""
         if area := self._here.pop(page, None):  # None: this was called before
-            self._ended_areas += 1
             area["unmapped"] = time.monotonic()
             self._gone = _largest([*self._gone, self._ended(area)])
 
@@ -141,7 +138,6 @@ class Report:
             tell("\r\x1b[K", "")
         if not path:
             return
-        areas = [self._ended(area) for area in self._here.values()]
         content = {
             "title": self._title,
             "page_size": PAGE_SIZE,
@@ -152,8 +148,7 @@ class Report:
             "place": 1 << self._shift,
             "latencies": latencies,
             "lines": [[*key, *found] for key, found in self.lines.copy().items()],
-            "areas": _largest([*areas, *self._gone]),
-            "areas_in_all": self._ended_areas + len(self._here),
+            "areas": _largest([*map(self._ended, self._here.values()), *self._gone]),
         }
         import json  # both take long to import
         from pathlib import Path
@@ -165,8 +160,7 @@ class Report:
     def _ended(self, area: dict) -> dict:
         """The area, and where its pages are now."""
         states = self._read(area["page"], area["count"]).translate(ONE_AWAY)
-        ended_up = {name: states.count(byte) for byte, name in WHERE.items()}
-        return {**area, "ended_up": ended_up | {"here": len(states) - sum(ended_up.values())}}
+        return {**area, "ended_up": {name: states.count(byte) for byte, name in WHERE.items()}}
 
 
 def _line(before: dict, now: dict) -> str:
