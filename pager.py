@@ -242,7 +242,7 @@ class Pager:
             poll.register(fd, select.POLLIN)
         while True:
             ready = [fd for fd, _ in poll.poll(SAMPLE if self._report else LOOK)]
-            if self._control.fileno() in ready and not self._hear_children():
+            if self._control.fileno() in ready and not self._hear_child():
                 poll.unregister(self._control)
             if self._process in ready or self._ended in ready or self._pagemap.is_gone():
                 return
@@ -252,23 +252,21 @@ class Pager:
 
     # ------------------------------------------------------------ forked children
 
-    def _hear_children(self) -> bool:
-        """Receive the descriptors that forked children have sent.
+    def _hear_child(self) -> bool:
+        """Receive the descriptors that a forked child has sent.
 
         Returns False if every process has closed its end of the socket: no other child can come.
         """
-        with contextlib.suppress(BlockingIOError):  # no message is left
-            while True:
-                content, fds = address_space.receive(self._control, _socket.MSG_DONTWAIT)
-                if not content:
-                    return False
-                self._handler.children.adopt(fds)
-        return True
+        content, fds = address_space.receive(self._control)
+        if content:
+            self._handler.children.adopt(fds)
+        return bool(content)
 
     def _let_go_of_children(self) -> None:
         """The application has ended: let its children live on without its memory."""
         self._control.shutdown(_socket.SHUT_RD)  # a child that is forked now gets no memory
-        self._hear_children()
+        while self._hear_child():
+            pass
         os.ftruncate(self._memfd, 0)
         self._handler.children.let_go(self._config.start_addr, self._lspt.pages * PAGE_SIZE)
 
