@@ -292,12 +292,24 @@ class Pager:
             self._report.mapped(page, count, name.decode(errors="replace"))
 
     def free(self, page: int, count: int) -> None:
-        """Make these pages NEW. They are an area that is none any more, or a gap: see Space.allocate."""
+        """Make these pages NEW, here and in the store. They are an area that is none any more, or a gap: see
+        Space.allocate."""
         del self._lspt.areas[self._area(page)]
         if self._report:
             self._report.unmapped(page)
+        start = self._config.start_addr
         for claimed in self._lspt.claims(self._lspt.used(page, count), l.SETTLED):
-            self._free(claimed)
+            try:
+                # The poison in the page table goes when a page comes.
+                # One by one: the program may have split the mapping there.
+                for lost in pages_in(l.runs(claimed.page, claimed.before, l.LOST_RUN)):
+                    self._uffd.zeropage(start + lost * PAGE_SIZE, PAGE_SIZE)
+                for first, many in claimed.leaving:
+                    self._store.free(first, many)
+                    u.punch_hole(self._memfd, first * PAGE_SIZE, many * PAGE_SIZE)
+            finally:  # after an error the job ends, and no page may stay LEAVING
+                self._lspt.freed(claimed)
+                self._uffd.wake(start + claimed.page * PAGE_SIZE, len(claimed.before) * PAGE_SIZE)
             if self._lspt.stopped() and not self._store.kept:
                 break
 
@@ -325,21 +337,6 @@ class Pager:
     def _area(self, page: int) -> slice:
         """The place in LSPT.areas of the area that begins at this page; empty if there is none."""
         return slice(*(bisect.bisect(self._lspt.areas, (first,)) for first in (page, page + 1)))
-
-    def _free(self, claimed: l.Claimed) -> None:
-        """Make the pages that were claimed NEW, here and in the store."""
-        start, page, before = self._config.start_addr, claimed.page, claimed.before
-        try:
-            # The poison in the page table goes when a page comes.
-            # One by one: the program may have split the mapping there.
-            for lost in pages_in(l.runs(page, before, l.LOST_RUN)):
-                self._uffd.zeropage(start + lost * PAGE_SIZE, PAGE_SIZE)
-            for first, count in claimed.leaving:
-                self._store.free(first, count)
-                u.punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE)
-        finally:  # after an error the job ends, and no page may stay LEAVING
-            self._lspt.freed(claimed)
-            self._uffd.wake(start + page * PAGE_SIZE, len(before) * PAGE_SIZE)
 
     # ------------------------------------------------------------ what is kept and printed
 
