@@ -407,13 +407,14 @@ def page_for(
         return None
     hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds, ended_by=ended_by), None
     config = hello.config = SimpleNamespace(**hello.config)
-    if hello.instance and config.report:  # one file for each instance
-        name, ending = os.path.splitext(config.report)
-        config.report = f"{name}.{hello.instance}{ending}"
+    if config.report:  # one file for each instance
+        name, ending = os.path.splitext(os.path.abspath(config.report))
+        config.report = f"{name}.{hello.instance}{ending}" if hello.instance else name + ending
     log.start(config.log_level)
     LOG.debug(" INIT")
     try:
         store = open_store(config, hello.instance)
+        os.chdir("/")  # the program may unmount its folder, once it has left it
         pager = Pager(control, hello, store)
         pager.start()
     except (ValueError, OSError) as error:
@@ -446,10 +447,7 @@ def spawned() -> None:
 
 
 def _open_disk(config: SimpleNamespace, instance: int) -> PageStore:
-    store = PageStore(config.disk, config.start_addr, config.end_addr, config.keep, instance)
-    config.report = config.report and os.path.abspath(config.report)
-    os.chdir("/")  # the program may unmount its folder, once it has left it
-    return store
+    return PageStore(config.disk, config.start_addr, config.end_addr, config.keep, instance)
 
 
 def _run_process(body: Callable[[], object]) -> None:

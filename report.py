@@ -43,8 +43,6 @@ FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
 WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}
 
-Figures = dict[str, object]
-
 
 def size(pages: float) -> str:
     """The size of so many pages, in words."""
@@ -55,7 +53,7 @@ def size(pages: float) -> str:
     return f"{amount:.0f} {unit}" if amount >= 10 or unit == "bytes" else f"{amount:.1f} {unit}"
 
 
-def summary(f: Figures) -> dict[str, str]:
+def summary(f: dict[str, object]) -> dict[str, str]:
     """The figures of pager.py in words: {name: words}."""
     each = ", ".join(map(str, f.get("from_each_dms", ())))
     return {
@@ -74,7 +72,7 @@ def summary(f: Figures) -> dict[str, str]:
     }
 
 
-def table(figures: Figures, title: str) -> str:
+def table(figures: dict[str, object], title: str) -> str:
     """The table of --stats."""
     return "\n".join([title, *(f"{what:12} {it}" for what, it in summary(figures).items())])
 
@@ -106,7 +104,7 @@ class Report:
             area["unmapped"] = time.monotonic()
             self._gone = _largest([*self._gone, self._ended(area)])
 
-    def sample(self, figures: Figures, away: int) -> None:
+    def sample(self, figures: dict[str, object], away: int) -> None:
         """Note what has happened since the last call. away: the number of pages that only the store has."""
         came = Counter(self.came.popleft() >> self._shift for _ in range(len(self.came)))
         samples = self._samples
@@ -131,7 +129,7 @@ class Report:
                 for place, count in finer.items():
                     sample["came"][place >> 1] += count
 
-    def write(self, path: str | None, figures: Figures, latencies: list) -> None:
+    def write(self, path: str | None, figures: dict[str, object], latencies: list) -> None:
         """At the end: erase the live line, and write the HTML page if it has a path. latencies: as
         DmHandler.latencies returns them. Raises OSError."""
         if self._live:
