@@ -150,7 +150,7 @@ class Pager:
         # Its number is above the userfaultfd's: the kernel closes the descriptors of a killed process from
         # the last one on. When it closes the userfaultfd, missing pages read as zeros: the application
         # must be dying by then. From here on nothing may fail. And LPET must not have the write end.
-        self._lifelines_other_end, _ = address_space.lifeline(self._application)
+        self._lifeline, _ = address_space.lifeline(self._application)  # its read end
 
     def _start_thread(self, body: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._guarded, args=(body,))
@@ -166,8 +166,7 @@ class Pager:
         Raises what a thread, or LPET, has failed with. The process must end then: most descriptors
         stay open.
         """
-        for_children = [self._memfd, self._lifelines_other_end]
-        address_space.send_answer(self._control, os.getpid(), for_children)
+        address_space.send_answer(self._control, os.getpid(), [self._memfd, self._lifeline])
         begins, listener = address_space.receive(self._control)
         if listener:
             self._system_calls = SystemCalls(
@@ -191,7 +190,7 @@ class Pager:
         self._store.close()
         self._let_go_of_children()
         # Or closing the lifeline would kill an application that has only closed its space.
-        fcntl.fcntl(self._lifelines_other_end, fcntl.F_SETFL, 0)
+        fcntl.fcntl(self._lifeline, fcntl.F_SETFL, 0)
         if self._system_calls:
             self._system_calls.close(leave=os.eventfd_read(self._ended) == 1)
         self._control.close()  # Space.close waits for this
@@ -450,12 +449,11 @@ def _open_disk(config: SimpleNamespace, instance: int) -> PageStore:
     return PageStore(config.disk, config.start_addr, config.end_addr, config.keep, instance)
 
 
-def _run_process(body: Callable[[], object]) -> None:
-    """Call this, print why it failed, and end the process."""
+def _run_process(body: Callable[[], int | None]) -> None:
+    """Call this, which may return an exit status, print why it failed, and end the process."""
     status = 1
     try:
-        body()
-        status = 0
+        status = body() or 0
     except BaseException as error:  # noqa: BLE001 - it ends the process
         status = print_error(error)
     finally:  # whatever happens: a forked LPET may not go on as its parent
