@@ -9,10 +9,11 @@ Interface:
 
 The page is report.html with one JSON object in it, which a script there draws in the browser. The
 object has (times in seconds, as time.monotonic; counts in pages, unless a unit is given):
-    title, page_size (bytes), start_addr, start_time, summary (what summary() returns)
+    title, page_size (bytes), start_addr, summary (what summary() returns)
     place          the size of a place: a part of the address space, by its number from start_addr on
-    samples        until: when it was taken; resident, away: at that time; the counters FAULTS, EVICTIONS
-                   and WAITS (seconds): since the start; came: pages since the sample before, by place
+    samples        until: when it was taken; came: pages since the sample before, by place. And all but the
+                   first, which is the start: resident, away: at that time; the counters FAULTS, EVICTIONS
+                   and WAITS (seconds): since the start
     latencies      [µs at most, faults], ascending
     areas          the largest AREAS; page: the first, in the space; count; name; mapped, unmapped: when, or
                    null; ended_up: pages, by where they were in the end. The others were here
@@ -85,9 +86,8 @@ class Report:
         """
         self.came: deque[int] = deque()  # the pages that were installed
         self._title, self._start_addr, self._read, self._live = title, start, read, live
-        self._start_time = time.monotonic()
-        self._samples: list[dict] = []  # see above
-        self._last_second: deque[dict] = deque([{"until": self._start_time}])  # of the samples
+        self._samples: list[dict] = [{"until": time.monotonic(), "came": Counter()}]  # see above
+        self._last_second: deque[dict] = deque(self._samples)
         self._shift = PLACE
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
         self._gone: list[dict] = []  # the largest first
@@ -118,8 +118,8 @@ class Report:
             tell(f"\r\x1b[K\x1b[?7l{_line(self._last_second[0], now)}\x1b[?7h", "")
         samples.append(now)
         if len(samples) > COLUMNS:
-            ends = [self._start_time, *(sample["until"] for sample in samples)]
-            shortest = min(range(COLUMNS), key=lambda at: ends[at + 2] - ends[at])
+            ends = [sample["until"] for sample in samples]
+            shortest = min(range(1, COLUMNS), key=lambda at: ends[at + 1] - ends[at - 1])
             merged = samples.pop(shortest)
             samples[shortest]["came"].update(merged["came"])
         while sum(len(sample["came"]) for sample in samples) > CELLS:
@@ -140,7 +140,6 @@ class Report:
             "title": self._title,
             "page_size": PAGE_SIZE,
             "start_addr": self._start_addr,
-            "start_time": self._start_time,
             "summary": summary(figures),
             "samples": self._samples,
             "place": 1 << self._shift,

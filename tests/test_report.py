@@ -85,14 +85,14 @@ def test_however_long_a_job_is_its_samples_are_few_and_nothing_of_them_is_lost(
 ):
     made = sampled(clock, samples)
     _, page = written(made, tmp_path / "page.html")
-    kept = page["samples"]
+    start, *kept = page["samples"]
     assert len(kept) == samples if samples <= COLUMNS // 2 else len(kept) <= COLUMNS
     assert sum(sum(sample["came"].values()) for sample in kept) == 5 * samples
     for sample in kept:  # each counts from the start, so the last has everything
-        seconds = sample["until"] - page["start_time"]
+        seconds = sample["until"] - start["until"]
         assert sample["faults_refetch"] == 3 * seconds and sample["away"] == seconds
-    assert kept[-1]["until"] - page["start_time"] == samples
-    moments = [page["start_time"], *(sample["until"] for sample in kept)]
+    assert kept[-1]["until"] - start["until"] == samples
+    moments = [start["until"], *(sample["until"] for sample in kept)]
     longest = max(after - before for before, after in itertools.pairwise(moments))
     assert 0 < longest <= max(1, 4 * samples / COLUMNS), "a part of the job is too coarse"
 
@@ -106,7 +106,7 @@ def test_what_came_is_told_for_the_interval_in_which_it_came(clock):
         made.sample(FIGURES, away=0)
     assert made._shift == report.PLACE
     began = BEGAN
-    for sample in made._samples:
+    for sample in made._samples[1:]:
         seconds = range(int(began - BEGAN), int(sample["until"] - BEGAN))
         assert sample["came"] == dict.fromkeys(seconds, 1)
         began = sample["until"]
@@ -152,10 +152,10 @@ def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
     made.unmapped(600)
     _, page = written(made, tmp_path / "page.html")
     assert page["title"] == "a title" and page["start_addr"] == START
-    assert page["page_size"] == PAGE_SIZE and page["start_time"] == BEGAN
+    assert page["page_size"] == PAGE_SIZE and page["samples"][0]["until"] == BEGAN
     assert page["latencies"] == [[20.0, 3], [3000.0, 1]]
     assert page["place"] == 256
-    assert page["samples"][1] == {
+    assert page["samples"][2] == {
         **dict.fromkeys((*FAULTS, *EVICTIONS), 0), **{name: FIGURES[name] for name in WAITS},
         "until": BEGAN + 2, "faults_refetch": 6, "resident": 10, "away": 2, "came": {"2": 5},
     }  # fmt: skip
@@ -197,7 +197,7 @@ def test_a_browser_draws_it(clock, public_path, run, idle):
     state = bytes((NEW, AWAY, LOST, HERE)) * 200
     made = sampled(clock, 1 if idle else 20, places=3, title=HOSTILE, state=state)
     if idle:
-        made._samples[0]["came"].clear()
+        made._samples[1]["came"].clear()
     made.mapped(0, 512, HOSTILE)
     made.mapped(600, 4, "ended")
     if not idle:
@@ -219,7 +219,7 @@ def test_a_browser_draws_it(clock, public_path, run, idle):
     assert html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]) == HOSTILE
     rows = [html.unescape(re.sub("<[^>]*>", "|", r)) for r in re.findall(r"<tr>.*?</tr>", dom)]
     row = next(row for row in rows if "0x1000000000" in row and " s to " in row)
-    assert HOSTILE in row and f"{len(made._samples)}.00 s to the end" in row
+    assert HOSTILE in row and f"{len(made._samples) - 1}.00 s to the end" in row
     assert "here 512 KiB, in the store 512 KiB, never accessed 512 KiB, lost 512 KiB" in row
     assert any("|ended|" in row and "0x1000258000" in row and "16 KiB" in row for row in rows)
     assert any("30 µs median" in row for row in rows)
