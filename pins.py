@@ -70,9 +70,8 @@ class Pins:
         """Clear the bytes of pinned pages. chosen: a byte for each page from `page` on. The caller has the
         lock."""
         for first, count, *_ in self._pins() if self._used[0] else ():
-            begin, end = max(0, first - page), max(0, first + count - page)
-            middle = chosen[begin:end]
-            chosen = chosen[:begin] + bytes(len(middle)) + chosen[begin + len(middle) :]
+            begin, end = (min(max(at - page, 0), len(chosen)) for at in (first, first + count))
+            chosen = chosen[:begin] + bytes(end - begin) + chosen[end:]
         return chosen
 
     def _room(self, thread: int) -> int:
