@@ -481,11 +481,11 @@ class Space:
             number, addr, whole = self._freeing[0]
             self._mailbox.wait_until_done(number)
             self._freeing.popleft()
-            self._gaps.give_back(addr, whole)
+            self._gaps.flip(addr, whole)
 
     def _take(self, addr: int, whole: int, name: str = "", had: int = 0) -> None:
         """Make these bytes an area, or the area larger that has `had` of them."""
-        self._gaps.take(addr + had, whole - had)
+        self._gaps.flip(addr + had, whole - had)
         self.lengths[addr] = whole
         called = name.encode(errors="replace")[: mailbox.MAX_NAME]
         self._mailbox.ask("mapped", *self._pages(addr, whole), called)
@@ -508,7 +508,8 @@ class Gaps:
     """
 
     def __init__(self, start: int, end: int) -> None:
-        self._gaps = [(start, end)]  # by address
+        # By address, where a gap begins, where it ends, where the next one begins, ...
+        self._edges = [start, end]
 
     def find(self, length: int, largest: bool = False) -> tuple[int, int] | None:
         """The smallest gap that has so many bytes, or the largest one."""
@@ -519,41 +520,32 @@ class Gaps:
         return start, start + length
 
     def around(self, addr: int, length: int) -> tuple[int, int] | None:
-        """The gap that has all these bytes; of no bytes, one that begins or ends there has them, too."""
-        index = bisect.bisect(self._gaps, (addr + 1,))
-        if index and addr + length <= self._gaps[index - 1][1]:
-            return self._gaps[index - 1]
+        """The gap that has all these bytes."""
+        index = bisect.bisect(self._edges, addr)
+        if index % 2 and addr + length <= self._edges[index]:
+            return self._edges[index - 1], self._edges[index]
         return None
 
-    def take(self, addr: int, length: int) -> None:
-        """An area has these bytes of a gap from now on."""
-        start, end = self.around(addr, length)
-        self._replace([(start, end)], [(start, addr), (addr + length, end)])
-
-    def give_back(self, addr: int, length: int) -> None:
-        """These bytes are no area's any more."""
-        end = addr + length
-        touching = [gap for at in (addr, end) if (gap := self.around(at, 0))]
-        joined = sorted([(addr, end), *touching])
-        self._replace(touching, [(joined[0][0], joined[-1][1])])
-
-    def _replace(self, old: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
-        """old: neighbours, all of which are in the list. new: one of no length is left out."""
-        lengths = self._lengths
+    def flip(self, addr: int, length: int) -> None:
+        """An area gets these bytes, all of which are in one gap; or an area gives all of them back."""
+        lengths, ends = self._lengths, (addr, addr + length)
         del self._lengths
-        new = [(start, end) for start, end in new if start < end]
-        index = bisect.bisect_left(self._gaps, min(old + new))
-        self._gaps[index : index + len(old)] = new
-        for start, end in old:
+        # What is an edge already is none any more. The slice is of whole gaps.
+        first = bisect.bisect_left(self._edges, ends[0]) // 2 * 2
+        last = (bisect.bisect(self._edges, ends[1]) + 1) // 2 * 2
+        old = self._edges[first:last]
+        new = self._edges[first:last] = sorted(set(ends).symmetric_difference(old))
+        for start, end in zip(old[::2], old[1::2], strict=True):
             del lengths[bisect.bisect_left(lengths, (end - start, start))]
-        for start, end in new:
+        for start, end in zip(new[::2], new[1::2], strict=True):
             bisect.insort(lengths, (end - start, start))
         self._lengths = lengths
 
     @cached_property
     def _lengths(self) -> list[tuple[int, int]]:
         """(length, start) of each gap, by length."""
-        return sorted((end - start, start) for start, end in self._gaps)
+        gaps = zip(self._edges[::2], self._edges[1::2], strict=True)
+        return sorted((end - start, start) for start, end in gaps)
 
 
 _in_child = contextlib.ExitStack()  # what a forked process does first

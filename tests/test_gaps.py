@@ -34,7 +34,7 @@ def test_gaps_are_as_a_map_of_the_pages_says(seed):
     for _ in range(500):
         if areas and dice.random() < 0.5:
             addr, length = areas.pop(dice.randrange(len(areas)))
-            gaps.give_back(addr, length)
+            gaps.flip(addr, length)
             mark(taken, addr, length, 0)
             continue
         length, largest = dice.randint(1, 20) * PAGE_SIZE, dice.random() < 0.3
@@ -46,7 +46,7 @@ def test_gaps_are_as_a_map_of_the_pages_says(seed):
             addr = dice.randrange(start, end - length + 1, PAGE_SIZE)
             assert gaps.around(addr, length) == gaps.around(start, end - start) == gap
             assert gaps.around(addr, end - addr + PAGE_SIZE) is None
-            gaps.take(addr, length)
+            gaps.flip(addr, length)
             mark(taken, addr, length, 1)
             areas.append((addr, length))
             assert gaps.around(addr, PAGE_SIZE) is None
@@ -55,7 +55,7 @@ def test_gaps_are_as_a_map_of_the_pages_says(seed):
             free = [(start, start + length) for length, start in runs(taken) if start == end]
             assert gaps.around(end, PAGE_SIZE) == (free[0] if free else None)
     for area in areas:
-        gaps.give_back(*area)
+        gaps.flip(*area)
     whole = PAGES * PAGE_SIZE
     assert gaps.find(whole) == gaps.around(PAGE_SIZE, whole) == (PAGE_SIZE, PAGE_SIZE + whole)
 
@@ -91,11 +91,11 @@ def test_whenever_a_signal_handler_raises_no_address_is_given_to_two_and_few_are
             if areas and dice.random() < 0.5:
                 addr = dice.choice(list(areas))
                 length = areas.pop(addr)
-                interrupted(gaps.give_back, addr, length)
+                interrupted(gaps.flip, addr, length)
             elif gap := gaps.find(length := dice.randint(1, 10) * PAGE_SIZE):
                 addr = gap[1] - length
                 assert all(addr + length <= at or at + n <= addr for at, n in areas.items())
-                interrupted(gaps.take, addr, length)
+                interrupted(gaps.flip, addr, length)
                 areas[addr] = length
         except Alarm:
             lost += length
@@ -104,8 +104,8 @@ def test_whenever_a_signal_handler_raises_no_address_is_given_to_two_and_few_are
     gaps.find(PAGE_SIZE)
     free = sum(length for length, _ in gaps._lengths)
     assert free >= PAGES * PAGE_SIZE - sum(areas.values()) - lost
-    assert gaps._lengths == sorted((end - start, start) for start, end in gaps._gaps)
-    edges = [edge for gap in gaps._gaps for edge in gap]
+    edges = gaps._edges
+    assert gaps._lengths == sorted((end - start, start) for start, end in zip(*[iter(edges)] * 2))
     assert edges == sorted(set(edges))  # they lie apart
 
 
@@ -119,11 +119,11 @@ def test_an_area_costs_the_same_however_many_there_are():
             if len(areas) >= live:
                 index = dice.randrange(live)
                 areas[index], areas[-1] = areas[-1], areas[index]
-                gaps.give_back(*areas.pop())
+                gaps.flip(*areas.pop())
             length = dice.randint(256, 2000) * PAGE_SIZE
             gap = gaps.find(length)
             areas.append((gap[1] - length, length))
-            gaps.take(*areas[-1])
+            gaps.flip(*areas[-1])
         return (time.perf_counter() - began) / count
 
     live = 1000
