@@ -625,15 +625,9 @@ def _explain(numbers: set[int | None]) -> None:
 
 # ---------------------------------------------------------------- a pager on this machine
 
-# What the spawned interpreter runs. The package comes from the folder where it was found here. With
-# -I -S, neither the environment nor the current folder can change that.
-_BOOT = """\
-import sys, types
-edm = sys.modules["edm"] = types.ModuleType("edm")
-edm.__path__ = [sys.argv[1]]
-from edm.pager import spawned
-spawned()
-"""
+# What the spawned interpreter runs. It finds edm.py, which is the package then, in the folder where that was
+# found here. With -I -S, neither the environment nor the current folder can change that.
+_BOOT = "import sys; sys.path.append(sys.argv[1]); from edm.pager import spawned; spawned()"
 
 
 def spawn_pager() -> Any:
@@ -645,12 +639,8 @@ def spawn_pager() -> Any:
     folder = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, "-I", "-S", "-c", _BOOT, folder]
     environment = {name: os.environ[name] for name in os.environ if name}  # not "": it is refused
-    actions = [
-        (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
-        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-        # dup2(fd, fd) clears close-on-exec: posix_spawn_file_actions_adddup2(3)
-        (os.POSIX_SPAWN_DUP2, 2, 2),
-    ]
+    # Its standard output is standard error, too. dup2(2, 2) clears close-on-exec: posix_spawn(3).
+    actions = [(os.POSIX_SPAWN_DUP2, fd, its) for fd, its in ((theirs.fileno(), 0), (2, 1), (2, 2))]
     # All signals are blocked: it ends when the application does, and may be sent what is meant for that.
     how = {"file_actions": actions, "setsigmask": _signal.valid_signals()}
     pending = _signal.sigpending()
