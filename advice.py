@@ -46,20 +46,17 @@ def _runs(array: object, rows: object) -> list[tuple[int, int]]:
     import numpy as np
 
     a = np.asarray(array)
-    if not a.size:
+    if rows is None and (a.flags.c_contiguous or a.flags.f_contiguous):
+        a = a[np.newaxis]  # it is one row
+    indexes = np.arange(len(a)) if rows is None else np.atleast_1d(rows)
+    if not a.size or not indexes.size:
         return []
-    starts, shape, strides = np.array([a.__array_interface__["data"][0]]), a.shape, a.strides
-    if rows is not None or not (a.flags.c_contiguous or a.flags.f_contiguous):
-        indexes = np.arange(len(a)) if rows is None else np.asarray(rows)
-        if indexes.dtype == bool and indexes.shape == (len(a),):
-            indexes = np.flatnonzero(indexes)
-        if indexes.size and indexes.dtype.kind not in "iu":
-            raise IndexError("rows: neither integers nor a mask for each row")
-        indexes = indexes.ravel().astype(np.int64)
-        if indexes.size and not -len(a) <= indexes.min() <= indexes.max() < len(a):
-            raise IndexError(f"rows: not all of them are rows of an array that has {len(a)}")
-        starts, shape, strides = starts + indexes % len(a) * strides[0], shape[1:], strides[1:]
-    reach = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+    np.broadcast_to(0, len(a))[indexes]  # IndexError for what is no row; all of these are one zero
+    if indexes.dtype == bool:
+        indexes = np.flatnonzero(indexes)
+    indexes = indexes.ravel().astype(np.int64) % len(a)
+    starts = a.__array_interface__["data"][0] + indexes * a.strides[0]
+    reach = [(n - 1) * stride for n, stride in zip(a.shape[1:], a.strides[1:], strict=True)]
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize - 1
     starts = np.sort(starts) - space().start_addr
     inside = (starts + high >= 0) & (starts + low < space().end_addr - space().start_addr)

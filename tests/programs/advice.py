@@ -58,10 +58,9 @@ def many(space, a):
     for wrong in ([ROWS], [-ROWS - 1], [0, 5000], [1.0], [True], np.ones((ROWS, 2), bool), "rows"):
         try:
             edm.prefetch(a, wrong)
-        except IndexError as error:
-            assert "rows" in str(error)
-        else:
-            sys.exit(f"prefetch took {wrong}")
+        except IndexError:
+            continue
+        sys.exit(f"prefetch took {wrong}")
 
 
 def app(space):
