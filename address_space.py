@@ -72,10 +72,6 @@ from edm import mailbox
 from edm import uffd_ctypes as u
 from edm.uffd_ctypes import PAGE_SIZE
 
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import Any
-
 MAX_COMMAND = 200  # words of the command line, and characters of a word, that a report shows
 MAX_HELLO = 1 << 18  # bytes of a message: the command has MAX_COMMAND * MAX_COMMAND * 4 at most
 MAX_FDS = 6  # descriptors that come with a message
@@ -94,12 +90,12 @@ def whole_pages(length: int) -> int:
     return -(-length // PAGE_SIZE) * PAGE_SIZE
 
 
-def _locked(method: Callable[..., Any]) -> Callable[..., Any]:
+def _locked(method: Callable[..., object]) -> Callable[..., object]:
     """Call this method with the lock. The `with` statement is on the lock itself: then no signal handler
     can raise between taking the lock and entering the block."""
 
     @wraps(method)
-    def locked(self: Space, *args: Any, **options: Any) -> Any:
+    def locked(self: Space, *args: object, **options: object) -> object:
         if self._lock._is_owned():
             raise RuntimeError("space: called by a signal handler, in the midst of another call")
         try:
@@ -120,12 +116,12 @@ class Space:
     in a signal handler that interrupts another call.
     """
 
-    def __init__(self, config: Any, control: Any, instance: int = 0, lasts: bool = False) -> None:
+    def __init__(self, config: object, control: _socket.socket, instance: int, lasts: bool) -> None:
         """Map the space, send userfaultfd and memfd to the pager at the other end of the socket
-        `control`, a _socket.socket, and wait until it serves. The socket is closed or taken over.
+        `control`, and wait until it serves. The socket is closed or taken over.
 
-        instance: this instance's number, from 0. lasts: the space lasts until the process ends, and
-        nobody calls close.
+        config: an edm.Config. instance: this instance's number, from 0. lasts: the space lasts until
+        the process ends, and nobody calls close.
 
         Raises ValueError if the range can't be mapped, and what the pager has raised.
         """
@@ -264,7 +260,7 @@ class Space:
         firsts = range(page, page + count, most)
         return b"".join(call("locations", at, min(most, firsts.stop - at)) for at in firsts)
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, object]:
         """What the pager has counted: faults, evictions, bytes, latencies. See pager.py."""
         return self._call("figures")
 
@@ -430,7 +426,7 @@ class Space:
             with contextlib.closing(control), contextlib.suppress(OSError, ValueError):
                 self._map_privately(control)
 
-    def _map_privately(self, control: Any) -> None:
+    def _map_privately(self, control: _socket.socket) -> None:
         """Map the space so that what is written is this process's own.
 
         Raises OSError or ValueError if that fails. Then touching the space is a SIGSEGV.
@@ -495,7 +491,7 @@ class Space:
         return (addr - self.start_addr) // PAGE_SIZE, length // PAGE_SIZE
 
     @_locked
-    def _call(self, what: str) -> Any:
+    def _call(self, what: str) -> object:
         return self._mailbox.call(what)
 
 
@@ -630,7 +626,7 @@ def _explain(numbers: set[int | None]) -> None:
 _BOOT = "import sys; sys.path.append(sys.argv[1]); from edm.pager import spawned; spawned()"
 
 
-def spawn_pager() -> Any:
+def spawn_pager() -> _socket.socket:
     """Start a pager that is not a child of this process; the socket that connects to it, for Space.
 
     Descriptor 2 must be open: the pager inherits it. Raises OSError if there can't be another process.
@@ -658,7 +654,7 @@ def spawn_pager() -> Any:
 # ---------------------------------------------------------------- messages
 
 
-def socket_pair() -> tuple[Any, Any]:
+def socket_pair() -> tuple[_socket.socket, _socket.socket]:
     """The two ends of a connection between an application and its pager."""
     ends = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     for end in ends:
@@ -666,13 +662,13 @@ def socket_pair() -> tuple[Any, Any]:
     return ends
 
 
-def send(control: Any, content: bytes, fds: list[int]) -> None:
+def send(control: _socket.socket, content: bytes, fds: list[int]) -> None:
     """Send a message with descriptors."""
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
     control.sendmsg([content], ancillary, UNFILTERED)
 
 
-def receive(control: Any, flags: int = 0) -> tuple[bytes, list[int]]:
+def receive(control: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """A message and its descriptors. Both are empty if the other end is closed."""
     space, flags = _socket.CMSG_LEN(4 * MAX_FDS), flags | _socket.MSG_CMSG_CLOEXEC
     while True:
@@ -682,7 +678,7 @@ def receive(control: Any, flags: int = 0) -> tuple[bytes, list[int]]:
             return content, list(array.array("i", sent[0][2])) if sent else []
 
 
-def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> int:
+def _say_hello(control: _socket.socket, hello: dict[str, object], fds: list[int]) -> int:
     """Send Space's first message. Returns what is answered: the pager's process id.
 
     The answer stays in the socket, with the descriptors for forked children. Raises the ValueError
@@ -698,10 +694,10 @@ def _say_hello(control: Any, hello: dict[str, Any], fds: list[int]) -> int:
     return answer
 
 
-def send_answer(control: Any, answer: int | Exception, fds: Any = ()) -> None:
+def send_answer(control: _socket.socket, answer: int | Exception, *fds: int) -> None:
     """The pager's answer to Space: its process id when it serves, or the OSError or ValueError why not.
 
     fds: the memfd and the lifeline, for forked children.
     """
     with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
-        send(control, _pickle.dumps(answer), fds)
+        send(control, _pickle.dumps(answer), [*fds])

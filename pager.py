@@ -166,7 +166,7 @@ class Pager:
         Raises what a thread, or LPET, has failed with. The process must end then: most descriptors
         stay open.
         """
-        address_space.send_answer(self._control, os.getpid(), [self._memfd, self._lifeline])
+        address_space.send_answer(self._control, os.getpid(), self._memfd, self._lifeline)
         begins, listener = address_space.receive(self._control)
         if listener:
             self._system_calls = SystemCalls(

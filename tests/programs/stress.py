@@ -52,7 +52,7 @@ class MarksFirst(Lpet):
 
 
 def application(control):
-    space = address_space.Space(config, control)
+    space = address_space.Space(config, control, 0, False)
     area = space.mmap(PAGES * PAGE_SIZE)
     stress = ctypes.CDLL(library).stress
     stress.restype = ctypes.c_uint64
