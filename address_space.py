@@ -147,7 +147,7 @@ class Space:
             self._map(memfd)
             uffd, how = u.open_userfaultfd()
             lines = _tell_lines(self._at_close) if config.report else []
-            tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking, bool(lines))
+            tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking)
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
             hello = {
                 "config": vars(config), "instance": instance, "pid": os.getpid(),
@@ -362,12 +362,11 @@ class Space:
         with contextlib.suppress(OSError):
             u.madvise(self.start_addr, length, u.MADV_NOHUGEPAGE)
 
-    def _register(self, uffd: u.Userfaultfd, wanted: str, threads: bool = False) -> str:
+    def _register(self, uffd: u.Userfaultfd, wanted: str) -> str:
         """Enable the features that this kernel has, and register the space.
 
-        Returns how first writes are noticed: "async", "events", or "" if they are not. threads:
-        whether fault messages have the thread's id. Raises ValueError if the kernel lacks a
-        feature.
+        Returns how first writes are noticed: "async", "events", or "" if they are not. Raises
+        ValueError if the kernel lacks a feature.
         """
         supported = u.supported_features()
         ways = {
@@ -378,7 +377,7 @@ class Space:
             "none": u.WP_FEATURES & supported,
         }
         for way, features in ways.items():
-            needed = u.NEEDED_FEATURES | features | threads * u.UFFD_FEATURE_THREAD_ID
+            needed = u.NEEDED_FEATURES | features
             if wanted in ("auto", way) and not needed & ~supported:
                 uffd.api(needed | u.WELCOME_FEATURES & supported)
                 protects = features & u.WP_FEATURES == u.WP_FEATURES
@@ -483,8 +482,7 @@ class Space:
         """Make these bytes an area, or the area larger that has `had` of them."""
         self._gaps.flip(addr + had, whole - had)
         self.lengths[addr] = whole
-        called = name.encode(errors="replace")[: mailbox.MAX_NAME]
-        self._mailbox.ask("mapped", *self._pages(addr, whole), called)
+        self._mailbox.ask("mapped", *self._pages(addr, whole), name[-mailbox.MAX_NAME :])
 
     def _pages(self, addr: int, length: int) -> tuple[int, int]:
         """A range in bytes as (first page, count of pages)."""

@@ -35,7 +35,7 @@ RING_AT = PAGE_SIZE  # where it begins
 ANSWER_AT = RING_AT + ENTRIES * ENTRY  # where the answer is, a pickle
 MAX_ANSWER = 1 << 16  # bytes that an answer may be, and as many more for the pickle
 SIZE = -(-(ANSWER_AT + 2 * MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
-MAX_NAME = 512  # bytes of an area's name, in a request
+MAX_NAME = 200  # characters of an area's name, in a request: the last ones
 RUNS = 32  # (first page, count of pages) in a request
 
 _ASKED, _DONE = range(2)

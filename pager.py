@@ -284,11 +284,11 @@ class Pager:
                         raise
                     self._mailbox.answer(error)
 
-    def mapped(self, page: int, count: int, name: bytes) -> None:
+    def mapped(self, page: int, count: int, name: str) -> None:
         """There is an area now; or it has grown."""
         self._lspt.areas[self._area(page)] = [(page, count)]
         if self._report:
-            self._report.mapped(page, count, name.decode(errors="replace"))
+            self._report.mapped(page, count, name)
 
     def free(self, page: int, count: int) -> None:
         """Make these pages NEW, here and in the store. They are an area that is none any more, or a gap: see

@@ -90,7 +90,7 @@ _NUMBERS = {"x86_64": (323, 202, 317, 234), "aarch64": (282, 98, 277, 131)}
 # What EDM can't do without: page faults of shared memory. What it uses where it is. And what shows that a page
 # was written.
 NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM
-WELCOME_FEATURES = UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_POISON
+WELCOME_FEATURES = UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_POISON
 WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 
 # ---------------------------------------------------------------- making a userfaultfd

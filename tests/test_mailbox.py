@@ -69,7 +69,7 @@ def test_the_largest_requests_and_answers_come_whole_and_a_larger_request_is_ref
     application, _ = ends
     seen = serve(lambda *request: b"x" * m.MAX_ANSWER)
     largest = (1 << 64) - 1, (1 << 64) - 1
-    requests = [("mapped", *largest, b"n" * m.MAX_NAME), ("prefetch", [largest] * m.RUNS)]
+    requests = [("mapped", *largest, "\U0001f40d" * m.MAX_NAME), ("prefetch", [largest] * m.RUNS)]
     for request in requests:
         application.ask(*request)
     with pytest.raises(ValueError):
