@@ -157,14 +157,13 @@ class Config(SimpleNamespace):
     def _mistakes(self) -> Iterator[tuple[object, str]]:
         """Each mistake that can be made: whether it was, and the message."""
         start, end, most = self.start_addr, self.end_addr, PAGES_AT_ONCE
-        pages, high, low = (end - start) // PAGE_SIZE, self.high_threshold, self.low_threshold
+        high, low = self.high_threshold, self.low_threshold
+        starts = range(PAGE_SIZE, 1 << 62, PAGE_SIZE)  # no address space has so much
+        ends = range(start + PAGE_SIZE, start + (MAX_PAGES + 1) * PAGE_SIZE, PAGE_SIZE)
         report = self.report or ""
         there, folder = os.path.exists(report), os.path.dirname(report) or "."
-        yield start <= 0 or start % PAGE_SIZE, f"start_addr: {start:#x}; whole pages, more than 0"
-        yield end % PAGE_SIZE, f"end_addr: {end:#x}; whole pages"
-        yield end <= start, f"end_addr: {end:#x}; it must be greater than start_addr, {start:#x}"
-        yield pages > MAX_PAGES, f"end_addr: {pages} pages of address space; at most {MAX_PAGES}"
-        yield end > 1 << 63, f"end_addr: {end:#x}; no address space has so much"
+        yield start not in starts, f"start_addr: {start:#x}; whole pages, from {PAGE_SIZE:#x} on"
+        yield end not in ends, f"end_addr: {end:#x}; whole pages, {ends[0]:#x} to {ends[-1]:#x}"
         yield high < 2, f"high_threshold: {high} pages; at least 2, as an instruction may touch two"
         yield not 0 <= low < high, f"low_threshold: {low} pages; less than high_threshold, {high}"
         for name in ("disk", "report"):

@@ -18,13 +18,17 @@ from edm.edm import MAX_PAGES, Config
 from edm.uffd_ctypes import PAGES_AT_ONCE
 
 WRONG = {
-    "start_addr": [{"start_addr": 0x1001}, {"start_addr": 0}, {"start_addr": -edm.PAGE_SIZE}],
+    "start_addr": [
+        {"start_addr": 0x1001},
+        {"start_addr": 0},
+        {"start_addr": -edm.PAGE_SIZE},
+        {"start_addr": 1 << 64, "end_addr": (1 << 64) + 0x2000},
+    ],
     "end_addr": [
         {"end_addr": "0x2000000000"},
         {"start_addr": 0x2000, "end_addr": 0x2000},
         {"end_addr": 0x20_0000_0001},
         {"end_addr": Config.start_addr + (MAX_PAGES + 1) * edm.PAGE_SIZE},
-        {"start_addr": 1 << 64, "end_addr": (1 << 64) + 0x2000},
     ],
     "high_threshold": [{"high_threshold": 1}],
     "low_threshold": [{"high_threshold": 4, "low_threshold": 4}, {"low_threshold": -1}],
