@@ -79,11 +79,6 @@ HIGH = 512  # the lowest number of a descriptor that stays open: programs use th
 # Flags of sendmsg(2) that no program uses: MSG_CONFIRM has no effect here. See system_calls.py.
 UNFILTERED = _socket.MSG_NOSIGNAL | _socket.MSG_CONFIRM
 
-_USER_MODE_ONLY = (
-    "edm: this user may have userfaultfd for user mode only, so system calls may fail with EFAULT (Bad "
-    "address) on a page that is not here; sudo sysctl vm.unprivileged_userfaultfd=1 changes that\n"
-)
-
 
 def whole_pages(length: int) -> int:
     """This many bytes, rounded up to whole pages."""
@@ -170,10 +165,8 @@ class Space:
                 # MPICH would read pages of another rank's that are not here.
                 if "PMI_RANK" in os.environ:
                     os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
-                # NumPy's OSErrors have no errno. With the filter they are about something else.
-                numbers = {errno.EFAULT} if listener else {errno.EFAULT, None}
                 atexit.unregister(_explain)  # an earlier space's
-                atexit.register(_explain, numbers)
+                atexit.register(_explain)
             send(control, b"listener", listener)  # system calls may be waiting for it already
         self._socket = _closed_by(self._at_close, high(control.detach()))
         self._socket_is = os.fstat(self._socket).st_ino
@@ -464,13 +457,12 @@ class Space:
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int] | None:
         """The smallest gap that has so many bytes, or the largest one, if there is one."""
-        for wait in (False, True):
-            self._reclaim(wait)
-            if gap := self._gaps.find(whole, largest):
-                return gap
-        return None
+        self._reclaim()
+        if not self._gaps.find(whole):
+            self._reclaim(wait=True)
+        return self._gaps.find(whole, largest)
 
-    def _reclaim(self, wait: bool) -> None:
+    def _reclaim(self, wait: bool = False) -> None:
         """Make gaps of what was released and is free now. wait: of all that was released."""
         while self._freeing and (wait or self._mailbox.is_done(self._freeing[0][0])):
             number, addr, whole = self._freeing[0]
@@ -610,11 +602,14 @@ def _users(view: memoryview) -> int:
 ALONE = _users(memoryview(b""))
 
 
-def _explain(numbers: set[int | None]) -> None:
-    """At the interpreter's end, explain the OSError that has ended the program, if it has one of these errnos."""
+def _explain() -> None:
+    """At the interpreter's end, explain the EFAULT that has ended the program, if one has."""
     error = getattr(sys, "last_value", None)  # what Python has printed last
-    if isinstance(error, OSError) and error.errno in numbers:
-        sys.stderr.write(_USER_MODE_ONLY)
+    if isinstance(error, OSError) and error.errno == errno.EFAULT:
+        sys.stderr.write(
+            "edm: this user may have userfaultfd for user mode only, so system calls may fail with EFAULT "
+            "(Bad address) on a page that is not here; sudo sysctl vm.unprivileged_userfaultfd=1 changes that\n"
+        )
 
 
 # ---------------------------------------------------------------- a pager on this machine
