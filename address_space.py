@@ -199,7 +199,7 @@ class Space:
             addr = operator.index(addr)
             self._check_inside(addr, whole)
             self._reclaim(wait=True)
-            if not self._gaps.around(addr, whole):
+            if not self._gaps.has(addr, whole):
                 raise ValueError(f"addr: the area {addr:#x}-{addr + whole:#x} overlaps another")
         self._take(addr, whole, str(name))
         view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
@@ -304,7 +304,7 @@ class Space:
         disk, which may have other bytes there.
         """
         had, whole = self.lengths[addr], whole_pages(length)
-        if self._kept or not self._gaps.around(addr + had, whole - had):
+        if self._kept or not self._gaps.has(addr + had, whole - had):
             return False
         self._take(addr, whole, had=had)
         return True
@@ -505,12 +505,10 @@ class Gaps:
         length, start = self._lengths[-1 if largest else index]
         return start, start + length
 
-    def around(self, addr: int, length: int) -> tuple[int, int] | None:
-        """The gap that has all these bytes."""
+    def has(self, addr: int, length: int) -> bool:
+        """Are all these bytes in one gap?"""
         index = bisect.bisect(self._edges, addr)
-        if index % 2 and addr + length <= self._edges[index]:
-            return self._edges[index - 1], self._edges[index]
-        return None
+        return index % 2 == 1 and addr + length <= self._edges[index]
 
     def flip(self, addr: int, length: int) -> None:
         """An area gets these bytes, all of which are in one gap; or an area gives all of them back."""

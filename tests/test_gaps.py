@@ -44,20 +44,21 @@ def test_gaps_are_as_a_map_of_the_pages_says(seed):
         if gap:
             start, end = gap
             addr = dice.randrange(start, end - length + 1, PAGE_SIZE)
-            assert gaps.around(addr, length) == gaps.around(start, end - start) == gap
-            assert gaps.around(addr, end - addr + PAGE_SIZE) is None
+            assert gaps.has(addr, length) and gaps.has(start, end - start)
+            assert not gaps.has(addr, end - addr + PAGE_SIZE)
             gaps.flip(addr, length)
             mark(taken, addr, length, 1)
             areas.append((addr, length))
-            assert gaps.around(addr, PAGE_SIZE) is None
-            assert gaps.around(addr - PAGE_SIZE, 2 * PAGE_SIZE) is None
+            assert not gaps.has(addr, PAGE_SIZE)
+            assert not gaps.has(addr - PAGE_SIZE, 2 * PAGE_SIZE)
             end = addr + length
-            free = [(start, start + length) for length, start in runs(taken) if start == end]
-            assert gaps.around(end, PAGE_SIZE) == (free[0] if free else None)
+            free = [length for length, start in runs(taken) if start == end]
+            assert gaps.has(end, free[0]) if free else not gaps.has(end, PAGE_SIZE)
+            assert not free or not gaps.has(end, free[0] + PAGE_SIZE)
     for area in areas:
         gaps.flip(*area)
     whole = PAGES * PAGE_SIZE
-    assert gaps.find(whole) == gaps.around(PAGE_SIZE, whole) == (PAGE_SIZE, PAGE_SIZE + whole)
+    assert gaps.find(whole) == (PAGE_SIZE, PAGE_SIZE + whole) and gaps.has(PAGE_SIZE, whole)
 
 
 class Alarm(Exception):
