@@ -579,16 +579,15 @@ def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:
     """
     import faulthandler
 
-    def undo() -> None:
-        if _signal.getsignal(_signal.SIGURG) == _signal.SIG_DFL:  # else the program handles it now
-            faulthandler.unregister(_signal.SIGURG)
+    def is_handled() -> bool:  # by the program
+        return _signal.getsignal(_signal.SIGURG) != _signal.SIG_DFL
 
-    if _signal.getsignal(_signal.SIGURG) != _signal.SIG_DFL:
+    if is_handled():
         return []
     memfd = _closed_by(at_close, high(os.memfd_create("edm lines")))
     fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
     faulthandler.register(_signal.SIGURG, memfd, all_threads=False)
-    at_close.callback(undo)
+    at_close.callback(lambda: is_handled() or faulthandler.unregister(_signal.SIGURG))
     return [memfd]
 
 
