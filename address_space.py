@@ -341,8 +341,7 @@ class Space:
             from edm.limits import limit_of
 
             where = f"start_addr, end_addr: {self.start_addr:#x}-{self.start_addr + length:#x}"
-            reason = error.strerror + limit_of(error.errno)
-            why = f"overlaps what is mapped, or can't be mapped at all ({reason})"
+            why = f"overlaps what is mapped, or can't be mapped: {error.strerror}{limit_of(error.errno)}"
             raise ValueError(f"{where} {why}; choose other addresses") from None
         self._at_close.callback(u.munmap, self.start_addr, length)
         self._mailbox = mailbox.Mailbox(self.end_addr)
@@ -361,19 +360,15 @@ class Space:
         Returns how first writes are noticed: "async", "events", or "" if they are not. Raises
         ValueError if the kernel lacks a feature.
         """
-        supported = u.supported_features()
-        ways = {
-            "async": u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC,
-            "events": u.WP_FEATURES,
-            # Pages get no uffd-wp bit. But without the feature the kernel maps neighbours of a page that
-            # is touched (fault-around), and they would count as used.
-            "none": u.WP_FEATURES & supported,
-        }
+        supported, wp = u.supported_features(), u.WP_FEATURES
+        # With "none", pages get no uffd-wp bit. But without the feature the kernel maps neighbours of a page
+        # that is touched (fault-around), and they would count as used.
+        ways = {"async": wp | u.UFFD_FEATURE_WP_ASYNC, "events": wp, "none": wp & supported}
         for way, features in ways.items():
             needed = u.NEEDED_FEATURES | features
             if wanted in ("auto", way) and not needed & ~supported:
                 uffd.api(needed | u.WELCOME_FEATURES & supported)
-                protects = features & u.WP_FEATURES == u.WP_FEATURES
+                protects = features & wp == wp
                 uffd.register(self.start_addr, self.end_addr - self.start_addr, protects)
                 return "" if way == "none" else way
         lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
