@@ -617,8 +617,7 @@ def spawn_pager() -> _socket.socket:
     Descriptor 2 must be open: the pager inherits it. Raises OSError if there can't be another process.
     """
     ours, theirs = socket_pair()
-    folder = os.path.dirname(os.path.abspath(__file__))
-    command = [sys.executable, "-I", "-S", "-c", _BOOT, folder]
+    command = [sys.executable, "-I", "-S", "-c", _BOOT, os.path.dirname(os.path.abspath(__file__))]
     environment = {name: os.environ[name] for name in os.environ if name}  # not "": it is refused
     # Its standard output is standard error, too. dup2(2, 2) clears close-on-exec: posix_spawn(3).
     actions = [(os.POSIX_SPAWN_DUP2, fd, its) for fd, its in ((theirs.fileno(), 0), (2, 1), (2, 2))]
