@@ -216,7 +216,7 @@ class Space:
         view, addr = self._views.get(id(area), (None, 0))
         if view is None:
             raise ValueError("area: not one that mmap returned, or unmapped already")
-        if _users(area) != ALONE:
+        if _users(area) != _users(memoryview(b"")):
             raise BufferError("area: still in use, by a slice or an array made of it")
         area.release()  # BufferError if a buffer of it is exported at this moment
         del self._views[id(area)]
@@ -391,14 +391,13 @@ class Space:
     def close(self) -> None:
         """End the space and its pager. Nothing may use an area any more. A kept disk is synced; raises OSError
         if it can't be."""
-        connected = _is_open(self._socket, self._socket_is)
         with self._at_close:  # a signal handler may raise at any point
             try:
                 self._mailbox.call("end")
             finally:
                 self.is_over = True
                 self._mailbox.ask("close")
-                while connected and os.read(self._socket, 1):
+                while _is_open(self._socket, self._socket_is) and os.read(self._socket, 1):
                     pass  # the answer to HELLO; then the pager has ended
 
     # ------------------------------------------------------------ forked children
@@ -589,9 +588,6 @@ def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:
 def _users(view: memoryview) -> int:
     """The reference count of what this view shares with its slices and arrays, in CPython."""
     return sys.getrefcount(gc.get_referents(view)[0])
-
-
-ALONE = _users(memoryview(b""))
 
 
 def _explain() -> None:
