@@ -160,7 +160,8 @@ class DMS:
         try:
             return self._do(self._stores[source - self._first], question, answer)
         except (ValueError, struct.error, OSError, MemoryError) as error:
-            number = getattr(error, "errno", 0) or errno.EINVAL
+            number = errno.ENOMEM if isinstance(error, MemoryError) else errno.EINVAL
+            number = getattr(error, "errno", 0) or number
             words = getattr(error, "strerror", "") or str(error) or type(error).__name__
             if not isinstance(error, OSError):  # of those, as on one machine, the pager tells
                 self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, words)

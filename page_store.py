@@ -507,10 +507,10 @@ class PageStore:
             self.start(self.offers[0])
         with suppress(OSError):  # the folder may be unreadable, or not take an fsync
             folder = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY)
-            with suppress(OSError):
-                os.fsync(
-                    folder
-                )  # the file's name is durable, also if an earlier job made it and was killed
+            with suppress(
+                OSError
+            ):  # also if an earlier job made the file, and was killed before this
+                os.fsync(folder)
             os.close(folder)
 
     def start(self, epoch: int) -> None:

@@ -262,7 +262,7 @@ def test_who_has_said_bye_is_refused(dms):
     ("error", "number", "words"),
     [
         (OSError(errno.ENOSPC, "it is full"), errno.ENOSPC, "it is full"),
-        (MemoryError(), errno.EINVAL, "MemoryError"),
+        (MemoryError(), errno.ENOMEM, "MemoryError"),
         (ValueError("x" * 5000), errno.EINVAL, "x" * 1000),
         (OSError(errno.EIO, "\u00b5" * 999), errno.EIO, "\u00b5" * 500),
     ],
