@@ -115,7 +115,7 @@ def _replace_fromfile() -> None:
                 size, count, done = fstat(fd).st_size, index(count), 0
                 there = (size - begin) // dtype.itemsize
                 if there > 0:  # devices and the files of /proc have no size
-                    array = numpy.empty(there if count < 0 else min(count, there), dtype)
+                    array = _numpys()[0](there if count < 0 else min(count, there), dtype)
                     content = memoryview(array.view("B"))
                     while part := pread(fd, min(PIECE, len(content) - done), begin + done):
                         content[done : done + len(part)] = part
