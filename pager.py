@@ -406,13 +406,13 @@ def page_for(
         return None
     hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds, ended_by=ended_by), None
     config = hello.config = SimpleNamespace(**hello.config)
-    if config.report:  # one file for each instance
-        name, ending = os.path.splitext(os.path.abspath(config.report))
-        config.report = f"{name}.{hello.instance}{ending}" if hello.instance else name + ending
     log.start(config.log_level)
     LOG.debug(" INIT")
     try:
         store = open_store(config, hello.instance)
+        if config.report:  # one file for each instance
+            name, ending = os.path.splitext(os.path.abspath(config.report))
+            config.report = f"{name}.{hello.instance}{ending}" if hello.instance else name + ending
         os.chdir("/")  # the program may unmount its folder, once it has left it
         pager = Pager(control, hello, store)
         pager.start()

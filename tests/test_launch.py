@@ -817,13 +817,21 @@ def test_a_mistake_is_told_in_one_line_with_status_2(arguments, words, python, t
     assert errors.startswith("python -m edm run: error: ") and errors.count("\n") == 1, errors
 
 
-def test_a_program_that_is_not_there_is_told_in_a_folder_that_was_removed(run, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none.py"], "can't open file 'none.py': there is no such file"),
+        (["--report", "x.html", "-c", "pass"], "[Errno 2] No such file or directory"),
+    ],
+)
+def test_what_is_not_there_in_a_folder_that_was_removed_is_told_in_one_line(
+    arguments, words, run, tmp_path
+):
     (folder := tmp_path / "folder").mkdir()
     code = f"import os, sys; os.rmdir({str(folder)!r}); os.execv(sys.executable, sys.argv[1:])"
-    command = [sys.executable, *RUN[:3], "none.py"]
+    command = [sys.executable, *RUN[:3], *arguments]
     ended = run(sys.executable, "-c", code, *command, cwd=folder)
-    told = "python -m edm run: error: can't open file 'none.py': there is no such file\n"
-    assert (ended.returncode, ended.stdout) == (2, told)
+    assert (ended.returncode, ended.stdout) == (2, f"python -m edm run: error: {words}\n")
 
 
 def test_options_end_where_the_program_begins(capfd, monkeypatch):
