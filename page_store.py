@@ -505,11 +505,10 @@ class PageStore:
         os.ftruncate(self.fd, self._size)
         if not self.kept or self._dmss == 1:
             self.start(self.offers[0])
+        # Also if an earlier job made the file, and was killed before this.
         with suppress(OSError):  # the folder may be unreadable, or not take an fsync
             folder = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY)
-            with suppress(
-                OSError
-            ):  # also if an earlier job made the file, and was killed before this
+            with suppress(OSError):
                 os.fsync(folder)
             os.close(folder)
 
