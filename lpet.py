@@ -293,7 +293,8 @@ class Lpet:
         return runs(page, bytes(a ^ b for a, b in zip(here, written, strict=True)), HERE_RUN)
 
     def _mark_idle(self, pages: Sequence[Run]) -> None:
-        self._tracker.mark_idle(pages)
+        if pages:  # the bitmap's way drains the LRU batches of all cores
+            self._tracker.mark_idle(pages)
         self._lspt.figures[l.MARKED_IDLE] += sum(count for _, count in pages)
 
     def _unmap(self, pages: Iterable[Run]) -> None:

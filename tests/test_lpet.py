@@ -124,6 +124,7 @@ class FakeTracker:
         return self.idle_pages.intersection(pages_in(runs))
 
     def mark_idle(self, runs):
+        assert runs, "to drain the LRU batches for nothing"
         self.marked += pages_in(runs)
 
 
