@@ -365,6 +365,7 @@ class DmHandler:
         try:
             self._uffd.poison(address, PAGE_SIZE)
         except OSError as failure:  # the job ends
-            raise OSError(failure.errno, f"{why}; {failure.strerror} (Linux 6.6)") from None
+            why += f"; nor can a SIGBUS be sent, as from Linux 6.6 on: {failure.strerror}"
+            raise OSError(failure.errno, why) from None
         # Only now: a page that is COMING can't be freed, and then be another area's.
         self._lspt.not_coming(range(page, page + 1), l.LOST)
