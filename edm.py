@@ -51,7 +51,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 if __name__ == "edm":
-    # Python was started in this folder, and found this file before the package of the same name.
+    # Python looks for modules in this folder, and found this file before the package of the same name: it was
+    # started here, or it is a pager's (address_space.py).
     __path__ = [os.path.dirname(os.path.abspath(__file__))]
     sys.modules["edm.edm"] = sys.modules["edm"]
     from edm.__init__ import __getattr__  # noqa: F401
