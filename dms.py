@@ -14,7 +14,8 @@ that the instance does not have: the DMS does not check this, as only the instan
 Nobody waits for another instance's messages. One thread receives, answers and sends. A message that is
 under way does not block it: it is a generator (_exchange), which is continued at each look, while others
 are served. Only the disk blocks it, for one batch. A sync may take seconds, so each has a thread of its
-own, which calls no MPI.
+own, which calls no MPI. It has the store's lock: an EVICT, STORE or FREE of the same instance would block the DMS
+meanwhile, but MpiStore sends none.
 
 Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next one without pause
 for a moment, offering its core at every look. Then it naps between looks, the longer the silence.
