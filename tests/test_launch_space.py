@@ -255,6 +255,16 @@ def test_where_system_calls_may_not_fault_and_seccomp_is_refused_the_error_says_
     assert ended.stdout.count("vm.unprivileged_userfaultfd=1") == 1, ended.stdout
 
 
+def test_where_seccomp_is_refused_an_error_of_numpys_without_an_errno_is_explained_too(
+    run, tmp_path
+):
+    pytest.importorskip("numpy")
+    ended = run(sys.executable, PROGRAMS / "user_mode.py", "tofile", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "requested and 0 written" in ended.stdout, ended.stdout
+    assert ended.stdout.count("vm.unprivileged_userfaultfd=1") == 1, ended.stdout
+
+
 def test_each_of_several_ranks_has_files_of_its_own(mpirun, tmp_path):
     code = "import edm; edm.space().mmap(32 << 20)[::4096] = bytes(8192)"
     disk, report = tmp_path / "disk", tmp_path / "report.html"
