@@ -23,7 +23,7 @@ def main() -> None:
             from edm import doctor
 
             sys.exit(doctor.main())
-        case ["-h" | "--help"]:
+        case [*_, "-h" | "--help"]:
             print(USAGE)
         case _:
             print(USAGE, file=sys.stderr)

@@ -3,7 +3,7 @@
 In the picture: nothing. It tries each arrow once.
 
 Interface: main() prints a line for each check, and returns the exit status: 0 if EDM can run. A line
-begins with "ok", "missing" (EDM can't run) or "without" (EDM runs with less). The last line is about the
+begins with "ok", "missing" (EDM can't run) or "without" (EDM runs with less). The last check is about the
 tests. What follows "try:" is a command to type.
 
 Rules: what may hang, or end its process, is tried in another process. So is the import of MPI.

@@ -81,8 +81,9 @@ def test_every_module_has_its_rule_in_contributing():
 
 
 def test_it_is_there_from_the_folder_itself_too(run):
-    ended = run(sys.executable, "-m", "edm", "--help", cwd=ROOT)
-    assert ended.returncode == 0 and "doctor" in ended.stdout
+    for command in ([], ["doctor"], ["kernel"]):
+        ended = run(sys.executable, "-m", "edm", *command, "--help", cwd=ROOT)
+        assert ended.returncode == 0 and "doctor" in ended.stdout
     ended = run(sys.executable, "-c", "import edm; print(edm.prefetch.__module__)", cwd=ROOT)
     assert ended.stdout == "edm.advice\n", ended
 
