@@ -135,7 +135,7 @@ class Space:
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as self._at_close:
             closed = partial(_closed_by, at_the_end)
             _in_child.pop_all()  # of an earlier space
-            # In what another thread forks meanwhile; later the stack is empty.
+            # For a child that another thread forks meanwhile. Later the stack is empty.
             _in_child.callback(at_the_end.close)
             self._at_close.callback(control.close)
             memfd = closed(os.memfd_create("edm"))
@@ -162,7 +162,7 @@ class Space:
                 # EBUSY: EDM in EDM. EPERM, EINVAL, ENOSYS: a sandbox.
                 with contextlib.suppress(OSError):
                     listener = [closed(calls.listener(self.start_addr, self.end_addr, lasts))]
-                # MPICH would read pages of another rank's that are not here.
+                # MPICH reads another rank's memory, which fails on pages that are not here.
                 if "PMI_RANK" in os.environ:
                     os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
                 atexit.unregister(_explain)  # an earlier space's
@@ -398,7 +398,7 @@ class Space:
                 self.is_over = True
                 self._mailbox.ask("close")
                 while _is_open(self._socket, self._socket_is) and os.read(self._socket, 1):
-                    pass  # the answer to HELLO; then the pager has ended
+                    pass  # the answer to HELLO; then nothing, as the pager has ended
 
     # ------------------------------------------------------------ forked children
 

@@ -184,7 +184,7 @@ class DmHandler:
             if faults := self._uffd.read_faults():
                 return faults
             # If advice waits for room, LPET wakes this thread. After LSPT.stop, no advised page comes. bring may
-            # have been called while a child's page waited for room: _hear has taken that wake-up.
+            # have been called while a child's page waited for room: _hear has read that wake-up.
             if self._called or self._advised and not (figures[l.ROOM_WANTED] or figures[l.STOPPED]):
                 return []
             os.sched_yield()
@@ -282,11 +282,12 @@ class DmHandler:
         wanted = stream.wanted(self._lspt.area(page))
         runs = [run for part in wanted for run in self._lspt.expect_more(part, state)]
         self._readahead.continued(stream, runs[-1][-1])
-        # The next column of a matrix needs the pages of this one again.
+        # The next column of a matrix needs the pages of this one again, so in a stride it counts that they have
+        # come back soon.
         self._fetch(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
 
     def _fetch(self, runs: list[range], page: int, write: bool, before: int) -> None:
-        """As _take, but ask for all of these pages first, in pieces."""
+        """Ask for all of these pages, in pieces, so that several DMSs work at once. Then _take them in order."""
         pieces = [piece for run in runs for piece in self._pieces(run)]
         for piece, asked in [(piece, self._ask(piece)) for piece in pieces]:
             self._take(piece, asked, page, write, before)

@@ -142,7 +142,7 @@ class DMS:
         kind, *_ = m.HEADER.unpack_from(question)
         if kind == m.SYNC:
             thread = threading.Thread(target=handle)
-            with suppress(RuntimeError):  # there can't be one now
+            with suppress(RuntimeError):  # no thread can be started: handle it here
                 thread.start()
             while thread.is_alive():
                 yield

@@ -88,7 +88,7 @@ class Config(SimpleNamespace):
 
     start_addr: where the address space begins (an address, whole pages)
     end_addr: where it ends (an address, whole pages; not part of it)
-    high_threshold: pages that an instance holds at most; LPET begins to evict before, or at so many
+    high_threshold: pages that an instance holds at most; LPET begins to evict halfway to low_threshold, or here
     low_threshold: pages; a run of LPET evicts down to so many (default: 256 or 1/32 less; at most 1/8)
     disk: path of the disk file (default: one without a name, in $TMPDIR or /var/tmp)
     keep: whether the disk outlives the job, and the next one finds its memory there

@@ -61,7 +61,7 @@ from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.page_store import Bytes, PageStore
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
 
-AGE = 1  # generations: with 2, zipf fetches 2 % fewer pages, but LPET takes 1.5 times as long for each
+AGE = 1  # generations: with 2, zipf-distributed accesses fetch 2 % fewer pages, but LPET takes 1.5 times as long for each
 GRACE = 5.0  # seconds: by then whoever fills the disk may have made room
 REST = 0.1  # seconds between two tries of what was refused
 # Pages that are to leave, and a few others between them: one more splice costs as much as copying
@@ -245,8 +245,8 @@ class Lpet:
         return gone
 
     def _parts(self, pages: Iterable[Run]) -> Iterator[Run]:
-        """These pages, as many at once as may be evicted together, without pins that have ended. While the store
-        refuses, the clean ones."""
+        """Cut these pages into parts that may be evicted at once, and drop the pins there that have ended. While
+        the store refuses, a part is a run of clean pages."""
         for page, count in pages:
             while count > 0:
                 too_early = time.monotonic() < self._again_at  # to try again what was refused
@@ -308,7 +308,7 @@ class Lpet:
     def forget(self, advised: Iterable[Run]) -> None:
         """Evict those of these pages that are HERE. Pinned pages stay, and so do pages that the store refuses.
 
-        This waits for pages that are COMING: the application may have used them already. And for those that LPET
+        This waits for pages that are COMING, which the application may have used already, and for pages that LPET
         has. It stops when the application has ended.
         """
         self._again_at, self._most = 0.0, self._batch
@@ -334,7 +334,7 @@ class Lpet:
             pages += self._store_run(claimed, track_clean)
             if had_ended and l.LEAVING in claimed.before:  # what is COMING has not come
                 raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
-        if self._lspt.stopped() != had_ended:  # and claims has not waited for what others have
+        if self._lspt.stopped() != had_ended:  # then claims has not waited for others' pages
             raise OSError(errno.EIO, "the application has ended")
         return pages
 

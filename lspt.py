@@ -27,7 +27,8 @@ them.) Every page state is named here, and only the methods of LSPT change one:
               (with the generation in which it left)
     COMING    the DM-Handler is fetching and installing it
     HERE      in the memfd, the application's memory
-    LEAVING   it is being evicted, stored or freed; or it is a hole between pages that are
+    LEAVING   claimed by a thread that evicts, stores, marks or frees it; or a hole between such pages. The
+              application has it still, while it is stored
     LOST      its bytes can't be read: touching it is a SIGBUS
 
 Whether a page is clean is not stored here: the page table knows.
@@ -46,7 +47,7 @@ Rules:
       ROOM_WANTED. The other counters are only figures, and may miss an increment. The only system call
       under the lock is the write to an eventfd.
     * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
-      thread touches its memory or its state. So `arrived` needs no lock. A fault of a LEAVING page
+      thread of EDM changes its state, or installs or removes its memory. So `arrived` needs no lock. A fault of a LEAVING page
       sleeps until its owner has changed the state and wakes the range. Then the fault is tried again.
     * One claim takes neighbours, and may take holes between them: pages that are NEW or AWAY. They become
       LEAVING too, so that they can't come meanwhile. `gone` and `stays` give them back the state before.
@@ -202,7 +203,7 @@ class LSPT(ByteTable):
     def expect(self, page: int, least: int = NEW) -> int | None:
         """NEW or AWAY → COMING; any other state stays. Returns the state before.
 
-        least: AWAY is for advice: then a NEW page stays, too, and no fault waits for this page.
+        least: AWAY is for advice: a NEW page stays, too, and no fault waits if there is no room.
 
         Returns None if there is no room for a page. Then LPET is woken, and for_handler is written as soon
         as there is room.
@@ -221,8 +222,9 @@ class LSPT(ByteTable):
             return state
 
     def expect_more(self, wanted: range, state: int) -> list[range]:
-        """NEW or AWAY → COMING, for those of these pages that have this state, as far as all have it or are
-        HERE, and as there is room for. Returns the runs. If the first page is COMING, it is in the first one."""
+        """NEW or AWAY → COMING: go through these pages in order, take those that have this state, skip those
+        that are HERE, and stop at another state, or when there is no room. Returns the runs that were taken. The
+        page that has faulted may come first: it is COMING, and joins the first run."""
         with self.lock:
             first, last = sorted((wanted[0], wanted[-1]))
             states = self.state[first : last + 1][:: wanted.step]

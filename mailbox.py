@@ -15,8 +15,8 @@ request names a method of Pager (pager.py), and has its arguments.
     asked      how many requests were written so far: the number of the last one
     done       the number of the last request that is done. They are done in order
 
-The lower half of each is a futex: waiting for it to change is a sleep in futex(2). Every request may be
-answered. The next answer replaces it, so only the answer of the last request can be read.
+The lower half of each is a futex: waiting for it to change is a sleep in futex(2). There is room for one
+answer: the next one replaces it, so only the answer of the last request can be read.
 
 Rules: one thread at a time calls ask or call. The pager's side belongs to one thread, except
 interrupt. Python runs other threads and signal handlers while a thread waits here. If a signal

@@ -25,7 +25,7 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
 The unused fields of a question's header are 0.
 
 A page's number is (address - start_addr) / PAGE_SIZE. A range may have pages of other DMSs (mpi_client.py). A DMS
-never gets these, so to it they are NEW, and stay so.
+is never sent those, so to it they stay NEW.
 
 Instead of any of these answers the DMS may send ERROR: `more` is an errno, and words in UTF-8 follow. Then every
 page is where it was. ERROR to a GET says that the first page can't be read.

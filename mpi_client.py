@@ -78,7 +78,7 @@ class MpiStore:
         self._log = log.logger("MpiClient")
         self._debug = self._log.isEnabledFor(DEBUG)
         self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
-        # The free ones. A get takes the last, a request the first, so that few get the bytes of evictions.
+        # The free ones. A get takes the last, a request the first, so that evictions touch few large buffers.
         self._slots: list[Slot] = []
         self._all: list[Slot] = []  # that there are
         self._taken: list[Slot] = []  # the one that has what take_get gave
@@ -90,7 +90,7 @@ class MpiStore:
     # ------------------------------------------------------------ what a PageStore does
 
     def together(self, pages: range) -> int:
-        """See PageStore. It may be more pages than these."""
+        """See PageStore. It may be more than there are in this range."""
         begin = pages[0] // self._stripe * self._stripe
         end = begin + self._stripe if pages.step > 0 else begin - 1
         return len(range(pages[0], end, pages.step))
@@ -178,7 +178,7 @@ class MpiStore:
     ) -> list[bytes]:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
         answers; returns their bodies. Raises one of the errors, if there are any."""
-        # Each of the first parts is another DMS's.
+        # Successive stripes are of different DMSs, so the first parts tell.
         asked = {dms for dms, _, _ in itertools.islice(self._parts(page, count), self._dmss)}
         dirty_of: list[list[Bytes]] = [[] for _ in range(self._dmss)]
         for first, content in dirty:

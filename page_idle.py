@@ -18,8 +18,8 @@ CONFIG_IDLE_PAGE_TRACKING.
     takes as long as to read 16 words of the bitmap.
   * A page frame number is good only at the moment when it is read, so it is read anew each time.
 
-UnmapTracker needs neither root nor a kernel option. It takes a page out of the page table and leaves
-it in the memfd; the next touch maps it again inside the kernel, without an event, and "present" in
+UnmapTracker needs neither root nor a kernel option. It takes a page out of the page table and puts
+it back into the memfd; the next touch maps it again inside the kernel, without an event, and "present" in
 pagemap shows that.
 
 Rules: any thread may use a Pagemap. A tracker belongs to one Lpet.

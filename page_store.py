@@ -10,7 +10,7 @@ Interface: PageStore(path, start_addr, end_addr, ...)
     put                  pages leave the instance, or only their bytes are stored
     put_from_pipe        as put, from a pipe; only if takes_pipes
     free, sync, locations, runs_on_disk, table, close
-    offers, start        a kept store of several: the syncs that it can resume from
+    offers, start        a kept store of several DMSs: the syncs that it can resume from
     sync_phases          a sync of several stores as one: all call the first of these before any calls the
                          second. The first does steps 1 and 2 (see below), the second step 3
     SPT                  a byte a page: where the page is
@@ -515,8 +515,8 @@ class PageStore:
     def start(self, epoch: int) -> None:
         """Resume from the sync of this epoch, one of `offers`. Raises OSError if the headers can't be written.
 
-        This job overwrites what another epoch needs, so its own has to be durable first. A header may not be,
-        if a job was killed after it had written it. And both have to be allocated before the disk gets full.
+        This job overwrites what another epoch needs, so its own has to be durable first. A header may not be
+        durable, if a job was killed after it had written it. Both have to be allocated before the disk is full.
         """
         self._words[EPOCH] = epoch
         for at in (0, HEADER_COPY):
@@ -580,7 +580,7 @@ class PageStore:
             in_file.update(number % self._blocks for number in range(first, first + many))
         for block in in_file:
             other = self._read_block(1 - now, block, True)
-            # Two syncs write a block. So if the last but one has it, the last one has it, too.
+            # A changed block is written to both copies. So zeros are right only if the other copy has none.
             places, crcs = self._read_block(now, block, UNREADABLE in other[0] or not any(other[1]))
             # A damaged block is written, too: if it is of a sync that was interrupted, the next epoch would
             # make it valid.

@@ -74,7 +74,7 @@ from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
-# Milliseconds from one sample of --progress and --report to the next; without these, from one look to the next
+# Milliseconds. SAMPLE: between two samples of --progress and --report. LOOK: without these, between two looks
 # whether the application has become another program.
 SAMPLE, LOOK = 100, 500
 
@@ -139,17 +139,18 @@ class Pager:
         sys.setswitchinterval(SWITCH_INTERVAL)
         if self._store.kept:  # later, forked children may have taken all descriptors
             _ = self._lpet
-        # There has to be room for the lifeline, for two more descriptors, which a sync or a system call needs,
-        # and over MPI for LPET's pipe. On one machine that is another process's. They are high, because a process
-        # with threads, as this one will be, waits 15 ms when its table of descriptors has to grow for the lifeline.
+        # See that there is room for the lifeline, for two descriptors of a sync or a system call, and over MPI for
+        # LPET's pipe. They are high ones, so that the table of descriptors grows now: once there are threads,
+        # that takes 15 ms.
         for fd in [address_space.high(fd) for _ in range(2 + self._over_mpi) for fd in os.pipe()]:
             os.close(fd)
         lpet = self._new_lpet().run if self._over_mpi else self._fork_lpet()
         for body in (self._handler.run, lpet, self._answer):
             self._start_thread(body)
-        # Its number is above the userfaultfd's: the kernel closes the descriptors of a killed process from
-        # the last one on. When it closes the userfaultfd, missing pages read as zeros: the application
-        # must be dying by then. From here on nothing may fail. And LPET must not have the write end.
+        # The write end stays open until this process ends. Its number is above the userfaultfd's: the kernel
+        # closes the descriptors of a killed process from the last one on. When it closes the userfaultfd, missing
+        # pages read as zeros: the application must be dying by then. From here on nothing may fail. The
+        # lifeline is made after LPET is forked, which must not have the write end.
         self._lifeline, _ = address_space.lifeline(self._application)  # its read end
 
     def _start_thread(self, body: Callable[[], None]) -> None:
@@ -278,8 +279,8 @@ class Pager:
                 try:
                     self._mailbox.answer(getattr(self, what)(*arguments))
                 except OSError as error:
-                    # The application does not look at these answers, so errors end the job. But advice is
-                    # nothing that a lack of descriptors, for _lpet, should end it for.
+                    # The application does not wait for `forget`, nor mostly for `free`, so their errors end the
+                    # job. But not if `forget` lacks descriptors for its Lpet: this is only advice.
                     if what == "free" or what == "forget" and "_lpet" in vars(self):
                         raise
                     self._mailbox.answer(error)
@@ -299,7 +300,7 @@ class Pager:
         start = self._config.start_addr
         for claimed in self._lspt.claims(self._lspt.used(page, count), l.SETTLED):
             try:
-                # The poison in the page table goes when a page comes.
+                # Installing a page removes the poison. Punching the hole then removes the page.
                 # One by one: the program may have split the mapping there.
                 for lost in pages_in(l.runs(claimed.page, claimed.before, l.LOST_RUN)):
                     self._uffd.zeropage(start + lost * PAGE_SIZE, PAGE_SIZE)

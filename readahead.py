@@ -23,8 +23,8 @@ with their first window again and again, a single fault gets a stream of its own
 and is not followed: the fault may as well be one of equal distances. Every PROBE-th single fault still comes
 alone, to see if the rows go on.
 
-Among single faults, every REMEMBERED of them, the stream that was used least recently is forgotten. So
-random access ends up with none to look at. A stream that was forgotten begins again as a new one does.
+After each REMEMBERED single faults, the stream that was used least recently is forgotten. So random
+access ends up with none to look at. A stream that was forgotten begins again as a new one does.
 
 Rules: the DM-Handler's thread only.
 
