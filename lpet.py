@@ -61,7 +61,8 @@ from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.page_store import Bytes, PageStore
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
 
-AGE = 1  # generations: with 2, zipf-distributed accesses fetch 2 % fewer pages, but LPET takes 1.5 times as long for each
+# Generations. With 2, zipf-distributed accesses fetch 2 % fewer pages, but LPET takes 1.5 times as long for each.
+AGE = 1
 GRACE = 5.0  # seconds: by then whoever fills the disk may have made room
 REST = 0.1  # seconds between two tries of what was refused
 # Pages that are to leave, and a few others between them: one more splice costs as much as copying
@@ -298,7 +299,7 @@ class Lpet:
         self._lspt.figures[l.MARKED_IDLE] += sum(count for _, count in pages)
 
     def _unmap(self, pages: Iterable[Run]) -> None:
-        """UnmapTracker's mark_idle: take pages out of the page table, but leave them in the memfd."""
+        """UnmapTracker's mark_idle: take pages out of the page table, and put them back into the memfd."""
         for page, count in self._parts(pages):
             claimed = self._lspt.claim(page, count, l.NO_HOLES)
             spans, _ = self._move_out(claimed)

@@ -47,8 +47,9 @@ Rules:
       ROOM_WANTED. The other counters are only figures, and may miss an increment. The only system call
       under the lock is the write to an eventfd.
     * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
-      thread of EDM changes its state, or installs or removes its memory. So `arrived` needs no lock. A fault of a LEAVING page
-      sleeps until its owner has changed the state and wakes the range. Then the fault is tried again.
+      thread of EDM changes its state, or installs or removes its memory. So `arrived` needs no lock. A
+      fault of a LEAVING page sleeps until its owner has changed the state and wakes the range. Then the
+      fault is tried again.
     * One claim takes neighbours, and may take holes between them: pages that are NEW or AWAY. They become
       LEAVING too, so that they can't come meanwhile. `gone` and `stays` give them back the state before.
     * `areas` belongs to the pager's process. LPET does not use it.

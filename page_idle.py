@@ -122,7 +122,7 @@ def drain_lru_batches() -> None:
 
 class UnmapTracker:
     def __init__(self, pagemap: Pagemap, unmap: Callable[[Iterable[Run]], None]) -> None:
-        """unmap takes pages out of the page table, and leaves them in the memfd."""
+        """unmap takes pages out of the page table, and puts them back into the memfd."""
         self.mark_idle, self.idle = unmap, pagemap.absent
 
 
