@@ -184,14 +184,14 @@ class DmHandler:
             if faults := self._uffd.read_faults():
                 return faults
             # If advice waits for room, LPET wakes this thread. After LSPT.stop, no advised page comes. bring may
-            # have been called while a child's page waited for room: _hear has read that wake-up.
+            # have been called while a child's page waited for room: _await_wakeup has read that wake-up.
             if self._called or self._advised and not (figures[l.ROOM_WANTED] or figures[l.STOPPED]):
                 return []
             os.sched_yield()
             if time.monotonic() > until:
                 break
         if (self._lspt.for_handler, select.EPOLLIN) in self._epoll.poll():
-            self._hear()
+            self._await_wakeup()
         return self._uffd.read_faults()
 
     def _serve_children(self) -> None:
@@ -208,7 +208,7 @@ class DmHandler:
                         child.poison(begin, PAGE_SIZE)
                 child.wake(begin, PAGE_SIZE)
 
-    def _hear(self) -> None:
+    def _await_wakeup(self) -> None:
         """Sleep until for_handler is written to. Raises ProcessLookupError after LSPT.stop."""
         os.read(self._lspt.for_handler, 8)  # unlike os.eventfd_read, this goes on after a signal
         if self._lspt.stopped():
@@ -239,7 +239,7 @@ class DmHandler:
                 self._log.info("reached high threshold, waking up lpet")
                 self._log.debug("avoid memory flood- dmhandler goes to sleep")
             self._waited[ROOM] -= time.monotonic_ns()
-            self._hear()
+            self._await_wakeup()
             self._waited[ROOM] += time.monotonic_ns()
         if state < l.LOST:
             self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1

@@ -9,7 +9,7 @@ Interface: run() is LPET. forget() evicts what the application does not need (ad
 sends the store what it does not have yet, without evicting it. Both are called by another thread, which
 has an Lpet of its own. What it counts is in LSPT.figures.
 
-It sleeps until so many pages are resident as wake it, or a fault finds no room (LSPT.lpet_waits). Then it
+It sleeps until so many pages are resident as wake it, or a fault finds no room (LSPT.wait_to_evict). Then it
 evicts down to low_threshold.
 
 One eviction (Lpet._evict) is safe under writers, although nothing is protected before it:
@@ -56,7 +56,7 @@ from contextlib import suppress
 
 from edm import log
 from edm import lspt as l
-from edm.lspt import HERE_RUN, LSPT, Claimed, Run, runs, runs_of
+from edm.lspt import CHOSEN_RUN, LSPT, Claimed, Run, runs, runs_of
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.page_store import Bytes, PageStore
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
@@ -102,7 +102,7 @@ class Lpet:
 
     def run(self) -> None:
         """Evict whenever woken, until LSPT.stop. Raises OSError when a fault has waited for GRACE seconds."""
-        while self._lspt.lpet_waits():
+        while self._lspt.wait_to_evict():
             if not self._evict_until_low_threshold():
                 time.sleep(min(self._rest(), 0.05))  # short, to see LSPT.stop soon
 
@@ -115,13 +115,13 @@ class Lpet:
         """
         if not claimed.leaving:
             return 0
-        leave = list(pages_in(runs(claimed.page, claimed.chosen, HERE_RUN))) if self._info else []
+        leave = list(pages_in(runs(claimed.page, claimed.chosen, CHOSEN_RUN))) if self._info else []
         self._say("[LPET] sending eviction request for page in addr %#x", leave)
         spans, written = self._move_out(claimed)  # 2, 3, 4
         pages, dirty = claimed.chosen.count(255), written.count(255)
         moved = self._moved(spans, dirty)  # then put has nothing to write, and can't fail
         try:
-            content = [] if moved else self._content_of(claimed.page, written, HERE_RUN)
+            content = [] if moved else self._content_of(claimed.page, written, CHOSEN_RUN)
             self._store.put(claimed.leaving, content)  # 5
         except OSError as error:
             self._put_back(claimed)
@@ -174,7 +174,7 @@ class Lpet:
 
     def _put_back(self, claimed: Claimed) -> None:
         """The pages are HERE again. The page table has kept their uffd-wp bits: clean pages are still clean."""
-        for first, content in self._content_of(claimed.page, claimed.chosen, HERE_RUN):
+        for first, content in self._content_of(claimed.page, claimed.chosen, CHOSEN_RUN):
             if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
                 raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
         self._stays(claimed)
@@ -259,7 +259,7 @@ class Lpet:
     def _pass_used(self, page: int, count: int, which: bytes) -> None:
         """Old pages that were used get the current generation, and are marked idle again."""
         states = self._lspt.state[page : page + count].translate(which)
-        old = list(runs(page, states, HERE_RUN))
+        old = list(runs(page, states, CHOSEN_RUN))
         idle = self._tracker.idle(old)
         used = runs_of([page for page in pages_in(old) if page not in idle])
         for run in used:
@@ -291,7 +291,7 @@ class Lpet:
         """The runs of pages that are HERE and were clean a moment ago."""
         here = self._lspt.state[page : page + count].translate(l.NO_HOLES)
         written = self._pagemap.written(page, here)
-        return runs(page, bytes(a ^ b for a, b in zip(here, written, strict=True)), HERE_RUN)
+        return runs(page, bytes(a ^ b for a, b in zip(here, written, strict=True)), CHOSEN_RUN)
 
     def _mark_idle(self, pages: Sequence[Run]) -> None:
         if pages:  # the bitmap's way drains the LRU batches of all cores
@@ -313,7 +313,7 @@ class Lpet:
         has. It stops when the application has ended.
         """
         self._again_at, self._most = 0.0, self._batch
-        parts = self._parts(part for run in advised for part in self._lspt.used(*run))
+        parts = self._parts(part for run in advised for part in self._lspt.ever_set(*run))
         parts = itertools.takewhile(lambda _: not self._lspt.stopped(), parts)
         for claimed in self._lspt.claims(parts, l.ANY_HERE, pins=True):
             self._evict(claimed)
@@ -329,7 +329,7 @@ class Lpet:
         """
         pages, had_ended = 0, self._lspt.stopped()
         self._again_at, self._most = 0.0, self._batch
-        parts = self._parts(self._lspt.used(0, self._lspt.pages))
+        parts = self._parts(self._lspt.ever_set(0, self._lspt.pages))
         parts = itertools.takewhile(lambda _: self._lspt.stopped() == had_ended, parts)
         for claimed in self._lspt.claims(parts, l.NO_HOLES):
             pages += self._store_run(claimed, track_clean)
@@ -341,7 +341,7 @@ class Lpet:
 
     def _store_run(self, claimed: Claimed, track_clean: bool) -> int:
         written = self._pagemap.written(claimed.page, claimed.chosen)
-        dirty = self._content_of(claimed.page, written, HERE_RUN)
+        dirty = self._content_of(claimed.page, written, CHOSEN_RUN)
         try:
             for at, content in dirty:
                 if track_clean:

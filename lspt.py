@@ -91,7 +91,7 @@ _RUN = re.compile(rb"\xff(?:[\x01\xff]*\xff)?")  # claimed pages, and the holes 
 # The next pages that are NEW, or AWAY, behind pages that are HERE.
 _NEW_RUN, _AWAY_RUN = (re.compile(rb"[\x80-\xff]*([%b]+)" % some) for some in (b"\0", b"\1-\x40"))
 HERE_RUN, LOST_RUN = re.compile(rb"[\x80-\xff]+"), re.compile(rb"\x41+")
-UNSETTLED = re.compile(rb"[\x42\x43]+")
+UNSETTLED, CHOSEN_RUN = re.compile(rb"[\x42\x43]+"), re.compile(rb"\xff+")
 # For bytes.translate: without the generations of pages that are AWAY.
 ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 
@@ -100,7 +100,7 @@ ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 #     Run        neighbours
 #     Claimed    neighbours: what each was before a claim, which were to be claimed, and which are LEAVING now
 #     Bytes      neighbours and their content (page_store.py)
-#     bytes      a byte for each page, from some page on: its state; or 255 if the page is meant, else 0
+#     bytes      a byte for each page, from some page on: its state; or 255 if the page is chosen, else 0
 Run = tuple[int, int]  # first page, count
 
 # page: the first of the neighbours. before: the state of each. chosen: 255 for each page that was to be
@@ -137,32 +137,32 @@ def _here_becomes(state: int) -> bytes:
 
 
 class ByteTable:
-    """A byte a page, in shared memory. A part that was never set costs one byte: used() and read() skip
+    """A byte a page, in shared memory. A part that was never set costs one byte: ever_set() and read() skip
     it, because reading shared memory allocates it."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
         self.state = mmap.mmap(-1, pages, mmap.MAP_SHARED | MAP_NORESERVE)
-        self._used = mmap.mmap(-1, -(-pages // PART))  # 1 for each part that was ever set
+        self._ever_set = mmap.mmap(-1, -(-pages // PART))  # 1 for each part that was ever set
 
-    def used(self, page: int, count: int) -> Iterator[Run]:
+    def ever_set(self, page: int, count: int) -> Iterator[Run]:
         """Runs that have all of these pages that were ever set. A run has at most PART pages."""
         part, end = page // PART, -(-(page + count) // PART)
-        while (part := self._used.find(b"\1", part, end)) >= 0:
+        while (part := self._ever_set.find(b"\1", part, end)) >= 0:
             first, part = max(page, part * PART), part + 1
             yield first, min(page + count, part * PART) - first
 
     def read(self, page: int, count: int) -> bytes:
         """The bytes of count pages from page; fewer at the table's end."""
         states = bytearray(min(count, self.pages - page))
-        for first, many in self.used(page, len(states)):
+        for first, many in self.ever_set(page, len(states)):
             states[first - page : first - page + many] = self.state[first : first + many]
         return bytes(states)
 
     def set(self, pages: range, byte: int) -> None:
         """pages: ascending, at least one."""
         if len(pages) == 1:  # as with most faults
-            self._used[pages.start // PART] = 1
+            self._ever_set[pages.start // PART] = 1
             self.state[pages.start] = byte
         else:
             self.write(pages, bytes((byte,)) * len(pages))
@@ -170,7 +170,7 @@ class ByteTable:
     def write(self, pages: range, content: bytes) -> None:
         """Set the bytes of these pages. pages: ascending, at least one."""
         for part in range(pages[0] // PART, pages[-1] // PART + 1):
-            self._used[part] = 1
+            self._ever_set[part] = 1
         self.state[pages.start : pages.stop : pages.step] = content
 
     def change(self, pages: range, becomes: bytes) -> None:
@@ -217,7 +217,7 @@ class LSPT(ByteTable):
                     self.figures[ROOM_WANTED] = min(self.figures[ROOM_WANTED] or NEVER, since)
                     os.eventfd_write(self.for_lpet, 1)
                     return None
-                self._used[page // PART] = 1
+                self._ever_set[page // PART] = 1
                 self.state[page] = COMING
                 self._coming(1)
             return state
@@ -314,12 +314,12 @@ class LSPT(ByteTable):
         self._end(claimed, _here_becomes(now) if used else bytes(range(256)))
 
     def freed(self, claimed: Claimed) -> None:
-        """LEAVING → NEW. The pages are in one part of the table, see used."""
+        """LEAVING → NEW. The pages are in one part of the table, see ever_set."""
         self._end(claimed, bytes(256))
         part = claimed.page // PART
         with self.lock:
             if not self.state[part * PART : (part + 1) * PART].strip(b"\0"):
-                self._used[part] = 0  # or LPET would look there at every turn
+                self._ever_set[part] = 0  # or LPET would look there at every turn
 
     def _end(self, claimed: Claimed, becomes: bytes) -> None:
         """LEAVING → the state before, translated by this table."""
@@ -345,9 +345,9 @@ class LSPT(ByteTable):
     # ------------------------------------------------------------ looking
 
     def occupied(self, start: int = 0) -> Iterator[Run]:
-        """As used, of all pages, from this one on and then round to it. Without the parts that have no page
+        """As ever_set, of all pages, from this one on and then round to it. Without the parts that have no page
         that is HERE."""
-        behind, before = self.used(start, self.pages - start), self.used(0, start)
+        behind, before = self.ever_set(start, self.pages - start), self.ever_set(0, start)
         for first, many in itertools.chain(behind, before):
             if not self.state[first : first + many].isascii():  # HERE is 128 and more
                 yield first, many
@@ -386,12 +386,12 @@ class LSPT(ByteTable):
         """How many pages are AWAY. The count is not a snapshot: the parts are read one after the other."""
         return sum(
             self.state[first : first + count].translate(ONE_AWAY).count(AWAY)
-            for first, count in self.used(0, self.pages)
+            for first, count in self.ever_set(0, self.pages)
         )
 
     # ------------------------------------------------------------ waiting
 
-    def lpet_waits(self) -> bool:
+    def wait_to_evict(self) -> bool:
         """For LPET, which has evicted what it could: sleep until there is something to evict. Returns False
         once stop was called."""
         while not self.stopped():

@@ -419,7 +419,7 @@ class PageStore:
     def free(self, page: int, count: int) -> None:
         """Forget these pages: they are NEW."""
         with self.lock:
-            for first, many in self.spt.used(page, count):
+            for first, many in self.spt.ever_set(page, count):
                 before = self.spt.state[first : first + many]
                 self.spt.set(range(first, first + many), NEW)
                 for block in self._blocks_of(first, many):
@@ -444,14 +444,14 @@ class PageStore:
 
     def runs_on_disk(self) -> Iterator[Run]:
         """The runs of pages whose bytes are on the disk."""
-        for first, count in self.spt.used(0, self.spt.pages):
+        for first, count in self.spt.ever_set(0, self.spt.pages):
             yield from runs(first, self.locations(first, count), ON_DISK)
 
     def table(self) -> str:
         """The SPT as the wiki prints it: a line for each page that was ever accessed."""
         return log.spt_table(
             (self._address(first + at), f"INSTANCE_{self._instance}" if byte & INSTANCE else "DISK")
-            for first, count in self.spt.used(0, self.spt.pages)
+            for first, count in self.spt.ever_set(0, self.spt.pages)
             for at, byte in enumerate(self.locations(first, count))
             if byte
         )

@@ -298,7 +298,7 @@ class Pager:
         if self._report:
             self._report.unmapped(page)
         start = self._config.start_addr
-        for claimed in self._lspt.claims(self._lspt.used(page, count), l.SETTLED):
+        for claimed in self._lspt.claims(self._lspt.ever_set(page, count), l.SETTLED):
             try:
                 # Installing a page removes the poison. Punching the hole then removes the page.
                 # One by one: the program may have split the mapping there.

@@ -150,7 +150,7 @@ class Instance:
         self.lspt.gone = self._note_gone
 
     def _note_gone(self, left):
-        self.gone += pages_in(l.runs(left.page, left.chosen, l.HERE_RUN))
+        self.gone += pages_in(l.runs(left.page, left.chosen, l.CHOSEN_RUN))
         self._gone(left)
 
     def come(self, *runs, version=0):

@@ -104,7 +104,7 @@ def others(*claims):
 
 def freeing(lspt, page, count):
     """What is claimed at first when these pages are freed."""
-    return [lspt.claim(*part, SETTLED, pins=False) for part in lspt.used(page, count)]
+    return [lspt.claim(*part, SETTLED, pins=False) for part in lspt.ever_set(page, count)]
 
 
 def free(lspt, claims):
@@ -485,10 +485,10 @@ def test_parts_whose_pages_were_all_freed_are_looked_at_no_more(make):
     found = freeing(lspt, 2 * PART - 2, PART + 4)
     assert not others(*found)
     free(lspt, found)
-    assert [page for page, _ in lspt.used(0, 10 * PART)] == [3 * PART, 8 * PART]
+    assert [page for page, _ in lspt.ever_set(0, 10 * PART)] == [3 * PART, 8 * PART]
     evict(lspt, 8 * PART)
     lspt.expect(3 * PART + 200)
-    assert [page for page, _ in lspt.used(0, 10 * PART)] == [3 * PART, 8 * PART]
+    assert [page for page, _ in lspt.ever_set(0, 10 * PART)] == [3 * PART, 8 * PART]
     assert [page for page, _ in lspt.occupied()] == [3 * PART]
     here = 3 * PART + 100
     assert [*lspt.occupied(here)] == [(here, PART - 100)]
@@ -501,15 +501,15 @@ def test_parts_whose_pages_were_all_freed_are_looked_at_no_more(make):
 
 def test_only_the_parts_that_pages_were_ever_in_are_looked_at(make):
     lspt = make(10 * PART)
-    assert list(lspt.used(0, 10 * PART)) == list(lspt.runs_here()) == []
+    assert list(lspt.ever_set(0, 10 * PART)) == list(lspt.runs_here()) == []
     come(lspt, 3 * PART + 5, 2)
     expect(lspt, range(6 * PART - 1, 6 * PART + 1))
     lspt.found_on_disk(9 * PART, 1)
-    assert list(lspt.used(0, 10 * PART)) == [(n * PART, PART) for n in (3, 5, 6, 9)]
-    assert list(lspt.used(3 * PART + 10, 3 * PART)) == [
+    assert list(lspt.ever_set(0, 10 * PART)) == [(n * PART, PART) for n in (3, 5, 6, 9)]
+    assert list(lspt.ever_set(3 * PART + 10, 3 * PART)) == [
         (3 * PART + 10, PART - 10), (5 * PART, PART), (6 * PART, 10),
     ]  # fmt: skip
-    assert list(lspt.used(4 * PART, PART)) == []
+    assert list(lspt.ever_set(4 * PART, PART)) == []
     assert list(lspt.runs_here()) == [(3 * PART + 5, 2)]
     come(lspt, 3 * PART + 10)
     come(lspt, 4 * PART - 1, 2)
@@ -654,10 +654,10 @@ def test_in_the_plain_way_there_is_room_when_lpet_has_ended_its_run(make, start)
     assert lspt.as_the_wiki_does
     assert not rings(lspt, "for_lpet"), "it is not woken before a fault finds no room"
     lspt.expect(3 * SMALL)
-    assert lspt.lpet_waits() and not rings(lspt), "nothing has left"
+    assert lspt.wait_to_evict() and not rings(lspt), "nothing has left"
     evict(lspt, 0, 1)
     assert not rings(lspt) and lspt.figures[ROOM_WANTED], "others may leave yet"
-    start(lspt.lpet_waits)
+    start(lspt.wait_to_evict)
     wait_for(lambda: rings(lspt))
     assert not lspt.figures[ROOM_WANTED]
     assert lspt.expect(3 * SMALL) == NEW
@@ -666,20 +666,20 @@ def test_in_the_plain_way_there_is_room_when_lpet_has_ended_its_run(make, start)
 
 def test_lpet_sleeps_until_a_fault_finds_no_room(make, start):
     lspt = make(high=4, low=2)
-    lpet, woken = start(lspt.lpet_waits)
+    lpet, woken = start(lspt.wait_to_evict)
     come(lspt, 0, 4)
     lpet.join(0.05)
     assert lpet.is_alive(), "a small table is filled first"
     assert lspt.expect(9) is None
     lpet.join(10)
     assert woken == [True]
-    assert lspt.lpet_waits(), "as long as a fault waits it does not sleep"
+    assert lspt.wait_to_evict(), "as long as a fault waits it does not sleep"
 
 
 def test_a_larger_tables_lpet_is_woken_once_halfway_between_the_thresholds(make, start):
     lspt = make(pages=4 * SMALL, high=2 * SMALL, low=SMALL)
     come(lspt, 0, SMALL)
-    lpet, woken = start(lspt.lpet_waits)
+    lpet, woken = start(lspt.wait_to_evict)
     lpet.join(0.05)
     half = 3 * SMALL // 2
     come(lspt, SMALL, half - 1 - SMALL)
@@ -690,9 +690,9 @@ def test_a_larger_tables_lpet_is_woken_once_halfway_between_the_thresholds(make,
     assert woken == [True]
     come(lspt, half)
     assert not rings(lspt, "for_lpet"), "it is awake"
-    assert lspt.lpet_waits(), "and does not sleep before there is room"
+    assert lspt.wait_to_evict(), "and does not sleep before there is room"
     evict(lspt, 0, SMALL)
-    lpet, woken = start(lspt.lpet_waits)
+    lpet, woken = start(lspt.wait_to_evict)
     lpet.join(0.05)
     assert lpet.is_alive()
     come(lspt, 0, SMALL)
@@ -703,7 +703,7 @@ def test_a_larger_tables_lpet_is_woken_once_halfway_between_the_thresholds(make,
 def test_lpet_sleeps_with_one_page_between_the_thresholds_until_there_is_one_to_evict(make, start):
     lspt = make(pages=4 * SMALL, high=2 * SMALL, low=2 * SMALL - 1)
     come(lspt, 0, 2 * SMALL - 1)
-    lpet, woken = start(lspt.lpet_waits)
+    lpet, woken = start(lspt.wait_to_evict)
     lpet.join(0.05)
     assert lpet.is_alive()
     come(lspt, 2 * SMALL - 1)
@@ -715,9 +715,9 @@ def test_who_is_woken_before_it_sleeps_does_not_sleep_and_only_once(make, start)
     lspt = make(high=4)
     come(lspt, 0, 4)
     assert lspt.expect(9) is None
-    assert lspt.lpet_waits()
+    assert lspt.wait_to_evict()
     evict(lspt, 0, 4)
-    lpet, _ = start(lspt.lpet_waits)
+    lpet, _ = start(lspt.wait_to_evict)
     lpet.join(0.05)
     assert lpet.is_alive(), "there is nothing to do any more"
     lspt.stop()
@@ -725,7 +725,7 @@ def test_who_is_woken_before_it_sleeps_does_not_sleep_and_only_once(make, start)
 
 def test_stop_ends_every_wait_for_good(make, start):
     lspt = make(high=4)
-    lpet, woken = start(lspt.lpet_waits)
+    lpet, woken = start(lspt.wait_to_evict)
     handler, heard = start(lambda: select.select([lspt.for_handler], [], [], 10)[0])
     lpet.join(0.05)
     assert lpet.is_alive() and handler.is_alive() and not lspt.stopped()
@@ -736,7 +736,7 @@ def test_stop_ends_every_wait_for_good(make, start):
     assert lspt.stopped()
     come(lspt, 0, 4)
     lspt.expect(5)
-    assert not lspt.lpet_waits(), "even if there is something to do"
+    assert not lspt.wait_to_evict(), "even if there is something to do"
 
 
 # ---------------------------------------------------------------- two processes

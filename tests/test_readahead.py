@@ -413,7 +413,7 @@ def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them
     assert handler._next_faults() == []
     handler._bring_advised()
     assert here(handler) == [*range(100, 160)]
-    handler._hear()  # as prefetch has written
+    handler._await_wakeup()  # as prefetch has written
     handler._bring_advised()
     assert here(handler) == [*range(100, 160)] and lspt.figures[ROOM_WANTED] == NEVER
     handler._uffd.faults = [(0, 0, 0, 0)]
@@ -472,7 +472,7 @@ def test_pages_that_the_application_has_unmapped_are_not_coming_and_nothing_fail
 def test_a_call_that_came_while_it_waited_for_a_childs_page_is_seen_before_it_sleeps(handler):
     caller = threading.Thread(target=handler.bring, args=(range(5, 6), False))
     caller.start()
-    os.eventfd_read(handler._lspt.for_handler)  # as _hear may have done, in _serve_children
+    os.eventfd_read(handler._lspt.for_handler)  # as _await_wakeup may have done, in _serve_children
     handler._lspt.figures[STOPPED] = 1  # or the caller would write again
     thread = threading.Thread(target=handler._next_faults, daemon=True)
     thread.start()
