@@ -198,10 +198,7 @@ class DMS:
             asked.store.sync_phases[asked.more]()
 
     def _get(self, asked: Asked) -> memoryview:
-        try:
-            kind, got = asked.store.get(asked.pages, asked.answer.body)
-        except OSError as error:
-            raise OSError(error.errno, f"page {asked.pages[0]}: {error.strerror}") from None
+        kind, got = asked.store.get(asked.pages, asked.answer.body)
         message = asked.answer.message(kind, got)
         return asked.answer.whole[: len(message) + got * PAGE_SIZE] if kind == CONTENT else message
 

@@ -51,7 +51,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from edm import log
@@ -211,9 +211,8 @@ class Lpet:
         """
         now, wanted_since = time.monotonic(), self._lspt.figures[l.ROOM_WANTED] / 1e9
         if wanted_since and now - max(wanted_since, self._refused_since) > GRACE:
-            why = self._refusal.strerror or self._refusal
-            words = f"no page can be evicted, and the application needs another one: {why}"
-            raise OSError(self._refusal.errno, words)
+            words = "no page can be evicted, and the application needs another one"
+            raise OSError(self._refusal.errno, f"{words}: {self._refusal.strerror}")
         return max(self._again_at - now, l.SETTLE)
 
     # ------------------------------------------------------------ which pages
@@ -224,7 +223,6 @@ class Lpet:
         # It may have been woken twice, or pages were freed meanwhile.
         if (needed := self._lspt.figures[l.RESIDENT] - self._lspt.low) <= 0:
             return 0
-        self._lspt.figures[l.LPET_RUNS] += 1
         self._banner.info("\n-----------------START LPET-----------------\n")
         by_the_wiki = self._lspt.as_the_wiki_does
         pages = (self._evict_as_the_wiki_does if by_the_wiki else self._evict_by_age)(needed)
@@ -264,7 +262,7 @@ class Lpet:
         used = runs_of([page for page in pages_in(old) if page not in idle])
         for run in used:
             self._stays(self._lspt.claim(*run, which), used=True)
-        self._mark_idle(used)
+        self._tracker.mark_idle(used)
 
     def _evict_as_the_wiki_does(self, needed: int) -> int:
         if not (order := list(pages_in(self._parts(self._lspt.runs_here(self._hand))))):
@@ -282,7 +280,7 @@ class Lpet:
         chosen = sorted(order, key=lambda page: page not in idle)[:needed]
         asked = order[: order.index(chosen[-1]) + 1] if chosen[-1] in idle else order
         self._say("[LPET] checking if page in addr %#x is idle", asked)
-        self._mark_idle(runs_of(sorted({*asked} - idle - {*chosen})))
+        self._tracker.mark_idle(runs_of(sorted({*asked} - idle - {*chosen})))
         self._hand = chosen[-1] + 1
         parts = self._parts(runs_of(sorted(chosen)))
         return sum(self._evict(self._lspt.claim(*part, l.NO_HOLES)) for part in parts)
@@ -292,11 +290,6 @@ class Lpet:
         here = self._lspt.state[page : page + count].translate(l.NO_HOLES)
         written = self._pagemap.written(page, here)
         return runs(page, bytes(a ^ b for a, b in zip(here, written, strict=True)), CHOSEN_RUN)
-
-    def _mark_idle(self, pages: Sequence[Run]) -> None:
-        if pages:  # the bitmap's way drains the LRU batches of all cores
-            self._tracker.mark_idle(pages)
-        self._lspt.figures[l.MARKED_IDLE] += sum(count for _, count in pages)
 
     def _unmap(self, pages: Iterable[Run]) -> None:
         """UnmapTracker's mark_idle: take pages out of the page table, and put them back into the memfd."""

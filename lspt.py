@@ -111,13 +111,13 @@ Claimed = namedtuple("Claimed", "page before chosen leaving")
 # when the DM-Handler began to wait for room (nanoseconds of the clock), NEVER if only advice wants some; or 0.
 FIGURES = (
     "resident", "peak_resident", "faults_first_access", "faults_refetch", "faults_write_protect",
-    "faults_other", "fetched", "bytes_received", "evicted_dirty", "evicted_clean", "marked_idle",
-    "lpet_runs", "refused", "bytes_sent",
+    "faults_other", "fetched", "bytes_received", "evicted_dirty", "evicted_clean", "refused",
+    "bytes_sent",
 )  # fmt: skip
 (
     RESIDENT, PEAK, FIRST_ACCESS, REFETCH, WRITE_PROTECT, OTHER, FETCHED, RECEIVED, EVICTED_DIRTY,
-    EVICTED_CLEAN, MARKED_IDLE, LPET_RUNS, REFUSED, SENT, ROOM_WANTED, STOPPED,
-) = range(16)  # fmt: skip
+    EVICTED_CLEAN, REFUSED, SENT, ROOM_WANTED, STOPPED,
+) = range(14)  # fmt: skip
 
 
 def runs_of(pages: list[int]) -> list[Run]:

@@ -30,9 +30,8 @@ Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, .../mm/pagemap.rst
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from edm import log
 from edm.lspt import Run
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -87,9 +86,10 @@ class BitmapTracker:
         self._pagemap = pagemap
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def mark_idle(self, runs: Iterable[Run]) -> None:
+    def mark_idle(self, runs: Sequence[Run]) -> None:
         """Mark these pages idle."""
-        drain_lru_batches()
+        if runs:
+            drain_lru_batches()
         words: dict[int, int] = {}
         for _, at, bit in self._bits(runs):
             words[at] = words.get(at, 0) | bit
@@ -164,11 +164,9 @@ def choose_tracker(wanted: str) -> str:
     if wanted == "bitmap" and missing:
         other = "take --idle-tracker unmap, which needs no root and no kernel option"
         raise ValueError(f"idle_tracker: the bitmap can't be used here ({missing}); {other}")
-    name = "unmap" if missing or wanted == "unmap" else "bitmap"
     if why := unmap_missing():
         raise ValueError(f"pages can't be written back into memory here: {why}")
-    log.logger("Lpet").info("idle tracker: %s%s", name, missing and f" (no bitmap: {missing})")
-    return name
+    return "unmap" if missing or wanted == "unmap" else "bitmap"
 
 
 def pages_in(runs: Iterable[Run]) -> Iterator[int]:

@@ -29,8 +29,7 @@ The figures that Space.figures() returns, counted since the start:
     waited                         their sum, in seconds; the waits of several threads may overlap
     waited_for_store               the store's part of it; with --progress or --report only
     waited_for_room                and LPET's part, at high_threshold
-    evicted_dirty, evicted_clean, marked_idle                                 pages
-    lpet_runs                      how often LPET had something to evict
+    evicted_dirty, evicted_clean   pages
     refused                        pages that the store refused, counted each time
     bytes_sent, bytes_received     page content, to and from the store
     resident, peak_resident        pages

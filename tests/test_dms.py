@@ -163,7 +163,7 @@ def test_a_page_that_the_disk_has_lost_is_an_error_and_those_around_it_are_read(
         disk.write(bytes((flipped,)))
     assert ask(dms, m.GET, page=10, count=5) == (CONTENT, 2, content(1, 5)[: 2 * PAGE_SIZE])
     number, reason = refused(ask(dms, m.GET, page=12, count=3))
-    assert number == errno.EIO and "page 12" in reason and "checksum" in reason
+    assert number == errno.EIO and "checksum" in reason
     assert ask(dms, m.LOCATIONS, page=12, count=1)[2] == bytes((DISK,))
     assert ask(dms, m.GET, page=13, count=2) == (CONTENT, 2, content(1, 5)[3 * PAGE_SIZE :])
 

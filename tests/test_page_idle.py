@@ -111,6 +111,8 @@ def test_the_lru_batches_are_drained_before_pages_are_marked(pagemap, bitmap, dr
     monkeypatch.setattr(page_idle.os, "pwrite", pwrite)
     BitmapTracker(pagemap, str(bitmap)).mark_idle([(0, 3)])
     assert bits(bitmap) == {100, 107, 114} and drained == [1]
+    BitmapTracker(pagemap, str(bitmap)).mark_idle([])
+    assert drained == [1], "that takes long, also for no pages"
 
 
 def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap, drained):

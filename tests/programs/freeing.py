@@ -49,7 +49,7 @@ def app(space):
         print(f"{name} {len(seconds)} times, {most * 1e6:.0f} µs in the 99th percentile")
         if most > LIMITS[name]:
             sys.exit("that is too long")
-    print("freeing SUCCESS", len(areas), figures["lpet_runs"])
+    print("freeing SUCCESS", len(areas))
 
 
 edm.run(app, edm.Config(high_threshold=HIGH, low_threshold=1))

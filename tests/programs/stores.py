@@ -155,7 +155,7 @@ def lost(store):
         assert get(store, range(10, 15)) == (CONTENT, 2, content(1, 2))
         error = told(get, store, range(12, 15))
         assert error.errno == errno.EIO
-        assert "page 12" in error.strerror and "checksum" in error.strerror
+        assert "checksum" in error.strerror
         store.ask_get(range(12, 15))  # that is no error
     assert store.locations(10, 5) == bytes([INSTANCE | DISK] * 2 + [DISK] * 3)
     assert get(store, range(13, 15)) == (CONTENT, 2, content(1, 5)[3 * PAGE_SIZE :])
