@@ -15,19 +15,20 @@ while no fault waits.
 One fault, from the message to the woken application:
 
     run             reads the messages that wait.
-    _bring_missing  waits for LPET to make room, if high_threshold pages are here ("avoid memory flood").
-                    Then LSPT.expect: NEW or AWAY → COMING. For a page that is LEAVING it does nothing: the
-                    thread that has claimed the page wakes the application.
+    _bring_missing  calls LSPT.expect: NEW or AWAY → COMING. If high_threshold pages are here, sleeps until LPET
+                    has made room ("avoid memory flood"), and calls it again. For a page that is LEAVING it
+                    does nothing: the thread that has claimed the page wakes the application.
     _window         if readahead.py sees a stream: makes the pages that follow COMING, too.
     _fetch          asks the store for all of these, in pieces. The first piece of a run is small: the
                     application works on it while the others come.
-    _take           takes a piece from the store, and again what the store could not return together.
-    _install        makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application.
+    _take           takes a piece from the store. If the store returns fewer pages, asks for the rest.
+    _install        makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application. Then
+                    LSPT.arrived: COMING → HERE. The application may be running already.
 
-A page that comes because one is read gets the uffd-wp bit, in the page table. Its first write clears the bit,
-so LPET knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it. Without, the write is a
-fault, which _resolve answers with UFFDIO_WRITEPROTECT. A page that comes because one is written, also as part
-of that one's window, has no bit, and counts as written.
+A page that a read fault brings gets the uffd-wp bit, in the page table. Its first write clears the bit, so LPET
+knows which pages are clean. With UFFD_FEATURE_WP_ASYNC the kernel clears it. Without, the write is a fault, which
+_resolve answers with UFFDIO_WRITEPROTECT. A page that a write fault brings, and each page of its window, has no
+bit, and counts as written.
 
 Rules: this thread alone reads the userfaultfds and makes pages COMING.
 
@@ -83,8 +84,8 @@ class DmHandler:
         self._figures = lspt.figures
         self._called: deque[tuple[range, bool, LockType]] = deque()  # what bring was called for
         self._advised: deque[range] = deque()  # what prefetch was called for
-        # Nanoseconds. The clock is subtracted when a wait begins, and added when it ends. So a wait is under
-        # way where the sum is negative.
+        # Nanoseconds. A wait subtracts the clock when it begins, and adds it when it ends. So a negative sum
+        # means that a wait is under way.
         self._waited = [0, 0, 0]
         self._latencies: Counter[int] = Counter()  # see latencies()
 
@@ -215,7 +216,7 @@ class DmHandler:
             raise ProcessLookupError
 
     def _resolve(self, flags: int, address: int) -> bool:
-        """Resolve one fault. True if its page has come, or if it was a first write."""
+        """Resolve one fault. False if it was a missing page that was not missing any more."""
         if self._info:
             self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
             self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address & -PAGE_SIZE)
@@ -309,7 +310,7 @@ class DmHandler:
     def _take(self, pages: range, asked: object, page: int, write: bool, before: int) -> None:
         """Install these pages, which are COMING and were asked for. A page that can't be read becomes AWAY;
         or LOST, if it is `page`, the one that has faulted. before: see LSPT.arrived."""
-        noted = self.came is not None and self._waited[FAULTS] < 0  # does a fault wait?
+        noted = self.came is not None and self._waited[FAULTS] < 0  # for a report, if a fault waits
         self._waited[STORE] -= noted and time.monotonic_ns()
         try:
             kind, got, source = self._store.take_get(asked)

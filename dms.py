@@ -1,7 +1,7 @@
 """DMS, the disk manager server: serves a PageStore to each instance, over MPI.
 
-In the picture: the right end of the MPI arrow, rank 0 of the job. With several DMSs, ranks 0, 1, ...
-each have some stripes of every instance's pages (mpi_client.py).
+In the picture: the right end of the MPI arrow, rank 0 of the job; or ranks 0 to N-1, if there are N DMSs. Then
+each has some stripes of every instance's pages (mpi_client.py).
 
 Interface: DMS(comm, ...).serve() answers the instances' requests until the last has said BYE. Before that,
 all DMSs of a job tell each other their `offers`, and call start().

@@ -9,16 +9,18 @@ Interface: run() is LPET. forget() evicts what the application does not need (ad
 sends the store what it does not have yet, without evicting it. Both are called by another thread, which
 has an Lpet of its own. What it counts is in LSPT.figures.
 
-It sleeps until so many pages are resident as wake it, or a fault finds no room (LSPT.wait_to_evict). Then it
-evicts down to low_threshold.
+It sleeps until the resident pages reach a number between the thresholds, or a fault finds no room
+(LSPT.wait_to_evict). Then it evicts down to low_threshold.
 
 One eviction (Lpet._evict) is safe under writers, although nothing is protected before it:
 
     1. claim    HERE → LEAVING: faults of these pages wait.
-    2. splice   memfd → pipe: the pipe has references to the pages. Nothing is copied.
+    2. splice   memfd → pipe: the pipe has references to the pages. Nothing is copied, so a write that comes
+                now changes what the pipe has, too.
     3. punch    a hole into the memfd: the pages leave every page table, and all TLBs. No writer is left
                 now: what the pipe has is final.
-    4. ask      /proc/PID/pagemap: a page whose uffd-wp bit is still set was clean when it left.
+    4. ask      /proc/PID/pagemap for the uffd-wp bits, which the hole does not clear. A page that has the
+                bit is clean.
     5. put      the pages are read from the pipe, and the store writes the dirty ones. Clean pages are
                 dropped without writing: the store has their bytes. Neighbours that are all dirty go
                 from the pipe to the disk file without a copy in between, if the store can do that.
@@ -316,7 +318,8 @@ class Lpet:
     def store(self, track_clean: bool) -> int:
         """Send the store every page that was written since the store got it. Returns how many. All stay.
 
-        A page that is written meanwhile counts as written. track_clean: clean pages have the uffd-wp bit.
+        Each page is write-protected before it is read. So a later write makes it dirty again, for the next
+        sync. track_clean: clean pages have the uffd-wp bit.
         Raises OSError if the store refuses a page, if the application ends meanwhile, or if LPET has ended in the
         midst of an eviction.
         """

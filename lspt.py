@@ -14,11 +14,11 @@ them.) Every page state is named here, and only the methods of LSPT change one:
     expect, expect_more   NEW, AWAY                 COMING            the DM-Handler
     arrived               COMING                    HERE              the DM-Handler
     not_coming            COMING                    AWAY, LOST        the DM-Handler
-    claim                 HERE                      LEAVING           LPET; to forget: the mailbox thread
+    claim, claims         HERE; holes: NEW, AWAY    LEAVING           LPET; to forget: the mailbox thread
     claims: NO_HOLES      HERE                      LEAVING           to store: the pager
     claims: SETTLED       NEW, AWAY, HERE, LOST     LEAVING           to free: the mailbox thread
     gone                  LEAVING                   AWAY              who claimed it
-    stays                 LEAVING                   HERE              who claimed it
+    stays                 LEAVING                   the state before  who claimed it
     freed                 LEAVING                   NEW               the mailbox thread
     found_on_disk         NEW                       AWAY              the main thread, at the start
 
@@ -27,8 +27,8 @@ them.) Every page state is named here, and only the methods of LSPT change one:
               (with the generation in which it left)
     COMING    the DM-Handler is fetching and installing it
     HERE      in the memfd, the application's memory
-    LEAVING   claimed by a thread that evicts, stores, marks or frees it; or a hole between such pages. The
-              application has it still, while it is stored
+    LEAVING   it belongs to the thread that has claimed it, to evict, store, mark or free it; or it is a hole
+              between such pages. While it is stored, the application can still use it
     LOST      its bytes can't be read: touching it is a SIGBUS
 
 Whether a page is clean is not stored here: the page table knows.
@@ -43,9 +43,9 @@ when there is room, another thread wants pages, or it has to stop; `for_lpet` LP
 to evict or it has to stop. `figures` are counters that any process may read.
 
 Rules:
-    * The methods take `lock` to change a state (but for `arrived`), and RESIDENT, PEAK, FETCHED and
-      ROOM_WANTED. The other counters are only figures, and may miss an increment. The only system call
-      under the lock is the write to an eventfd.
+    * All methods but `arrived` change states under `lock`. RESIDENT, PEAK, FETCHED and ROOM_WANTED change
+      only under `lock`, too. The other counters are only figures, and may miss an increment. The only system
+      call under the lock is the write to an eventfd.
     * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
       thread of EDM changes its state, or installs or removes its memory. So `arrived` needs no lock. A
       fault of a LEAVING page sleeps until its owner has changed the state and wakes the range. Then the
@@ -291,9 +291,9 @@ class LSPT(ByteTable):
         return Claimed(page, states, chosen, leaving)
 
     def claims(self, parts: Iterable[Run], which: bytes, pins: bool = False) -> Iterator[Claimed]:
-        """claim of each part in turn. Then the same with the pages that other threads had, for no longer than a
-        batch takes, until they have none, or stop was called. The caller ends each claim, by gone, stays or
-        freed, before it asks for the next."""
+        """claim of each part in turn. Then the same with the pages that were COMING or LEAVING, until none is, or
+        stop was called. Other threads have a page for no longer than a batch takes. The caller ends each claim,
+        by gone, stays or freed, before it asks for the next."""
         while parts:
             later: list[Run] = []
             for part in parts:
@@ -359,7 +359,7 @@ class LSPT(ByteTable):
             yield from runs(first, self.state[first : first + count], HERE_RUN)
 
     def is_missing(self, pages: range) -> bool:
-        """Whether any of these ascending pages, which may have a step, is neither HERE nor LOST."""
+        """Whether any of these pages is NEW, AWAY, COMING or LEAVING. pages: ascending, may have a step."""
         return 1 in self.state[pages.start : pages.stop : pages.step].translate(_IS_MISSING)
 
     def area(self, page: int) -> range:

@@ -84,7 +84,7 @@ class Mailbox:
         """(what, arguments) of each request. It is done when the next one is asked for. If there
         is none, sleep until there is one, or interrupt is called.
 
-        The application is woken once, after the last one: it asks nothing while it waits.
+        The application is woken once, after the last request: it asks nothing while it waits.
         """
         futex_wait(self._address + 8 * _ASKED, self._words[_DONE])
         while (number := self._words[_DONE]) != self._words[_ASKED]:

@@ -5,8 +5,9 @@ DMS (dms.py) has one for each instance, and the pager has an MpiStore (mpi_clien
 same methods.
 
 Interface: PageStore(path, start_addr, end_addr, ...)
-    ask_get, take_get    pages come to the instance, for a pager: ask, and later take the answer
-    get                  the same in one step, for the DMS
+    ask_get, take_get    pages come to the instance, for a pager: ask starts, take reads them
+    together             how many pages one ask_get can ask for
+    get                  ask and take in one step, for the DMS
     put                  pages leave the instance, or only their bytes are stored
     put_from_pipe        as put, from a pipe; only if takes_pipes
     free, sync, locations, runs_on_disk, table, close

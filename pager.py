@@ -146,10 +146,10 @@ class Pager:
         lpet = self._new_lpet().run if self._over_mpi else self._fork_lpet()
         for body in (self._handler.run, lpet, self._answer):
             self._start_thread(body)
-        # The write end stays open until this process ends. Its number is above the userfaultfd's: the kernel
-        # closes the descriptors of a killed process from the last one on. When it closes the userfaultfd, missing
-        # pages read as zeros: the application must be dying by then. From here on nothing may fail. The
-        # lifeline is made after LPET is forked, which must not have the write end.
+        # The write end stays open until this process ends. The kernel closes the descriptors of a killed process
+        # from the highest one down. Once it has closed the userfaultfd, missing pages read as zeros. So the
+        # write end has a higher number: then the application is dying by then. From here on nothing may fail.
+        # The lifeline is made after LPET is forked, which must not have the write end.
         self._lifeline, _ = address_space.lifeline(self._application)  # its read end
 
     def _start_thread(self, body: Callable[[], None]) -> None:
@@ -272,7 +272,7 @@ class Pager:
     # ------------------------------------------------------------ the application's calls
 
     def _answer(self) -> None:
-        """A thread: do what the application asks, in order: each request is a call of one of these methods."""
+        """A thread: do what the application asks, in order. A request names one of the methods below."""
         while not self._lspt.stopped():
             for what, arguments in self._mailbox.requests():
                 try:
@@ -330,7 +330,7 @@ class Pager:
 
     @cached_property
     def _lpet(self) -> Lpet:
-        """For what the application asks. The LPET that runs has its own."""
+        """For forget and sync. The LPET that runs has an Lpet of its own."""
         return self._new_lpet()
 
     def _area(self, page: int) -> slice:

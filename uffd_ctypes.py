@@ -87,8 +87,7 @@ USER_MODE = "user mode only"  # open_userfaultfd's word for it
 # System calls that not every C library has a function for, by machine: userfaultfd, futex, seccomp, tgkill.
 _NUMBERS = {"x86_64": (323, 202, 317, 234), "aarch64": (282, 98, 277, 131)}
 
-# What EDM can't do without: page faults of shared memory. What it uses where it is. And what shows that a page
-# was written.
+# Required: page faults of shared memory. Used where the kernel has them. Required to see which pages were written.
 NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM
 WELCOME_FEATURES = UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_POISON
 WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
