@@ -15,9 +15,9 @@ them before it takes the first. The other methods ask every DMS concerned, and w
 
     sync     every DMS prepares it, then every DMS commits it: PageStore.sync_phases
 
-Rules: any thread may call any method, except that one thread alone calls take_get. Each request has a slot:
-an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.
-There are as many slots as there were requests at once. With kept disks, put, free and sync hold a lock, as
+Rules: any thread may call any method, except that one thread alone calls ask_get and take_get. Each request
+has a slot: an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.
+There are as many slots as there were requests at once. Gets have slots of their own. With kept disks, put, free and sync hold a lock, as
 in a PageStore: nothing changes during a sync.
 
 Waiting: MPI has no wait that sleeps. A thread that waits for a page tests in a loop, and offers its core
@@ -78,10 +78,10 @@ class MpiStore:
         self._log = log.logger("MpiClient")
         self._debug = self._log.isEnabledFor(DEBUG)
         self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
-        # The free ones. A get takes the last, a request the first, so that evictions touch few large buffers.
-        self._slots: list[Slot] = []
+        # The free slots. That of the last take_get has its bytes until the next ask_get.
+        self._for_gets: list[Slot] = []
+        self._for_others: list[Slot] = []
         self._all: list[Slot] = []  # that there are
-        self._taken: list[Slot] = []  # the one that has what take_get gave
         self._tags = itertools.count()
         self.kept, self._processes = kept, fds
         self._ended_since = 0.0  # when one of them was found to have ended; seconds of the clock
@@ -97,7 +97,7 @@ class MpiStore:
 
     def ask_get(self, pages: range) -> Slot:
         """See PageStore."""
-        slot = self._slot(-1)
+        slot = self._slot(self._for_gets)
         slot.address = self._start + pages.start * PAGE_SIZE  # for take_get's log
         if self._debug:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
@@ -107,8 +107,7 @@ class MpiStore:
 
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
         """See PageStore."""
-        self._slots += self._taken
-        self._taken = [asked]
+        self._for_gets.append(asked)
         kind, got = self._answer(asked, patient=False)
         self.from_each[asked.dms] += got
         if self._debug:
@@ -167,9 +166,9 @@ class MpiStore:
             yield page // self._stripe % self._dmss, page, many
             page, count = page + many, count - many
 
-    def _slot(self, at: int) -> Slot:
+    def _slot(self, free: list[Slot]) -> Slot:
         with suppress(IndexError):
-            return self._slots.pop(at)
+            return free.pop()
         self._all.append(slot := Slot(self._comm, next(self._tags)))
         return slot
 
@@ -188,7 +187,7 @@ class MpiStore:
         for dms in asked or range(self._dmss):
             runs = [m.DIRTY.pack(at, len(part) // PAGE_SIZE) for at, part in dirty_of[dms]]
             parts = [part for _, part in dirty_of[dms]]
-            sent.append(slot := self._slot(0))
+            sent.append(slot := self._slot(self._for_others))
             slot.send(dms, kind, count, page, more or len(runs), *runs, *parts)
         # A large message travels only while both ends call MPI: no sleep before it is sent.
         for slot in sent:
@@ -199,7 +198,7 @@ class MpiStore:
                 bodies.append(bytes(slot.answer.body[:length]))
             except OSError as error:
                 failed = error
-            self._slots.insert(0, slot)
+            self._for_others.append(slot)
         if failed:
             raise failed
         return bodies

@@ -31,7 +31,7 @@ def content(seed, pages=1):
     return random.Random(seed).randbytes(pages * PAGE_SIZE)
 
 
-taking = threading.Lock()  # what take_get gives is there until the next one
+getting = threading.Lock()  # one thread at a time calls ask_get and take_get
 NOISE = memoryview(content(0, 2 * PAGES_AT_ONCE))
 
 
@@ -43,13 +43,13 @@ def put(store, page, count, *dirty, stay=False):
 
 def take(store, asked):
     """(kind, for how many pages, their bytes)."""
-    with taking:
-        kind, got, address = store.take_get(asked)
-        return kind, got, ctypes.string_at(address, got * PAGE_SIZE) if kind == CONTENT else b""
+    kind, got, address = store.take_get(asked)
+    return kind, got, ctypes.string_at(address, got * PAGE_SIZE) if kind == CONTENT else b""
 
 
 def get(store, pages):
-    return take(store, store.ask_get(pages))
+    with getting:
+        return take(store, store.ask_get(pages))
 
 
 def told(call, *arguments):
@@ -128,7 +128,8 @@ def threads(store):
     for thread in working:
         thread.join()
     assert not failed
-    assert 2 <= len(store._slots) <= 2 * 5 * DMSS  # as many as there were requests at once
+    assert len(store._for_gets) == 1  # as many as there were requests at once
+    assert 2 <= len(store._for_others) <= 5 * DMSS
     store.free(0, PAGES)
 
 
