@@ -98,9 +98,9 @@ class DMS:
         status, last, until = MPI.Status(), time.monotonic(), 0.0
         under_way: list[Iterator[None]] = []
         while len(self._left) < len(self._stores) or under_way:
-            if found := self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
-                message = status.Get_source(), status.Get_tag(), status.Get_count(MPI.BYTE)
-                under_way.append(self._exchange(*message))
+            if found := self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
+                of_it = status.Get_source(), status.Get_tag(), status.Get_count(MPI.BYTE)
+                under_way.append(self._exchange(found, *of_it))
             before = len(under_way)
             # next() gives True when an exchange has come to its end.
             under_way = [exchange for exchange in under_way if not next(exchange, True)]
@@ -115,7 +115,7 @@ class DMS:
         for store in self._stores:
             store.close()
 
-    def _exchange(self, source: int, tag: int, length: int) -> Iterator[None]:
+    def _exchange(self, found: MPI.Message, source: int, tag: int, length: int) -> Iterator[None]:
         """Receive the message that was found, do what it asks, and send the answer. Yields instead of
         waiting, to be continued at the next look.
 
@@ -128,10 +128,9 @@ class DMS:
             if not 0 <= length <= len(question):
                 question = memoryview(bytearray(length))
         except (MemoryError, ValueError):  # ValueError: of MPI_UNDEFINED, which is negative
-            self._comm.Mprobe(source, tag)  # no probe finds it again
             self._log.warning("a message of INSTANCE_%d was dropped: no room", source - self._first)
             return
-        receiving = self._comm.Irecv([question, MPI.BYTE], source, tag)
+        receiving = found.Irecv([question, MPI.BYTE])
         while not receiving.Test():
             yield
         replies: list[memoryview] = []
