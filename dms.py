@@ -75,9 +75,9 @@ class DMS:
             m.SYNC: (self._sync, 0, m.SYNC_PHASES - 1, 0),
             m.FREE: (lambda asked: asked.store.free(*asked.run), self._pages, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
-            m.BYE: (lambda asked: self._left.append(asked.store), 0, 0, 0),
+            m.BYE: (lambda asked: self._left.add(asked.store), 0, 0, 0),
         }
-        self._left: list[PageStore] = []  # of the instances that have said BYE
+        self._left: set[PageStore] = set()  # of the instances that have said BYE
         self.offers = [store.offers for store in self._stores]  # the syncs that each can start from
 
     def start(self, offers_of_all: list[list[range]]) -> None:
@@ -173,8 +173,6 @@ class DMS:
         if not m.HEADER.size <= len(question) <= m.MAX_MESSAGE:
             raise ValueError(f"a message of {len(question)} bytes is not one of EDM's")
         kind, more, count, page = m.HEADER.unpack_from(question)
-        if store in self._left:
-            raise ValueError("it has said BYE")
         if kind not in self._requests:
             raise ValueError(f"there is no request of kind {kind}")
         action, *most = self._requests[kind]
