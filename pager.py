@@ -184,9 +184,8 @@ class Pager:
         try:
             self.end()
         except OSError as error:
-            reason = f"what the application wrote since the last sync is not on the disk: {error}"
-            LOG.error("%s", reason)
-            self._failure = self._failure or OSError(error.errno, reason)
+            tell(f"edm: error: what was written since the last sync is not on the disk: {error}")
+            self._failure = self._failure or OSError("")  # it is printed
         self._store.close()
         self._let_go_of_children()
         # Or closing the lifeline would kill an application that has only closed its space.
@@ -465,7 +464,7 @@ def print_error(error: BaseException) -> int:
     if not isinstance(error, OSError):
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
-    if words := str(getattr(error, "strerror", "") or error):  # else LPET has printed them
+    if words := str(getattr(error, "strerror", "") or error):  # else they are printed already
         words += limits.limit_of(getattr(error, "errno", None))
         tell(f"edm: error: {words}")
     return 2
