@@ -255,9 +255,8 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
         os.close(fd)
         try:
             if config.dms or config.dms is None and ranks > 1:
-                from edm import log, rank
+                from edm import rank
 
-                log.start(config.log_level)
                 connected = rank.fork_application(config)
                 if lasts and connected is None:  # this rank was a DMS
                     rank.end(0)

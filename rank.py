@@ -167,6 +167,7 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
     """Be a DMS."""
     from edm.dms import DMS
 
+    log.start(config.log_level)
     dms, wrong, path, here = None, None, config.disk, hosts[comm.rank]
     if path and here in hosts[: comm.rank]:
         path += f".dms{comm.rank}"
