@@ -618,10 +618,11 @@ def spawn_pager() -> _socket.socket:
     environment = {name: os.environ[name] for name in os.environ if name}  # not "": it is refused
     # Its standard output is standard error, too. dup2(2, 2) clears close-on-exec: posix_spawn(3).
     actions = [(os.POSIX_SPAWN_DUP2, fd, its) for fd, its in ((theirs.fileno(), 0), (2, 1), (2, 2))]
-    # All signals are blocked: it ends when the application does, and may be sent what is meant for that.
-    how = {"file_actions": actions, "setsigmask": _signal.valid_signals()}
+    # All signals are blocked: it ends when the application does, and may be sent what is meant for that. None is
+    # ignored, as the program may ignore SIGCHLD: the pager waits for LPET.
+    how = dict.fromkeys(("setsigmask", "setsigdef"), _signal.valid_signals())
     pending = _signal.sigpending()
-    pid = os.posix_spawn(sys.executable, command, environment, **how)
+    pid = os.posix_spawn(sys.executable, command, environment, file_actions=actions, **how)
     theirs.close()
     # ECHILD: the program ignores SIGCHLD, or another of its threads waits for any child.
     with contextlib.suppress(ChildProcessError):

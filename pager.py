@@ -440,7 +440,6 @@ def spawned() -> None:
         address_space.send_answer(control, error)
         os._exit(0)
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the program may ignore it; LPET is waited for
     _run_process(partial(page_for, control, _open_disk))
 
 

@@ -119,7 +119,7 @@ def _run(config: Config, application: int, control: Any) -> None:
 
     # In MPI's threads, too.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-    of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in pager.spawned
+    of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in spawn_pager
     try:
         from mpi4py import MPI  # this initialises MPI: not before the fork
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no library
