@@ -15,10 +15,10 @@ them before it takes the first. The other methods ask every DMS concerned, and w
 
     sync     every DMS prepares it, then every DMS commits it: PageStore.sync_phases
 
-Rules: any thread may call any method, except that one thread alone calls ask_get and take_get. Each request
-has a slot: an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.
-There are as many slots as there were requests at once. Gets have slots of their own. With kept disks, put, free and sync hold a lock, as
-in a PageStore: nothing changes during a sync.
+Rules: any thread may call any method, except that one thread alone calls ask_get and take_get. Each request has
+a slot: an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.
+There are as many slots as there were requests at once. Gets have slots of their own. With kept disks, put, free
+and sync hold a lock, as in a PageStore: nothing changes during a sync.
 
 Waiting: MPI has no wait that sleeps. A thread that waits for a page tests in a loop, and offers its core
 (sched_yield) after every test, because an answer takes microseconds. A patient one, which delays no fault,
@@ -81,7 +81,7 @@ class MpiStore:
         # The free slots. That of the last take_get has its bytes until the next ask_get.
         self._for_gets: list[Slot] = []
         self._for_others: list[Slot] = []
-        self._all: list[Slot] = []  # that there are
+        self._all: list[Slot] = []  # the free ones and the others
         self._tags = itertools.count()
         self.kept, self._processes = kept, fds
         self._ended_since = 0.0  # when one of them was found to have ended; seconds of the clock

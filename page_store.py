@@ -27,7 +27,7 @@ Rules:
       A process that is killed while it holds the lock blocks the others forever, so its parent
       must end the job.
     * A disk that is not kept has no lock. Its calls share nothing but the pages that they name.
-    * Only one thread calls take_get.
+    * Only one thread calls ask_get and take_get.
 
 A page's bytes stay on the disk while the instance has the page. So a clean page is dropped without
 writing: the disk already has its bytes. INSTANCE says that the page was sent to the instance and has

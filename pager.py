@@ -184,7 +184,8 @@ class Pager:
         try:
             self.end()
         except OSError as error:
-            tell(f"edm: error: what was written since the last sync is not on the disk: {error}")
+            words = f"what was written since the last sync is not on the disk: {error}"
+            print_error(OSError(error.errno, words))
             self._failure = self._failure or OSError("")  # it is printed
         self._store.close()
         self._let_go_of_children()
