@@ -54,10 +54,6 @@ DIRTY = Struct("<QI")  # the first page of a run, and its pages
 MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (DIRTY.size + PAGE_SIZE)  # bytes
 
 
-class DMSGone(Exception):
-    """A DMS's process has ended, and will answer no more."""
-
-
 class MessageBuffer:
     """Memory for one message: the header, then a body that begins at a page boundary."""
 

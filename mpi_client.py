@@ -3,8 +3,8 @@
 In the picture: between the pager's threads and the DMSs.
 
 Interface: MpiStore(comm, dms, ...), with the methods of PageStore that a pager calls, and their contracts.
-Each raises OSError with the DMS's errno and reason if a DMS refuses; and DMSGone if the
-process of a DMS on this machine has ended. Of a DMS on another machine only the launcher knows.
+Each raises OSError with the DMS's errno and reason if a DMS refuses. If a DMS has died, it does not
+return: this process is killed, see rank.py.
 
 The pages are striped over the DMSs: stripe s, which is STRIPE pages, belongs to DMS s % N. A single DMS has
 all pages in one endless stripe. A get is about pages of one stripe: a caller that wants more asks for all of
@@ -28,7 +28,6 @@ sleeps between tests.
 import ctypes
 import itertools
 import os
-import select
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -44,8 +43,6 @@ from edm.page_store import ON_DISK, STRIPE, Bytes
 from edm.uffd_ctypes import PAGE_SIZE
 
 PATIENCE = 50e-6  # seconds between two tests of a patient thread
-TESTS = 256  # between two looks whether the DMSs still run
-LAST_WORDS = 0.5  # seconds for what a DMS has sent before it ended, perhaps in order
 
 
 class Slot:
@@ -68,10 +65,10 @@ class MpiStore:
     takes_pipes = False  # the bytes go into a message
 
     def __init__(
-        self, comm: MPI.Comm, dms: int, start_addr: int, end_addr: int, kept: bool, fds: list[int]
+        self, comm: MPI.Comm, dms: int, start_addr: int, end_addr: int, kept: bool
     ) -> None:
         """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs. kept: their
-        disks are. fds: pidfds of those on this machine."""
+        disks are."""
         self._comm, self._start, self._dmss = comm, start_addr, dms
         self._stripe = STRIPE if dms > 1 else 1 << 62
         self._pages = (end_addr - start_addr) // PAGE_SIZE
@@ -83,8 +80,7 @@ class MpiStore:
         self._for_others: list[Slot] = []
         self._all: list[Slot] = []  # the free ones and the others
         self._tags = itertools.count()
-        self.kept, self._processes = kept, fds
-        self._ended_since = 0.0  # when one of them was found to have ended; seconds of the clock
+        self.kept = kept
         self._lock = threading.Lock() if kept else nullcontext()
 
     # ------------------------------------------------------------ what a PageStore does
@@ -213,22 +209,8 @@ class MpiStore:
         return kind, count
 
     def _wait(self, request: MPI.Request, patient: bool) -> None:
-        for tests in itertools.count(1):
-            if request.Test():
-                return
+        while not request.Test():
             if patient:
                 time.sleep(PATIENCE)
             else:
                 os.sched_yield()
-            if tests % TESTS == 0:
-                self._check_dms()
-
-    def _check_dms(self) -> None:
-        """Raise DMSGone if a DMS's process has ended, and this has been known for LAST_WORDS."""
-        poll = select.poll()  # not shared: another thread may be in poll() too
-        for process in self._processes:
-            poll.register(process, select.POLLIN)
-        if poll.poll(0):
-            self._ended_since = self._ended_since or time.monotonic()
-            if time.monotonic() - self._ended_since > LAST_WORDS:
-                raise m.DMSGone("a DMS has died")

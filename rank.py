@@ -12,14 +12,15 @@ application (edm.py), which gets it from its pager, or a rank. The launcher's si
 rank, which passes them on. So the application has a process group of its own.
 
 Every rank forks a child, with a socket pair between them, and sends it one message when MPI is initialised:
-the instance's number, if the child is an application; words to print, if the rank is a DMS. None comes if
-the rank ends before: then the child ends, too.
+the instance's number, if the child is an application; words to print and the pagers to kill, if the rank
+is a DMS. None comes if the rank ends before: then the child ends, too.
 
 The child that a DMS's rank forks is no application. It prints a line when its parent, the DMS, has been
 killed. It is in the parent's process group. A launcher kills that as a whole, so a DMS that the launcher
 ends is not reported. Nor is one that has exited: either it has printed why, or its MPI has, as Open MPI does
 when another rank has died. MPICH's launcher waits for the end of this process, too. So its line is there
-before the job ends.
+before the job ends. Should the launcher do nothing, the child then kills the pagers on this machine, which
+would wait for the DMS forever. Of pagers on other machines only the launcher knows.
 """
 
 import _thread
@@ -38,7 +39,7 @@ from edm import log
 from edm.address_space import socket_pair
 from edm.edm import PRINTING, Config, launched, tell
 from edm.limits import explain, lift
-from edm.messages import VERSION, DMSGone
+from edm.messages import VERSION
 from edm.uffd_ctypes import PAGE_SIZE
 
 # What a launcher sends to a rank, which passes it on to the application. Every rank has these blocked.
@@ -82,15 +83,24 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
 
 
 def _watch(rank: Any) -> NoReturn:
-    """Print what the DMS, our parent, has sent by the other end of this socket if it is killed. When it ends
-    in order, it kills this process first."""
+    """Outlive the DMS, our parent, which has the other end of this socket. If it is killed, print the words that
+    it has sent. However it has died, kill the pagers that it has named. When it ends in order, it kills this
+    process first."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     pidfd = os.pidfd_open(parent := os.getppid())
-    words = rank.recv(1000).decode()  # none if it can't begin, and has printed why
+    # Nothing comes if it can't begin, and has printed why.
+    words, *pids = rank.recv(1 << 16).decode().split("\n")
+    pagers = []  # pidfds: a pager may have ended by then, and its number be another process's
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            pagers.append(os.pidfd_open(int(pid)))
     rank.recv(1)
     if words and _was_killed(parent, pidfd):
         tell(f"edm: error: {words}")
-        time.sleep(PRINTING)
+    time.sleep(PRINTING)
+    for pager in pagers:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pager, signal.SIGKILL)
     os._exit(0)
 
 
@@ -139,18 +149,17 @@ def _run(config: Config, application: int, control: Any) -> None:
             fields = "(version, page size, start_addr, end_addr, keep, DMSs)"
             _begin_with_all(comm, f"instance and DMS differ in {fields}: {of_each}")
         if comm.rank < dms:
-            _serve_pages(comm, config, hosts[:dms], application, control)
+            _serve_pages(comm, config, hosts[:dms], processes, application, control)
             while signal.sigtimedwait(PASSED_ON, 0):
                 pass  # what has come is not for the program: the DMS has gone on to the end
             signal.signal(signal.SIGCHLD, of_children or signal.SIG_DFL)  # None: a handler in C
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return
-        status = _page(comm, dms, processes, application, control)
+        status = _page(comm, dms, application, control)
     except BaseException as error:  # noqa: BLE001 - it ends this process
         if isinstance(error, MPI.Exception):
             error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
-        # The DMS's child has printed DMSGone. The other ranks may be waiting for this one.
-        _abort(world, 2 if isinstance(error, DMSGone) else print_error(error))
+        _abort(world, print_error(error))  # the other ranks may be waiting for this one
     end(status)
 
 
@@ -163,8 +172,10 @@ def _pids_are_of() -> tuple[int, str]:
         return os.stat("/proc/self/ns/pid").st_ino, file.read()
 
 
-def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, control: Any) -> None:
-    """Be a DMS."""
+def _serve_pages(
+    comm: Any, config: Config, hosts: list[str], processes: list[Any], watching: int, control: Any
+) -> None:
+    """Be a DMS. hosts: of each DMS. processes: of each rank, as (_pids_are_of(), pid)."""
     from edm.dms import DMS
 
     log.start(config.log_level)
@@ -183,26 +194,23 @@ def _serve_pages(comm: Any, config: Config, hosts: list[str], watching: int, con
         explain(error)
         wrong = str(error)
     _begin_with_all(comm, wrong)
-    control.send(f"the DMS of rank {comm.rank} on host {here} has died".encode())
-    try:
-        dms.serve()
-    finally:
-        os.kill(watching, signal.SIGKILL)
-        os.waitpid(watching, 0)
+    ours, _ = processes[comm.rank]
+    pagers = [str(pid) for there, pid in processes[len(hosts) :] if there == ours]
+    words = f"the DMS of rank {comm.rank} on host {here} has died"
+    control.send("\n".join([words, *pagers]).encode())
+    dms.serve()
+    os.kill(watching, signal.SIGKILL)
+    os.waitpid(watching, 0)
 
 
-def _page(comm: Any, dms: int, processes: list[Any], application: int, control: Any) -> int:
-    """Be the pager of an instance. processes: of each rank, as (_pids_are_of(), pid). Returns the
-    application's exit status, or 2 if the pager has failed."""
+def _page(comm: Any, dms: int, application: int, control: Any) -> int:
+    """Be the pager of an instance. Returns the application's exit status, or 2 if the pager has failed."""
     from edm.mpi_client import MpiStore
     from edm.pager import page_for
 
-    here, _ = processes[comm.rank]
-    fds = [os.pidfd_open(pid) for there, pid in processes[:dms] if there == here]
-
     def open_store(config: Any, instance: int) -> MpiStore:
         _begin_with_all(comm, None, application)
-        return MpiStore(comm, dms, config.start_addr, config.end_addr, config.keep, fds)
+        return MpiStore(comm, dms, config.start_addr, config.end_addr, config.keep)
 
     control.send(b"%d" % (comm.rank - dms))
     ended_by: list[str] = []

@@ -89,7 +89,7 @@ class Striped:
             offers = [dms.offers for dms in self.dms]
             for dms in machine.dice.sample(self.dms, count):
                 dms.start(offers)
-            self.store = MpiStore(Wire(machine, self.dms), count, START, END, True, [])
+            self.store = MpiStore(Wire(machine, self.dms), count, START, END, True)
         except BaseException:
             self.close()
             raise

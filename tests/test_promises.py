@@ -40,7 +40,7 @@ LPET's process dies
     test_when_lpet_fails_a_kept_disk_stays_as_the_last_sync_has_left_it
 the DMS dies
     test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs
-    test_when_the_dms_dies_and_the_launcher_does_nothing_the_instance_ends_the_job
+    test_when_the_dms_dies_and_the_launcher_does_nothing_the_instance_is_killed_within_a_second
     test_when_one_of_several_dmss_dies_one_line_names_its_rank_and_host_and_the_job_ends
 SIGTERM or Ctrl-C
     test_after_a_signal_what_was_never_synced_is_on_the_disk_too
@@ -262,7 +262,8 @@ def test_when_pager_or_dms_dies_the_job_ends_with_a_message_and_nothing_hangs(
     wait_until_gone(job)
 
 
-def test_when_the_dms_dies_and_the_launcher_does_nothing_the_instance_ends_the_job(
+@pytest.mark.undisturbed
+def test_when_the_dms_dies_and_the_launcher_does_nothing_the_instance_is_killed_within_a_second(
     start, mpirun_command, tmp_path
 ):
     mpirun, *rest = mpirun_command("-m", "edm.examples.bigger_than_memory", "--size", "256")
@@ -277,7 +278,7 @@ def test_when_the_dms_dies_and_the_launcher_does_nothing_the_instance_ends_the_j
     for pid in set(launcher) - set(parts.values()):
         os.kill(pid, signal.SIGSTOP)
     os.kill(parts["DMS"], signal.SIGKILL)
-    wait_for(lambda: has_ended(parts["pager"]) and has_ended(parts["application"]), 5)
+    wait_for(lambda: has_ended(parts["pager"]) and has_ended(parts["application"]), 1)
     told = errors.read_text()
     assert len(re.findall("edm: error: the DMS of rank 0 on host .* has died", told)) == 1, told
     assert told.count("error") == 1 and "Traceback" not in told, told

@@ -46,7 +46,7 @@ class Asked:
 
 def striped(count):
     comm = Asked(count)
-    return comm, MpiStore(comm, count, START, START + PAGES * PAGE_SIZE, False, [])
+    return comm, MpiStore(comm, count, START, START + PAGES * PAGE_SIZE, False)
 
 
 def dms_of(page, count):
@@ -134,8 +134,9 @@ def test_each_dms_has_a_disk_of_its_own_with_the_path_itself_on_a_machine_of_its
 
     monkeypatch.setattr("edm.dms.DMS", dms)
     for number in range(len(hosts)):
+        comm = mock.MagicMock(rank=number)
         with pytest.raises(SystemExit):
-            rank._serve_pages(mock.MagicMock(rank=number), Config(disk="x"), hosts, 0, None)
+            rank._serve_pages(comm, Config(disk="x"), hosts, [], 0, None)
     assert made == names
 
 

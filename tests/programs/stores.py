@@ -8,8 +8,6 @@ import errno
 import os
 import random
 import resource
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +15,6 @@ import time
 from mpi4py import MPI
 
 from edm.dms import DMS
-from edm.messages import DMSGone
 from edm.mpi_client import MpiStore
 from edm.page_store import CONTENT, DISK, INSTANCE, PageStore
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
@@ -200,55 +197,13 @@ def refused(store):
     assert error.errno == errno.EINVAL and "in a space of 1000 pages" in error.strerror
 
 
-def killed(store):
-    """Whoever waits for a DMS that has been killed is told within a second, in any thread."""
-    os.kill(dms, signal.SIGKILL)
-    heard, began = [], time.monotonic()
-
-    def wait(request):
-        try:
-            request()
-        except DMSGone as error:
-            heard.append((str(error), time.monotonic() - began))
-
-    requests = [
-        store.sync,
-        lambda: store.free(0, 1),
-        lambda: store.take_get(store.ask_get(range(3))),
-    ]
-    waiting = [threading.Thread(target=wait, args=(request,)) for request in requests]
-    for thread in waiting:
-        thread.start()
-    for thread in waiting:
-        thread.join()
-    wait(store.close)
-    assert [words for words, _ in heard] == ["a DMS has died"] * 4, heard
-    assert max(seconds for _, seconds in heard) < 1, heard
-    print("killed SUCCESS", flush=True)
-    comm.send(None, 0, ASIDE)
-    os._exit(0)  # MPI would wait for what was asked
-
-
 # ---------------------------------------------------------------- the ranks
-
-
-def silent():
-    """A DMS that is another process, and answers nothing. mpirun need not know of that process: it ends
-    the job when a rank has been killed."""
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        comm.send(process.pid, 1, ASIDE)
-        process.wait()
-    comm.recv(source=1, tag=ASIDE)
-    os._exit(0)  # MPI would wait for what was asked
-
 
 comm = MPI.COMM_WORLD
 disk = None if sys.argv[1] == "-" else sys.argv[1]
 actions = [globals()[name] for name in sys.argv[2:]]
 DMSS = comm.size - 1
 if comm.rank < DMSS:
-    if killed in actions:
-        silent()
     if comm.rank == 0:
         comm.isend(os.getpid(), DMSS, ASIDE)
     own = disk and f"{disk}{comm.rank or ''}"
@@ -257,7 +212,7 @@ if comm.rank < DMSS:
     server.serve()
 else:
     dms = comm.recv(source=0, tag=ASIDE)
-    over_mpi = MpiStore(comm, DMSS, START, END, bool(disk), [os.pidfd_open(dms)])
+    over_mpi = MpiStore(comm, DMSS, START, END, bool(disk))
     try:
         for action in actions:
             began = time.monotonic()
