@@ -184,9 +184,9 @@ class Pager:
         try:
             self.end()
         except OSError as error:
-            words = f"what was written since the last sync is not on the disk: {error}"
-            print_error(OSError(error.errno, words))
-            self._failure = self._failure or OSError("")  # it is printed
+            words = "what the application wrote since the last sync is not on the disk: %s%s"
+            LOG.error(words, error, limits.limit_of(error.errno))
+            self._failure = self._failure or OSError("")  # it is told
         self._store.close()
         self._let_go_of_children()
         # Or closing the lifeline would kill an application that has only closed its space.
@@ -464,7 +464,7 @@ def print_error(error: BaseException) -> int:
     if not isinstance(error, OSError):
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
-    if words := str(getattr(error, "strerror", "") or error):  # else they are printed already
+    if words := str(getattr(error, "strerror", "") or error):  # else they were told
         words += limits.limit_of(getattr(error, "errno", None))
         tell(f"edm: error: {words}")
     return 2
