@@ -216,7 +216,7 @@ class DmHandler:
             raise ProcessLookupError
 
     def _resolve(self, flags: int, address: int) -> bool:
-        """Resolve one fault. False if it was a missing page that was not missing any more."""
+        """Resolve one fault. False if its page was HERE, LEAVING or LOST."""
         if self._info:
             self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
             self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address & -PAGE_SIZE)

@@ -105,7 +105,7 @@ class DMS:
             # next() gives True when an exchange has come to its end.
             under_way = [exchange for exchange in under_way if not next(exchange, True)]
             now = time.monotonic()
-            if found or len(under_way) < before:
+            if found is not None or len(under_way) < before:  # a message that was received is false
                 last, until = now, now + EAGER
             elif now < until:
                 os.sched_yield()

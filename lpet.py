@@ -318,8 +318,8 @@ class Lpet:
     def store(self, track_clean: bool) -> int:
         """Send the store every page that was written since the store got it. Returns how many. All stay.
 
-        Each page is write-protected before it is read. So a later write makes it dirty again, for the next
-        sync. track_clean: clean pages have the uffd-wp bit.
+        track_clean: clean pages have the uffd-wp bit. Then each dirty page is write-protected before it is read. So a
+        later write makes it dirty again, for the next sync. Without, all pages count as written.
         Raises OSError if the store refuses a page, if the application ends meanwhile, or if LPET has ended in the
         midst of an eviction.
         """

@@ -18,7 +18,7 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
                                                what was written survives a crash
     FREE       count pages from page           OK: they are as never accessed
     LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
-    BYE                                        OK: the DMS forgets the instance
+    BYE                                        OK: the instance has left
 
     dirty    u64 page, u32 count: a run
 
