@@ -69,7 +69,7 @@ class MpiStore:
     ) -> None:
         """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs. kept: their
         disks are."""
-        self._comm, self._start, self._dmss = comm, start_addr, dms
+        self._comm, self._start, self._dmss, self.kept = comm, start_addr, dms, kept
         self._stripe = STRIPE if dms > 1 else 1 << 62
         self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._log = log.logger("MpiClient")
@@ -80,7 +80,6 @@ class MpiStore:
         self._for_others: list[Slot] = []
         self._all: list[Slot] = []  # the free ones and the others
         self._tags = itertools.count()
-        self.kept = kept
         self._lock = threading.Lock() if kept else nullcontext()
 
     # ------------------------------------------------------------ what a PageStore does

@@ -97,7 +97,7 @@ def _watch(rank: Any) -> NoReturn:
     rank.recv(1)
     if words and _was_killed(parent, pidfd):
         tell(f"edm: error: {words}")
-    time.sleep(PRINTING)
+    time.sleep(PRINTING if words else 0)
     for pager in pagers:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pager, signal.SIGKILL)
