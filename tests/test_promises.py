@@ -377,7 +377,9 @@ def test_a_signal_to_the_dms_and_its_child_before_they_serve_does_not_fail_the_j
     dms = wait_for(lambda: job.ranks().get(0))
     child = wait_for(lambda: next((p for p, parent in job.processes().items() if parent == dms), 0))
     os.kill(dms, signal.SIGSTOP)  # it has hardly begun
-    wait_for(lambda: blocks(child, signal.SIGTERM))
+    # It blocks signals for a moment when it begins, too, but does not sleep then.
+    status = Path(f"/proc/{child}/status")
+    wait_for(lambda: blocks(child, signal.SIGTERM) and "State:\tS" in status.read_text())
     os.kill(child, signal.SIGTERM)
     os.kill(dms, signal.SIGCONT)
     output, _ = job.communicate(timeout=30)
