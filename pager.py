@@ -37,8 +37,8 @@ The figures that Space.figures() returns, counted since the start:
     idle_tracker                   its name
     pager_pid, lpet_pid            process ids
 
-Rules: a thread that fails ends the job. Its error is kept, the application is killed, and run
-raises the error when all threads have ended. What the application wrote is still in the memfd then.
+Rules: a thread that fails ends the job. It prints why, and kills the application. run returns its status
+when all threads have ended. What the application wrote is still in the memfd then.
 A kept disk gets it and is synced. But any error that is not an OSError may have left pages half
 moved: then the disk stays as the last sync has left it.
 """
@@ -127,7 +127,7 @@ class Pager:
         self._threads: list[threading.Thread] = []
         self._system_calls: SystemCalls | None = None
         self._lpet_pid = os.getpid()
-        self._failure: BaseException | None = None
+        self._status = 0  # print_error's of the first thread that has failed
         self._sampling = threading.Lock()  # held by the thread that uses the report's samples
         self._printed = False  # was the table printed, and the report written?
 
@@ -160,11 +160,11 @@ class Pager:
             raise OSError(errno.EAGAIN, str(error)) from None
         self._threads.append(thread)
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Tell the application that it may begin, and serve until it has ended. start comes first.
 
-        Raises what a thread, or LPET, has failed with. The process must end then: most descriptors
-        stay open.
+        Returns an exit status: not 0 if a thread, or LPET, has failed and has printed why, or if the last sync
+        has failed. The process must end then: most descriptors stay open.
         """
         address_space.send_answer(self._control, os.getpid(), self._memfd, self._lifeline)
         begins, listener = address_space.receive(self._control)
@@ -186,7 +186,7 @@ class Pager:
         except OSError as error:
             words = "what the application wrote since the last sync is not on the disk: %s%s"
             LOG.error(words, error, limits.limit_of(error.errno))
-            self._failure = self._failure or OSError("")  # it is told
+            self._status = self._status or 2
         self._store.close()
         self._let_go_of_children()
         # Or closing the lifeline would kill an application that has only closed its space.
@@ -194,8 +194,7 @@ class Pager:
         if self._system_calls:
             self._system_calls.close(leave=os.eventfd_read(self._ended) == 1)
         self._control.close()  # Space.close waits for this
-        if self._failure:
-            raise self._failure
+        return self._status
 
     def _fork_lpet(self) -> Callable[[], None]:
         """Start LPET as a process, before there are threads. Returns the body of the thread that waits for
@@ -205,32 +204,26 @@ class Pager:
         def lpet() -> None:
             u.prctl(u.PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() == parent:
-                with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
-                    self._new_lpet().run()
+                self._new_lpet().run()
 
         self._lpet_pid = os.fork()
         if not self._lpet_pid:
             _run_process(lpet)
         return self._wait_for_lpet
 
-    def _wait_for_lpet(self) -> None:
-        """A thread: if LPET fails, so does the job. LPET has printed why, unless it was killed."""
+    def _wait_for_lpet(self) -> int:
+        """A thread: LPET's exit status. LPET has printed why it failed, unless it was killed."""
         status = os.waitstatus_to_exitcode(os.waitpid(self._lpet_pid, 0)[1])
         if status < 0:
             # It may have had the LSPT's lock, and then any thread that wants it waits forever.
-            by = signal.Signals(-status).name + limits.limit_of(status)
-            print_error(OSError(f"LPET was killed by {by}"))
+            print_error(OSError(status, f"LPET was killed by {signal.Signals(-status).name}"))
             os._exit(2)  # that kills the application; a kept disk is as its last sync has left it
-        if status:
-            raise RuntimeError("LPET has failed") if status == 1 else OSError("")
+        return status
 
-    def _guarded(self, body: Callable[[], None]) -> None:
+    def _guarded(self, body: Callable[[], int | None]) -> None:
         """Call a thread's body. If it fails, so does the job."""
-        try:
-            with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
-                body()
-        except BaseException as error:  # noqa: BLE001 - run() raises it
-            self._failure = self._failure or error
+        if status := _status_of(body):
+            self._status = self._status or status
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)  # that ends _watch
 
@@ -341,8 +334,8 @@ class Pager:
 
     def sync(self) -> int:
         """Store everything and sync the store; how many pages were stored."""
-        if not isinstance(self._failure, OSError | None):
-            raise OSError(f"EDM has failed in the middle of its work: {self._failure}")
+        if self._status == 1:  # a bug in EDM
+            raise OSError("EDM has failed in the middle of its work")
         pages = self._lpet.store(bool(self._clean_tracking))
         self._store.sync()
         return pages
@@ -421,12 +414,9 @@ def page_for(
         if store:
             store.close()
         return 0
-    try:
-        pager.run()
-    except OSError as error:
-        return print_error(error)
+    status = pager.run()
     LOG.debug("SHUTDOWN!")
-    return 0
+    return status
 
 
 def spawned() -> None:
@@ -452,19 +442,26 @@ def _run_process(body: Callable[[], int | None]) -> None:
     """Call this, which may return an exit status, print why it failed, and end the process."""
     status = 1
     try:
-        status = body() or 0
-    except BaseException as error:  # noqa: BLE001 - it ends the process
-        status = print_error(error)
+        status = _status_of(body) or 0
     finally:  # whatever happens: a forked LPET may not go on as its parent
         os._exit(status)
 
 
+def _status_of(body: Callable[[], int | None]) -> int | None:
+    """Call this, which may return an exit status. Print why it failed."""
+    try:
+        with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
+            return body()
+    except BaseException as error:  # noqa: BLE001 - it ends the process, or the job
+        return print_error(error)
+
+
 def print_error(error: BaseException) -> int:
     """Print why this process ends. Its exit status: 2, or 1 if the error is a bug in EDM."""
+    if type(error).__module__ == "mpi4py.MPI":  # its Exception is no OSError
+        error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
     if not isinstance(error, OSError):
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
-    if words := str(getattr(error, "strerror", "") or error):  # else they were told
-        words += limits.limit_of(getattr(error, "errno", None))
-        tell(f"edm: error: {words}")
+    tell(f"edm: error: {error.strerror or error}{limits.limit_of(error.errno)}")
     return 2

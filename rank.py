@@ -157,8 +157,6 @@ def _run(config: Config, application: int, control: Any) -> None:
             return
         status = _page(comm, dms, application, control)
     except BaseException as error:  # noqa: BLE001 - it ends this process
-        if isinstance(error, MPI.Exception):
-            error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
         _abort(world, print_error(error))  # the other ranks may be waiting for this one
     end(status)
 
