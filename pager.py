@@ -86,13 +86,14 @@ LOG = log.logger("EDM CLIENT")
 
 class Pager:
     def __init__(self, control: _socket.socket, hello: SimpleNamespace, store: PageStore) -> None:
-        """hello: what Space has sent, with its descriptors. store: a PageStore, or over MPI an MpiStore.
+        """Begin: start LPET and the threads.
 
-        Raises ValueError for settings that this machine can't have.
+        hello: what Space has sent, with its descriptors. store: a PageStore, or over MPI an MpiStore. Raises
+        ValueError for settings that this machine can't have, and OSError; then the process must end.
         """
         uffd, self._memfd, pagemap, *lines = hello.fds
         self._config, self._store = hello.config, store
-        self._over_mpi = not isinstance(store, PageStore)  # then this process is a rank
+        over_mpi = not isinstance(store, PageStore)  # then this process is a rank
         config, start = hello.config, hello.config.start_addr
         self._application, self._clean_tracking = hello.pid, hello.clean_tracking
         self._title = f"EDM, INSTANCE_{hello.instance}: {shlex.join(hello.command)}"
@@ -131,19 +132,15 @@ class Pager:
         self._sampling = threading.Lock()  # held by the thread that uses the report's samples
         self._printed = False  # was the table printed, and the report written?
 
-    # ------------------------------------------------------------ from start to end
-
-    def start(self) -> None:
-        """Start LPET and the threads. Raises OSError if that fails: then the process must end."""
         sys.setswitchinterval(SWITCH_INTERVAL)
-        if self._store.kept:  # later, forked children may have taken all descriptors
+        if store.kept:  # later, forked children may have taken all descriptors
             _ = self._lpet
         # See that there is room for the lifeline, for two descriptors of a sync or a system call, and over MPI for
         # LPET's pipe. They are high ones, so that the table of descriptors grows now: once there are threads,
         # that takes 15 ms.
-        for fd in [address_space.high(fd) for _ in range(2 + self._over_mpi) for fd in os.pipe()]:
+        for fd in [address_space.high(fd) for _ in range(2 + over_mpi) for fd in os.pipe()]:
             os.close(fd)
-        lpet = self._new_lpet().run if self._over_mpi else self._fork_lpet()
+        lpet = self._new_lpet().run if over_mpi else self._fork_lpet()
         for body in (self._handler.run, lpet, self._answer):
             self._start_thread(body)
         # The write end stays open until this process ends. The kernel closes the descriptors of a killed process
@@ -151,6 +148,8 @@ class Pager:
         # write end has a higher number: then the application is dying by then. From here on nothing may fail.
         # The lifeline is made after LPET is forked, which must not have the write end.
         self._lifeline, _ = address_space.lifeline(self._application)  # its read end
+
+    # ------------------------------------------------------------ from start to end
 
     def _start_thread(self, body: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._guarded, args=(body,))
@@ -161,7 +160,7 @@ class Pager:
         self._threads.append(thread)
 
     def run(self) -> int:
-        """Tell the application that it may begin, and serve until it has ended. start comes first.
+        """Tell the application that it may begin, and serve until it has ended.
 
         Returns an exit status: not 0 if a thread, or LPET, has failed and has printed why, or if the last sync
         has failed. The process must end then: most descriptors stay open.
@@ -408,7 +407,6 @@ def page_for(
             config.report = f"{name}.{hello.instance}{ending}" if hello.instance else name + ending
         os.chdir("/")  # the program may unmount its folder, once it has left it
         pager = Pager(control, hello, store)
-        pager.start()
     except (ValueError, OSError) as error:
         address_space.send_answer(control, error)
         if store:
