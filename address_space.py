@@ -40,7 +40,7 @@ This module and its imports are all that a program under `edm run` has to carry,
 little.
 
 One socket pair connects application and pager. The first message carries the descriptors, and
-HELLO's dictionary. The pager answers, and the second message carries the listener of
+HELLO's dictionary: the settings, and more. The pager answers, and the second message carries the listener of
 system_calls.py, if there is one. After that calls go by the mailbox, and only forked children use
 the socket. The answer stays in it with two descriptors, and children peek at them: the memfd, and
 the read end of the lifeline, a pipe.
@@ -145,8 +145,8 @@ class Space:
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking)
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
             hello = {
-                "config": vars(config), "instance": instance, "pid": os.getpid(),
-                "clean_tracking": tracks, "lines": lines,
+                **vars(config), "clean_tracking": tracks,  # the way that was found, not what is wanted
+                "instance": instance, "pid": os.getpid(), "lines": lines,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
             }  # fmt: skip
             pager = _say_hello(control, hello, [uffd, memfd, pagemap, *lines])

@@ -88,43 +88,40 @@ class Pager:
     def __init__(self, control: _socket.socket, hello: SimpleNamespace, store: PageStore) -> None:
         """Begin: start LPET and the threads.
 
-        hello: what Space has sent, with its descriptors. store: a PageStore, or over MPI an MpiStore. Raises
+        hello: see page_for. store: a PageStore, or over MPI an MpiStore. Raises
         ValueError for settings that this machine can't have, and OSError; then the process must end.
         """
         uffd, self._memfd, pagemap, *lines = hello.fds
-        self._config, self._store = hello.config, store
+        self._hello, self._store, start = hello, store, hello.start_addr
         over_mpi = not isinstance(store, PageStore)  # then this process is a rank
-        config, start = hello.config, hello.config.start_addr
-        self._application, self._clean_tracking = hello.pid, hello.clean_tracking
         self._title = f"EDM, INSTANCE_{hello.instance}: {shlex.join(hello.command)}"
-        self._tracker = choose_tracker(config.idle_tracker)
+        self._tracker = choose_tracker(hello.idle_tracker)
         self._control = control  # for forked children
-        self._ended_by = hello.ended_by  # the names of signals, see page_for
-        self._process = os.pidfd_open(self._application)  # readable when it has ended
+        self._process = os.pidfd_open(hello.pid)  # readable when it has ended
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # close adds 1, and so does the end of run
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
-        pages = (config.end_addr - start) // PAGE_SIZE
-        self._lspt = lspt = l.LSPT(pages, config.high_threshold, config.low_threshold, config.plain)
+        pages = (hello.end_addr - start) // PAGE_SIZE
+        self._lspt = lspt = l.LSPT(pages, hello.high_threshold, hello.low_threshold, hello.plain)
         for run in store.runs_on_disk():
             lspt.found_on_disk(*run)
         space = pages * PAGE_SIZE  # bytes
         size, access = mailbox.SIZE, u.PROT_READ | u.PROT_WRITE
         os.ftruncate(self._memfd, space + size)  # here, as the program may have an RLIMIT_FSIZE
         self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, space))
-        window = min(config.readahead, config.high_threshold // WINDOW_PART)
+        window = min(hello.readahead, hello.high_threshold // WINDOW_PART)
         self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.clean_tracking))
         self._report = None
-        live = config.progress and sys.stderr.isatty()
-        if live or config.report:
+        live = hello.progress and sys.stderr.isatty()
+        if live or hello.report:
             self._report = Report(self._title, start, lspt.read, live)
             self._handler.came = self._report.came
         if lines:
             from edm.lines import Lines  # its imports take long
 
-            self._handler.lines = Lines(self._application, *hello.lines, *lines, lspt)
+            self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt)
             self._report.lines = self._handler.lines.found
         of_memory = lspt, store, self._memfd, uffd, self._pagemap, start
-        self._new_lpet = partial(Lpet, *of_memory, config.evict_batch, self._tracker)
+        self._new_lpet = partial(Lpet, *of_memory, hello.evict_batch, self._tracker)
         self._threads: list[threading.Thread] = []
         self._system_calls: SystemCalls | None = None
         self._lpet_pid = os.getpid()
@@ -147,7 +144,7 @@ class Pager:
         # from the highest one down. Once it has closed the userfaultfd, missing pages read as zeros. So the
         # write end has a higher number: then the application is dying by then. From here on nothing may fail.
         # The lifeline is made after LPET is forked, which must not have the write end.
-        self._lifeline, _ = address_space.lifeline(self._application)  # its read end
+        self._lifeline, _ = address_space.lifeline(hello.pid)  # its read end
 
     # ------------------------------------------------------------ from start to end
 
@@ -169,8 +166,8 @@ class Pager:
         begins, listener = address_space.receive(self._control)
         if listener:
             self._system_calls = SystemCalls(
-                *listener, self._ended, self._application, self._process, self._lspt, self._handler,
-                self._config.start_addr, self._uffd.fd, self._clean_tracking == "events",
+                *listener, self._ended, self._hello.pid, self._process, self._lspt, self._handler,
+                self._hello.start_addr, self._uffd.fd, self._hello.clean_tracking == "events",
             )  # fmt: skip
             self._start_thread(self._system_calls.run)
         if begins:  # else a signal handler has raised in the application, which has no space now
@@ -259,7 +256,7 @@ class Pager:
         while self._hear_child():
             pass
         os.ftruncate(self._memfd, 0)
-        self._handler.children.let_go(self._config.start_addr, self._lspt.pages * PAGE_SIZE)
+        self._handler.children.let_go(self._hello.start_addr, self._lspt.pages * PAGE_SIZE)
 
     # ------------------------------------------------------------ the application's calls
 
@@ -288,7 +285,7 @@ class Pager:
         del self._lspt.areas[self._area(page)]
         if self._report:
             self._report.unmapped(page)
-        start = self._config.start_addr
+        start = self._hello.start_addr
         for claimed in self._lspt.claims(self._lspt.ever_set(page, count), l.SETTLED):
             try:
                 # Installing a page removes the poison. Punching the hole then removes the page.
@@ -335,7 +332,7 @@ class Pager:
         """Store everything and sync the store; how many pages were stored."""
         if self._status == 1:  # a bug in EDM
             raise OSError("EDM has failed in the middle of its work")
-        pages = self._lpet.store(bool(self._clean_tracking))
+        pages = self._lpet.store(bool(self._hello.clean_tracking))
         self._store.sync()
         return pages
 
@@ -346,8 +343,8 @@ class Pager:
         try:
             if self._store.kept:
                 pages = self.sync()
-                if not self._printed and (self._ended_by or self._lspt.stopped()):
-                    why, took = (*self._ended_by, "end")[0], time.monotonic() - began
+                if not self._printed and (self._hello.ended_by or self._lspt.stopped()):
+                    why, took = (*self._hello.ended_by, "end")[0], time.monotonic() - began
                     words = "%s: wrote %d pages back and synced the disk in %.1f s"
                     LOG.warning(words, why, pages, took)
         finally:
@@ -357,14 +354,14 @@ class Pager:
                     self._print_figures()
 
     def _print_figures(self) -> None:
-        figures, config = self.figures(), self._config
+        figures, hello = self.figures(), self._hello
         if self._report:
             self._report.sample(figures, self._lspt.count_away())
             try:
-                self._report.write(config.report, figures, self._handler.latencies())
+                self._report.write(hello.report, figures, self._handler.latencies())
             except OSError as error:
                 LOG.error("report: %s", error)
-        if config.stats:
+        if hello.stats:
             tell(table(figures, self._title))
 
     def figures(self) -> dict[str, object]:
@@ -387,8 +384,8 @@ def page_for(
 ) -> int | None:
     """Page for the application at the other end of a socket until it has ended; or refuse to.
 
-    open_store: makes the store for the application's settings and the instance's number. ended_by: gets the
-    names of the signals that are to end the application.
+    open_store: makes the store, for `hello`: what Space has sent, with its descriptors, fds, and ended_by, which
+    gets the names of the signals that are to end the application.
 
     Returns an exit status: 0, or 2 if the pager has failed and has printed why. None: the
     application has ended before it began.
@@ -397,14 +394,13 @@ def page_for(
     if not fds:
         return None
     hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds, ended_by=ended_by), None
-    config = hello.config = SimpleNamespace(**hello.config)
-    log.start(config.log_level)
+    log.start(hello.log_level)
     LOG.debug(" INIT")
     try:
-        store = open_store(config, hello.instance)
-        if config.report:  # one file for each instance
-            name, ending = os.path.splitext(os.path.abspath(config.report))
-            config.report = f"{name}.{hello.instance}{ending}" if hello.instance else name + ending
+        store = open_store(hello)
+        if hello.report:  # one file for each instance
+            name, ending = os.path.splitext(os.path.abspath(hello.report))
+            hello.report = f"{name}.{hello.instance}{ending}" if hello.instance else name + ending
         os.chdir("/")  # the program may unmount its folder, once it has left it
         pager = Pager(control, hello, store)
     except (ValueError, OSError) as error:
@@ -432,8 +428,8 @@ def spawned() -> None:
     _run_process(partial(page_for, control, _open_disk))
 
 
-def _open_disk(config: SimpleNamespace, instance: int) -> PageStore:
-    return PageStore(config.disk, config.start_addr, config.end_addr, config.keep, instance)
+def _open_disk(hello: SimpleNamespace) -> PageStore:
+    return PageStore(hello.disk, hello.start_addr, hello.end_addr, hello.keep, hello.instance)
 
 
 def _run_process(body: Callable[[], int | None]) -> None:

@@ -206,9 +206,9 @@ def _page(comm: Any, dms: int, application: int, control: Any) -> int:
     from edm.mpi_client import MpiStore
     from edm.pager import page_for
 
-    def open_store(config: Any, instance: int) -> MpiStore:
+    def open_store(hello: Any) -> MpiStore:
         _begin_with_all(comm, None, application)
-        return MpiStore(comm, dms, config.start_addr, config.end_addr, config.keep)
+        return MpiStore(comm, dms, hello.start_addr, hello.end_addr, hello.keep)
 
     control.send(b"%d" % (comm.rank - dms))
     ended_by: list[str] = []

@@ -74,5 +74,5 @@ if os.fork() == 0:
     application(ours)
     sys.exit()
 ours.close()
-pager.page_for(theirs, lambda config, instance: PageStore(None, config.start_addr, config.end_addr))
+pager.page_for(theirs, lambda hello: PageStore(None, hello.start_addr, hello.end_addr))
 os.wait()
