@@ -62,7 +62,7 @@ import os
 import re
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from edm.pins import Pins
 from edm.uffd_ctypes import MAP_NORESERVE, semaphore
@@ -369,18 +369,6 @@ class LSPT(ByteTable):
             if first <= page < first + count:
                 return range(first, first + count)
         return range(page, page + 1)
-
-    def located(self, page: int, count: int, locations: Callable[[int, int], bytes]) -> bytes:
-        """PageStore.locations of these pages, with INSTANCE for those that are HERE. The store sets it for
-        all pages that it has sent, also for those that are still COMING.
-
-        The states are read first. So a page that leaves in between is here or on the disk, never nowhere.
-        """
-        states = self.read(page, count)
-        return bytes(
-            byte if COMING <= state <= LEAVING else byte & ~1 | (state >= HERE)
-            for state, byte in zip(states, locations(page, count), strict=True)
-        )
 
     def count_away(self) -> int:
         """How many pages are AWAY. The count is not a snapshot: the parts are read one after the other."""

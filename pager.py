@@ -310,8 +310,16 @@ class Pager:
         self._lpet.forget(runs)
 
     def locations(self, page: int, count: int) -> bytes:
-        """See LSPT.located."""
-        return self._lspt.located(page, count, self._store.locations)
+        """PageStore.locations of these pages, with INSTANCE for those that are HERE. The store sets it for
+        all pages that it has sent, also for those that are still COMING.
+
+        The states are read first. So a page that leaves in between is here or on the disk, never nowhere.
+        """
+        states = self._lspt.read(page, count)
+        return bytes(
+            byte if l.COMING <= state <= l.LEAVING else byte & ~1 | (state >= l.HERE)
+            for state, byte in zip(states, self._store.locations(page, count), strict=True)
+        )
 
     def close(self) -> None:
         """The space has ended."""
