@@ -8,13 +8,13 @@ all DMSs of a job tell each other their `offers`, and call start().
 
 Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason.
 No message ends the DMS, nor do SIGTERM and SIGINT: the instances end it, when they have written back what
-they hold. An eviction is acknowledged when its bytes are written to the disk file. An EVICT may name pages
+they hold. An eviction is acknowledged when its bytes are written to the disk file. A PUT may name pages
 that the instance does not have: the DMS does not check this, as only the instance's LSPT knows.
 
 Nobody waits for another instance's messages. One thread receives, answers and sends. A message that is
 under way does not block it: it is a generator (_exchange), which is continued at each look, while others
 are served. Only the disk blocks it, for one batch. A sync may take seconds, so each has a thread of its
-own, which calls no MPI. It has the store's lock: an EVICT, STORE or FREE of the same instance would block the DMS
+own, which calls no MPI. It has the store's lock: a PUT or FREE of the same instance would block the DMS
 meanwhile, but MpiStore sends none.
 
 Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next one without pause
@@ -46,7 +46,7 @@ LOOK = 10e-6  # seconds that a look takes
 NAPS, LONGEST_NAP = 16, 2e-3
 
 
-class Asked(namedtuple("Asked", "store kind more run pages body answer")):
+class Asked(namedtuple("Asked", "store more run pages body answer")):
     """A question (messages.py) to the store of an instance, and memory for the answer. run: its page and count.
     pages: those that it is about."""
 
@@ -70,8 +70,7 @@ class DMS:
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes).
         self._requests: dict[int, tuple[Callable[[Asked], object], int, int, int]] = {
             m.GET: (self._get, PAGES_AT_ONCE, MAX_STRIDE, 0),
-            m.EVICT: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
-            m.STORE: (self._put, PAGES_AT_ONCE, PAGES_AT_ONCE, m.MAX_MESSAGE),
+            m.PUT: (self._put, PAGES_AT_ONCE, 1, m.MAX_MESSAGE),
             m.SYNC: (self._sync, 0, m.SYNC_PHASES - 1, 0),
             m.FREE: (lambda asked: asked.store.free(*asked.run), self._pages, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
@@ -184,7 +183,7 @@ class DMS:
         pages = range(page, page + count * step, step)
         if pages and pages[-1] >= self._pages:
             raise ValueError(f"page {pages[-1]}, in a space of {self._pages} pages")
-        asked = Asked(store, kind, more, (page, count), pages, body, answer)
+        asked = Asked(store, more, (page, count), pages, body, answer)
         return action(asked) or answer.message(m.OK)
 
     # ------------------------------------------------------------ the requests
@@ -200,15 +199,14 @@ class DMS:
         return asked.answer.whole[: len(message) + got * PAGE_SIZE] if kind == CONTENT else message
 
     def _put(self, asked: Asked) -> None:
-        pages, body, at, dirty = asked.pages, asked.body, asked.more * m.DIRTY.size, []
-        for first, count in m.DIRTY.iter_unpack(body[:at]):
-            if not pages.start <= first < first + count <= pages.stop:
-                raise ValueError(f"{count} dirty pages from page {first}, where {pages} leave")
-            dirty.append((first, body[at : at + count * PAGE_SIZE]))
-            at += count * PAGE_SIZE
-        if len(body) != at:
-            raise ValueError(f"a body of {len(body)} bytes, where {at} belong")
-        asked.store.put([asked.run] if asked.kind == m.EVICT else [], dirty)
+        pages, body, at, dirty = asked.pages, asked.body, 0, []
+        while at < len(body):
+            first, count = m.DIRTY.unpack_from(body, at)
+            begin, at = at + m.DIRTY.size, at + m.DIRTY.size + count * PAGE_SIZE
+            dirty.append((first, body[begin:at]))
+            if at > len(body) or not pages.start <= first < first + count <= pages.stop:
+                raise ValueError(f"{len(body)} bytes: {count} dirty pages from {first}, of {pages}")
+        asked.store.put([] if asked.more else [asked.run], dirty)
 
     def _locations(self, asked: Asked) -> memoryview:
         states = asked.store.locations(*asked.run)

@@ -10,17 +10,17 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
     GET        count pages from page on,       NEW_PAGES: they were never accessed
                `more` pages apart              CONTENT: their bytes follow
                                                (each of the first count of them)
-    EVICT      count pages from page on leave: OK: what was sent is written
-               `more` runs of them are dirty,
-               then the bytes of these
-    STORE      as EVICT; the pages stay        OK: likewise
+    PUT        count pages from page on leave, OK: what was sent is written
+               or if `more` is 1, stay; of each
+               run of dirty ones: dirty, then
+               the bytes
     SYNC       `more`: PageStore.sync_phases   OK: this step is done; after the last one,
                                                what was written survives a crash
     FREE       count pages from page           OK: they are as never accessed
     LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
     BYE                                        OK: the instance has left
 
-    dirty    u64 page, u32 count: a run
+    dirty    u64 page, u32 count
 
 The unused fields of a question's header are 0.
 
@@ -41,11 +41,11 @@ from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-VERSION = 7
+VERSION = 8
 MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS: no application asks for more, see mailbox.py
 SYNC_PHASES = 2
 
-GET, EVICT, STORE, FREE, LOCATIONS, SYNC, BYE = range(1, 8)
+GET, PUT, FREE, LOCATIONS, SYNC, BYE = range(1, 7)
 OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18
 
 HEADER = Struct("<HHIQ")

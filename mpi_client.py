@@ -114,12 +114,12 @@ class MpiStore:
         """See PageStore. The pages between the ranges go, too: this only changes where the SPT says that
         they are, and Pager.locations knows better."""
         ends = list(gone) or [(first, len(part) // PAGE_SIZE) for first, part in dirty]
-        page, count, kind = ends[0][0], sum(ends[-1]) - ends[0][0], m.EVICT if gone else m.STORE
+        page, count = ends[0][0], sum(ends[-1]) - ends[0][0]
         address = self._start + page * PAGE_SIZE
         if gone:
             self._log.debug("send lpet's request to evict page in address %#x", address)
         with self._lock:
-            self._request(kind, page, count, dirty=dirty)
+            self._request(m.PUT, page, count, not gone, dirty)
         if gone:
             self._log.debug("got ack for evict page of lpet in address %#x Ack message : ", address)
 
@@ -174,16 +174,15 @@ class MpiStore:
         answers; returns their bodies. Raises one of the errors, if there are any."""
         # Successive stripes are of different DMSs, so the first parts tell.
         asked = {dms for dms, _, _ in itertools.islice(self._parts(page, count), self._dmss)}
-        dirty_of: list[list[Bytes]] = [[] for _ in range(self._dmss)]
+        body_of: list[list[bytes]] = [[] for _ in range(self._dmss)]
         for first, content in dirty:
             for dms, at, many in self._parts(first, len(content) // PAGE_SIZE):
-                dirty_of[dms].append((at, content[(at - first) * PAGE_SIZE :][: many * PAGE_SIZE]))
+                part = content[(at - first) * PAGE_SIZE :][: many * PAGE_SIZE]
+                body_of[dms] += m.DIRTY.pack(at, many), part
         sent, bodies, failed = [], [], None
         for dms in asked or range(self._dmss):
-            runs = [m.DIRTY.pack(at, len(part) // PAGE_SIZE) for at, part in dirty_of[dms]]
-            parts = [part for _, part in dirty_of[dms]]
             sent.append(slot := self._slot(self._for_others))
-            slot.send(dms, kind, count, page, more or len(runs), *runs, *parts)
+            slot.send(dms, kind, count, page, more, *body_of[dms])
         # A large message travels only while both ends call MPI: no sleep before it is sent.
         for slot in sent:
             self._wait(slot.sending, False)

@@ -63,11 +63,10 @@ def refused(answer):
     return number, words.decode()
 
 
-def eviction(page, count, *dirty, kind=m.EVICT):
-    """EVICT's arguments. dirty: (first page, the bytes of it and its neighbours)."""
-    table = [m.DIRTY.pack(first, len(whole) // PAGE_SIZE) for first, whole in dirty]
-    body = b"".join([*table, *(whole for _, whole in dirty)])
-    return {"kind": kind, "page": page, "count": count, "more": len(dirty), "body": body}
+def eviction(page, count, *dirty, stay=0):
+    """PUT's arguments. dirty: (first page, the bytes of it and its neighbours)."""
+    body = b"".join(m.DIRTY.pack(at, len(whole) // PAGE_SIZE) + whole for at, whole in dirty)
+    return {"kind": m.PUT, "page": page, "count": count, "more": stay, "body": body}
 
 
 def content(seed, pages=1):
@@ -132,7 +131,7 @@ def test_one_eviction_carries_many_pages_clean_and_dirty(dms):
 
 def test_a_stored_page_is_on_the_disk_and_stays_in_the_instance(dms):
     ask(dms, m.GET, page=7, count=2)
-    assert ask(dms, **eviction(7, 2, (7, content(1, 2)), kind=m.STORE))[0] == m.OK
+    assert ask(dms, **eviction(7, 2, (7, content(1, 2)), stay=1))[0] == m.OK
     assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((INSTANCE | DISK,)) * 2
     assert ask(dms, **eviction(7, 2))[0] == m.OK
     assert ask(dms, m.GET, page=7, count=2) == (CONTENT, 2, content(1, 2))
@@ -217,21 +216,23 @@ WRONG = {
     "a SYNC of a step that there is not": {"kind": m.SYNC, "more": m.SYNC_PHASES},
     "a FREE outside": {"kind": m.FREE, "page": PAGES - 1, "count": 2},
     "LOCATIONS of none": {"kind": m.LOCATIONS, "page": 1, "count": 0},
-    "EVICT of no pages": eviction(500, 0),
-    "EVICT of too many pages": eviction(500, PAGES_AT_ONCE + 1),
-    "EVICT of a page outside": eviction(PAGES, 1),
-    "EVICT partly of pages outside": eviction(PAGES - 1, 2, (PAGES - 1, content(1))),
-    "EVICT of a dirty page before its pages": eviction(501, 1, (500, content(1))),
-    "EVICT partly of dirty pages behind its pages": eviction(500, 1, (500, content(1, 2))),
-    "EVICT of no dirty pages": eviction(500, 1, (500, b"")),
-    "EVICT of too many runs": eviction(500, 1, *[(500, b"")] * (PAGES_AT_ONCE + 1)),
-    "EVICT with half a table": eviction(500, 2) | {"more": 2, "body": m.DIRTY.pack(500, 1)},
-    "EVICT with bytes missing": eviction(500, 1)
-    | {"more": 1, "body": m.DIRTY.pack(500, 1) + b"x" * (PAGE_SIZE - 1)},
-    "EVICT with bytes left over": eviction(500, 1) | {"body": b"x"},
-    "STORE of a page outside": eviction(PAGES, 1, (PAGES, content(1)), kind=m.STORE),
-    "STORE partly of pages outside": eviction(
-        500, 1, (500, content(1)), (PAGES, content(2)), kind=m.STORE
+    "PUT of no pages": eviction(500, 0),
+    "PUT of too many pages": eviction(500, PAGES_AT_ONCE + 1),
+    "PUT of a page outside": eviction(PAGES, 1),
+    "PUT partly of pages outside": eviction(PAGES - 1, 2, (PAGES - 1, content(1))),
+    "PUT of a dirty page before its pages": eviction(501, 1, (500, content(1))),
+    "PUT partly of dirty pages behind its pages": eviction(500, 1, (500, content(1, 2))),
+    "PUT of no dirty pages": eviction(500, 1, (500, b"")),
+    "PUT of a dirty page without bytes": eviction(500, 2) | {"body": m.DIRTY.pack(500, 1)},
+    "PUT with bytes missing": eviction(500, 1)
+    | {"body": m.DIRTY.pack(500, 1) + b"x" * (PAGE_SIZE - 1)},
+    "PUT with bytes missing of the second run": eviction(500, 2, (500, content(1)))
+    | {"body": m.DIRTY.pack(500, 1) + content(1) + m.DIRTY.pack(501, 1) + b"x"},
+    "PUT with bytes left over": eviction(500, 1) | {"body": b"x"},
+    "PUT of pages that neither leave nor stay": eviction(500, 1, stay=2),
+    "PUT that stays, of a page outside": eviction(PAGES, 1, (PAGES, content(1)), stay=1),
+    "PUT that stays, partly of pages outside": eviction(
+        500, 1, (500, content(1)), (PAGES, content(2)), stay=1
     ),
     "SYNC with a body": {"kind": m.SYNC, "body": b"x"},
     "BYE with a body": {"kind": m.BYE, "body": b"x"},
@@ -342,7 +343,7 @@ def test_a_dms_that_has_no_page_of_a_small_space_takes_part_in_what_all_are_aske
     for phase in range(m.SYNC_PHASES):
         assert handle(dms, m.HEADER.pack(m.SYNC, phase, 0, 0), 3)[0] == m.OK
     assert handle(dms, m.HEADER.pack(m.LOCATIONS, 0, 100, 0), 3) == (m.LOCATIONS, 100, bytes(100))
-    for kind in (m.FREE, m.EVICT):
+    for kind in (m.FREE, m.PUT):
         assert handle(dms, m.HEADER.pack(kind, 0, 100, 0), 3)[0] == m.OK
 
 
@@ -369,7 +370,7 @@ def test_an_instance_with_any_number_has_a_store(tmp_path):
     dms = DMS(many, str(tmp_path / "disk"), START, START + PAGES * PAGE_SIZE)
     for rank in (1, 257, 300):
         body = eviction(7, 1, (7, content(rank)))["body"]
-        handle(dms, m.HEADER.pack(m.EVICT, 1, 1, 7) + body, rank)
+        handle(dms, m.HEADER.pack(m.PUT, 0, 1, 7) + body, rank)
         assert content(rank) in (tmp_path / f"disk{f'.{rank - 1}' * (rank > 1)}").read_bytes()
     for store in dms._stores:
         store.close()

@@ -90,9 +90,10 @@ def test_what_is_about_a_range_goes_to_the_dmss_that_have_some_of_it_with_their_
         store.put([(first, length)], dirty)
         got = {}
         for dms, [question] in ((dms, asked) for dms, asked in enumerate(comm.new()) if asked):
-            runs, body = question[1], question[4]
-            at = runs * m.DIRTY.size
-            for page, many in m.DIRTY.iter_unpack(body[:at]):
+            body, at = question[4], 0
+            while at < len(body):
+                page, many = m.DIRTY.unpack_from(body, at)
+                at += m.DIRTY.size
                 for each in range(page, page + many):
                     assert dms_of(each, count) == dms
                     got[each] = body[at : at + PAGE_SIZE]

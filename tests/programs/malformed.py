@@ -31,12 +31,11 @@ def request(kind, page=0, count=0, more=0, body=b""):
 
 PAGE = bytes(PAGE_SIZE)
 RUN = m.DIRTY.pack(1, 1)
-EVICTION = {"page": 1, "count": 1, "more": 1, "body": RUN + PAGE}
+DIRTY = {"page": 1, "count": 1, "body": RUN + PAGE}
 # One right request of each kind, in an order in which each of them can be done.
 RIGHT = {
     m.GET: {"page": 1, "count": 1, "more": 1},
-    m.STORE: EVICTION,
-    m.EVICT: EVICTION,
+    m.PUT: DIRTY,
     m.LOCATIONS: {"page": 1, "count": 1},
     m.FREE: {"page": 1, "count": 1},
     m.SYNC: {},
@@ -45,13 +44,16 @@ RIGHT = {
 # What is wrong in each field, and words of the reason.
 WRONG = {
     "kind": (
-        (0, 8, 10, m.OK, NEW_PAGES, CONTENT, m.ERROR, 20, 0x7FFF, 0xFFFF),
+        (0, 7, 10, m.OK, NEW_PAGES, CONTENT, m.ERROR, 20, 0x7FFF, 0xFFFF),
         "no request of kind",
     ),
-    "more": ((1025, 2000, 0x7FFF, 0xFFFF), "`more` of|a body of|dirty pages"),
+    "more": ((1025, 2000, 0x7FFF, 0xFFFF), "`more` of|a body of|dirty pages from"),
     "count": ((0, PAGES, PAGES + 1, 0x7FFFFFFF, 0xFFFFFFFF), "a count of|in a space of"),
     "page": ((PAGES, 1 << 31, 1 << 32, (1 << 63) - 1, (1 << 64) - 1), "in a space of"),
-    "body": ((b"x", RUN + b"x", RUN + PAGE[1:], RUN + PAGE + b"x"), "a body of|requires a buffer"),
+    "body": (
+        (b"x", RUN + b"x", RUN + PAGE[1:], RUN + PAGE + b"x"),
+        "a body of|dirty pages from|requires a buffer",
+    ),
 }
 
 
@@ -69,10 +71,10 @@ def malform():
             for value in values:
                 wrong = {"kind": kind, **right, field: value}
                 refused(f"kind {kind} with {field} {value!r}", request(**wrong), reason)
-        if kind in (m.EVICT, m.STORE):
+        if kind == m.PUT:
             for run in ((PAGES, 1), (1, 0), (1, 2), (0, 1), (2, 1), (1, 1 << 31), (1 << 63, 1)):
                 wrong = {**right, "body": m.DIRTY.pack(*run) + PAGE}
-                refused(f"a run {run}", request(kind, **wrong), "dirty pages from page")
+                refused(f"a run {run}", request(kind, **wrong), "dirty pages from")
         if kind != m.BYE:  # it is said at the end
             got, _, said = ask(request(kind, **right))
             if got == m.ERROR:
