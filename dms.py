@@ -34,7 +34,7 @@ from mpi4py import MPI
 
 from edm import log
 from edm import messages as m
-from edm.page_store import CONTENT, PageStore
+from edm.page_store import CONTENT, SYNC_PHASES, PageStore
 from edm.readahead import MAX_STRIDE
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 
@@ -71,7 +71,7 @@ class DMS:
         self._requests: dict[int, tuple[Callable[[Asked], object], int, int, int]] = {
             m.GET: (self._get, PAGES_AT_ONCE, MAX_STRIDE, 0),
             m.PUT: (self._put, PAGES_AT_ONCE, 1, m.MAX_MESSAGE),
-            m.SYNC: (self._sync, 0, m.SYNC_PHASES - 1, 0),
+            m.SYNC: (lambda asked: asked.store.sync([asked.more]), 0, SYNC_PHASES[-1], 0),
             m.FREE: (lambda asked: asked.store.free(*asked.run), self._pages, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
             m.BYE: (lambda asked: self._left.add(asked.store), 0, 0, 0),
@@ -187,11 +187,6 @@ class DMS:
         return action(asked) or answer.message(m.OK)
 
     # ------------------------------------------------------------ the requests
-
-    def _sync(self, asked: Asked) -> None:
-        """In a thread."""
-        with asked.store.lock:  # should an instance ask twice at once
-            asked.store.sync_phases[asked.more]()
 
     def _get(self, asked: Asked) -> memoryview:
         kind, got = asked.store.get(asked.pages, asked.answer.body)

@@ -14,7 +14,7 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
                or if `more` is 1, stay; of each
                run of dirty ones: dirty, then
                the bytes
-    SYNC       `more`: PageStore.sync_phases   OK: this step is done; after the last one,
+    SYNC       `more`: one of SYNC_PHASES      OK: this step is done; after the last one,
                                                what was written survives a crash
     FREE       count pages from page           OK: they are as never accessed
     LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
@@ -43,7 +43,6 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 VERSION = 8
 MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS: no application asks for more, see mailbox.py
-SYNC_PHASES = 2
 
 GET, PUT, FREE, LOCATIONS, SYNC, BYE = range(1, 7)
 OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18

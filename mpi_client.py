@@ -13,7 +13,7 @@ them before it takes the first. The other methods ask every DMS concerned, and w
     page             0 ... 63    64 ... 127    128 ... 191    192 ... 255
     of two DMSs      0           1             0              1
 
-    sync     every DMS prepares it, then every DMS commits it: PageStore.sync_phases
+    sync     every DMS prepares it, then every DMS commits it: SYNC_PHASES of page_store.py
 
 Rules: any thread may call any method, except that one thread alone calls ask_get and take_get. Each request has
 a slot: an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.
@@ -39,7 +39,7 @@ from mpi4py import MPI
 from edm import log
 from edm import messages as m
 from edm.lspt import Run, runs
-from edm.page_store import ON_DISK, STRIPE, Bytes
+from edm.page_store import ON_DISK, STRIPE, SYNC_PHASES, Bytes
 from edm.uffd_ctypes import PAGE_SIZE
 
 PATIENCE = 50e-6  # seconds between two tests of a patient thread
@@ -131,7 +131,7 @@ class MpiStore:
     def sync(self) -> None:
         """See PageStore."""
         with self._lock:
-            for phase in range(m.SYNC_PHASES):
+            for phase in SYNC_PHASES:
                 self._request(m.SYNC, more=phase)
 
     def locations(self, page: int, count: int) -> bytes:

@@ -12,8 +12,8 @@ Interface: PageStore(path, start_addr, end_addr, ...)
     put_from_pipe        as put, from a pipe; only if takes_pipes
     free, sync, locations, runs_on_disk, table, close
     offers, start        a kept store of several DMSs: the syncs that it can resume from
-    sync_phases          a sync of several stores as one: all call the first of these before any calls the
-                         second. The first does steps 1 and 2 (see below), the second step 3
+    SYNC_PHASES          a sync of several stores as one: all do the first of these before any does the second.
+                         The first is steps 1 and 2 (see below), the second step 3
     SPT                  a byte a page: where the page is
     disk_folder          where a disk without a path is made
 
@@ -22,8 +22,8 @@ Rules:
       the SPT and its checksum need no lock.
     * All state that changes is in shared memory. A process that is forked after the store was made
       may call put and put_from_pipe while its parent calls the other methods.
-    * A kept disk has one lock for all processes. put, free and sync hold it; get does not. Who calls
-      sync_phases holds it, and sees to it that nothing is put or freed between the two.
+    * A kept disk has one lock for all processes. put, free and sync hold it; get does not. Who asks for
+      one phase of a sync sees to it that nothing is put or freed until the other.
       A process that is killed while it holds the lock blocks the others forever, so its parent
       must end the job.
     * A disk that is not kept has no lock. Its calls share nothing but the pages that they name.
@@ -120,6 +120,8 @@ TORN = 16  # a put of the page has failed
 UNREADABLE = DISK | FIRST | SECOND
 
 NEW_PAGES, CONTENT = 17, 18  # answers to a get, on the wire too: never accessed; bytes
+
+SYNC_PHASES = range(2)
 
 Bytes = tuple[int, memoryview]  # the first page of a run, and the run's bytes
 
@@ -240,7 +242,7 @@ class PageStore:
         self._crcs = memoryview(mmap.mmap(-1, 4 * pages if keep else 4)).cast("I")
         self._changed = memoryview(mmap.mmap(-1, max(1, self._blocks)))  # a byte a block: see SAME
         self._words = memoryview(mmap.mmap(-1, 24)).cast("Q")
-        self.lock = semaphore() if keep else nullcontext()
+        self._lock = semaphore() if keep else nullcontext()
         self._buffer = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # for take_get
         self._buffer_at = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self._page = [self._buffer[:PAGE_SIZE]]  # where take_get reads a single page
@@ -250,7 +252,6 @@ class PageStore:
         self.offers = range(0)  # the epochs that its disk has; none without a path
         # Between the steps of a sync: the blocks that it has written, and the places in them.
         self._prepared: dict[int, bytes] | None = None
-        self.sync_phases = self._prepare, self._commit
         try:
             self._begin(path) if path else os.ftruncate(self.fd, self._size)
         except BaseException as error:
@@ -339,9 +340,8 @@ class PageStore:
         """
         if gone:
             self._say(DEBUG, "Handle page eviction in address %#x", dirty)
-        with self.lock:
-            if self.kept:
-                self._check_writable()
+        with self._lock:
+            self._check_writable()
             self._write(dirty)
             for page, count in gone:
                 self.spt.change(range(page, page + count), _DROPPED)
@@ -419,7 +419,7 @@ class PageStore:
 
     def free(self, page: int, count: int) -> None:
         """Forget these pages: they are NEW."""
-        with self.lock:
+        with self._lock:
             for first, many in self.spt.ever_set(page, count):
                 before = self.spt.state[first : first + many]
                 self.spt.set(range(first, first + many), NEW)
@@ -429,15 +429,16 @@ class PageStore:
                     self._punch_spare(first, many)
         self._show()
 
-    def sync(self) -> None:
-        """Make everything that was put durable. A job that opens the kept disk again resumes from here.
+    def sync(self, phases: Iterable[int] = SYNC_PHASES) -> None:
+        """Make everything that was put durable. A job that opens the kept disk again resumes from here. Of a disk
+        that is not kept, nothing needs to be.
 
         Raises OSError if a page is TORN. Once the file system has failed to sync, each call raises
         OSError: the kernel reports lost writes only once, see fsync(2).
         """
-        with self.lock:
-            self._prepare()
-            self._commit()
+        with self._lock:
+            for phase in phases if self.kept else ():
+                (self._prepare, self._commit)[phase]()
 
     def locations(self, page: int, count: int) -> bytes:
         """A byte for each of count pages from page on: NEW, INSTANCE, DISK, or INSTANCE | DISK."""
@@ -624,26 +625,23 @@ class PageStore:
 
     def _commit(self) -> None:
         """Step 3. Places that only the sync before this one needs are punched, of pages that have none now."""
-        if self.kept:
-            prepared, self._prepared = self._prepared, None
-            if prepared is None:
-                raise OSError(errno.EINVAL, "there is no sync to commit")
-            self._write_header(self._words[EPOCH] + 1, 0)
-            self._words[EPOCH] += 1
-            for block, places in prepared.items():
-                self._changed[block] -= 1
-                page = block * BLOCK_PAGES
-                self._synced.write(range(page, page + len(places)), places)
-                for run in runs(page, places, _NOWHERE):
-                    self._punch_spare(*run)
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
+            raise OSError(errno.EINVAL, "there is no sync to commit")
+        self._write_header(self._words[EPOCH] + 1, 0)
+        self._words[EPOCH] += 1
+        for block, places in prepared.items():
+            self._changed[block] -= 1
+            page = block * BLOCK_PAGES
+            self._synced.write(range(page, page + len(places)), places)
+            for run in runs(page, places, _NOWHERE):
+                self._punch_spare(*run)
 
     def _write_header(self, epoch: int, at: int) -> None:
-        """Write this copy of the header. It, and all that was written before, is durable then. A sync of a disk
-        that is not kept writes no header: it may have no room for one."""
+        """Write this copy of the header. It, and all that was written before, is durable then."""
         try:
-            if self.kept or not epoch:
-                header = HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch)
-                _write_all(self.fd, _sealed(header), at)
+            header = HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch)
+            _write_all(self.fd, _sealed(header), at)
             os.fsync(self.fd)
         except BaseException as error:
             self._words[NO_WRITES] = getattr(error, "errno", 0) or errno.EIO

@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from edm import messages as m
 from edm.dms import DMS
-from edm.page_store import CONTENT, DISK, EPOCH, INSTANCE, NEW, NEW_PAGES
+from edm.page_store import CONTENT, DISK, EPOCH, INSTANCE, NEW, NEW_PAGES, SYNC_PHASES
 from edm.readahead import MAX_STRIDE
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
@@ -195,7 +195,7 @@ def test_kept_disks_of_several_dmss_start_from_the_oldest_sync_that_all_of_them_
         else:
             dms.start(offers)
             assert [store._words[EPOCH] for store in dms._stores] == [start, 0]
-            dms._stores[0].sync_phases[0]()  # it ends before the second
+            dms._stores[0].sync([0])  # it ends before the second
         for store in dms._stores:
             store.close()
 
@@ -213,7 +213,7 @@ WRONG = {
     "no pages": {"kind": m.GET, "page": 1, "count": 0},
     "too many pages": {"kind": m.GET, "page": 1, "count": PAGES_AT_ONCE + 1},
     "a GET with a body": {"kind": m.GET, "page": 1, "count": 1, "body": b"x"},
-    "a SYNC of a step that there is not": {"kind": m.SYNC, "more": m.SYNC_PHASES},
+    "a SYNC of a step that there is not": {"kind": m.SYNC, "more": len(SYNC_PHASES)},
     "a FREE outside": {"kind": m.FREE, "page": PAGES - 1, "count": 2},
     "LOCATIONS of none": {"kind": m.LOCATIONS, "page": 1, "count": 0},
     "PUT of no pages": eviction(500, 0),
@@ -318,7 +318,7 @@ def test_a_sync_has_a_thread_of_its_own_or_does_without_where_there_can_be_none(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_mistake_in_a_sync_ends_the_dms_and_is_no_answer(dms):
-    dms._stores[0].sync_phases = [mock.Mock(side_effect=TypeError("a mistake"))]
+    dms._stores[0].sync = mock.Mock(side_effect=TypeError("a mistake"))
     with pytest.raises(TypeError, match="a mistake"):
         sync_alone(dms)
     assert not dms._comm.answered
@@ -340,7 +340,7 @@ def test_a_dms_that_has_no_page_of_a_small_space_takes_part_in_what_all_are_aske
     ranks = SimpleNamespace(rank=2, size=4)
     dms = DMS(ranks, str(tmp_path / "disk"), START, START + 100 * PAGE_SIZE, True, 3)
     dms.start([dms.offers] * 3)
-    for phase in range(m.SYNC_PHASES):
+    for phase in SYNC_PHASES:
         assert handle(dms, m.HEADER.pack(m.SYNC, phase, 0, 0), 3)[0] == m.OK
     assert handle(dms, m.HEADER.pack(m.LOCATIONS, 0, 100, 0), 3) == (m.LOCATIONS, 100, bytes(100))
     for kind in (m.FREE, m.PUT):

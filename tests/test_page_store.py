@@ -37,6 +37,7 @@ from edm.page_store import (
     NEW,
     NEW_PAGES,
     SECOND,
+    SYNC_PHASES,
     TABLE,
     PageStore,
     data,
@@ -856,17 +857,17 @@ def test_one_damaged_header_of_several_disks_is_no_loss_whatever_became_of_the_n
             write(store, 0, content(seed))
         for phase in range(2):
             for store in stores:
-                store.sync_phases[phase]()
+                store.sync([phase])
     if then == "refused":  # by the other disk
         write(stores[0], 0, content(4))
-        stores[0].sync_phases[0]()
+        stores[0].sync([0])
         write(stores[0], 0, content(5))  # over what was prepared
     if then == "killed":  # when the other disk had committed
         expected = 6
         for store in stores:
             write(store, 0, content(expected))
-            store.sync_phases[0]()
-        stores[1].sync_phases[1]()
+            store.sync([0])
+        stores[1].sync([1])
     for store in stores:
         store.close()
     with open(f"{path}0", "r+b") as file:
@@ -994,7 +995,7 @@ def test_a_block_of_the_table_that_has_become_zeros_is_damaged_and_not_new(path,
 
 def test_a_disk_whose_sync_another_dms_has_refused_goes_on_and_can_be_synced_later(path):
     kept = Kept(path)
-    prepare, commit = kept.store.sync_phases
+    prepare, commit = (functools.partial(kept.sync, [phase]) for phase in SYNC_PHASES)
     with pytest.raises(OSError, match="no sync to commit"):
         commit()
     kept.write(0, 1)
@@ -1013,17 +1014,6 @@ def test_a_disk_whose_sync_another_dms_has_refused_goes_on_and_can_be_synced_lat
     assert read_after_a_crash(kept, 0) == content(5)
     kept.close()
     assert Kept(path).read(0) == content(5)
-
-
-def test_after_a_sync_that_failed_none_succeeds_on_a_disk_that_is_not_kept(monkeypatch):
-    store = PageStore(None, START, END)
-    with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
-        broken.setattr(os, "fsync", failing(errno.EIO))
-        store.sync()
-    with pytest.raises(OSError, match="Input/output"):
-        store.sync()
-    write(store, 0, content(1))
-    assert get(store, range(1)) == (CONTENT, content(1))
 
 
 def test_a_full_disk_that_is_not_kept_can_be_synced_and_freeing_makes_room(

@@ -17,7 +17,7 @@ from edm import rank
 from edm.doctor import find_mpirun
 from edm.edm import Config
 from edm.mpi_client import MpiStore
-from edm.page_store import STRIPE
+from edm.page_store import STRIPE, SYNC_PHASES
 from edm.uffd_ctypes import PAGE_SIZE
 
 START, PAGES = 0x1B58000, 2000
@@ -104,7 +104,7 @@ def test_what_is_about_a_range_goes_to_the_dmss_that_have_some_of_it_with_their_
             for at in range(len(part) // PAGE_SIZE)
         }
     store.sync()
-    assert all(len(asked) == m.SYNC_PHASES for asked in comm.new())
+    assert all(len(asked) == len(SYNC_PHASES) for asked in comm.new())
 
 
 @pytest.mark.parametrize("step", [1, 2, 7, 64, -1, -7, -64])
