@@ -17,8 +17,8 @@ them before it takes the first. The other methods ask every DMS concerned, and w
 
 Rules: any thread may call any method, except that one thread alone calls ask_get and take_get. Each request has
 a slot: an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.
-There are as many slots as there were requests at once. Gets have slots of their own. With kept disks, put, free
-and sync hold a lock, as in a PageStore: nothing changes during a sync.
+There are as many slots for gets as there were gets at once. All else is done one after the other, under a lock:
+nothing changes during a sync, and one slot for each DMS is enough.
 
 Waiting: MPI has no wait that sleeps. A thread that waits for a page tests in a loop, and offers its core
 (sched_yield) after every test, because an answer takes microseconds. A patient one, which delays no fault,
@@ -31,7 +31,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from logging import DEBUG
 
 from mpi4py import MPI
@@ -75,12 +75,12 @@ class MpiStore:
         self._log = log.logger("MpiClient")
         self._debug = self._log.isEnabledFor(DEBUG)
         self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
-        # The free slots. That of the last take_get has its bytes until the next ask_get.
-        self._for_gets: list[Slot] = []
-        self._for_others: list[Slot] = []
-        self._all: list[Slot] = []  # the free ones and the others
-        self._tags = itertools.count()
-        self._lock = threading.Lock() if kept else nullcontext()
+        self._of_gets: list[Slot] = []
+        self._free: list[
+            Slot
+        ] = []  # of these. That of the last take_get has its bytes until the next ask_get
+        self._of_others = [Slot(comm, 0) for _ in range(dms)]  # one for each DMS
+        self._lock = threading.RLock()  # for _of_others
 
     # ------------------------------------------------------------ what a PageStore does
 
@@ -92,7 +92,10 @@ class MpiStore:
 
     def ask_get(self, pages: range) -> Slot:
         """See PageStore."""
-        slot = self._slot(self._for_gets)
+        if not self._free:
+            self._free.append(Slot(self._comm, 1 + len(self._of_gets)))
+            self._of_gets += self._free
+        slot = self._free.pop()
         slot.address = self._start + pages.start * PAGE_SIZE  # for take_get's log
         if self._debug:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
@@ -102,7 +105,7 @@ class MpiStore:
 
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
         """See PageStore."""
-        self._for_gets.append(asked)
+        self._free.append(asked)
         kind, got = self._answer(asked, patient=False)
         self.from_each[asked.dms] += got
         if self._debug:
@@ -118,15 +121,13 @@ class MpiStore:
         address = self._start + page * PAGE_SIZE
         if gone:
             self._log.debug("send lpet's request to evict page in address %#x", address)
-        with self._lock:
-            self._request(m.PUT, page, count, not gone, dirty)
+        self._request(m.PUT, page, count, not gone, dirty)
         if gone:
             self._log.debug("got ack for evict page of lpet in address %#x Ack message : ", address)
 
     def free(self, page: int, count: int) -> None:
         """See PageStore."""
-        with self._lock:
-            self._request(m.FREE, page, count)
+        self._request(m.FREE, page, count)
 
     def sync(self) -> None:
         """See PageStore."""
@@ -147,7 +148,7 @@ class MpiStore:
 
     def close(self) -> None:
         """Say BYE: this instance has ended. Nothing else may be called after that."""
-        for slot in self._all:  # MPI writes to its memory until the answer is there
+        for slot in self._of_gets:  # MPI writes to its memory until the answer is there
             with suppress(OSError):
                 self._answer(slot)
         self._request(m.BYE)
@@ -161,38 +162,32 @@ class MpiStore:
             yield page // self._stripe % self._dmss, page, many
             page, count = page + many, count - many
 
-    def _slot(self, free: list[Slot]) -> Slot:
-        with suppress(IndexError):
-            return free.pop()
-        self._all.append(slot := Slot(self._comm, next(self._tags)))
-        return slot
-
     def _request(
         self, kind: int, page: int = 0, count: int = 0, more: int = 0, dirty: Sequence[Bytes] = ()
     ) -> list[bytes]:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
         answers; returns their bodies. Raises one of the errors, if there are any."""
         # Successive stripes are of different DMSs, so the first parts tell.
-        asked = {dms for dms, _, _ in itertools.islice(self._parts(page, count), self._dmss)}
+        some = {dms for dms, _, _ in itertools.islice(self._parts(page, count), self._dmss)}
         body_of: list[list[bytes]] = [[] for _ in range(self._dmss)]
         for first, content in dirty:
             for dms, at, many in self._parts(first, len(content) // PAGE_SIZE):
                 part = content[(at - first) * PAGE_SIZE :][: many * PAGE_SIZE]
                 body_of[dms] += m.DIRTY.pack(at, many), part
-        sent, bodies, failed = [], [], None
-        for dms in asked or range(self._dmss):
-            sent.append(slot := self._slot(self._for_others))
-            slot.send(dms, kind, count, page, more, *body_of[dms])
-        # A large message travels only while both ends call MPI: no sleep before it is sent.
-        for slot in sent:
-            self._wait(slot.sending, False)
-        for slot in sent:
-            try:
-                _, length = self._answer(slot)
-                bodies.append(bytes(slot.answer.body[:length]))
-            except OSError as error:
-                failed = error
-            self._for_others.append(slot)
+        bodies, failed = [], None
+        with self._lock:
+            asked = {dms: self._of_others[dms] for dms in some or range(self._dmss)}
+            for dms, slot in asked.items():
+                slot.send(dms, kind, count, page, more, *body_of[dms])
+            # A large message travels only while both ends call MPI: no sleep before it is sent.
+            for slot in asked.values():
+                self._wait(slot.sending, False)
+            for slot in asked.values():
+                try:
+                    _, length = self._answer(slot)
+                    bodies.append(bytes(slot.answer.body[:length]))
+                except OSError as error:
+                    failed = error
         if failed:
             raise failed
         return bodies

@@ -125,8 +125,7 @@ def threads(store):
     for thread in working:
         thread.join()
     assert not failed
-    assert len(store._for_gets) == 1  # as many as there were requests at once
-    assert 2 <= len(store._for_others) <= 5 * DMSS
+    assert len(store._of_gets) == 1  # as many as there were gets at once
     store.free(0, PAGES)
 
 
