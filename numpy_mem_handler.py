@@ -359,9 +359,9 @@ def _numpys() -> tuple[Callable[..., object], ...]:
     first when the handler is made: later the program may have hidden or replaced NumPy."""
     import numpy
 
-    if tuple(map(int, numpy.__version__.split(".")[:2])) < (1, 22):
-        raise ImportError(f"NumPy {numpy.__version__} has no data memory handlers; 1.22 has")
     core = getattr(numpy, "_core", None) or numpy.core
+    if not hasattr(core._multiarray_umath, "get_handler_name"):
+        raise ImportError("this NumPy has no data memory handlers; 1.22 has")
     table = _pointer(core._multiarray_umath._ARRAY_API, None)
     api = (c_void_p * (GET_HANDLER + 1)).from_address(table)
     set_handler = ctypes.PYFUNCTYPE(py_object, py_object)(api[SET_HANDLER])

@@ -19,6 +19,7 @@ import os
 import sys
 
 before = set(sys.modules)
+from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
 
 EDM = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
@@ -44,13 +45,15 @@ def start():
             edm.edm.tell(f"python -m edm run: error: {error}")
         os._exit(2)
 
-    def use_numpy(module):
-        # A module without arrays is only called numpy.
-        if settings["threshold"] is not None and hasattr(module, "ndarray"):
+    def use_numpy():
+        # Not before it has arrays: a module without them is only called numpy. And once, whichever threads import
+        # parts of it.
+        has_arrays = hasattr(sys.modules.get("numpy"), "ndarray")
+        if has_arrays and (threshold := settings.pop("threshold", None)) is not None:
             # For ever: threads and exit functions make arrays after the script's end.
-            edm.numpy_mem_handler.handler().use(space).thresholds[0] = settings["threshold"]
+            edm.numpy_mem_handler.handler().use(space).thresholds[0] = threshold
 
-    use_numpy(sys.modules.get("numpy"))
+    use_numpy()
     imported = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
     of_edm = {name: imported[name] for name in imported if name.partition(".")[0] == "edm"}
     spec.loader.create_module = lambda spec: edm
@@ -59,45 +62,22 @@ def start():
 
 
 class Finder:
-    """First on sys.meta_path, for the program's imports of edm and numpy."""
+    """First on sys.meta_path: it is asked for each module that the program imports."""
 
     def __init__(self, edm_spec, use_numpy):
         self._edm_spec, self._use_numpy = edm_spec, use_numpy
 
     def find_spec(self, name, path=None, target=None):
-        if name not in ("edm", "numpy"):
+        if name.startswith("numpy."):  # NumPy imports many of its modules when it has arrays
+            self._use_numpy()
+        if name != "edm":
             return None
-        spec = None
-        for finder in sys.meta_path:
-            if spec is None and finder is not self and hasattr(finder, "find_spec"):
-                spec = finder.find_spec(name, path, target)
-        if name == "edm":
-            # None: only the launcher's path has EDM. Its folder is compared, as a Python that was started
-            # there finds edm.py instead of __init__.py.
-            is_ours = spec is None or os.path.realpath(os.path.dirname(spec.origin or "")) == EDM
-            return self._edm_spec if is_ours else spec
-        if spec is not None and (loader := spec.loader) is not None:  # a program may replace it
-            execute = loader.exec_module
+        # None: only the launcher's path has EDM. Its folder is compared, as a Python that was started there
+        # finds edm.py instead of __init__.py.
+        found = PathFinder.find_spec(name)
+        is_ours = found is None or os.path.realpath(os.path.dirname(found.origin or "")) == EDM
+        return self._edm_spec if is_ours else None
 
-            def exec_module(module):
-                vars(loader).pop("exec_module", None)
-                execute(module)
-                self._use_numpy(module)
-
-            # Python leaves frames of this name out of tracebacks.
-            loader.exec_module = as_importlib(exec_module, "_call_with_frames_removed")
-        return spec
-
-
-def as_importlib(function, name):
-    """The function, whose frames are importlib's, and have this name."""
-    code = function.__code__.replace(co_filename="<frozen importlib._bootstrap>", co_name=name)
-    function.__code__ = code
-    return function
-
-
-# A finder, or a path, may be wrong.
-as_importlib(Finder.find_spec, "_find_spec")
 
 sys.path.remove(os.path.dirname(__file__))
 if "EDM_RUN" in os.environ:  # else this is a subinterpreter: its sys.path begins as the main one's
