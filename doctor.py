@@ -19,7 +19,7 @@ import tempfile
 from importlib.util import find_spec
 
 from edm import uffd_ctypes as u
-from edm.page_idle import bitmap_missing, unmap_missing
+from edm.page_idle import bitmap_missing
 from edm.page_store import disk_folder
 
 DEADLINE = 30  # seconds for anything that could hang
@@ -82,8 +82,6 @@ def its_features() -> Finding:
 
 
 def idle_pages() -> Finding:
-    if why := unmap_missing():
-        return "missing", f"pages can't be written back into memory: {why}", ""
     if missing := bitmap_missing():
         return "without", f"the kernel's bitmap ({missing}); LPET uses unmapping", ""
     return "ok", "the kernel's bitmap can be used", ""

@@ -6,8 +6,7 @@ Interface:
     Pagemap(fd, start_addr)      /proc/PID/pagemap: uffd-wp bits, presence, page frame numbers
     BitmapTracker, UnmapTracker  mark_idle(runs), then later idle(runs)
     choose_tracker(wanted)       the name of the one that Config asks for, or of the best that works here
-    bitmap_missing,              why they can't work here, for doctor.py
-    unmap_missing
+    bitmap_missing()             why the bitmap can't be used here, for doctor.py
     pages_in(runs)               the pages of these runs
 
 A page is idle if nothing has read or written it since it was last marked idle.
@@ -138,8 +137,8 @@ def bitmap_missing() -> str:
     return "" if pfn else "/proc/PID/pagemap hides page frame numbers: CAP_SYS_ADMIN shows them"
 
 
-def unmap_missing() -> str:
-    """Why pages can't be written back into a memfd here; "" if they can.
+def _check_writing_back() -> None:
+    """Raises ValueError if pages can't be written back into a memfd here.
 
     UnmapTracker does that, and LPET when the store has refused some. A kernel that makes huge pages of
     a memfd would put pages of zeros where nothing is to be. Source:
@@ -148,11 +147,11 @@ def unmap_missing() -> str:
     with open(os.memfd_create("edm"), "r+b", 0) as memfd:
         memfd.truncate(4 * HUGE)
         os.pwrite(memfd.fileno(), bytes(PAGE_SIZE), HUGE + PAGE_SIZE)
-        if os.fstat(memfd.fileno()).st_blocks * 512 <= PAGE_SIZE:
-            return ""
-    # From Linux 6.10 on each size has a file, too, which may say always where the first one says never.
-    files = "/sys/kernel/mm/transparent_hugepage/{,hugepages-*/}shmem_enabled"
-    return f"this kernel makes huge pages of memory files: echo advise | tee {files}"
+        if os.fstat(memfd.fileno()).st_blocks * 512 > PAGE_SIZE:
+            # From Linux 6.10 on each size has a file, too, which may say always where the first one says never.
+            files = "/sys/kernel/mm/transparent_hugepage/{,hugepages-*/}shmem_enabled"
+            why = f"this kernel makes huge pages of memory files: echo advise | tee {files}"
+            raise ValueError(f"pages can't be written back into memory here: {why}")
 
 
 def choose_tracker(wanted: str) -> str:
@@ -164,8 +163,7 @@ def choose_tracker(wanted: str) -> str:
     if wanted == "bitmap" and missing:
         other = "take --idle-tracker unmap, which needs no root and no kernel option"
         raise ValueError(f"idle_tracker: the bitmap can't be used here ({missing}); {other}")
-    if why := unmap_missing():
-        raise ValueError(f"pages can't be written back into memory here: {why}")
+    _check_writing_back()
     return "unmap" if missing or wanted == "unmap" else "bitmap"
 
 

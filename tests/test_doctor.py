@@ -325,13 +325,11 @@ def test_a_page_comes_on_a_kernel_without_write_protection_too(at_the_start_of_e
     assert state == "ok" and "come back" in words
 
 
-@pytest.mark.parametrize("bitmap", ["", "no CONFIG_IDLE_PAGE_TRACKING"])
-def test_a_kernel_that_makes_huge_pages_of_memory_files_is_told_whatever_else_it_has(
-    monkeypatch, bitmap
-):
-    monkeypatch.setattr(doctor, "bitmap_missing", lambda: bitmap)
-    monkeypatch.setattr(doctor, "unmap_missing", lambda: "it makes huge pages")
-    assert doctor.idle_pages()[0] == "missing" and "huge pages" in doctor.idle_pages()[1]
+def test_why_no_page_comes_is_told_as_the_pager_says_it(monkeypatch):
+    """As on a kernel that makes huge pages of memory files."""
+    told = "edm: error: pages can't be written back into memory here: this kernel makes huge pages"
+    monkeypatch.setattr(doctor, "_run", lambda *command: (2, [told]))
+    assert doctor.a_page_fault() == ("missing", told, "")
 
 
 def test_a_disk_that_is_memory_is_told(monkeypatch):

@@ -150,26 +150,22 @@ def test_auto_takes_the_bitmap_where_it_can_be_used(monkeypatch):
     assert choose_tracker("unmap") == "unmap"
 
 
-def test_the_remedy_for_huge_pages_of_memory_files_is_for_those_of_each_size_too(monkeypatch):
-    assert page_idle.unmap_missing() == ""
-    monkeypatch.setattr(os, "fstat", lambda fd: SimpleNamespace(st_blocks=page_idle.HUGE // 512))
-    words, files = page_idle.unmap_missing().split("tee ")
-    assert words == "this kernel makes huge pages of memory files: echo advise | "
-    monkeypatch.undo()
-    command = ["bash", "-c", f"grep -l advise {files}"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-    folder = Path("/sys/kernel/mm/transparent_hugepage")
-    there = [folder / "shmem_enabled", *folder.glob("hugepages-*/shmem_enabled")]
-    assert sorted(found) == sorted(str(file) for file in there if file.exists())
-
-
 @pytest.mark.parametrize("missing", ["", "no such file"])
 @pytest.mark.parametrize("wanted", ["auto", "unmap"])
 def test_a_kernel_that_makes_huge_pages_of_memory_files_is_refused_with_the_remedy(
     monkeypatch, wanted, missing
 ):
-    """LPET writes pages back into the memfd whichever tracker it has: those that the store refuses."""
-    monkeypatch.setattr(page_idle, "unmap_missing", lambda: "huge pages: echo advise > there")
+    """LPET writes pages back into the memfd whichever tracker it has: those that the store refuses. The remedy is
+    for huge pages of each size."""
     monkeypatch.setattr(page_idle, "bitmap_missing", lambda: missing)
-    with pytest.raises(ValueError, match="can't be written back.*echo advise > there"):
+    monkeypatch.setattr(os, "fstat", lambda fd: SimpleNamespace(st_blocks=page_idle.HUGE // 512))
+    with pytest.raises(ValueError, match="can't be written back.*makes huge pages") as refused:
         choose_tracker(wanted)
+    monkeypatch.undo()
+    words, files = str(refused.value).split("tee ")
+    assert words.endswith(": echo advise | ")
+    command = ["bash", "-c", f"grep -l advise {files}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    folder = Path("/sys/kernel/mm/transparent_hugepage")
+    there = [folder / "shmem_enabled", *folder.glob("hugepages-*/shmem_enabled")]
+    assert sorted(found) == sorted(str(file) for file in there if file.exists())
