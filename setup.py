@@ -4,21 +4,14 @@ In the picture: nothing. `python -m edm` looks in the current folder first, wher
 called edm, or types, which Python's runpy imports. Only Python's site comes before that, which runs the lines
 of .pth files.
 
+While Python looks for the module of -m, sys.argv[0] is "-m". The word before the module's arguments is its name,
+or an option that ends with it: -medm, -Omedm.
+
 Source: "site" and "-m" in Python's documentation.
 """
 
-import os
-
 from setuptools import setup
 from setuptools.command.build_py import build_py
-
-# While Python looks for the module of -m, sys.argv[0] is "-m". The word before the module's arguments
-# is its name, or an option that ends with it: -medm, -Omedm.
-PTH = """\
-# python -m edm: the EDM that is installed here, whatever the current folder has of that name.
-import sys; sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)][-4:] in ("edm", "medm") and \
-[__import__(name) for name in ("edm", "runpy")]
-"""
 
 
 class BuildPy(build_py):
@@ -26,9 +19,7 @@ class BuildPy(build_py):
         super().run()
         # The folder whose files get into the wheel; with pip install -e it is that of "install".
         install = self.get_finalized_command("install")
-        folder = install.install_lib if self.editable_mode else self.build_lib
-        with open(os.path.join(folder, "edm.pth"), "w") as file:
-            file.write(PTH)
+        self.copy_file("edm.pth", install.install_lib if self.editable_mode else self.build_lib)
 
 
 # With script_name, setuptools does not take this file for a module of the package.
