@@ -173,7 +173,9 @@ class Config(SimpleNamespace):
         cant_be = report and not os.access(report if there else folder, os.W_OK)
         yield cant_be, f"report: {report} can't be written; make its folder, or choose another path"
         yield there and not os.path.isfile(report), f"report: {report} is not a regular file"
-        yield (self.dms or 0) < 0, f"dms: {self.dms} ranks; 0 or more"
+        dms = self.dms or 0
+        yield dms < 0, f"dms: {dms} ranks; 0 or more"
+        yield 0 < dms >= launched()[1], f"dms: needs more MPI ranks: mpirun -n {dms + 1}, or more"
         for name in ("readahead", "evict_batch"):
             value = getattr(self, name)
             yield not 1 <= value <= most, f"{name}: {value} pages; from 1 to {most}"
@@ -241,13 +243,9 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     if _space is not None:
         raise RuntimeError("edm: this process is an application of EDM's already; see edm.space()")
     number, ranks = launched()
-    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()  # threads share a NumPy callback
-    wrong = "" if has_gil else "edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on"
-    if config.dms and ranks <= config.dms:
-        wrong = f"dms: needs more MPI ranks: mpirun -n {config.dms + 1} python ..."
-    if wrong:
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():  # threads share a NumPy callback
         leave_to_rank_0()
-        raise ValueError(wrong)
+        raise ValueError("edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on")
     # If standard streams are closed, EDM's descriptors would get their numbers, the lowest ones.
     with contextlib.ExitStack() as held:
         while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:

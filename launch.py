@@ -100,8 +100,6 @@ def size_in_bytes(text: str) -> int:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    if args.dms and launched()[1] <= args.dms:
-        raise ValueError(f"dms: needs more MPI ranks: mpirun -n {args.dms + 2} {PROG} --dms ...")
     if args.resident is None:
         # As many instances share this machine's memory, as far as the MPI launcher says: without the DMSs, if all
         # ranks are here.

@@ -59,7 +59,8 @@ def test_a_wrong_setting_is_a_valueerror_of_one_line_that_names_it(name, setting
         Config(**settings)
 
 
-def test_the_largest_settings_are_none_that_is_wrong(tmp_path):
+def test_the_largest_settings_are_none_that_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(face, "launched", lambda: (0, 2))
     Config(
         end_addr=Config.start_addr + MAX_PAGES * edm.PAGE_SIZE, readahead=PAGES_AT_ONCE,
         evict_batch=PAGES_AT_ONCE, dms=1, keep=True, disk="disk", report=f"{tmp_path}/report.html",
@@ -108,6 +109,7 @@ def test_the_low_threshold_follows_the_high_one(high, less):
 
 
 def test_every_setting_has_an_option_and_its_help(monkeypatch, tmp_path):
+    monkeypatch.setattr(face, "launched", lambda: (0, 2))
     report = f"{tmp_path}/report.html"
     arguments = [
         "program", "--start-addr", "0x1B58000", "--end-addr", "0x1F40000", "--high-threshold", "4",

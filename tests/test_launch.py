@@ -804,8 +804,8 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
         (["-m"], "-m: an argument is missing"),
         (["--disk", "-m", "x"], "disk: a path has no null byte"),
         (["--report", "/nowhere/x.html", "-c", "pass"], "report: /nowhere/x.html can't be written"),
-        (["--dms", "1", "x.py"], "needs more MPI ranks: mpirun -n 3 python -m edm run --dms ..."),
-        (["--dms", "2", "x.py"], "--dms"),
+        (["--dms", "1", "x.py"], "dms: needs more MPI ranks: mpirun -n 2, or more"),
+        (["--dms", "2", "x.py"], "dms: needs more MPI ranks: mpirun -n 3, or more"),
     ],
 )
 @pytest.mark.parametrize("python", [[], ["-OO", "-W", "error"]], ids=["", "-OO"])
