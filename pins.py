@@ -20,11 +20,13 @@ see ptrace(2). For others, every thread counts as "running".
 
 import mmap
 import os
+import time
 from _multiprocessing import SemLock
 from struct import Struct
 
 SLOTS = 1024
 RUNNING = 50_000_000  # nanoseconds of processor time
+TRIES, PIN_AGAIN = 300, 1e-3  # to find room, and seconds between two
 
 # One run of a pin's pages: first page, count of pages, thread, the processor time that it had used
 # (_used_by), and the call: its number and six arguments.
@@ -39,22 +41,22 @@ class Pins:
         self._table = mmap.mmap(-1, SLOTS * PIN.size)
         self._used = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # rows of the table
 
-    def pin(self, wanted: list[range], least: int, thread: int, call: Call) -> list[range]:
-        """Pin the first of these pages, as many as one pin may have: a quarter of the room that is left,
-        but at least `least`. Returns those pages; none if there is no room.
+    def pin(self, pages: list[range], thread: int, call: Call) -> None:
+        """Pin these pages, at most `most`. The thread's earlier pin ends.
 
-        The thread's earlier pin ends.
+        If there is no room, wait until other calls have ended. If calls that wait, such as recv_into, keep all
+        of it, the pages stay unpinned: very likely they are still here when the call touches them.
         """
-        if self._room(thread) < 4 * sum(map(len, wanted)):
-            self.drop_ended(0, 1 << 63)
         used = _used_by(thread)
-        with self._lock:
-            pins, room = [pin for pin in self._pins() if pin[2] != thread], self._room(thread)
-            pages = first_of(wanted, max(min(least, self.most), room // 4))
-            if sum(map(len, pages)) > room or len(pins) + len(pages) > SLOTS:
-                pages = []
-            self._keep(pins + [(run.start, len(run), thread, used, *call) for run in pages])
-        return pages
+        new = [(run.start, len(run), thread, used, *call) for run in pages]
+        for _ in range(TRIES):
+            with self._lock:
+                pins = [pin for pin in self._pins() if pin[2] != thread] + new
+                if sum(pin[1] for pin in pins) <= self.most and len(pins) <= SLOTS:
+                    self._keep(pins)
+                    return
+            self.drop_ended(0, 1 << 63)
+            time.sleep(PIN_AGAIN)
 
     def drop_ended(self, page: int, count: int) -> None:
         """Drop the pins of these pages whose calls have ended."""
@@ -73,9 +75,6 @@ class Pins:
             begin, end = (min(max(at - page, 0), len(chosen)) for at in (first, first + count))
             chosen = chosen[:begin] + bytes(end - begin) + chosen[end:]
         return chosen
-
-    def _room(self, thread: int) -> int:
-        return self.most - sum(pin[1] for pin in self._pins() if pin[2] != thread)
 
     def _pins(self) -> list[Pin]:
         return list(PIN.iter_unpack(self._table[: self._used[0] * PIN.size]))

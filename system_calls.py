@@ -13,7 +13,7 @@ One call, `write(fd, array)`:
     1. The filter sees that the buffer begins in the space. The thread sleeps, and the listener has a
        message. Other calls go on, and take 0.05 to 0.1 µs more. (If a signal with a handler comes before
        step 2, the call fails with EINTR, even on a file. Python calls again; fwrite(3) does not.)
-    2. SystemCalls pins the first pages of the buffer: AT_ONCE, or as many as there is room for (pins.py).
+    2. SystemCalls pins the first pages of the buffer, AT_ONCE (pins.py).
     3. It has the DM-Handler bring those that are not here. Where UFFD_FEATURE_WP_ASYNC is missing, it
        clears the uffd-wp bit of pages that the call writes; otherwise the kernel does that.
     4. It answers CONTINUE, and the kernel makes the call. At a page that is not here, behind the pinned
@@ -63,7 +63,6 @@ import os
 import select
 import stat
 import struct
-import time
 from fcntl import ioctl
 from struct import Struct
 
@@ -79,16 +78,12 @@ if TYPE_CHECKING:
     from edm.dm_handler import DmHandler
     from edm.lspt import LSPT
 
-AT_ONCE = 1 << 20  # bytes
+# Pages that are pinned for one call. A call on a socket fails if it can't copy a whole part. A part is 64 KiB when
+# sending, and when receiving what TCP has joined: 17 times 32 KiB (MAX_SKB_FRAGS).
+AT_ONCE = (576 << 10) // PAGE_SIZE + 1
 FILE_LOCKS = 64
-TRIES = 300  # to pin pages, or to read pages that could not be pinned
-PIN_AGAIN = 1e-3  # seconds between two tries to pin
+TRIES = 300  # to read pages that could not be pinned
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
-
-# The least number of pages to pin; by whether the call writes memory. A call on a socket fails if it can't
-# copy a whole part. A part is 64 KiB when sending, and when receiving what TCP has joined: 17 times
-# 32 KiB (MAX_SKB_FRAGS).
-LEAST_PINNED = {False: (64 << 10) // PAGE_SIZE + 1, True: (576 << 10) // PAGE_SIZE + 1}
 
 # What an argument is: a buffer, and the next argument its length; an array of struct iovec, and the next
 # one their count; a struct msghdr, which points to such an array.
@@ -244,8 +239,8 @@ class SystemCalls:
         argument, writes, kind = CALLS[number]
         address, length = arguments[argument] + done, arguments[argument + 1] - done
         buffers = [(address, length)] if kind == BUFFER else _buffers(thread, kind, address, length)
-        wanted = self._pages_of(buffers)
-        pages = self._pin(wanted, LEAST_PINNED[writes], thread, call) if wanted else []
+        if pages := self._pages_of(buffers):
+            self._lspt.pins.pin(pages, thread, call)
         for run in pages:
             self._handler.bring(run, writes)
             if writes and self._clear_wp:
@@ -266,17 +261,7 @@ class SystemCalls:
                 if runs and first in (runs[-1].stop - 1, runs[-1].stop):
                     first = runs.pop().start
                 runs.append(range(first, min(stop, self._lspt.pages)))
-        return first_of(runs, AT_ONCE // PAGE_SIZE)
-
-    def _pin(self, wanted: list[range], least: int, thread: int, call: Call) -> list[range]:
-        """As Pins.pin, but wait for room. If other calls that wait, such as recv_into, keep all of it, the
-        pages stay unpinned: very likely they are still here when the call touches them."""
-        pins = self._lspt.pins
-        for _ in range(TRIES):
-            if pages := pins.pin(wanted, least, thread, call):
-                return pages
-            time.sleep(PIN_AGAIN)
-        return first_of(wanted, min(least, pins.most))
+        return first_of(runs, min(AT_ONCE, self._lspt.pins.most))
 
     # ------------------------------------------------------------ large writes
 
@@ -312,8 +297,8 @@ class SystemCalls:
             self._answer(number, done)
 
     def _read(self, thread: int, call: Call, done: int, memory: int) -> memoryview:
-        """The bytes that the call has behind the first `done` ones, AT_ONCE at most. Raises OSError."""
-        address, length = call[2] + done, min(call[3] - done, AT_ONCE)
+        """The bytes that the call has behind the first `done` ones, AT_ONCE pages at most. Raises OSError."""
+        address, length = call[2] + done, min(call[3] - done, AT_ONCE * PAGE_SIZE)
         for _ in range(TRIES):  # a page that could not be pinned may have left again
             self._pin_and_bring(thread, call, done)
             # It ends before a page that is not here. EIO: that is the first one.

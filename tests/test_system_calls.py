@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import (
@@ -29,6 +30,7 @@ from edm import pins as p
 from edm import system_calls as s
 from edm import uffd_ctypes as u
 from edm.lspt import ANY_HERE, HERE, LSPT
+from edm.uffd_ctypes import PAGE_SIZE
 
 NOBODY = 65534
 ROOT = Path(s.__file__).parent
@@ -316,8 +318,9 @@ def leaving(lspt, page, count):
     return left.leaving
 
 
-def pages_of(runs):
-    return sum(map(len, runs))
+def pinned(lspt):
+    """How many pages LPET does not take."""
+    return lspt.pages - sum(count for _, count in leaving(lspt, 0, lspt.pages))
 
 
 @pytest.fixture
@@ -351,7 +354,7 @@ def alive(monkeypatch):
 
 
 def test_lpet_passes_pages_that_are_pinned_and_nobody_else_does(lspt):
-    assert lspt.pins.pin([range(100, 110)], 1, 1, CALL) == [range(100, 110)]
+    lspt.pins.pin([range(100, 110)], 1, CALL)
     assert leaving(lspt, 90, 30) == [(90, 10), (110, 10)]
     assert leaving(lspt, 105, 10) == [(110, 5)]
     assert leaving(lspt, 102, 3) == []
@@ -359,43 +362,61 @@ def test_lpet_passes_pages_that_are_pinned_and_nobody_else_does(lspt):
 
 
 def test_a_pin_may_have_pages_that_are_no_neighbours_and_all_end_together(lspt):
-    assert lspt.pins.pin([range(100, 110), range(50, 55), range(7, 9)], 12, 1 << 22, CALL) == [
-        range(100, 110), range(50, 55), range(7, 9)
-    ]  # fmt: skip
+    lspt.pins.pin([range(100, 110), range(50, 55), range(7, 9)], 1 << 22, CALL)
     assert leaving(lspt, 0, 1000) == [(0, 7), (9, 41), (55, 45), (110, 890)]
     lspt.pins.drop_ended(8, 1)  # there is no such thread
     assert leaving(lspt, 0, 1000) == [(0, 1000)]
 
 
 def test_a_thread_has_one_pin_and_pins_of_two_may_overlap(lspt):
-    lspt.pins.pin([range(100, 110)], 1, 1, CALL)
-    lspt.pins.pin([range(105, 115)], 1, 2, CALL)
-    lspt.pins.pin([range(200, 201)], 1, 1, CALL)
+    lspt.pins.pin([range(100, 110)], 1, CALL)
+    lspt.pins.pin([range(105, 115)], 2, CALL)
+    lspt.pins.pin([range(200, 201)], 1, CALL)
     assert leaving(lspt, 90, 30) == [(90, 15), (115, 5)]
     assert leaving(lspt, 199, 3) == [(199, 1), (201, 1)]
 
 
-def test_all_pins_have_half_of_the_pages_and_each_leaves_some_to_the_next_ones(lspt, alive):
-    got = [pages_of(lspt.pins.pin([range(n, n + 256)], 20, n, CALL)) for n in alive(30)]
-    assert got[0] == 499 // 4 and got == sorted(got, reverse=True)
-    assert 480 <= sum(got) <= 499 and set(got) > {0, 20} and 0 < min(set(got) - {0})
+def test_all_pins_have_half_of_the_pages_and_the_next_call_waits_for_room(lspt, alive):
+    for n in alive(3):
+        lspt.pins.pin([range(200 * n, 200 * n + s.AT_ONCE)], n, CALL)
+    assert pinned(lspt) == 3 * s.AT_ONCE <= 499
+    fourth = threading.Thread(target=lspt.pins.pin, args=([range(900, 900 + 99)], 4, CALL))
+    fourth.start()
+    fourth.join(10 * p.PIN_AGAIN)
+    assert fourth.is_alive() and pinned(lspt) == 3 * s.AT_ONCE
+    lspt.pins.pin([range(999, 1000)], 2, CALL)  # another call of one of the three
+    fourth.join(10)
+    assert not fourth.is_alive() and pinned(lspt) == 2 * s.AT_ONCE + 100
 
 
-def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction():
-    for high in (4, 6, 10):
-        lspt = LSPT(100, high, 0)
-        assert 1 <= pages_of(lspt.pins.pin([range(50)], 20, 1, CALL)) <= high - 2
-        close(lspt)
+def test_if_no_call_ends_the_pages_stay_unpinned(lspt, alive, monkeypatch):
+    lspt.pins.pin([range(400)], 1, CALL)
+    monkeypatch.setattr(p, "TRIES", 3)
+    lspt.pins.pin([range(500, 600)], 2, CALL)
+    assert leaving(lspt, 0, 1000) == [(400, 600)]
+
+
+@pytest.mark.parametrize("high", [2, 4, 6, 10])
+def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction(high):
+    lspt, brought = LSPT(100, high, 0), []
+    handler = SimpleNamespace(bring=lambda pages, write: brought.append(pages))
+    calls = object.__new__(s.SystemCalls)
+    calls._lspt, calls._handler, calls._start, calls._clear_wp = lspt, handler, 0, False
+    calls._pin_and_bring(1, (s.WRITE, 1, 0, 50 * PAGE_SIZE, 0, 0, 0))
+    assert brought == [range(max(1, (high - 2) // 2))]
+    lspt.state[:] = bytes([HERE]) * 100
+    assert pinned(lspt) == len(brought[0]) <= max(1, high - 2)
+    close(lspt)
 
 
 def test_a_pin_holds_as_long_as_the_thread_is_in_that_call(lspt, reading, monkeypatch):
     thread, call = reading
     monkeypatch.setattr(p, "RUNNING", 0)
-    lspt.pins.pin([range(100, 110)], 1, thread.native_id, call)
+    lspt.pins.pin([range(100, 110)], thread.native_id, call)
     lspt.pins.drop_ended(0, 1000)
     assert leaving(lspt, 100, 10) == []
     # Another call of the same thread is not that one.
-    lspt.pins.pin([range(100, 110)], 1, thread.native_id, (*call[:3], call[3] + 1, *call[4:]))
+    lspt.pins.pin([range(100, 110)], thread.native_id, (*call[:3], call[3] + 1, *call[4:]))
     lspt.pins.drop_ended(200, 800)  # nobody wants those pages
     assert leaving(lspt, 100, 10) == []
     lspt.pins.drop_ended(109, 1)
@@ -403,7 +424,7 @@ def test_a_pin_holds_as_long_as_the_thread_is_in_that_call(lspt, reading, monkey
 
 
 def test_a_pin_holds_if_nothing_can_be_known_of_its_thread(lspt, monkeypatch):
-    lspt.pins.pin([range(100, 110)], 1, os.getpid(), CALL)
+    lspt.pins.pin([range(100, 110)], os.getpid(), CALL)
 
     def none_left(*arguments):
         raise OSError(errno.EMFILE, "Too many open files")
@@ -417,7 +438,7 @@ def test_a_pin_of_a_thread_that_runs_holds_until_it_has_used_the_processor_for_l
     job = start(sys.executable, "-c", "while True: pass")
     wait_for(lambda: p._used_by(job.pid) > 10 * p.RUNNING)  # it has begun to run
     used = p._used_by(job.pid)
-    lspt.pins.pin([range(100, 110)], 1, job.pid, CALL)
+    lspt.pins.pin([range(100, 110)], job.pid, CALL)
 
     def is_over():
         lspt.pins.drop_ended(0, 1000)
@@ -429,4 +450,5 @@ def test_a_pin_of_a_thread_that_runs_holds_until_it_has_used_the_processor_for_l
 
 def test_a_pin_of_a_thread_that_has_ended_gives_its_room_to_the_next(lspt):
     for n in range(1 << 22, (1 << 22) + 100):  # there are no such threads
-        assert lspt.pins.pin([range(200)], 200, n, CALL)
+        lspt.pins.pin([range(n % 100, n % 100 + 200)], n, CALL)
+        assert leaving(lspt, n % 100, 200) == []
