@@ -84,16 +84,6 @@ class Pins:
         self._used[0] = len(pins)
 
 
-def first_of(runs: list[range], count: int) -> list[range]:
-    """The first `count` of these pages."""
-    some = []
-    for run in runs:
-        if count > 0:
-            some.append(run[:count])
-            count -= len(run)
-    return some
-
-
 def _goes_on(thread: int, used: int, number: int, *arguments: int) -> bool:
     now = _words(thread, "syscall")
     if len(now) > 1:

@@ -68,7 +68,7 @@ from struct import Struct
 
 from edm import uffd_ctypes as u
 from edm.address_space import UNFILTERED
-from edm.pins import Call, first_of
+from edm.pins import Call
 from edm.uffd_ctypes import PAGE_SIZE
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
@@ -254,14 +254,17 @@ class SystemCalls:
         """The pages of the buffers (address, bytes) that begin in the space, AT_ONCE in all, in the order in
         which the call touches them."""
         runs: list[range] = []
+        left = min(AT_ONCE, self._lspt.pins.most)
         for address, length in buffers:
             begin = address - self._start
             first, stop = begin // PAGE_SIZE, -(-(begin + length) // PAGE_SIZE)
-            if length and 0 <= first < self._lspt.pages:
-                if runs and first in (runs[-1].stop - 1, runs[-1].stop):
-                    first = runs.pop().start
-                runs.append(range(first, min(stop, self._lspt.pages)))
-        return first_of(runs, min(AT_ONCE, self._lspt.pins.most))
+            if runs and first == runs[-1][-1]:  # a page that both have
+                first += 1
+            run = range(first, min(stop, first + left, self._lspt.pages))
+            if run and begin >= 0:
+                runs.append(run)
+                left -= len(run)
+        return runs
 
     # ------------------------------------------------------------ large writes
 
