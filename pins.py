@@ -6,18 +6,17 @@ Interface: LSPT.pins is a Pins. system_calls.py calls pin() before a call begins
 before it evicts, and LSPT.claim calls without().
 
 A thread has at most one pin, for all pages of one call. The pin holds while /proc/TID/syscall shows that
-the thread is in this call, with these arguments. If the file shows only "running", the pin holds until
-the thread has used the processor for RUNNING since it was made: a call takes less to use its pages. (With
-a limit by the clock, a recv_into that waits would lose its pages.) The end of a call is not reported. It
-is looked for when LPET wants the pages, or another pin needs the room.
+the thread is in this call, with these arguments. It holds, too, while the file shows only "running", or can't
+be read, until the thread ends or makes another call. The end of a call is not reported. It is looked for
+when LPET wants the pages, or another pin needs the room.
 
 Rules: the LSPT's lock protects the table, and no system call is made under it. Pages are pinned before
 they are brought, so that LPET can't evict them in between.
 
-Source: proc_pid_syscall(5), proc_pid_schedstat(5). The first can be read by those who may trace the thread,
-see ptrace(2). For others, every thread counts as "running".
+Source: proc_pid_syscall(5). The file can be read by those who may trace the thread, see ptrace(2).
 """
 
+import contextlib
 import mmap
 import os
 import time
@@ -25,12 +24,10 @@ from _multiprocessing import SemLock
 from struct import Struct
 
 SLOTS = 1024
-RUNNING = 50_000_000  # nanoseconds of processor time
 TRIES, PIN_AGAIN = 300, 1e-3  # to find room, and seconds between two
 
-# One run of a pin's pages: first page, count of pages, thread, the processor time that it had used
-# (_used_by), and the call: its number and six arguments.
-PIN = Struct("=4Q7Q")
+# One run of a pin's pages: first page, count of pages, thread, and the call: its number and six arguments.
+PIN = Struct("=3Q7Q")
 Pin = Call = tuple[int, ...]
 
 
@@ -47,8 +44,7 @@ class Pins:
         If there is no room, wait until other calls have ended. If calls that wait, such as recv_into, keep all
         of it, the pages stay unpinned: very likely they are still here when the call touches them.
         """
-        used = _used_by(thread)
-        new = [(run.start, len(run), thread, used, *call) for run in pages]
+        new = [(run.start, len(run), thread, *call) for run in pages]
         for _ in range(TRIES):
             with self._lock:
                 pins = [pin for pin in self._pins() if pin[2] != thread] + new
@@ -84,25 +80,10 @@ class Pins:
         self._used[0] = len(pins)
 
 
-def _goes_on(thread: int, used: int, number: int, *arguments: int) -> bool:
-    now = _words(thread, "syscall")
-    if len(now) > 1:
-        return now[:7] == [str(number), *map(hex, arguments)]
-    # It is "running", or has ended, or this process can't know (EPERM, EMFILE).
-    return os.path.exists(f"/proc/{thread}") and _used_by(thread) - used < RUNNING
-
-
-def _used_by(thread: int) -> int:
-    """The processor time that this thread has used (nanoseconds); 0 if it has ended. While the thread runs,
-    the kernel updates it once a tick."""
-    words = _words(thread, "schedstat")
-    return int(words[0]) if words else 0
-
-
-def _words(thread: int, name: str) -> list[str]:
-    """What this file of a thread's says; nothing if it can't be read."""
-    try:
-        with open(f"/proc/{thread}/{name}", "rb", 0) as file:
-            return file.read().decode().split()
-    except OSError:
-        return []
+def _goes_on(thread: int, number: int, *arguments: int) -> bool:
+    """Is the thread in this call, as far as can be known?"""
+    with contextlib.suppress(OSError), open(f"/proc/{thread}/syscall") as file:
+        now = file.read().split()
+        return now == ["running"] or now[:7] == [str(number), *map(hex, arguments)]
+    # It has ended, or this process can't know (EPERM, EMFILE).
+    return os.path.exists(f"/proc/{thread}")

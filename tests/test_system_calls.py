@@ -7,6 +7,7 @@ import functools
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -409,9 +410,8 @@ def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction(hi
     close(lspt)
 
 
-def test_a_pin_holds_as_long_as_the_thread_is_in_that_call(lspt, reading, monkeypatch):
+def test_a_pin_holds_as_long_as_the_thread_is_in_that_call(lspt, reading):
     thread, call = reading
-    monkeypatch.setattr(p, "RUNNING", 0)
     lspt.pins.pin([range(100, 110)], thread.native_id, call)
     lspt.pins.drop_ended(0, 1000)
     assert leaving(lspt, 100, 10) == []
@@ -434,18 +434,19 @@ def test_a_pin_holds_if_nothing_can_be_known_of_its_thread(lspt, monkeypatch):
     assert leaving(lspt, 90, 30) == [(90, 10), (110, 10)]
 
 
-def test_a_pin_of_a_thread_that_runs_holds_until_it_has_used_the_processor_for_longer(lspt, start):
-    job = start(sys.executable, "-c", "while True: pass")
-    wait_for(lambda: p._used_by(job.pid) > 10 * p.RUNNING)  # it has begun to run
-    used = p._used_by(job.pid)
+def test_a_pin_of_a_thread_that_runs_holds_until_it_does_not(lspt, start):
+    job = start(sys.executable, "-c", "print('runs', flush=True)\nwhile True: pass")
+    read_until(job, "runs\n")
+    wait_for(lambda: Path(f"/proc/{job.pid}/syscall").read_text() == "running\n")
     lspt.pins.pin([range(100, 110)], job.pid, CALL)
 
     def is_over():
         lspt.pins.drop_ended(0, 1000)
         return leaving(lspt, 100, 10) == [(100, 10)]
 
+    assert not is_over()
+    job.send_signal(signal.SIGSTOP)
     wait_for(is_over)
-    assert p._used_by(job.pid) - used >= p.RUNNING
 
 
 def test_a_pin_of_a_thread_that_has_ended_gives_its_room_to_the_next(lspt):
