@@ -82,7 +82,6 @@ if TYPE_CHECKING:
 # sending, and when receiving what TCP has joined: 17 times 32 KiB (MAX_SKB_FRAGS).
 AT_ONCE = (576 << 10) // PAGE_SIZE + 1
 FILE_LOCKS = 64
-TRIES = 300  # to read pages that could not be pinned
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
 
 # What an argument is: a buffer, and the next argument its length; an array of struct iovec, and the next
@@ -274,7 +273,7 @@ class SystemCalls:
         Whatever fails, the answer is what is written by then. If that is nothing, the kernel makes the call,
         and says what is wrong.
         """
-        done, content, (nr, its_fd, _, length, offset, *_) = 0, memoryview(b""), call
+        done, content, (nr, its_fd, _, _, offset, *_) = 0, memoryview(b""), call
         wrong = OSError, MemoryError, OverflowError  # the last of pwrite: a negative offset
         with contextlib.suppress(*wrong), contextlib.ExitStack() as at_end:
             import resource  # the application does without
@@ -289,8 +288,7 @@ class SystemCalls:
             # may block that a signal has to end. And not to a file that is to end at the program's own limit.
             limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
             possible = stat.S_ISFIFO(mode) or to_file and limit == resource.RLIM_INFINITY
-            while possible and done < length:
-                content = content or self._read(thread, call, done, memory)
+            while possible and (content := content or self._read(thread, call, done, memory)):
                 if not to_file:
                     _wait_for_room(fd, thread)
                 part = content if to_file else content[:PAGE_SIZE]
@@ -300,15 +298,11 @@ class SystemCalls:
             self._answer(number, done)
 
     def _read(self, thread: int, call: Call, done: int, memory: int) -> memoryview:
-        """The bytes that the call has behind the first `done` ones, AT_ONCE pages at most. Raises OSError."""
-        address, length = call[2] + done, min(call[3] - done, AT_ONCE * PAGE_SIZE)
-        for _ in range(TRIES):  # a page that could not be pinned may have left again
-            self._pin_and_bring(thread, call, done)
-            # It ends before a page that is not here. EIO: that is the first one.
-            with contextlib.suppress(OSError):
-                if content := os.pread(memory, length, address):  # else it has ended
-                    return memoryview(content)
-        raise OSError("a page can't be brought")
+        """The bytes that the call has behind the first `done` ones, AT_ONCE pages at most. Raises OSError: EIO if
+        the first page is lost, or has left again, as it may if there was no room to pin it."""
+        self._pin_and_bring(thread, call, done)
+        length = min(call[3] - done, AT_ONCE * PAGE_SIZE)
+        return memoryview(os.pread(memory, length, call[2] + done))
 
 
 def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int, int]]:
