@@ -352,7 +352,7 @@ def app(space):
     area = space.mmap(1 << 20)
     signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])
     print("ready", flush=True)
-    print("got", signal.sigwait([{int(number)}]), flush=True)
+    print("got", int(signal.sigwait([{int(number)}])), flush=True)
     time.sleep(4)
     area[0] = 1
     print("done", flush=True)
