@@ -451,9 +451,7 @@ class Space:
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int] | None:
         """The smallest gap that has so many bytes, or the largest one, if there is one."""
-        self._reclaim()
-        if not self._gaps.find(whole):
-            self._reclaim(wait=True)
+        self._reclaim(wait=not self._gaps.find(whole))
         return self._gaps.find(whole, largest)
 
     def _reclaim(self, wait: bool = False) -> None:
