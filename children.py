@@ -36,8 +36,8 @@ class Children:
         self._sent: dict[int, list[int]] = {}  # what each has sent; by pidfd
 
     def adopt(self, fds: list[int]) -> None:
-        """Take a child that has sent these descriptors. If this process has no room for all of
-        them, close those that have come: the others are closed already, and the child is killed."""
+        """Take a child that has sent these descriptors. If this process had no room for all of them,
+        close those that have come, if any: the others are closed already, and the child is killed."""
         if len(fds) < 4:
             for fd in fds:
                 os.close(fd)

@@ -246,8 +246,7 @@ class Pager:
         Returns False if every process has closed its end of the socket: no other child can come.
         """
         content, fds = address_space.receive(self._control)
-        if content:
-            self._handler.children.adopt(fds)
+        self._handler.children.adopt(fds)
         return bool(content)
 
     def _let_go_of_children(self) -> None:
