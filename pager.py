@@ -56,7 +56,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from types import SimpleNamespace
 
@@ -386,13 +386,11 @@ class Pager:
 # ---------------------------------------------------------------- a process that is a pager
 
 
-def page_for(
-    control: _socket.socket, open_store: Callable[..., PageStore], ended_by: Sequence[str] = ()
-) -> int | None:
+def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> int | None:
     """Page for the application at the other end of a socket until it has ended; or refuse to.
 
-    open_store: makes the store, for `hello`: what Space has sent, with its descriptors, fds, and ended_by, which
-    gets the names of the signals that are to end the application.
+    open_store(hello): makes the store. hello: what Space has sent, with its descriptors, fds, and ended_by: over
+    MPI it is a list that gets the names of the signals that are to end the application.
 
     Returns an exit status: 0, or 2 if the pager has failed and has printed why. None: the
     application has ended before it began.
@@ -400,7 +398,7 @@ def page_for(
     packet, fds = address_space.receive(control)
     if not fds:
         return None
-    hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds, ended_by=ended_by), None
+    hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds, ended_by=[]), None
     log.start(hello.log_level)
     LOG.debug(" INIT")
     try:

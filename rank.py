@@ -202,18 +202,19 @@ def _serve_pages(
 
 
 def _page(comm: Any, dms: int, application: int, control: Any) -> int:
-    """Be the pager of an instance. Returns the application's exit status, or 2 if the pager has failed."""
+    """Be the pager of an instance. Returns its exit status if it fails, else the application's."""
     from edm.mpi_client import MpiStore
     from edm.pager import page_for
 
     def open_store(hello: Any) -> MpiStore:
         _begin_with_all(comm, None, application)
+        hello.ended_by = ended_by
         return MpiStore(comm, dms, hello.start_addr, hello.end_addr, hello.keep)
 
     control.send(b"%d" % (comm.rank - dms))
     ended_by: list[str] = []
     _thread.start_new_thread(_pass_on, (application, os.pidfd_open(application), ended_by))
-    failed = page_for(control, open_store, ended_by)
+    failed = page_for(control, open_store)
     if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])
