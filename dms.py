@@ -64,7 +64,6 @@ class DMS:
         self._comm, self._first = comm, dms  # the first rank that is an instance
         instances, own = range(comm.size - dms), (comm.rank, dms)
         self._stores = [PageStore(path, start_addr, end_addr, keep, n, own) for n in instances]
-        self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._unused: list[m.MessageBuffer] = []
         self._log = log.logger("DMS")
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes).
@@ -72,7 +71,7 @@ class DMS:
             m.GET: (self._get, PAGES_AT_ONCE, MAX_STRIDE, 0),
             m.PUT: (self._put, PAGES_AT_ONCE, 1, m.MAX_MESSAGE),
             m.SYNC: (lambda asked: asked.store.sync([asked.more]), 0, SYNC_PHASES[-1], 0),
-            m.FREE: (lambda asked: asked.store.free(*asked.run), self._pages, 0, 0),
+            m.FREE: (lambda asked: asked.store.free(*asked.run), 1 << 32, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
             m.BYE: (lambda asked: self._left.add(asked.store), 0, 0, 0),
         }
@@ -159,8 +158,7 @@ class DMS:
         try:
             return self._do(self._stores[source - self._first], question, answer)
         except (ValueError, struct.error, OSError, MemoryError) as error:
-            number = errno.ENOMEM if isinstance(error, MemoryError) else errno.EINVAL
-            number = getattr(error, "errno", 0) or number
+            number = getattr(error, "errno", 0) or errno.EINVAL
             words = getattr(error, "strerror", "") or str(error) or type(error).__name__
             if not isinstance(error, OSError):  # of those, as on one machine, the pager tells
                 self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, words)
@@ -181,8 +179,8 @@ class DMS:
             raise ValueError(f"{has}, where at most {most} may be")
         step = more if kind == m.GET else 1
         pages = range(page, page + count * step, step)
-        if pages and pages[-1] >= self._pages:
-            raise ValueError(f"page {pages[-1]}, in a space of {self._pages} pages")
+        if pages and pages[-1] >= store.spt.pages:
+            raise ValueError(f"page {pages[-1]}, in a space of {store.spt.pages} pages")
         asked = Asked(store, more, (page, count), pages, body, answer)
         return action(asked) or answer.message(m.OK)
 

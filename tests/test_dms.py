@@ -262,7 +262,7 @@ def test_who_says_bye_twice_has_left_once(dms):
     ("error", "number", "words"),
     [
         (OSError(errno.ENOSPC, "it is full"), errno.ENOSPC, "it is full"),
-        (MemoryError(), errno.ENOMEM, "MemoryError"),
+        (MemoryError(), errno.EINVAL, "MemoryError"),
         (ValueError("x" * 5000), errno.EINVAL, "x" * 1000),
         (OSError(errno.EIO, "\u00b5" * 999), errno.EIO, "\u00b5" * 500),
     ],
