@@ -26,7 +26,6 @@ import os
 import struct
 import threading
 import time
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -46,11 +45,6 @@ LOOK = 10e-6  # seconds that a look takes
 NAPS, LONGEST_NAP = 16, 2e-3
 
 
-class Asked(namedtuple("Asked", "store more run pages body answer")):
-    """A question (messages.py) to the store of an instance, and memory for the answer. run: its page and count.
-    pages: those that it is about."""
-
-
 class DMS:
     def __init__(
         self, comm: MPI.Comm, path: str | None, start_addr: int, end_addr: int, keep: bool = False,
@@ -66,14 +60,15 @@ class DMS:
         self._stores = [PageStore(path, start_addr, end_addr, keep, n, own) for n in instances]
         self._unused: list[m.MessageBuffer] = []
         self._log = log.logger("DMS")
-        # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes).
-        self._requests: dict[int, tuple[Callable[[Asked], object], int, int, int]] = {
+        # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes). A method gets the
+        # instance's store, the pages that the question is about, memory for the answer, `more`, and the body.
+        self._requests: dict[int, tuple[Callable[..., object], int, int, int]] = {
             m.GET: (self._get, PAGES_AT_ONCE, MAX_STRIDE, 0),
             m.PUT: (self._put, PAGES_AT_ONCE, 1, m.MAX_MESSAGE),
-            m.SYNC: (lambda asked: asked.store.sync([asked.more]), 0, SYNC_PHASES[-1], 0),
-            m.FREE: (lambda asked: asked.store.free(*asked.run), 1 << 32, 0, 0),
+            m.SYNC: (lambda store, pages, _, more, __: store.sync([more]), 0, SYNC_PHASES[-1], 0),
+            m.FREE: (lambda store, pages, *_: store.free(pages.start, len(pages)), 1 << 32, 0, 0),
             m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
-            m.BYE: (lambda asked: self._left.add(asked.store), 0, 0, 0),
+            m.BYE: (lambda store, *_: self._left.add(store), 0, 0, 0),
         }
         self._left: set[PageStore] = set()  # of the instances that have said BYE
         self.offers = [store.offers for store in self._stores]  # the syncs that each can start from
@@ -181,26 +176,25 @@ class DMS:
         pages = range(page, page + count * step, step)
         if pages and pages[-1] >= store.spt.pages:
             raise ValueError(f"page {pages[-1]}, in a space of {store.spt.pages} pages")
-        asked = Asked(store, more, (page, count), pages, body, answer)
-        return action(asked) or answer.message(m.OK)
+        return action(store, pages, answer, more, body) or answer.message(m.OK)
 
     # ------------------------------------------------------------ the requests
 
-    def _get(self, asked: Asked) -> memoryview:
-        kind, got = asked.store.get(asked.pages, asked.answer.body)
-        message = asked.answer.message(kind, got)
-        return asked.answer.whole[: len(message) + got * PAGE_SIZE] if kind == CONTENT else message
+    def _get(self, store: PageStore, pages: range, answer: m.MessageBuffer, *_) -> memoryview:
+        kind, got = store.get(pages, answer.body)
+        message = answer.message(kind, got)
+        return answer.whole[: len(message) + got * PAGE_SIZE] if kind == CONTENT else message
 
-    def _put(self, asked: Asked) -> None:
-        pages, body, at, dirty = asked.pages, asked.body, 0, []
+    def _put(self, store: PageStore, pages: range, _: object, more: int, body: memoryview) -> None:
+        at, dirty = 0, []
         while at < len(body):
             first, count = m.DIRTY.unpack_from(body, at)
             begin, at = at + m.DIRTY.size, at + m.DIRTY.size + count * PAGE_SIZE
             dirty.append((first, body[begin:at]))
             if at > len(body) or not pages.start <= first < first + count <= pages.stop:
                 raise ValueError(f"{len(body)} bytes: {count} dirty pages from {first}, of {pages}")
-        asked.store.put([] if asked.more else [asked.run], dirty)
+        store.put([] if more else [(pages.start, len(pages))], dirty)
 
-    def _locations(self, asked: Asked) -> memoryview:
-        states = asked.store.locations(*asked.run)
-        return asked.answer.message(m.LOCATIONS, len(states), 0, 0, states)
+    def _locations(self, store: PageStore, pages: range, answer: m.MessageBuffer, *_) -> memoryview:
+        states = store.locations(pages.start, len(pages))
+        return answer.message(m.LOCATIONS, len(states), 0, 0, states)

@@ -306,9 +306,9 @@ def test_a_sync_has_a_thread_of_its_own_or_does_without_where_there_can_be_none(
     threads = []
     real = dms._requests[m.SYNC]
 
-    def sync(asked):
+    def sync(*asked):
         threads.append(threading.current_thread())
-        return real[0](asked)
+        return real[0](*asked)
 
     dms._requests[m.SYNC] = sync, *real[1:]
     assert sync_alone(dms) == m.OK and threads[0] is not threading.main_thread()
