@@ -26,13 +26,11 @@ sleeps between tests.
 """
 
 import ctypes
-import itertools
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from logging import DEBUG
 
 from mpi4py import MPI
 
@@ -72,8 +70,7 @@ class MpiStore:
         self._comm, self._start, self._dmss, self.kept = comm, start_addr, dms, kept
         self._stripe = STRIPE if dms > 1 else 1 << 62
         self._pages = (end_addr - start_addr) // PAGE_SIZE
-        self._log = log.logger("MpiClient")
-        self._debug = self._log.isEnabledFor(DEBUG)
+        self._log, _, self._info = log.of_box("MpiClient")
         self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
         self._of_gets: list[Slot] = []
         self._free: list[
@@ -97,7 +94,7 @@ class MpiStore:
             self._of_gets += self._free
         slot = self._free.pop()
         slot.address = self._start + pages.start * PAGE_SIZE  # for take_get's log
-        if self._debug:
+        if self._info:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
         dms = pages.start // self._stripe % self._dmss
         slot.send(dms, m.GET, len(pages), pages.start, pages.step)
@@ -108,7 +105,7 @@ class MpiStore:
         self._free.append(asked)
         kind, got = self._answer(asked, patient=False)
         self.from_each[asked.dms] += got
-        if self._debug:
+        if self._info:
             self._log.debug("get DMS's response for the page in address %#x", asked.address)
             self._log.debug("RequestPageFromDMS succeeded. ")
         return kind, got, asked.content_address
@@ -167,8 +164,8 @@ class MpiStore:
     ) -> list[bytes]:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
         answers; returns their bodies. Raises one of the errors, if there are any."""
-        # Successive stripes are of different DMSs, so the first parts tell.
-        some = {dms for dms, _, _ in itertools.islice(self._parts(page, count), self._dmss)}
+        # Successive stripes are of different DMSs, so the first ones tell.
+        some = {dms for dms, _, _ in self._parts(page, min(count, self._dmss * self._stripe))}
         body_of: list[list[bytes]] = [[] for _ in range(self._dmss)]
         for first, content in dirty:
             for dms, at, many in self._parts(first, len(content) // PAGE_SIZE):

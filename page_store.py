@@ -100,12 +100,10 @@ import fcntl
 import mmap
 import os
 import re
-import stat
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from logging import DEBUG, INFO
 from struct import Struct
 
 from edm import log
@@ -339,13 +337,13 @@ class PageStore:
         Raises OSError on failure. Then no page has left.
         """
         if gone:
-            self._say(DEBUG, "Handle page eviction in address %#x", dirty)
+            self._say(self._log.debug, "Handle page eviction in address %#x", dirty)
         with self._lock:
             self._check_writable()
             self._write(dirty)
             for page, count in gone:
                 self.spt.change(range(page, page + count), _DROPPED)
-        self._say(INFO, "page in address %#x stored in disk", dirty)
+        self._say(self._log.info, "page in address %#x stored in disk", dirty)
         if gone and self._info:
             self._log.debug("Page evicted successfully, sending ack")
         self._show()
@@ -468,10 +466,10 @@ class PageStore:
     def _address(self, page: int) -> int:
         return self._start + page * PAGE_SIZE
 
-    def _say(self, level: int, words: str, dirty: Iterable[Bytes]) -> None:
+    def _say(self, tell: Callable[..., None], words: str, dirty: Iterable[Bytes]) -> None:
         for first, content in dirty if self._info else ():
             for page in range(first, first + len(content) // PAGE_SIZE):
-                self._log.log(level, words, self._address(page))
+                tell(words, self._address(page))
 
     def _show(self) -> None:
         if self._info:
@@ -494,7 +492,7 @@ class PageStore:
                     punch_hole(self.fd, self._place(first, place), many * PAGE_SIZE)
 
     def _begin(self, path: str) -> None:
-        if not stat.S_ISREG(os.fstat(self.fd).st_mode):  # root could make /dev/null its own
+        if not os.path.isfile(path):  # root could make /dev/null its own
             raise ValueError(f"disk: {path} is not a regular file; choose another path")
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
