@@ -227,7 +227,8 @@ class Space:
 
         When this returns, the disk (Config's disk and keep) has every page that was written before
         the call. After any crash, a job that resumes the disk finds these pages, or those of a
-        later sync. Raises OSError with the store's reason when it can't write. Source: fsync(2).
+        later sync. A disk that is not kept only gets them. Raises OSError with the store's reason when it can't
+        write. Source: fsync(2).
         """
         return self._call("sync")
 
