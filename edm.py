@@ -103,7 +103,7 @@ class Config(SimpleNamespace):
     report: path of an HTML page to write, of what EDM did
     log_level: the least level of log lines shown
 
-    Raises ValueError, which names the setting, for a value that is not allowed.
+    Raises ValueError, which names the setting, for a value that is not allowed here; and without the GIL.
     """
 
     start_addr: int = 0x10_0000_0000
@@ -159,10 +159,12 @@ class Config(SimpleNamespace):
         """Each mistake that can be made: whether it was, and the message."""
         start, end, most = self.start_addr, self.end_addr, PAGES_AT_ONCE
         high, low = self.high_threshold, self.low_threshold
+        has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()  # threads share a NumPy callback
         starts = range(PAGE_SIZE, 1 << 62, PAGE_SIZE)  # no address space has so much
         ends = range(start + PAGE_SIZE, start + (MAX_PAGES + 1) * PAGE_SIZE, PAGE_SIZE)
         report = self.report or ""
         there, folder = os.path.exists(report), os.path.dirname(report) or "."
+        yield not has_gil, "edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on"
         yield start not in starts, f"start_addr: {start:#x}; whole pages, from {PAGE_SIZE:#x} on"
         yield end not in ends, f"end_addr: {end:#x}; whole pages, {ends[0]:#x} to {ends[-1]:#x}"
         yield high < 2, f"high_threshold: {high} pages; at least 2, as an instruction may touch two"
@@ -243,9 +245,6 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
     if _space is not None:
         raise RuntimeError("edm: this process is an application of EDM's already; see edm.space()")
     number, ranks = launched()
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():  # threads share a NumPy callback
-        leave_to_rank_0()
-        raise ValueError("edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on")
     # If standard streams are closed, EDM's descriptors would get their numbers, the lowest ones.
     with contextlib.ExitStack() as held:
         while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
@@ -299,13 +298,6 @@ def tell(words: str, end: str = "\n") -> None:
             print(words, end=end, file=sys.stderr, flush=True)
 
 
-def leave_to_rank_0() -> None:
-    """Return in rank 0, which prints the mistake that all ranks have found. End the others with status 2."""
-    if launched()[0]:
-        time.sleep(PRINTING)
-        sys.exit(2)
-
-
 # ---------------------------------------------------------------- command-line programs
 
 
@@ -324,8 +316,10 @@ def parse_arguments(parser: ArgumentParser, **defaults: Any) -> tuple[Namespace,
 
 
 def refuse(parser: ArgumentParser, error: ValueError | str) -> NoReturn:
-    """End this rank for a mistake in the command line, which rank 0 prints."""
-    leave_to_rank_0()
+    """End this rank, with status 2, for a mistake in the command line, which all ranks find. Rank 0 prints it."""
+    if launched()[0]:
+        time.sleep(PRINTING)
+        sys.exit(2)
     parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 

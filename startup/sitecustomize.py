@@ -40,9 +40,8 @@ def start():
 
     try:
         space = edm.edm.start(edm.edm.Config(**settings["config"]))
-    except (ValueError, OSError, SystemExit) as error:
-        if not isinstance(error, SystemExit):  # else rank 0 prints it
-            edm.edm.tell(f"python -m edm run: error: {error}")
+    except (ValueError, OSError) as error:
+        edm.edm.tell(f"python -m edm run: error: {error}")
         os._exit(2)
 
     def use_numpy():

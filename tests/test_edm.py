@@ -371,9 +371,12 @@ def test_a_replaced_config_is_checked_too():
 
 
 def test_a_python_without_a_gil_is_told_how_to_have_one(run):
-    code = (
-        "import sys; sys._is_gil_enabled = lambda: False; import edm; edm.main(print, edm.Config())"
-    )
+    code = """
+import argparse, sys
+sys._is_gil_enabled = lambda: False
+import edm
+edm.main(print, edm.parse_arguments(argparse.ArgumentParser())[1])
+"""
     ended = run(sys.executable, "-c", code)
     assert (ended.returncode, ended.stdout.count("\n")) == (2, 1)
     assert "PYTHON_GIL=1 turns it on" in ended.stdout
