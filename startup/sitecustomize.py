@@ -21,6 +21,7 @@ import sys
 before = set(sys.modules)
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
+from types import SimpleNamespace
 
 EDM = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
@@ -52,30 +53,24 @@ def start():
             # For ever: threads and exit functions make arrays after the script's end.
             edm.numpy_mem_handler.handler().use(space).thresholds[0] = threshold
 
-    use_numpy()
-    imported = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
-    of_edm = {name: imported[name] for name in imported if name.partition(".")[0] == "edm"}
-    spec.loader.create_module = lambda spec: edm
-    spec.loader.exec_module = lambda module: sys.modules.update(of_edm)
-    sys.meta_path.insert(0, Finder(spec, use_numpy))
-
-
-class Finder:
-    """First on sys.meta_path: it is asked for each module that the program imports."""
-
-    def __init__(self, edm_spec, use_numpy):
-        self._edm_spec, self._use_numpy = edm_spec, use_numpy
-
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(name, path=None, target=None):
         if name.startswith("numpy."):  # NumPy imports many of its modules when it has arrays
-            self._use_numpy()
+            use_numpy()
         if name != "edm":
             return None
         # None: only the launcher's path has EDM. Its folder is compared, as a Python that was started there
         # finds edm.py instead of __init__.py.
         found = PathFinder.find_spec(name)
         is_ours = found is None or os.path.realpath(os.path.dirname(found.origin or "")) == EDM
-        return self._edm_spec if is_ours else None
+        return spec if is_ours else None
+
+    use_numpy()
+    imported = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
+    of_edm = {name: imported[name] for name in imported if name.partition(".")[0] == "edm"}
+    spec.loader.create_module = lambda spec: edm
+    spec.loader.exec_module = lambda module: sys.modules.update(of_edm)
+    # It is asked for each module that the program imports.
+    sys.meta_path.insert(0, SimpleNamespace(find_spec=find_spec))
 
 
 sys.path.remove(os.path.dirname(__file__))
