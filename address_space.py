@@ -198,7 +198,7 @@ class Space:
         else:
             addr = operator.index(addr)
             self._check_inside(addr, whole)
-            self._reclaim(wait=True)
+            self._reclaim(partial(self._gaps.has, addr, whole))
             if not self._gaps.has(addr, whole):
                 raise ValueError(f"addr: the area {addr:#x}-{addr + whole:#x} overlaps another")
         self._take(addr, whole, str(name))
@@ -452,12 +452,12 @@ class Space:
 
     def _gap(self, whole: int, largest: bool = False) -> tuple[int, int] | None:
         """The smallest gap that has so many bytes, or the largest one, if there is one."""
-        self._reclaim(wait=not self._gaps.find(whole))
+        self._reclaim(partial(self._gaps.find, whole))
         return self._gaps.find(whole, largest)
 
-    def _reclaim(self, wait: bool = False) -> None:
-        """Make gaps of what was released and is free now. wait: of all that was released."""
-        while self._freeing and (wait or self._mailbox.is_done(self._freeing[0][0])):
+    def _reclaim(self, is_enough: Callable[[], object]) -> None:
+        """Make gaps of what was released and is free now. Wait for more of that until is_enough()."""
+        while self._freeing and (self._mailbox.is_done(self._freeing[0][0]) or not is_enough()):
             number, addr, whole = self._freeing[0]
             self._mailbox.wait_until_done(number)
             self._freeing.popleft()
