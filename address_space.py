@@ -149,11 +149,11 @@ class Space:
                 "instance": instance, "pid": os.getpid(), "lines": lines,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
             }  # fmt: skip
-            pager = _say_hello(control, hello, [uffd, memfd, pagemap, *lines])
+            self._pager = _say_hello(control, hello, [uffd, memfd, pagemap, *lines])
             self._at_close = self._at_close.pop_all()  # it has not failed
             # The pager reads /proc/PID/syscall and mem. EINVAL: there is no Yama.
             with contextlib.suppress(OSError):
-                u.prctl(u.PR_SET_PTRACER, pager)
+                u.prctl(u.PR_SET_PTRACER, self._pager)
             # True if read(2) and the like may fail, with EFAULT or EINTR, where they do not elsewhere.
             self.user_mode, listener = how == u.USER_MODE, []
             if self.user_mode:
@@ -412,6 +412,7 @@ class Space:
             control.settimeout(None)  # the program may have set a default
             with contextlib.closing(control), contextlib.suppress(OSError, ValueError):
                 self._map_privately(control)
+                u.prctl(u.PR_SET_PTRACER, self._pager)  # as in __init__
 
     def _map_privately(self, control: _socket.socket) -> None:
         """Map the space so that what is written is this process's own.

@@ -29,7 +29,7 @@ the kernel makes the call: so it is the kernel that says what is wrong.
 readv, writev, sendmsg, recvmsg and their kin keep the addresses of their buffers in memory, where the
 filter can't look. So all of these calls are stopped, in every process that has the filter, and each
 takes 25 to 30 µs more. Step 2 reads the addresses from /proc/TID/mem; AT_ONCE is for all buffers
-together. If that file can't be opened (Yama: of forked children), the call goes on. Under edm.run the
+together. If that file can't be opened (Yama: of a child's child), the call goes on. Under edm.run the
 space ends before its process does, and these calls are not stopped: they would fail for good when the
 pager is gone.
 
