@@ -194,7 +194,7 @@ class Space:
         if addr is None:
             if not (gap := self._gap(whole)):
                 raise MemoryError(f"no gap of {whole} bytes; a larger end_addr makes room")
-            addr, _ = gap
+            addr = gap.start
         else:
             addr = operator.index(addr)
             self._check_inside(addr, whole)
@@ -288,10 +288,9 @@ class Space:
         # On a kept disk a small gap may be an area of an earlier job, which mmap will map again.
         if not (gap := self._gap(whole, largest=self._kept or grows)):
             return 0
-        start, end = gap
-        addr = end - whole
+        addr = gap.stop - whole
         if grows:
-            addr -= (addr - start) // 2 // PAGE_SIZE * PAGE_SIZE
+            addr -= (addr - gap.start) // 2 // PAGE_SIZE * PAGE_SIZE
         if self._kept:
             self._mailbox.call("free", *self._pages(addr, whole))
         self._take(addr, whole, name)
@@ -451,7 +450,7 @@ class Space:
             space = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
             raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {space}")
 
-    def _gap(self, whole: int, largest: bool = False) -> tuple[int, int] | None:
+    def _gap(self, whole: int, largest: bool = False) -> range | None:
         """The smallest gap that has so many bytes, or the largest one, if there is one."""
         self._reclaim(partial(self._gaps.find, whole))
         return self._gaps.find(whole, largest)
@@ -480,7 +479,7 @@ class Space:
 
 
 class Gaps:
-    """The parts of the space that no area has, as (start, end). Lengths are bytes.
+    """The parts of the space that no area has, as ranges of addresses. Lengths are bytes.
 
     Every method takes a few bisections, however many gaps there are. A signal handler may raise
     between any two bytecodes: the list by address changes in one step, and the list by length is
@@ -491,13 +490,13 @@ class Gaps:
         # By address, where a gap begins, where it ends, where the next one begins, ...
         self._edges = [start, end]
 
-    def find(self, length: int, largest: bool = False) -> tuple[int, int] | None:
+    def find(self, length: int, largest: bool = False) -> range | None:
         """The smallest gap that has so many bytes, or the largest one."""
         index = bisect.bisect(self._lengths, (length,))
         if index == len(self._lengths):
             return None
         length, start = self._lengths[-1 if largest else index]
-        return start, start + length
+        return range(start, start + length)
 
     def has(self, addr: int, length: int) -> bool:
         """Are all these bytes in one gap?"""

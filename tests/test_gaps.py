@@ -40,9 +40,9 @@ def test_gaps_are_as_a_map_of_the_pages_says(seed):
         length, largest = dice.randint(1, 20) * PAGE_SIZE, dice.random() < 0.3
         fit = [gap for gap in runs(taken) if gap[0] >= length]
         gap = gaps.find(length, largest)
-        assert (gap and (gap[1] - gap[0], gap[0])) == (fit[-1 if largest else 0] if fit else None)
+        assert (gap and (len(gap), gap.start)) == (fit[-1 if largest else 0] if fit else None)
         if gap:
-            start, end = gap
+            start, end = gap.start, gap.stop
             addr = dice.randrange(start, end - length + 1, PAGE_SIZE)
             assert gaps.has(addr, length) and gaps.has(start, end - start)
             assert not gaps.has(addr, end - addr + PAGE_SIZE)
@@ -58,7 +58,7 @@ def test_gaps_are_as_a_map_of_the_pages_says(seed):
     for area in areas:
         gaps.flip(*area)
     whole = PAGES * PAGE_SIZE
-    assert gaps.find(whole) == (PAGE_SIZE, PAGE_SIZE + whole) and gaps.has(PAGE_SIZE, whole)
+    assert gaps.find(whole) == range(PAGE_SIZE, PAGE_SIZE + whole) and gaps.has(PAGE_SIZE, whole)
 
 
 class Alarm(Exception):
@@ -94,7 +94,7 @@ def test_whenever_a_signal_handler_raises_no_address_is_given_to_two_and_few_are
                 length = areas.pop(addr)
                 interrupted(gaps.flip, addr, length)
             elif gap := gaps.find(length := dice.randint(1, 10) * PAGE_SIZE):
-                addr = gap[1] - length
+                addr = gap.stop - length
                 assert all(addr + length <= at or at + n <= addr for at, n in areas.items())
                 interrupted(gaps.flip, addr, length)
                 areas[addr] = length
@@ -123,7 +123,7 @@ def test_an_area_costs_the_same_however_many_there_are():
                 gaps.flip(*areas.pop())
             length = dice.randint(256, 2000) * PAGE_SIZE
             gap = gaps.find(length)
-            areas.append((gap[1] - length, length))
+            areas.append((gap.stop - length, length))
             gaps.flip(*areas[-1])
         return (time.perf_counter() - began) / count
 
