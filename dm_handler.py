@@ -17,8 +17,8 @@ One fault, from the message to the woken application:
     run             reads the messages that wait.
     _bring_missing  calls LSPT.expect: NEW or AWAY → COMING. If high_threshold pages are here, sleeps until LPET
                     has made room ("avoid memory flood"), and calls it again. For a page that is LEAVING it
-                    does nothing: the thread that has claimed the page wakes the application.
-    _window         if readahead.py sees a stream: makes the pages that follow COMING, too.
+                    does nothing: the thread that has claimed the page wakes the application. If readahead.py
+                    sees a stream, it makes the pages that follow COMING, too.
     _fetch          asks the store for all of these, in pieces. The first piece of a run is small: the
                     application works on it while the others come.
     _take           takes a piece from the store. If the store returns fewer pages, asks for the rest.
@@ -53,7 +53,7 @@ from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.children import Children
 from edm.page_store import CONTENT, PageStore
-from edm.readahead import Readahead, Stream
+from edm.readahead import Readahead
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd
 
 BRING = 0.1  # seconds from one look to the next whether this thread still runs
@@ -245,7 +245,11 @@ class DmHandler:
         if state < l.LOST:
             self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
             if stream := self._readahead.stream(address - self._start):
-                self._window(stream, page, state, write)
+                wanted = stream.wanted(self._lspt.area(page))
+                runs = [run for part in wanted for run in self._lspt.expect_more(part)]
+                # The next column of a matrix needs the pages of this one again, so in a stride it counts that they
+                # have come back soon.
+                self._fetch(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
             else:
                 pages = range(page, page + 1)
                 self._take(pages, self._ask(pages), page, write, state)
@@ -268,24 +272,14 @@ class DmHandler:
                 self._advised.appendleft(pages)
                 break
             if l.AWAY <= state < l.LOST:
-                done = self._lspt.expect_more(pages[:most], l.AWAY)
+                done = self._lspt.expect_more(pages[:most], l.AWAY_RUN)
                 runs += done
             most -= sum(map(len, done))
             if rest := range(done[-1][-1] + 1, pages.stop):
                 self._advised.appendleft(rest)
         self._fetch(runs, -1, False, l.NEW)
 
-    # ------------------------------------------------------------ fetching, and reading ahead
-
-    def _window(self, stream: Stream, page: int, state: int, write: bool) -> None:
-        """Bring this page, which is COMING, and with it others that the stream wants: missing ones that are as
-        this one was, NEW or AWAY."""
-        wanted = stream.wanted(self._lspt.area(page))
-        runs = [run for part in wanted for run in self._lspt.expect_more(part, state)]
-        self._readahead.continued(stream, runs[-1][-1])
-        # The next column of a matrix needs the pages of this one again, so in a stride it counts that they have
-        # come back soon.
-        self._fetch(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
+    # ------------------------------------------------------------ fetching
 
     def _fetch(self, runs: list[range], page: int, write: bool, before: int) -> None:
         """Ask for all of these pages, in pieces, so that several DMSs work at once. Then _take them in order."""

@@ -88,8 +88,9 @@ NO_HOLES = bytes(255 if byte >= HERE else 0 for byte in range(256))
 SETTLED = bytes(0 if byte in (COMING, LEAVING) else 255 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
 _RUN = re.compile(rb"\xff(?:[\x01\xff]*\xff)?")  # claimed pages, and the holes between them
-# The next pages that are NEW, or AWAY, behind pages that are HERE.
-_NEW_RUN, _AWAY_RUN = (re.compile(rb"[\x80-\xff]*([%b]+)" % some) for some in (b"\0", b"\1-\x40"))
+# Pages that are NEW or AWAY, or only these, for `expect_more`: behind the first one, if that is COMING.
+MISSING_RUN = re.compile(rb"\A\x42[\0-\x40]*|[\0-\x40]+")
+AWAY_RUN = re.compile(rb"\A\x42[\1-\x40]*|[\1-\x40]+")
 HERE_RUN, LOST_RUN = re.compile(rb"[\x80-\xff]+"), re.compile(rb"\x41+")
 UNSETTLED, CHOSEN_RUN = re.compile(rb"[\x42\x43]+"), re.compile(rb"\xff+")
 # For bytes.translate: without the generations of pages that are AWAY.
@@ -222,22 +223,20 @@ class LSPT(ByteTable):
                 self._coming(1)
             return state
 
-    def expect_more(self, wanted: range, state: int) -> list[range]:
-        """NEW or AWAY → COMING: go through these pages in order, take those that have this state, skip those
-        that are HERE, and stop at another state, or when there is no room. Returns the runs that were taken. The
-        page that has faulted may come first: it is COMING, and joins the first run."""
+    def expect_more(self, wanted: range, which: re.Pattern[bytes] = MISSING_RUN) -> list[range]:
+        """NEW or AWAY → COMING: those of these pages whose states match, in order, as far as there is room. Returns
+        their runs. The first page may be COMING, by `expect`: then it begins the first run."""
         with self.lock:
             first, last = sorted((wanted[0], wanted[-1]))
             states = self.state[first : last + 1][:: wanted.step]
-            joins = at = int(states[0] == COMING)
-            runs = [wanted[:1]][:at]
-            expected = _NEW_RUN if state == NEW else _AWAY_RUN
-            while self.figures[RESIDENT] < self.high and (run := expected.match(states, at)):
-                begin, at = run.span(1)
-                pages = wanted[begin:at][: self.high - self.figures[RESIDENT]]
-                self.set(pages if pages.step > 0 else pages[::-1], COMING)
-                self._coming(len(pages))
-                runs = [wanted[: 1 + len(pages)]] if begin == joins == 1 else [*runs, pages]
+            runs, coming = [], states[:1].count(COMING)
+            room = self.high - self.figures[RESIDENT] + coming
+            for found in which.finditer(states):
+                if run := wanted[slice(*found.span())][:room]:
+                    self.set(run if run.step > 0 else run[::-1], COMING)
+                    runs.append(run)
+                    room -= len(run)
+            self._coming(sum(map(len, runs)) - coming)
         return runs
 
     def _coming(self, pages: int) -> None:

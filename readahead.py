@@ -3,8 +3,8 @@
 In the picture: a part of the DM-Handler, which does what this decides.
 
 Interface: Readahead.stream(place) returns the Stream that a fault at this place continues or begins, if any. The
-DM-Handler fetches the pages that the stream wants and that are not here, and reports them (continued). A place is
-a number of bytes from the start of the space.
+DM-Handler fetches the pages that the stream wants and that are not here. A place is a number of bytes from the
+start of the space.
 
 A stream begins with the second of two faults in neighbouring pages, upward, or with the third of three: in
 neighbouring pages downward, or at equal distances (its stride) upward. Its window is small at first, because no
@@ -15,8 +15,9 @@ one before a few times, and then 2. But the kernel reports the exact addresses o
 (UFFD_FEATURE_EXACT_ADDRESS), and these are equally far from each other.
 
 A window that nobody needs pushes out pages that are needed. Two faults may be neighbours by chance, as where two
-columns start. So a stream of neighbours is forgotten when a page faults that it did not expect: one of its last
-window, or one behind it where a missing page was passed over. A stride is continued by exact places only.
+columns start. So a stream of neighbours is forgotten when a page faults near it and a missing page was passed
+over: one behind its last window, or the one before the fault, if that is in the window. Not all pages of a window
+have to come: then a fault in it continues the stream. A stride is continued by exact places only.
 
 A row of a few neighbouring pages, as random access to a table has them, would fault twice. So where streams end
 with their first window again and again, a single fault gets a stream of its own, which brings the rest of the row
@@ -50,30 +51,28 @@ NEAR = 16
 
 class Stream:
     def __init__(self, place: int, window: int, stride: int) -> None:
-        self.window = window  # pages to fetch when it is continued
         self.stride = stride  # bytes from one fault to the next; -PAGE_SIZE: downward
         self.is_of_neighbours = abs(stride) == PAGE_SIZE
         # What counts of a fault's place: of a stream of neighbours, where its page begins.
         self.mask = -PAGE_SIZE if self.is_of_neighbours else -1
-        self.place = place & self.mask  # of the last fault
-        self.expect_from(self.place)
+        self.fault_at(place & self.mask, window)
 
-    def expect_from(self, place: int) -> None:
-        """The fault that continues the stream is here, or near: pages that are here do not fault."""
-        self.reach = range(place, place + NEAR * self.stride, self.stride)
-        # What ends or continues it: of a stream of neighbours, its last window too.
-        begin = self.place if self.is_of_neighbours else place
-        self.span = range(begin, self.reach.stop, self.stride)
+    def fault_at(self, place: int, window: int) -> None:
+        """A fault at this place brings so many pages. Only a fault in these continues the stream, or one behind
+        them or near: pages that are here do not fault."""
+        self.place, self.window = place, window
+        self.end = place + window * self.stride
+        self.reach = range(place + self.stride, self.end + NEAR * self.stride, self.stride)
 
     def wanted(self, area: range) -> list[range]:
         """The pages of this area to fetch now, in the order of need: first the one that has faulted. They are
         in runs of equal distances, as the store and the LSPT want them."""
         page, step = self.place // PAGE_SIZE, self.stride // PAGE_SIZE
         if self.stride % PAGE_SIZE == 0:
-            stop = page + self.window * step
+            stop = self.end // PAGE_SIZE
             stop = min(stop, area.stop) if step > 0 else max(stop, area.start - 1)
             return [range(page, stop, step)]
-        stop = min(self.place + self.window * self.stride, area.stop * PAGE_SIZE)
+        stop = min(self.end, area.stop * PAGE_SIZE)
         runs = [range(page, page + 1)]
         for place in range(self.place + self.stride, stop, self.stride):
             page, run = place // PAGE_SIZE, runs[-1]
@@ -98,20 +97,22 @@ class Readahead:
         """The stream that a fault at this place continues or begins, or one for the rest of a row. If there is
         none, the page comes alone."""
         for stream in self._streams:
-            if (at := place & stream.mask) in stream.span:
+            if (at := place & stream.mask) in stream.reach:
                 self._streams.remove(stream)
-                if at in stream.reach and not self._passed_over(stream, at):
+                if not self._passed_over(stream, at):
                     self._streams.insert(0, stream)
-                    stream.place = at
+                    self._rows = max(self._rows - 1, 0)
+                    stream.fault_at(at, min(2 * stream.window, self.max_window))
                     return stream
                 break
         return self._begin(place) if self.max_window > 1 else None
 
     def _passed_over(self, stream: Stream, at: int) -> bool:
-        """Is any page that a stream of neighbours reaches before this place missing? It would have faulted. A
-        column may well pass over pages."""
-        first, step = stream.reach.start // PAGE_SIZE, stream.stride // PAGE_SIZE
-        pages = range(first, at // PAGE_SIZE, step)
+        """Is any page missing that a stream of neighbours would have reached before this place? A column may well
+        pass over pages."""
+        step = stream.stride // PAGE_SIZE
+        pages = range(stream.place // PAGE_SIZE, at // PAGE_SIZE, step)
+        pages = pages[stream.window :] or pages[-1:]
         return stream.is_of_neighbours and self._is_missing(pages if step > 0 else pages[::-1])
 
     def _begin(self, place: int) -> Stream | None:
@@ -142,15 +143,7 @@ class Readahead:
     def _new(self, place: int, stride: int) -> Stream:
         if len(self._streams) == STREAMS:
             last = self._streams.pop()
-            is_row = last.stride == PAGE_SIZE and last.window == 2 * FIRST_WINDOW < self.max_window
+            is_row = last.stride == PAGE_SIZE and last.window == FIRST_WINDOW < self.max_window
             self._rows = min(self._rows + 2 * is_row, 2 * ROWS)
         self._streams.insert(0, Stream(place, min(FIRST_WINDOW, self.max_window), stride))
         return self._streams[0]
-
-    def continued(self, stream: Stream, last: int) -> None:
-        """The stream has been continued. last: of the pages that were brought, in the order of need."""
-        if stream.window > FIRST_WINDOW:
-            self._rows = max(self._rows - 1, 0)
-        stream.window = min(2 * stream.window, self.max_window)
-        strides = -((stream.place - last * PAGE_SIZE) // stream.stride)  # to that page
-        stream.expect_from(stream.place + (strides + 1) * stream.stride)

@@ -16,6 +16,7 @@ from conftest import close, shared_memory, wait_for
 from edm.lspt import (
     ANY_HERE,
     AWAY,
+    AWAY_RUN,
     AWAYS,
     COMING,
     FETCHED,
@@ -65,7 +66,7 @@ def expect(lspt, wanted):
     state = lspt.expect(wanted[0])
     if state is None or state >= LOST:
         return state, []
-    return ONE_AWAY[state], lspt.expect_more(wanted, state)
+    return ONE_AWAY[state], lspt.expect_more(wanted)
 
 
 def ascending(pages):
@@ -162,12 +163,12 @@ def test_a_page_comes_leaves_comes_back_and_is_freed(make):
         (range(5, -1, -1), [range(5, -1, -1)]),
         (range(24, 40, 7), [range(24, 40, 7)]),  # strided, without what lies between
         (range(13, 60, 7), [range(13, 14), range(27, 60, 7)]),
-        (range(60, 65), [range(60, 62)]),  # up to the page that is LOST
-        (range(66, 60, -1), [range(66, 62, -1)]),
-        (range(65, 80), [range(65, 70)]),  # AWAY, while the first one is NEW
+        (range(60, 65), [range(60, 62), range(63, 65)]),  # around the page that is LOST
+        (range(66, 60, -1), [range(66, 62, -1), range(61, 60, -1)]),
+        (range(65, 80), [range(65, 80)]),  # one is AWAY, the others are NEW
     ],
 )
-def test_the_pages_of_a_window_that_are_alike_come_together(make, wanted, expected):
+def test_the_missing_pages_of_a_window_come_together(make, wanted, expected):
     lspt = make(high=1000)
     come(lspt, 20, 3)
     lspt.state[62], lspt.state[70] = LOST, AWAY
@@ -182,16 +183,17 @@ def test_the_pages_of_a_window_that_are_alike_come_together(make, wanted, expect
     assert lspt.state[:] == after
 
 
-def test_pages_that_left_come_together_whenever_that_was_and_without_new_ones(make):
+def test_pages_that_left_come_together_whenever_that_was_and_if_need_be_without_new_ones(make):
     lspt = make()
     come(lspt, 10, 10)
     evict(lspt, 10, 4)
     lspt.figures[FETCHED] += lspt.quarter
     evict(lspt, 14, 2)
-    assert expect(lspt, range(8, 40)) == (NEW, [range(8, 10)])
-    assert expect(lspt, range(10, 40)) == (AWAY, [range(10, 16)])
+    assert lspt.expect(10) == AWAY
+    assert lspt.expect_more(range(10, 40), AWAY_RUN) == [range(10, 16)]
+    assert lspt.expect_more(range(40), AWAY_RUN) == []
     evict(lspt, 16, 4)
-    assert expect(lspt, range(19, 0, -1)) == (AWAY, [range(19, 15, -1)])
+    assert expect(lspt, range(19, 0, -1)) == (AWAY, [range(19, 15, -1), range(9, 0, -1)])
 
 
 @pytest.mark.parametrize("wanted", [range(20), range(20, 0, -1), range(0, 50, 5)])
@@ -202,7 +204,7 @@ def test_no_more_pages_come_than_there_is_room_for(make, wanted):
     assert lspt.figures[ROOM_WANTED] == 0
     assert lspt.expect(90) is None and lspt.state[90] == NEW
     assert lspt.figures[ROOM_WANTED]
-    assert lspt.expect_more(range(90, 95), NEW) == []
+    assert lspt.expect_more(range(90, 95)) == []
     assert lspt.figures[RESIDENT] == lspt.figures[PEAK] == 10
 
 
@@ -219,9 +221,8 @@ def test_a_page_in_another_state_is_not_claimed(make, state):
     lspt.state[5] = state
     assert lspt.expect(5) == state == lspt.state[5]
     assert lspt.expect(4) == NEW
-    assert lspt.expect_more(range(4, 20), AWAY) == [range(4, 5)]
-    runs = lspt.expect_more(range(4, 20), NEW)
-    assert runs == [range(4, 5), range(6, 20)][: 1 + (state >= HERE)] and lspt.state[5] == state
+    assert lspt.expect_more(range(4, 20), AWAY_RUN) == [range(4, 5)]
+    assert lspt.expect_more(range(4, 20)) == [range(4, 5), range(6, 20)] and lspt.state[5] == state
 
 
 def test_arrived_gives_a_page_the_generation_in_which_it_came(make):
@@ -472,9 +473,8 @@ def test_what_an_earlier_job_left_is_away_and_did_not_leave_of_late(make):
     lspt.found_on_disk(PART - 2, 4)
     lspt.found_on_disk(2 * PART + 7, 1)
     assert lspt.count_away() == 5 and lspt.figures[RESIDENT] == 0
-    assert expect(lspt, range(PART - 3, PART + 10)) == (NEW, [range(PART - 3, PART - 2)])
-    state, runs = expect(lspt, range(PART - 2, PART + 10))
-    assert ONE_AWAY[state] == AWAY and runs == [range(PART - 2, PART + 2)]
+    assert ONE_AWAY[lspt.expect(PART - 2)] == AWAY
+    assert lspt.expect_more(range(PART - 2, PART + 10), AWAY_RUN) == [range(PART - 2, PART + 2)]
     lspt.arrived(range(PART - 2, PART - 1))
     assert lspt.state[PART - 2] == HERE, "it does not count as one that came back soon"
 
@@ -799,7 +799,7 @@ def test_what_a_forked_process_does_is_seen_here(make, fork):
 PAGE_30 = Claimed(30, bytes((HERE,)), b"\xff", [(30, 1)])
 TRANSITIONS = {
     "expect": lambda lspt: lspt.expect(50),
-    "expect_more": lambda lspt: lspt.expect_more(range(49, 52), NEW),
+    "expect_more": lambda lspt: lspt.expect_more(range(49, 52)),
     "not_coming": lambda lspt: lspt.not_coming(range(20, 21)),
     "claim": lambda lspt: lspt.claim(0, 10),
     "gone": lambda lspt: lspt.gone(PAGE_30),

@@ -66,10 +66,8 @@ def begin(readahead, page, stride=1):
 
 
 def begun(readahead, stride):
-    """A stream that has begun with page 1000, and has brought its first window."""
-    stream = begin(readahead, 1000, stride)
-    readahead.continued(stream, wanted(stream)[-1])
-    return stream
+    """A stream that has begun with page 1000, and brings its first window."""
+    return begin(readahead, 1000, stride)
 
 
 def fault(readahead, place):
@@ -78,7 +76,6 @@ def fault(readahead, place):
         return [place // PAGE_SIZE]
     pages = wanted(stream)
     assert pages[0] == place // PAGE_SIZE
-    readahead.continued(stream, pages[-1])
     return pages
 
 
@@ -89,7 +86,6 @@ def follow(readahead, page, faults, stride=1):
         if stream := at(readahead, page):
             pages = wanted(stream)
             assert pages == [*range(page, page + len(pages) * stride, stride)]
-            readahead.continued(stream, pages[-1])
             sizes.append(len(pages))
             page += len(pages) * stride
         else:
@@ -203,8 +199,6 @@ def test_several_streams_are_recognised_between_each_other_and_followed_at_once(
     starts = [start + (n + 1) * stride for start in starts]
     streams = [at(readahead, start) for start in starts]
     assert len(set(streams)) == count > 8
-    for stream in streams:
-        readahead.continued(stream, wanted(stream)[-1])
     for stream, start in zip(streams, starts, strict=True):
         assert at(readahead, start + 4 * stride) is stream
         assert stream.stride == stride * PAGE_SIZE
@@ -213,18 +207,16 @@ def test_several_streams_are_recognised_between_each_other_and_followed_at_once(
 def test_the_streams_that_were_not_used_for_longest_are_those_to_end(readahead):
     starts = [10_000 * n for n in range(1, STREAMS + 4)]
     streams = [begin(readahead, start) for start in starts[:STREAMS]]
-    assert at(readahead, starts[0] + 1) is streams[0]
-    readahead.continued(streams[0], starts[0] + 7)
+    assert at(readahead, starts[0] + 4) is streams[0]
     streams += [begin(readahead, start) for start in starts[STREAMS + 1 :]]
     assert readahead._streams[::-1] == [*streams[3:STREAMS], streams[0], *streams[STREAMS:]]
     assert at(readahead, starts[1]) is at(readahead, starts[2]) is None
-    assert at(readahead, starts[0] + 8) is streams[0]
+    assert at(readahead, starts[0] + 12) is streams[0]
 
 
 @pytest.mark.parametrize("stride", [1, -1, 5])
-def test_a_fault_near_after_a_window_continues_its_stream_and_others_do_not(stride):
-    after = 1000 + 4 * stride
-    near = {after + n * stride for n in range(NEAR)}
+def test_a_fault_in_a_window_or_near_after_it_continues_its_stream_and_others_do_not(stride):
+    near = {1000 + n * stride for n in range(1, 4 + NEAR)}
     for page in range(500, 1500):
         readahead = Readahead(256, nothing_is_missing)
         stream = begun(readahead, stride)
@@ -254,15 +246,20 @@ def test_the_pages_of_a_stride_are_runs_of_equal_distances_in_the_order_of_need(
     assert stream.wanted(range(90, 112)) == [range(100, 105, 4), range(109, 110)]
 
 
-@pytest.mark.parametrize("page", [1000, 1002, 1003])
-def test_a_fault_within_a_window_ends_its_stream(readahead, page):
-    stream = begun(readahead, 1)
-    assert stream.reach.start == 1004 * PAGE_SIZE
-    assert at(readahead, page) is None and readahead._streams == []
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("pages", [1, 2, 3, 4])
+def test_a_fault_within_or_at_the_end_of_a_window_ends_its_stream_if_the_page_before_it_is_missing(
+    pages, step
+):
+    for missing, continues in (999, True), (pages - 1, False), (pages, True), (pages + 1, True):
+        readahead = Readahead(256, {1000 + missing * step}.intersection)
+        stream = begun(readahead, step)
+        assert (at(readahead, 1000 + pages * step) is stream) == continues
+        assert continues == (readahead._streams == [stream])
 
 
 def test_a_fault_behind_a_window_ends_its_stream_if_a_page_before_it_is_missing():
-    for missing, continues in ({1004}, False), ({1005}, False), ({1003, 1006}, True):
+    for missing, continues in ({1004}, False), ({1005}, False), ({1002, 1003, 1006}, True):
         readahead = Readahead(256, missing.intersection)
         stream = begun(readahead, 1)
         assert (at(readahead, 1006) is stream) == continues == (readahead._streams == [stream])
@@ -270,7 +267,7 @@ def test_a_fault_behind_a_window_ends_its_stream_if_a_page_before_it_is_missing(
 
 def test_other_faults_do_not_end_a_stride(readahead):
     stream = begun(readahead, 5)
-    for place in (1000, 1010.5, 1013, 1020.5, 1029):
+    for place in (1000, 1010.5, 1013, 1020.5, 1029, 1000 + 5 * (4 + NEAR)):
         assert readahead.stream(int(place * PAGE_SIZE)) is not stream
     assert at(readahead, 1025) is stream
 
@@ -278,9 +275,7 @@ def test_other_faults_do_not_end_a_stride(readahead):
 def test_two_streams_that_have_come_to_the_same_page_stay_two(readahead):
     first, second = begin(readahead, 100), begin(readahead, 10_000)
     for stream in (first, second):
-        stream.place = 200 * PAGE_SIZE
-        readahead.continued(stream, 207)
-    second.window = first.window  # now the two are alike in everything
+        stream.fault_at(200 * PAGE_SIZE, 8)  # now the two are alike in everything
     assert {id(stream) for stream in readahead._streams} == {id(first), id(second)}
 
 
@@ -383,6 +378,18 @@ def test_a_window_passes_the_pages_that_are_here(handler, step):
         handler._lspt.expect(page)
         handler._lspt.arrived(range(page, page + 1))
     assert touch(handler, sequence) < 25 and {*sequence} <= {*here(handler)}
+
+
+@pytest.mark.parametrize("step", [1, -1, 5])
+def test_a_page_that_did_not_come_with_its_window_continues_the_stream(handler, step):
+    lspt, pages = handler._lspt, range(500, 500 + 20 * step, step)
+    late = pages[singles(step) + 2]  # the third page of the first window
+    lspt.state[late] = LEAVING
+    claim(handler, *pages[: singles(step) + 1])
+    lspt.state[late] = AWAY
+    assert {*here(handler)} == {*pages[: singles(step) + 4]} - {late}
+    claim(handler, late)
+    assert {*here(handler)} == {*pages[: singles(step) + 2 + 8]}
 
 
 def test_a_sequence_that_left_soon_before_comes_in_windows(handler):
@@ -514,6 +521,7 @@ def test_a_page_that_cant_be_read_is_lost_when_it_faults_and_not_before(handler,
     others = {500 + n * stride for n in (*before, *range(8))} - {unreadable}
     assert {*here(handler)} == others and COMING not in lspt.state[:]
     assert AWAY <= lspt.state[unreadable] < LOST
+    handler._readahead.max_window = 1
     claim(handler, unreadable)
     assert lspt.state[unreadable] == LOST and handler._uffd.poisoned == [unreadable]
     assert {*here(handler)} == others
