@@ -33,12 +33,13 @@ be old (tests/test_order.py has both wrong orders, which fail).
 Which pages leave: a clock goes round the LSPT by address, evict_batch pages at a step, and goes on
 where it stopped. Pages that came at least AGE generations ago leave, neighbours together. If a turn of the
 clock does not find enough, younger ones do, and then those that came back soon (LSPT.arrived). A page
-that the kernel's idle bitmap says was used is passed. While the LSPT is small (lspt.SMALL), or if the
-settings are plain, LPET follows the wiki's algorithm in full: it asks about every page. Idle ones leave. The
-others are passed, and marked idle. If that was not enough, they leave in order. A page that a system call of
-an ordinary user is about to touch is always passed (pins.py).
+that the kernel's idle bitmap says was used is passed, and marked idle. While the LSPT is small (lspt.SMALL), or
+if the settings are plain, LPET follows the wiki's algorithm in full: in the first turn it asks about every
+page, whatever its age, by the tracker that there is. Idle ones leave. The others are passed, and marked idle. If
+that was not enough, they leave in order in a second turn. And no more leave than are needed. A page that a system
+call of an ordinary user is about to touch is always passed (pins.py).
 
-When the store refuses, because its disk is full or fails, LPET evicts only clean pages for REST seconds
+When the store refuses, because its disk is full or fails, LPET passes dirty pages for REST seconds
 (until _again_at). Then it tries again with half as many pages at once (_most), as some may fit; each success
 doubles that. If a fault has waited for room, and the store has refused, both for GRACE seconds (since
 _refused_since), LPET raises the store's reason (_refusal), which ends the job.
@@ -48,7 +49,6 @@ Rules: an Lpet belongs to one thread. It never takes the LSPT's lock itself.
 
 import errno
 import fcntl
-import itertools
 import mmap
 import os
 import re
@@ -187,8 +187,8 @@ class Lpet:
             start, end = claimed.leaving[0][0], sum(claimed.leaving[-1])
             self._uffd.wake(self._start + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
 
-    def _stays(self, claimed: Claimed, used: bool = False) -> None:
-        self._lspt.stays(claimed, used)
+    def _stays(self, claimed: Claimed) -> None:
+        self._lspt.stays(claimed)
         self._wake(claimed)
 
     def _say(self, words: str, pages: Iterable[int]) -> None:
@@ -221,97 +221,88 @@ class Lpet:
 
     def _evict_until_low_threshold(self) -> int:
         """One run. Returns how many pages have left."""
-        # Counted once: the pages that come from here on are for the next run.
-        # It may have been woken twice, or pages were freed meanwhile.
-        if (needed := self._lspt.figures[l.RESIDENT] - self._lspt.low) <= 0:
+        # Counted once: the pages that come from here on are for the next run. It may be none: LPET was woken twice,
+        # or pages were freed meanwhile.
+        needed = self._needed = self._lspt.figures[l.RESIDENT] - self._lspt.low
+        if needed <= 0:
             return 0
         self._banner.info("\n-----------------START LPET-----------------\n")
-        by_the_wiki = self._lspt.as_the_wiki_does
-        pages = (self._evict_as_the_wiki_does if by_the_wiki else self._evict_by_age)(needed)
+        self._evict_needed()
         self._banner.info("\n-----------------END LPET-----------------\n")
-        return pages
+        return needed - self._needed
 
-    def _evict_by_age(self, needed: int) -> int:
-        now, gone = self._lspt.generation(), 0
-        for age in (AGE, 0, -l.LONGER)[now == self._turned :]:
-            for part in self._parts(self._lspt.occupied(self._hand)):
-                self._hand = sum(part)
+    def _evict_needed(self) -> None:
+        now, every_age = self._lspt.generation(), -l.LONGER
+        if self._lspt.as_the_wiki_does:
+            turns = [(every_age, True), (every_age, False)]
+            self._show_lspt()
+        else:
+            asks = isinstance(self._tracker, BitmapTracker)
+            turns = [(AGE, asks), (0, False), (every_age, False)][now == self._turned :]
+        for age, asks in turns:
+            for part in self._parts():
                 which = self._lspt.older_than(age)
-                if age > 0 and isinstance(self._tracker, BitmapTracker):
-                    self._pass_used(*part, which)
-                gone += self._evict(self._lspt.claim(*part, which))
-                if gone >= needed or self._lspt.stopped():
-                    return gone
+                looks = asks or time.monotonic() < self._again_at
+                passed = self._passed(*part, which, asks) if looks else []
+                self._needed -= self._evict(self._lspt.claim(*part, which, passed))
+                if self._needed <= 0 or self._lspt.stopped():
+                    return
             self._turned = now
-        return gone
 
-    def _parts(self, pages: Iterable[Run]) -> Iterator[Run]:
-        """Cut these pages into parts that may be evicted at once, and drop the pins there that have ended. While
-        the store refuses, a part is a run of clean pages."""
-        for page, count in pages:
-            while count > 0:
-                too_early = time.monotonic() < self._again_at  # to try again what was refused
-                part = page, min(self._batch if too_early else self._most, count)
-                self._lspt.pins.drop_ended(*part)
-                yield from self._clean(*part) if too_early else [part]
-                page, count = sum(part), count - part[1]
+    def _parts(self) -> Iterator[Run]:
+        """One turn of the clock, in parts that may be evicted at once."""
+        by_the_wiki = self._lspt.as_the_wiki_does
+        look = self._lspt.runs_here if by_the_wiki else self._lspt.occupied
+        for page, count in look(self._hand):
+            end = page + count
+            while page < end:
+                most = self._batch if time.monotonic() < self._again_at else self._most
+                part = page, min(end - page, most, self._needed if by_the_wiki else most)
+                page = self._hand = sum(part)
+                yield part
 
-    def _pass_used(self, page: int, count: int, which: bytes) -> None:
-        """Old pages that were used get the current generation, and are marked idle again."""
-        states = self._lspt.state[page : page + count].translate(which)
-        old = list(runs(page, states, CHOSEN_RUN))
-        idle = self._tracker.idle(old)
-        used = runs_of([page for page in pages_in(old) if page not in idle])
-        for run in used:
-            self._stays(self._lspt.claim(*run, which), used=True)
+    def _passed(self, page: int, count: int, which: bytes, asks: bool) -> list[Run]:
+        """Those of these pages that may not leave now: dirty ones, while it is too early to try again what was
+        refused. Else, if the tracker is asked, those that were used. It marks them idle."""
+        chosen = self._lspt.state[page : page + count].translate(which)
+        if time.monotonic() < self._again_at:
+            return list(runs(page, self._pagemap.written(page, chosen), CHOSEN_RUN))
+        asked = list(runs(page, chosen, CHOSEN_RUN)) if asks else []
+        self._say("[LPET] checking if page in addr %#x is idle", pages_in(asked))
+        idle = self._tracker.idle(asked)
+        used = runs_of([page for page in pages_in(asked) if page not in idle])
         self._tracker.mark_idle(used)
+        return used
 
-    def _evict_as_the_wiki_does(self, needed: int) -> int:
-        if not (order := list(pages_in(self._parts(self._lspt.runs_here(self._hand))))):
-            return 0
-        pages = sorted(order)
-        idle = self._tracker.idle(runs_of(pages))
-        if self._info:
-            self._log.info("start address: %#x", self._start + order[0] * PAGE_SIZE)
+    def _show_lspt(self) -> None:
+        """Tell the log of all pages that are HERE."""
+        if self._info and (here := list(self._lspt.runs_here(self._hand))):
+            self._log.info("start address: %#x", self._start + here[0][0] * PAGE_SIZE)
+            idle = self._tracker.idle(here)
             rows = [
                 (self._start + page * PAGE_SIZE, self._pagemap.pfns(page, 1)[0], page in idle)
-                for page in pages
+                for page in sorted(pages_in(here))
             ]
             self._banner.info(log.lspt_table(rows))
-        # The idle ones first. If there are too few, every page was asked about, and the others leave in order.
-        chosen = sorted(order, key=lambda page: page not in idle)[:needed]
-        asked = order[: order.index(chosen[-1]) + 1] if chosen[-1] in idle else order
-        self._say("[LPET] checking if page in addr %#x is idle", asked)
-        self._tracker.mark_idle(runs_of(sorted({*asked} - idle - {*chosen})))
-        self._hand = chosen[-1] + 1
-        parts = self._parts(runs_of(sorted(chosen)))
-        return sum(self._evict(self._lspt.claim(*part, l.NO_HOLES)) for part in parts)
-
-    def _clean(self, page: int, count: int) -> Iterator[Run]:
-        """The runs of pages that are HERE and were clean a moment ago."""
-        here = self._lspt.state[page : page + count].translate(l.NO_HOLES)
-        written = self._pagemap.written(page, here)
-        return runs(page, bytes(a ^ b for a, b in zip(here, written, strict=True)), CHOSEN_RUN)
 
     def _unmap(self, pages: Iterable[Run]) -> None:
-        """UnmapTracker's mark_idle: take pages out of the page table, and put them back into the memfd."""
-        for page, count in self._parts(pages):
-            claimed = self._lspt.claim(page, count, l.NO_HOLES)
+        """UnmapTracker's mark_idle: take pages out of the page table, and put them back into the memfd. pages: runs
+        that may be evicted at once."""
+        for run in pages:
+            claimed = self._lspt.claim(*run, l.ANY_HERE)
             spans, _ = self._move_out(claimed)
             self._empty_pipe(spans)
             self._put_back(claimed)
 
-    def forget(self, advised: Iterable[Run]) -> None:
-        """Evict those of these pages that are HERE. Pinned pages stay, and so do pages that the store refuses.
+    def forget(self, advised: list[Run]) -> None:
+        """Evict those of these pages that are HERE, but for pinned ones.
 
         This waits for pages that are COMING, which the application may have used already, and for pages that LPET
-        has. It stops when the application has ended.
+        has. It stops when the store refuses some, or the application has ended.
         """
-        self._again_at, self._most = 0.0, self._batch
-        parts = self._parts(part for run in advised for part in self._lspt.ever_set(*run))
-        parts = itertools.takewhile(lambda _: not self._lspt.stopped(), parts)
-        for claimed in self._lspt.claims(parts, l.ANY_HERE, pins=True):
-            self._evict(claimed)
+        for claimed in self._lspt.claims(advised, l.ANY_HERE, self._batch, False):
+            if claimed.leaving and not self._evict(claimed):
+                break
 
     # ------------------------------------------------------------ storing without evicting
 
@@ -324,14 +315,12 @@ class Lpet:
         midst of an eviction.
         """
         pages, had_ended = 0, self._lspt.stopped()
-        self._again_at, self._most = 0.0, self._batch
-        parts = self._parts(self._lspt.ever_set(0, self._lspt.pages))
-        parts = itertools.takewhile(lambda _: self._lspt.stopped() == had_ended, parts)
-        for claimed in self._lspt.claims(parts, l.NO_HOLES):
+        everything = [(0, self._lspt.pages)]
+        for claimed in self._lspt.claims(everything, l.NO_HOLES, self._batch, had_ended):
             pages += self._store_run(claimed, track_clean)
             if had_ended and l.LEAVING in claimed.before:  # what is COMING has not come
                 raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
-        if self._lspt.stopped() != had_ended:  # then claims has not waited for others' pages
+        if self._lspt.stopped() != had_ended:  # then claims may have left out some
             raise OSError(errno.EIO, "the application has ended")
         return pages
 

@@ -34,7 +34,7 @@ them.) Every page state is named here, and only the methods of LSPT change one:
 Whether a page is clean is not stored here: the page table knows.
 
 Generations: a new one begins when a quarter of high_threshold has come. The byte of a page that is HERE
-includes the generation in which the page came, or was last found used, modulo GENERATIONS. A page that
+includes the generation in which the page came, modulo GENERATIONS. A page that
 faults again SOON after it has left gets a generation that is LONGER ahead of the current one (arrived).
 So pages that are used all the time stay, while a program passes through other memory once.
 
@@ -131,10 +131,6 @@ def runs(page: int, states: bytes, which: re.Pattern[bytes]) -> Iterator[Run]:
     """The runs of pages whose states match. page: the page of the first state."""
     for found in which.finditer(states):
         yield page + found.start(), found.end() - found.start()
-
-
-def _here_becomes(state: int) -> bytes:
-    return bytes(range(HERE)) + bytes((state,)) * (256 - HERE)
 
 
 class ByteTable:
@@ -276,41 +272,49 @@ class LSPT(ByteTable):
             table[HERE + generation % GENERATIONS] = 0
         return bytes(table)
 
-    def claim(self, page: int, count: int, which: bytes = ANY_HERE, pins: bool = True) -> Claimed:
+    def claim(self, page: int, count: int, which: bytes, passed: Iterable[Run] = ()) -> Claimed:
         """HERE → LEAVING, for those of count pages that the table `which` selects, and the holes between them.
-        pins: except pinned pages."""
+        Not for pages that are passed. If the table has holes, pages are to leave: then not for pinned ones."""
+        if leave := which[NEW] == 1:
+            self.pins.drop_ended(page, count)
         with self.lock:
             states = self.state[page : page + count]
             chosen = states.translate(which)
-            if pins:
-                chosen = self.pins.without(page, chosen)
+            for first, many in [*passed, *self.pins.runs()] if leave else ():
+                begin, end = (min(max(at - page, 0), len(chosen)) for at in (first, first + many))
+                chosen = chosen[:begin] + bytes(end - begin) + chosen[end:]
             leaving = list(runs(page, chosen, _RUN))
             for first, many in leaving:
                 self.state[first : first + many] = bytes((LEAVING,)) * many
         return Claimed(page, states, chosen, leaving)
 
-    def claims(self, parts: Iterable[Run], which: bytes, pins: bool = False) -> Iterator[Claimed]:
-        """claim of each part in turn. Then the same with the pages that were COMING or LEAVING, until none is, or
-        stop was called. Other threads have a page for no longer than a batch takes. The caller ends each claim,
-        by gone, stays or freed, before it asks for the next."""
-        while parts:
+    def claims(self, pages: list[Run], which: bytes, most: int, to_end: bool) -> Iterator[Claimed]:
+        """claim of all these pages that were ever set, in parts of at most so many. Then the same with those that
+        were COMING or LEAVING, until none is: other threads have a page for no longer than a batch takes. The
+        caller ends each claim, by gone, stays or freed, before it asks for the next.
+
+        It ends when stop is called. to_end: it goes on, but not with pages that other threads have."""
+        while pages:
             later: list[Run] = []
-            for part in parts:
-                claimed = self.claim(*part, which, pins)
-                later += runs(claimed.page, claimed.before, UNSETTLED)
-                yield claimed
-            parts = [] if self.stopped() else later
-            if parts:
+            for page, count in (part for run in pages for part in self.ever_set(*run)):
+                for at in range(page, page + count, most):
+                    if self.stopped() and not to_end:
+                        return
+                    claimed = self.claim(at, min(most, page + count - at), which)
+                    later += runs(at, claimed.before, UNSETTLED)
+                    yield claimed
+            pages = [] if self.stopped() else later
+            if pages:
                 time.sleep(SETTLE)
 
     def gone(self, claimed: Claimed) -> None:
         """LEAVING → AWAY: the store has the pages' bytes, or they are zeros. Holes get the state before."""
-        self._end(claimed, _here_becomes(AWAY + self.generation() % AWAYS))
+        now = AWAY + self.generation() % AWAYS
+        self._end(claimed, bytes(range(HERE)) + bytes((now,)) * (256 - HERE))
 
-    def stays(self, claimed: Claimed, used: bool = False) -> None:
-        """LEAVING → the state before. used: the pages that were HERE get the current generation."""
-        now = HERE + self.generation() % GENERATIONS
-        self._end(claimed, _here_becomes(now) if used else bytes(range(256)))
+    def stays(self, claimed: Claimed) -> None:
+        """LEAVING → the state before."""
+        self._end(claimed, bytes(range(256)))
 
     def freed(self, claimed: Claimed) -> None:
         """LEAVING → NEW. The pages are in one part of the table, see ever_set."""

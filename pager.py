@@ -285,7 +285,7 @@ class Pager:
         if self._report:
             self._report.unmapped(page)
         start = self._hello.start_addr
-        for claimed in self._lspt.claims(self._lspt.ever_set(page, count), l.SETTLED):
+        for claimed in self._lspt.claims([(page, count)], l.SETTLED, l.PART, self._store.kept):
             try:
                 # Installing a page removes the poison. Punching the hole then removes the page.
                 # One by one: the program may have split the mapping there.
@@ -297,8 +297,6 @@ class Pager:
             finally:  # after an error the job ends, and no page may stay LEAVING
                 self._lspt.freed(claimed)
                 self._uffd.wake(start + claimed.page * PAGE_SIZE, len(claimed.before) * PAGE_SIZE)
-            if self._lspt.stopped() and not self._store.kept:
-                break
 
     def prefetch(self, runs: list[l.Run]) -> None:
         """See DmHandler.prefetch."""

@@ -2,8 +2,8 @@
 
 In the picture: beside the LSPT, in memory that the pager and LPET share.
 
-Interface: LSPT.pins is a Pins. system_calls.py calls pin() before a call begins. LPET calls drop_ended()
-before it evicts, and LSPT.claim calls without().
+Interface: LSPT.pins is a Pins. system_calls.py calls pin() before a call begins. When LPET claims pages,
+LSPT.claim calls drop_ended(), and passes runs().
 
 A thread has at most one pin, for all pages of one call. The pin holds while /proc/TID/syscall shows that
 the thread is in this call, with these arguments. It holds, too, while the file shows only "running", or can't
@@ -64,13 +64,9 @@ class Pins:
                 with self._lock:
                     self._keep([pin for pin in self._pins() if pin[2:] not in ended])
 
-    def without(self, page: int, chosen: bytes) -> bytes:
-        """Clear the bytes of pinned pages. chosen: a byte for each page from `page` on. The caller has the
-        lock."""
-        for first, count, *_ in self._pins() if self._used[0] else ():
-            begin, end = (min(max(at - page, 0), len(chosen)) for at in (first, first + count))
-            chosen = chosen[:begin] + bytes(end - begin) + chosen[end:]
-        return chosen
+    def runs(self) -> list[tuple[int, ...]]:
+        """The runs of pinned pages: (first page, count). The caller has the lock."""
+        return [pin[:2] for pin in self._pins()] if self._used[0] else []
 
     def _pins(self) -> list[Pin]:
         return list(PIN.iter_unpack(self._table[: self._used[0] * PIN.size]))

@@ -28,7 +28,7 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 
 from edm import uffd_ctypes
 from edm.doctor import find_mpirun
-from edm.lspt import LSPT, Claimed
+from edm.lspt import ANY_HERE, LSPT, Claimed
 from edm.page_idle import bitmap_missing
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -465,7 +465,7 @@ def lpet_is_first(lspt: LSPT, page: int, count: int) -> list[Claimed]:
     class LpetIsFirst:
         def __enter__(self):
             lspt.lock = lock
-            left.append(lspt.claim(page, count))
+            left.append(lspt.claim(page, count, ANY_HERE))
             lock.acquire()
 
         def __exit__(self, *raised):

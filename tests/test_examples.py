@@ -150,7 +150,7 @@ def test_the_flow_takes_idle_pages_passes_hot_ones_and_goes_on_where_it_stopped(
         == [
             (area_1[0], area_1 + area_2, area_1),  # all were hot
             (area_2[0], area_2, area_2),  # idle
-            (area_3[0], area_3 + area_1 + area_2[1:], area_1[:9] + area_3),  # all were hot
+            (area_3[0], area_3 + area_1 + area_2[1:], area_3 + area_1[:9]),  # all were hot
             (area_1[9], area_1[9:] + area_2, area_1[9:] + area_2[1:]),  # idle, but for one
         ]
     )

@@ -83,7 +83,7 @@ def come(lspt, first, count=1):
 
 def evict(lspt, first, count=1):
     """HERE → AWAY."""
-    lspt.gone(lspt.claim(first, count))
+    lspt.gone(lspt.claim(first, count, ANY_HERE))
 
 
 def taken(*claims):
@@ -107,7 +107,7 @@ def others(*claims):
 
 def freeing(lspt, page, count):
     """What is claimed at first when these pages are freed."""
-    return [lspt.claim(*part, SETTLED, pins=False) for part in lspt.ever_set(page, count)]
+    return [lspt.claim(*part, SETTLED) for part in lspt.ever_set(page, count)]
 
 
 def free(lspt, claims):
@@ -137,7 +137,7 @@ def test_a_page_comes_leaves_comes_back_and_is_freed(make):
     assert lspt.state[7] == COMING and lspt.figures[RESIDENT] == 1
     lspt.arrived(range(7, 8))
     assert lspt.state[7] == HERE
-    left = lspt.claim(0, 100)
+    left = lspt.claim(0, 100, ANY_HERE)
     assert taken(left) == [(7, bytes((HERE,)))] and lspt.state[7] == LEAVING
     assert lspt.figures[RESIDENT] == 1, "it takes its memory until it has gone"
     lspt.gone(left)
@@ -256,7 +256,9 @@ def test_what_could_not_be_had_is_away_and_lost_is_lost_until_it_is_freed(make):
     lspt.not_coming(range(7, 8), LOST)
     assert lspt.state[7] == LOST and lspt.figures[RESIDENT] == 2
     lspt.arrived(range(5, 7))
-    assert taken(lspt.claim(0, 100)) == [(5, bytes((HERE, HERE)))], "a lost page does not leave"
+    assert taken(lspt.claim(0, 100, ANY_HERE)) == [(5, bytes((HERE, HERE)))], (
+        "a lost page does not leave"
+    )
     _, [strided] = expect(lspt, range(20, 40, 4))
     lspt.not_coming(strided)
     assert [page for page in range(10, 60) if lspt.state[page]] == [20, 24, 28, 32, 36]
@@ -275,7 +277,7 @@ def test_pages_leave_with_the_holes_between_them(make):
     come(lspt, 15, 2)
     come(lspt, 20)
     evict(lspt, 16)
-    left = lspt.claim(5, 50)
+    left = lspt.claim(5, 50, ANY_HERE)
     here, new, away = HERE, NEW, AWAY
     assert taken(left) == [
         (10, bytes((here, here, here, new, new, here, away, new, new, new, here)))
@@ -295,7 +297,10 @@ def test_what_is_in_other_hands_or_lost_is_no_hole(make, blocks):
     lspt = make()
     come(lspt, 10, 5)
     lspt.state[12] = blocks
-    assert taken(lspt.claim(0, 100)) == [(10, bytes((HERE, HERE))), (13, bytes((HERE, HERE)))]
+    assert taken(lspt.claim(0, 100, ANY_HERE)) == [
+        (10, bytes((HERE, HERE))),
+        (13, bytes((HERE, HERE))),
+    ]
     assert lspt.state[12] == blocks
 
 
@@ -308,9 +313,9 @@ def test_only_pages_of_the_range_leave_and_without_holes_each_run_by_itself(make
     assert lspt.state[9:19] == bytes(
         (NEW, HERE, *[LEAVING] * 2, NEW, NEW, *[LEAVING] * 2, HERE, NEW)
     )
-    assert taken(lspt.claim(11, 6)) == [], "they are in somebody's hands"
+    assert taken(lspt.claim(11, 6, ANY_HERE)) == [], "they are in somebody's hands"
     lspt.expect(13)
-    claimed = lspt.claim(10, 7, NO_HOLES, pins=False)
+    claimed = lspt.claim(10, 7, NO_HOLES)
     assert taken(claimed) == [(10, bytes((HERE,)))] and others(claimed) == [(11, 3), (15, 2)]
 
 
@@ -340,7 +345,7 @@ def test_ages_are_right_when_the_numbers_of_generations_begin_anew(make):
 def test_gone_notes_when_the_pages_left(make):
     lspt = make()
     come(lspt, 10, 2)
-    left = lspt.claim(0, 100)
+    left = lspt.claim(0, 100, ANY_HERE)
     lspt.figures[FETCHED] = (GENERATIONS + 5) * lspt.quarter
     lspt.gone(left)
     assert lspt.state[10:12] == bytes((AWAY + (GENERATIONS + 5) % AWAYS,)) * 2
@@ -373,18 +378,14 @@ def test_a_page_that_is_new_is_not_made_to_stay(make):
     assert lspt.state[10] == HERE + lspt.generation()
 
 
-def test_stays_makes_the_pages_as_they_were_or_as_if_they_had_come_now(make):
+def test_stays_makes_the_pages_as_they_were(make):
     lspt = make()
     for generation in (3, 4):
         lspt.figures[FETCHED] = generation * lspt.quarter
         come(lspt, 10 + 2 * generation)
     before = lspt.state[:]
-    lspt.stays(lspt.claim(0, 100))
+    lspt.stays(lspt.claim(0, 100, ANY_HERE))
     assert lspt.state[:] == before and lspt.figures[RESIDENT] == 2
-    lspt.figures[FETCHED] = (GENERATIONS + 9) * lspt.quarter
-    lspt.stays(lspt.claim(0, 100), used=True)
-    assert lspt.state[15:20] == bytes((NEW, HERE + 9, NEW, HERE + 9, NEW))
-    assert lspt.figures[RESIDENT] == 2
 
 
 # ---------------------------------------------------------------- freeing
@@ -394,7 +395,7 @@ def test_freeing_takes_every_page_but_those_in_other_hands(make):
     lspt = make()
     come(lspt, 10, 8)
     evict(lspt, 10, 2)
-    theirs = lspt.claim(13, 2)
+    theirs = lspt.claim(13, 2, ANY_HERE)
     expect(lspt, range(20, 22))
     found = freeing(lspt, 8, 15)
     assert others(*found) == [(13, 2), (20, 2)]
@@ -428,12 +429,12 @@ def test_pages_that_nobody_may_free_stay_as_they_were(make):
 def test_pages_in_other_hands_are_claimed_when_these_have_let_go(make, start, which):
     lspt = make()
     come(lspt, 10, 4)
-    theirs, too = lspt.claim(10, 1), lspt.claim(13, 1)
+    theirs, too = lspt.claim(10, 1, ANY_HERE), lspt.claim(13, 1, ANY_HERE)
     lspt.expect(20)
     found = []
 
     def claim():
-        for claimed in lspt.claims([(8, 8), (16, 8)], which):
+        for claimed in lspt.claims([(8, 16)], which, 8, to_end=False):
             part = claimed.page, len(claimed.before)
             found.append((part, [page for page, state in held(claimed) if state >= HERE]))
             lspt.freed(claimed)
@@ -455,9 +456,9 @@ def test_pages_in_other_hands_are_claimed_when_these_have_let_go(make, start, wh
 def test_after_stop_pages_in_other_hands_are_claimed_no_more_and_all_others_are(make):
     lspt = make()
     come(lspt, 10, 4)
-    theirs = lspt.claim(10, 1)
+    theirs = lspt.claim(10, 1, ANY_HERE)
     lspt.stop()
-    for claimed in lspt.claims([(8, 8), (16, 8)], NO_HOLES):
+    for claimed in lspt.claims([(8, 16)], NO_HOLES, 8, to_end=True):
         first = claimed.page == 8
         assert held(claimed) == ([(page, HERE) for page in (11, 12, 13)] if first else [])
         lspt.stays(claimed)
@@ -637,7 +638,7 @@ def test_the_handler_is_told_when_there_is_room_if_it_wants_some(make, how, want
         assert lspt.expect(9) is None
     assert bool(lspt.figures[ROOM_WANTED]) == wanted and not rings(lspt)
     {
-        "gone": lambda: lspt.gone(lspt.claim(0, 1)),
+        "gone": lambda: lspt.gone(lspt.claim(0, 1, ANY_HERE)),
         "freed": lambda: lspt.freed(*freeing(lspt, 0, 1)),
         "not_coming": lambda: lspt.not_coming(range(3, 4)),
         "lost": lambda: lspt.not_coming(range(3, 4), LOST),
@@ -650,8 +651,8 @@ def test_what_makes_no_room_does_not_tell_the_handler(make):
     lspt = make(high=4)
     come(lspt, 0, 4)
     lspt.expect(9)
-    lspt.stays(lspt.claim(0, 4))
-    lspt.gone(lspt.claim(20, 4))
+    lspt.stays(lspt.claim(0, 4, ANY_HERE))
+    lspt.gone(lspt.claim(20, 4, ANY_HERE))
     lspt.freed(*freeing(lspt, 20, 4))
     assert lspt.figures[ROOM_WANTED] and not rings(lspt)
 
@@ -786,7 +787,7 @@ def test_what_a_forked_process_does_is_seen_here(make, fork):
     def body():
         come(lspt, 2 * PART, 4)
         lspt.expect(5)
-        lspt.gone(lspt.claim(2 * PART, 1))
+        lspt.gone(lspt.claim(2 * PART, 1, ANY_HERE))
         lspt.stop()
 
     assert ended(fork(body)) == 0
@@ -801,7 +802,7 @@ TRANSITIONS = {
     "expect": lambda lspt: lspt.expect(50),
     "expect_more": lambda lspt: lspt.expect_more(range(49, 52)),
     "not_coming": lambda lspt: lspt.not_coming(range(20, 21)),
-    "claim": lambda lspt: lspt.claim(0, 10),
+    "claim": lambda lspt: lspt.claim(0, 10, ANY_HERE),
     "gone": lambda lspt: lspt.gone(PAGE_30),
     "stays": lambda lspt: lspt.stays(PAGE_30),
     "freeing": lambda lspt: freeing(lspt, 0, 100),
@@ -816,7 +817,7 @@ def test_no_transition_of_another_process_gets_between_while_the_lock_is_held(ma
     come(lspt, 0, 2)
     lspt.expect(20)
     come(lspt, 30)
-    lspt.claim(30, 1)
+    lspt.claim(30, 1, ANY_HERE)
     before = lspt.state[:], lspt.figures[RESIDENT]
     ours, theirs = os.pipe()
 

@@ -11,6 +11,7 @@ from conftest import close, lpet_is_first
 
 from edm.dm_handler import BRING, DmHandler
 from edm.lspt import (
+    ANY_HERE,
     AWAY,
     COMING,
     FETCHED,
@@ -363,7 +364,7 @@ def test_a_page_that_left_soon_before_it_faults_alone_stays_longer(handler):
     lspt = handler._lspt
     claim(handler, 100, 500)
     assert {lspt.state[page] for page in (100, 500)} == {HERE + lspt.generation()}, "long ago"
-    lspt.gone(lspt.claim(0, 1000))
+    lspt.gone(lspt.claim(0, 1000, ANY_HERE))
     claim(handler, 100)
     assert lspt.state[100] == HERE + lspt.generation() + LONGER
     lspt.figures[FETCHED] += (SOON + 1) * lspt.quarter
@@ -394,7 +395,7 @@ def test_a_page_that_did_not_come_with_its_window_continues_the_stream(handler, 
 
 def test_a_sequence_that_left_soon_before_comes_in_windows(handler):
     touch(handler, range(100, 200))
-    handler._lspt.gone(handler._lspt.claim(0, 1000))
+    handler._lspt.gone(handler._lspt.claim(0, 1000, ANY_HERE))
     handler._store.asked.clear()
     touch(handler, range(100, 200))
     assert len(handler._store.asked) < 20
@@ -426,7 +427,7 @@ def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them
     handler._uffd.faults = [(0, 0, 0, 0)]
     assert handler._next_faults() == handler._uffd.faults
     handler._uffd.faults = []
-    lspt.gone(lspt.claim(100, 20))
+    lspt.gone(lspt.claim(100, 20, ANY_HERE))
     assert handler._next_faults() == []  # it has heard that there is room
     handler._bring_advised()
     assert here(handler) == [*range(120, 180)]

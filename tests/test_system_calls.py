@@ -30,7 +30,7 @@ from conftest import (
 from edm import pins as p
 from edm import system_calls as s
 from edm import uffd_ctypes as u
-from edm.lspt import ANY_HERE, HERE, LSPT
+from edm.lspt import ANY_HERE, HERE, LSPT, NO_HOLES
 from edm.uffd_ctypes import PAGE_SIZE
 
 NOBODY = 65534
@@ -314,7 +314,7 @@ def lspt():
 
 def leaving(lspt, page, count):
     """Which pages LPET takes; they stay, after all."""
-    left = lspt.claim(page, count)
+    left = lspt.claim(page, count, ANY_HERE)
     lspt.stays(left)
     return left.leaving
 
@@ -359,17 +359,17 @@ def test_lpet_passes_pages_that_are_pinned_and_nobody_else_does(lspt):
     assert leaving(lspt, 90, 30) == [(90, 10), (110, 10)]
     assert leaving(lspt, 105, 10) == [(110, 5)]
     assert leaving(lspt, 102, 3) == []
-    assert lspt.claim(90, 30, ANY_HERE, pins=False).leaving == [(90, 30)]
+    assert lspt.claim(90, 30, NO_HOLES).leaving == [(90, 30)]
 
 
-def test_a_pin_may_have_pages_that_are_no_neighbours_and_all_end_together(lspt):
+def test_a_pin_may_have_pages_that_are_no_neighbours_and_all_end_together(lspt, alive, monkeypatch):
     lspt.pins.pin([range(100, 110), range(50, 55), range(7, 9)], 1 << 22, CALL)
     assert leaving(lspt, 0, 1000) == [(0, 7), (9, 41), (55, 45), (110, 890)]
-    lspt.pins.drop_ended(8, 1)  # there is no such thread
-    assert leaving(lspt, 0, 1000) == [(0, 1000)]
+    monkeypatch.setattr(p, "_goes_on", lambda *pin: False)
+    assert leaving(lspt, 8, 1) == [(8, 1)] and lspt.pins.runs() == []
 
 
-def test_a_thread_has_one_pin_and_pins_of_two_may_overlap(lspt):
+def test_a_thread_has_one_pin_and_pins_of_two_may_overlap(lspt, alive):
     lspt.pins.pin([range(100, 110)], 1, CALL)
     lspt.pins.pin([range(105, 115)], 2, CALL)
     lspt.pins.pin([range(200, 201)], 1, CALL)
@@ -413,14 +413,13 @@ def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction(hi
 def test_a_pin_holds_as_long_as_the_thread_is_in_that_call(lspt, reading):
     thread, call = reading
     lspt.pins.pin([range(100, 110)], thread.native_id, call)
-    lspt.pins.drop_ended(0, 1000)
     assert leaving(lspt, 100, 10) == []
     # Another call of the same thread is not that one.
     lspt.pins.pin([range(100, 110)], thread.native_id, (*call[:3], call[3] + 1, *call[4:]))
-    lspt.pins.drop_ended(200, 800)  # nobody wants those pages
-    assert leaving(lspt, 100, 10) == []
-    lspt.pins.drop_ended(109, 1)
-    assert leaving(lspt, 100, 10) == [(100, 10)]
+    assert leaving(lspt, 200, 800) == [(200, 800)]
+    assert lspt.pins.runs() == [(100, 10)], "nobody wants those pages"
+    assert leaving(lspt, 109, 1) == [(109, 1)]
+    assert lspt.pins.runs() == []
 
 
 def test_a_pin_holds_if_nothing_can_be_known_of_its_thread(lspt, monkeypatch):
@@ -430,7 +429,6 @@ def test_a_pin_holds_if_nothing_can_be_known_of_its_thread(lspt, monkeypatch):
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(p, "open", none_left, raising=False)
-    lspt.pins.drop_ended(0, 1000)
     assert leaving(lspt, 90, 30) == [(90, 10), (110, 10)]
 
 
@@ -440,13 +438,9 @@ def test_a_pin_of_a_thread_that_runs_holds_until_it_does_not(lspt, start):
     wait_for(lambda: Path(f"/proc/{job.pid}/syscall").read_text() == "running\n")
     lspt.pins.pin([range(100, 110)], job.pid, CALL)
 
-    def is_over():
-        lspt.pins.drop_ended(0, 1000)
-        return leaving(lspt, 100, 10) == [(100, 10)]
-
-    assert not is_over()
+    assert leaving(lspt, 100, 10) == []
     job.send_signal(signal.SIGSTOP)
-    wait_for(is_over)
+    wait_for(lambda: leaving(lspt, 100, 10) == [(100, 10)])
 
 
 def test_a_pin_of_a_thread_that_has_ended_gives_its_room_to_the_next(lspt):
