@@ -42,7 +42,7 @@ call of an ordinary user is about to touch is always passed (pins.py).
 When the store refuses, because its disk is full or fails, LPET passes dirty pages for REST seconds
 (until _again_at). Then it tries again with half as many pages at once (_most), as some may fit; each success
 doubles that. If a fault has waited for room, and the store has refused, both for GRACE seconds (since
-_refused_since), LPET raises the store's reason (_refusal), which ends the job.
+_refused_since), LPET raises the store's reason, which ends the job.
 
 Rules: an Lpet belongs to one thread. It never takes the LSPT's lock itself.
 """
@@ -99,14 +99,14 @@ class Lpet:
         self._most = self._batch  # pages to evict at once
         self._again_at = 0.0  # time.monotonic, as is the next
         self._refused_since = float("inf")  # the first refusal since the store took dirty pages
-        self._refusal = OSError()  # the last one
         self._log, self._banner, self._info = log.of_box("Lpet")
 
     def run(self) -> None:
         """Evict whenever woken, until LSPT.stop. Raises OSError when a fault has waited for GRACE seconds."""
         while self._lspt.wait_to_evict():
             if not self._evict_until_low_threshold():
-                time.sleep(min(self._rest(), 0.05))  # short, to see LSPT.stop soon
+                # Short, to see LSPT.stop soon.
+                time.sleep(REST / 2 if time.monotonic() < self._again_at else l.SETTLE)
 
     # ------------------------------------------------------------ one eviction
 
@@ -199,23 +199,15 @@ class Lpet:
     # ------------------------------------------------------------ refusals
 
     def _refused(self, error: OSError, pages: int) -> None:
-        now = time.monotonic()
-        self._refusal = error
+        """Raises OSError, with the store's errno, when a fault has waited for too long."""
+        now, wanted_since = time.monotonic(), self._lspt.figures[l.ROOM_WANTED] / 1e9
         self._refused_since = min(self._refused_since, now)
         self._most = max(1, self._most // 2)
         self._again_at = now + REST
         self._lspt.figures[l.REFUSED] += pages
-
-    def _rest(self) -> float:
-        """How many seconds to wait before the next try, if nothing could leave.
-
-        Raises OSError, with the store's errno, when a fault has waited for too long.
-        """
-        now, wanted_since = time.monotonic(), self._lspt.figures[l.ROOM_WANTED] / 1e9
         if wanted_since and now - max(wanted_since, self._refused_since) > GRACE:
             words = "no page can be evicted, and the application needs another one"
-            raise OSError(self._refusal.errno, f"{words}: {self._refusal.strerror}")
-        return max(self._again_at - now, l.SETTLE)
+            raise OSError(error.errno, f"{words}: {error.strerror}")
 
     # ------------------------------------------------------------ which pages
 
@@ -300,6 +292,7 @@ class Lpet:
         This waits for pages that are COMING, which the application may have used already, and for pages that LPET
         has. It stops when the store refuses some, or the application has ended.
         """
+        self._refused_since = float("inf")  # not of an earlier forget
         for claimed in self._lspt.claims(advised, l.ANY_HERE, self._batch, False):
             if claimed.leaving and not self._evict(claimed):
                 break

@@ -408,11 +408,11 @@ def test_while_the_store_refuses_only_clean_pages_leave_and_then_it_is_tried_aga
     gone = instance.evict_once() + instance.evict_once()
     assert sorted(gone) == [3, 20, 21, 63]
     assert not any(instance.store.tries[1:])
-    assert instance.lpet._rest() == pytest.approx(lpet_module.REST)
+    assert instance.lpet._again_at == clock.now + lpet_module.REST
     instance.store.refuses = refuse_nothing
     assert instance.evict_once() == []
     clock.now += lpet_module.REST
-    assert len(instance.evict_once()) == 28 and instance.lpet._rest() == l.SETTLE
+    assert len(instance.evict_once()) == 28
 
 
 def test_all_clean_pages_that_are_due_are_looked_at_in_the_turn_in_which_the_store_refuses(make):
@@ -462,12 +462,14 @@ def test_refusals_end_nothing_while_no_fault_waits(make, clock):
     instance.store.refuses = refuse_all
     for _ in range(3):
         clock.now += 2 * lpet_module.GRACE
-        assert instance.evict_once() == [] and instance.lpet._rest() > 0
+        assert instance.evict_once() == []
     instance.lspt.expect(20)
-    assert instance.lpet._rest() > 0, "grace begins"
+    instance.may_try_again()
+    assert instance.evict_once() == [], "grace begins"
     clock.now += 1.1 * lpet_module.GRACE
     with pytest.raises(OSError, match="no room on this disk"):
-        instance.lpet._rest()
+        instance.evict_once()
+    assert instance.here() == list(range(8)) and instance.figure(l.REFUSED) > 4
 
 
 def test_advice_that_finds_no_room_never_ends_the_job_and_a_fault_that_does_has_grace(make, clock):
@@ -478,14 +480,15 @@ def test_advice_that_finds_no_room_never_ends_the_job_and_a_fault_that_does_has_
     for _ in range(3):
         assert instance.lspt.expect(20, l.AWAY) is None
         clock.now += 2 * lpet_module.GRACE
-        assert instance.evict_once() == [] and instance.lpet._rest() > 0
+        assert instance.evict_once() == []
     instance.lspt.expect(21)
-    assert instance.lpet._rest() > 0, "grace begins"
+    instance.may_try_again()
+    assert instance.evict_once() == [], "grace begins"
     for _ in range(3):  # the fault and the advice try again
         clock.now += lpet_module.GRACE / 3 + 0.1
         assert instance.lspt.expect(20, l.AWAY) is instance.lspt.expect(21) is None
     with pytest.raises(OSError, match="no room on this disk"):
-        instance.lpet._rest()
+        instance.evict_once()
 
 
 @pytest.mark.parametrize("how", ["evicted", "freed"])
@@ -497,7 +500,7 @@ def test_grace_begins_anew_when_a_fault_has_got_its_room(make, clock, how):
     instance.lspt.expect(20)
     instance.lpet._evict_until_low_threshold()
     clock.now += 0.9 * lpet_module.GRACE
-    assert instance.lpet._rest() > 0
+    assert instance.evict_once() == []
     if how == "evicted":
         instance.pagemap.clean.add(7)
         assert instance.evict_once() == [7]
@@ -506,10 +509,10 @@ def test_grace_begins_anew_when_a_fault_has_got_its_room(make, clock, how):
     instance.come((20, 1))
     clock.now += 100  # LPET sleeps
     instance.lspt.expect(21)
-    assert instance.evict_once() == [] and instance.lpet._rest() > 0, "it has not waited yet"
+    assert instance.evict_once() == [], "it has not waited yet"
     clock.now += 1.1 * lpet_module.GRACE
     with pytest.raises(OSError, match="no room on this disk"):
-        instance.lpet._rest()
+        instance.evict_once()
 
 
 def test_a_refusal_that_took_long_does_not_end_the_job_at_once(make, clock):
@@ -523,7 +526,7 @@ def test_a_refusal_that_took_long_does_not_end_the_job_at_once(make, clock):
         instance.come((0, 8))
         instance.lspt.expect(20)
         instance.store.refuses, instance.store.meanwhile = refuse_all, stall
-        assert instance.evict_once() == [] and instance.lpet._rest() > 0
+        assert instance.evict_once() == []
         instance.store.refuses, instance.store.meanwhile = refuse_nothing, lambda: None
         instance.may_try_again()
         assert len(instance.evict_once()) == 8
