@@ -219,39 +219,36 @@ class Lpet:
         if needed <= 0:
             return 0
         self._banner.info("\n-----------------START LPET-----------------\n")
-        self._evict_needed()
+        for part, age, asks in self._clock():
+            which = self._lspt.older_than(age)
+            looks = asks or time.monotonic() < self._again_at
+            passed = self._passed(*part, which, asks) if looks else []
+            self._needed -= self._evict(self._lspt.claim(*part, which, passed))
+            if self._needed <= 0 or self._lspt.stopped():
+                break
         self._banner.info("\n-----------------END LPET-----------------\n")
         return needed - self._needed
 
-    def _evict_needed(self) -> None:
-        now, every_age = self._lspt.generation(), -l.LONGER
-        if self._lspt.as_the_wiki_does:
-            turns = [(every_age, True), (every_age, False)]
+    def _clock(self) -> Iterator[tuple[Run, int, bool]]:
+        """The clock's turns, in parts that may be evicted at once: (part, how many generations ago pages that leave
+        came at least, whether the tracker is asked). The wiki's have no more pages than are still needed."""
+        now, by_the_wiki = self._lspt.generation(), self._lspt.as_the_wiki_does
+        if by_the_wiki:
+            turns, look = [(-l.LONGER, True), (-l.LONGER, False)], self._lspt.runs_here
             self._show_lspt()
         else:
-            asks = isinstance(self._tracker, BitmapTracker)
-            turns = [(AGE, asks), (0, False), (every_age, False)][now == self._turned :]
+            by_bitmap = isinstance(self._tracker, BitmapTracker)
+            turns = [(AGE, by_bitmap), (0, False), (-l.LONGER, False)][now == self._turned :]
+            look = self._lspt.occupied
         for age, asks in turns:
-            for part in self._parts():
-                which = self._lspt.older_than(age)
-                looks = asks or time.monotonic() < self._again_at
-                passed = self._passed(*part, which, asks) if looks else []
-                self._needed -= self._evict(self._lspt.claim(*part, which, passed))
-                if self._needed <= 0 or self._lspt.stopped():
-                    return
+            for page, count in look(self._hand):
+                end = page + count
+                while page < end:
+                    most = self._batch if time.monotonic() < self._again_at else self._most
+                    part = page, min(end - page, most, self._needed if by_the_wiki else most)
+                    page = self._hand = sum(part)
+                    yield part, age, asks
             self._turned = now
-
-    def _parts(self) -> Iterator[Run]:
-        """One turn of the clock, in parts that may be evicted at once."""
-        by_the_wiki = self._lspt.as_the_wiki_does
-        look = self._lspt.runs_here if by_the_wiki else self._lspt.occupied
-        for page, count in look(self._hand):
-            end = page + count
-            while page < end:
-                most = self._batch if time.monotonic() < self._again_at else self._most
-                part = page, min(end - page, most, self._needed if by_the_wiki else most)
-                page = self._hand = sum(part)
-                yield part
 
     def _passed(self, page: int, count: int, which: bytes, asks: bool) -> list[Run]:
         """Those of these pages that may not leave now: dirty ones, while it is too early to try again what was
