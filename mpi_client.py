@@ -25,7 +25,6 @@ Waiting: MPI has no wait that sleeps. A thread that waits for a page tests in a 
 sleeps between tests.
 """
 
-import ctypes
 import os
 import threading
 import time
@@ -48,7 +47,7 @@ class Slot:
 
     def __init__(self, comm: MPI.Comm, tag: int) -> None:
         self.question, self.answer = m.MessageBuffer(), m.MessageBuffer()
-        self.content_address = ctypes.addressof(ctypes.c_char.from_buffer(self.answer.body))
+        self.content_address = MPI.buffer(self.answer.body).address
         self._comm, self._tag = comm, tag
 
     def send(self, dms: int, kind: int, count: int, page: int, more: int, *body: bytes) -> None:
