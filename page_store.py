@@ -119,7 +119,7 @@ UNREADABLE = DISK | FIRST | SECOND
 
 NEW_PAGES, CONTENT = 17, 18  # answers to a get, on the wire too: never accessed; bytes
 
-SYNC_PHASES = range(2)
+SYNC_PHASES = range(2)  # on the wire too: it is prepared; it is committed
 
 Bytes = tuple[int, memoryview]  # the first page of a run, and the run's bytes
 
