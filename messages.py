@@ -54,7 +54,8 @@ MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (DIRTY.size + PAGE_SIZE)  # bytes
 
 
 class MessageBuffer:
-    """Memory for one message: the header, then a body that begins at a page boundary."""
+    """Memory for one message: the header, then a body that begins at a page boundary: pread takes twice as long to
+    16 bytes behind one, and 6 times as long for 256 pages."""
 
     def __init__(self) -> None:
         begin = PAGE_SIZE - HEADER.size
