@@ -88,8 +88,8 @@ class Pager:
     def __init__(self, control: _socket.socket, hello: SimpleNamespace, store: PageStore) -> None:
         """Begin: start LPET and the threads.
 
-        hello: see page_for. store: a PageStore, or over MPI an MpiStore. Raises
-        ValueError for settings that this machine can't have, and OSError; then the process must end.
+        hello: see page_for. store: a PageStore, or over MPI an MpiStore. Raises ValueError for settings that
+        this machine can't have, and OSError. Then the process must end.
         """
         uffd, self._memfd, pagemap, *lines = hello.fds
         self._hello, self._store, start = hello, store, hello.start_addr
