@@ -11,7 +11,7 @@ In the picture: the box in the middle. Its threads:
 
 Interface: page_for(control, open_store) pages for an application until it has ended. On
 one machine address_space.py spawns a process that runs spawned(). Over MPI the rank is the pager
-(rank.py). print_error(error) prints why a process of EDM ends.
+(rank.py). print_error(error) prints why a process or a thread of EDM ends.
 
 Application and pager each notice the end of the other. The pager polls a pidfd. It has the only write
 end of a pipe, the lifeline, and has asked the kernel to kill the application when that end is closed
@@ -390,8 +390,8 @@ def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> i
     open_store(hello): makes the store. hello: what Space has sent, with its descriptors, fds, and ended_by: over
     MPI it is a list that gets the names of the signals that are to end the application.
 
-    Returns an exit status: 0, or 2 if the pager has failed and has printed why. None: the
-    application has ended before it began.
+    Returns an exit status: 0, or print_error's if the pager has failed. None: the application has ended
+    before it began.
     """
     packet, fds = address_space.receive(control)
     if not fds:
@@ -454,7 +454,7 @@ def _status_of(body: Callable[[], int | None]) -> int | None:
 
 
 def print_error(error: BaseException) -> int:
-    """Print why this process ends. Its exit status: 2, or 1 if the error is a bug in EDM."""
+    """Print why this process, or a thread, ends. The exit status: 2, or 1 if the error is a bug in EDM."""
     if type(error).__module__ == "mpi4py.MPI":  # its Exception is no OSError
         error = OSError(f"MPI: {str(error).splitlines()[-1]}; a process of the job has died?")
     if not isinstance(error, OSError):
