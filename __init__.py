@@ -4,7 +4,7 @@ import importlib
 
 # The modules of what is not in edm.py.
 _MODULES = dict.fromkeys(("forget", "prefetch", "resident"), "advice")
-_MODULES["numpy_allocator"] = "numpy_mem_handler"
+_MODULES |= {"numpy_allocator": "numpy_mem_handler", "parse_arguments": "launch"}
 __all__ = [
     "PAGE_SIZE", "Config", "Space", "forget", "main", "numpy_allocator", "parse_arguments", "prefetch",
     "resident", "run", "space", "start",

@@ -29,7 +29,7 @@ Interface:
     run(app, config)           run app(space) with a space of its own
     start(config)              make this interpreter an application, for the rest of its life
     space()                    in an application: its Space
-    parse_arguments, main      as run, for a program with command-line options
+    main(app, config)          as run, for a program with command-line options: launch.py's parse_arguments
     PAGE_SIZE                  bytes
 
 `python -m edm run` (launch.py) runs a program that knows nothing of all this.
@@ -46,8 +46,7 @@ import contextlib
 import operator
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 if __name__ == "edm":
@@ -62,8 +61,7 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
-    from typing import Any, NoReturn
+    from typing import Any
 
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
 
@@ -84,7 +82,7 @@ AS = {"int": operator.index, "bool": bool, "str": lambda value: str(os.fsdecode(
 class Config(SimpleNamespace):
     """The settings. They are keyword arguments, except for start_addr and end_addr, and can't be changed.
 
-    parse_arguments takes the help of the options from these lines:
+    The help of the command line's options is taken from these lines (launch.py):
 
     start_addr: where the address space begins (an address, whole pages)
     end_addr: where it ends (an address, whole pages; not part of it)
@@ -296,56 +294,6 @@ def tell(words: str, end: str = "\n") -> None:
     if sys.stderr:
         with contextlib.suppress(OSError):
             print(words, end=end, file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------- command-line programs
-
-
-def parse_arguments(parser: ArgumentParser, **defaults: Any) -> tuple[Namespace, Config]:
-    """Add an option for every setting of Config to the parser, and parse the command line.
-
-    defaults: this program's defaults that differ from Config's. One rank prints a mistake, in one line,
-    and the program ends with status 2.
-    """
-    add_settings(parser, **defaults)
-    args = parser.parse_args()
-    try:
-        return args, Config(**{name: getattr(args, name) for name in Config.__annotations__})
-    except ValueError as error:
-        refuse(parser, error)
-
-
-def refuse(parser: ArgumentParser, error: ValueError | str) -> NoReturn:
-    """End this rank, with status 2, for a mistake in the command line, which all ranks find. Rank 0 prints it."""
-    if launched()[0]:
-        time.sleep(PRINTING)
-        sys.exit(2)
-    parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-def add_settings(parser: ArgumentParser, leave_out: Iterable[str] = (), **defaults: Any) -> None:
-    """Add an option for every setting of Config, except for those to leave out. Have one rank print a
-    mistake that argparse finds."""
-    import argparse
-
-    parser.error = lambda message: refuse(parser, message)
-    group = parser.add_argument_group("EDM")
-    lines = (Config.__doc__ or "").splitlines()  # python -OO has none
-    words = dict(line.strip().split(": ", 1) for line in lines if ": " in line)
-    for name, kind in Config.__annotations__.items():
-        if name not in leave_out:
-            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-            if kind != "bool":
-                kind = number if kind.startswith("int") else str
-                how = {"type": kind, "choices": CHOICES.get(name)}
-            option = "--" + name.replace("_", "-")
-            default = defaults.get(name, getattr(Config, name))
-            group.add_argument(option, default=default, help=words.get(name), **how)
-
-
-def number(text: str) -> int:
-    """The int that an option has, in any base; argparse's errors have this function's name."""
-    return int(text, 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ In the picture: starts it all. The process that the user started checks the comm
 itself by `python script.py ...`. Before the script, that interpreter imports startup/sitecustomize.py,
 which starts EDM. Python itself does all the rest.
 
-Interface: main(arguments) is the command. For kernel.py: parse(arguments) checks a command line.
+Interface: main(arguments) is the command. For kernel.py: parse(arguments) checks a command line. For a program with
+options of its own, as edm.parse_arguments: parse_arguments(parser) adds an option for each setting.
 
 Rules: a mistake is reported in one line, with exit status 2, before anything is started. Settings are
 passed to startup/sitecustomize.py in one environment variable, which is removed there.
@@ -22,9 +23,13 @@ import marshal
 import os
 import re
 import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from edm import limits
-from edm.edm import PAGE_SIZE, Config, add_settings, launched, refuse, tell
+from edm.edm import CHOICES, PAGE_SIZE, PRINTING, Config, launched, tell
 
 PROG = "python -m edm run"
 SPACE = 256 << 30  # bytes
@@ -56,9 +61,9 @@ def main(arguments: list[str]) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
+def parse(arguments: list[str]) -> tuple[Namespace, Config, list[str]]:
     """The options, the settings they make, and the program with its arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=PROG,
         usage=f"{PROG} [option ...] (SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]",
         description="Run a Python program with more memory than this machine has. COMMAND is one that is "
@@ -99,7 +104,7 @@ def size_in_bytes(text: str) -> int:
     return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
-def _config(args: argparse.Namespace) -> Config:
+def _config(args: Namespace) -> Config:
     if args.resident is None:
         # As many instances share this machine's memory, as far as the MPI launcher says: without the DMSs, if all
         # ranks are here.
@@ -150,6 +155,54 @@ def _interpreter_options() -> list[str]:
     if joined := re.fullmatch(r"(-\w+)medm", last):
         options.append(joined[1])
     return options
+
+
+# ---------------------------------------------------------------- settings as options
+
+
+def parse_arguments(parser: ArgumentParser, **defaults: Any) -> tuple[Namespace, Config]:
+    """Add an option for every setting of Config to the parser, and parse the command line.
+
+    defaults: this program's defaults that differ from Config's. One rank prints a mistake, in one line,
+    and the program ends with status 2.
+    """
+    add_settings(parser, **defaults)
+    args = parser.parse_args()
+    try:
+        return args, Config(**{name: getattr(args, name) for name in Config.__annotations__})
+    except ValueError as error:
+        refuse(parser, error)
+
+
+def refuse(parser: ArgumentParser, error: ValueError | str) -> NoReturn:
+    """End this rank, with status 2, for a mistake in the command line, which all ranks find. Rank 0 prints it."""
+    if launched()[0]:
+        time.sleep(PRINTING)
+        sys.exit(2)
+    parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def add_settings(parser: ArgumentParser, leave_out: Iterable[str] = (), **defaults: Any) -> None:
+    """Add an option for every setting of Config, except for those to leave out. Have one rank print a
+    mistake that argparse finds."""
+    parser.error = lambda message: refuse(parser, message)
+    group = parser.add_argument_group("EDM")
+    lines = (Config.__doc__ or "").splitlines()  # python -OO has none
+    words = dict(line.strip().split(": ", 1) for line in lines if ": " in line)
+    for name, kind in Config.__annotations__.items():
+        if name not in leave_out:
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if kind != "bool":
+                kind = number if kind.startswith("int") else str
+                how = {"type": kind, "choices": CHOICES.get(name)}
+            option = "--" + name.replace("_", "-")
+            default = defaults.get(name, getattr(Config, name))
+            group.add_argument(option, default=default, help=words.get(name), **how)
+
+
+def number(text: str) -> int:
+    """The int that an option has, in any base; argparse's errors have this function's name."""
+    return int(text, 0)
 
 
 # ---------------------------------------------------------------- this machine's memory

@@ -13,7 +13,7 @@ import pytest
 
 import edm
 from edm import edm as face
-from edm import log
+from edm import launch, log
 from edm.edm import MAX_PAGES, Config
 from edm.uffd_ctypes import PAGES_AT_ONCE
 
@@ -139,9 +139,9 @@ def test_without_options_the_settings_are_the_default_ones(monkeypatch):
 @pytest.mark.parametrize(("value", "words"), [("1", "high_threshold: "), ("x", "argument --high-")])
 def test_a_wrong_option_is_told_in_one_line_by_one_rank(monkeypatch, capsys, value, words):
     monkeypatch.setattr(sys, "argv", ["program", "--high-threshold", value])
-    monkeypatch.setattr(face, "PRINTING", 0)
+    monkeypatch.setattr(launch, "PRINTING", 0)
     for rank in (0, 1):
-        monkeypatch.setattr(face, "launched", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(launch, "launched", lambda rank=rank: (rank, 2))
         with pytest.raises(SystemExit) as ended:
             edm.parse_arguments(argparse.ArgumentParser(prog="program"))
         assert ended.value.code == 2
@@ -155,7 +155,7 @@ def test_a_wrong_option_is_told_in_one_line_by_one_rank(monkeypatch, capsys, val
 
 def test_settings_can_be_left_out_of_the_options():
     parser = argparse.ArgumentParser()
-    face.add_settings(parser, ("disk",), readahead=7)
+    launch.add_settings(parser, ("disk",), readahead=7)
     assert "--disk" not in parser.format_help() and parser.parse_args([]).readahead == 7
 
 
