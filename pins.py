@@ -38,8 +38,13 @@ class Pins:
         self._table = mmap.mmap(-1, SLOTS * PIN.size)
         self._used = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # rows of the table
 
+    def share(self, least: int) -> int:
+        """How many pages one call may pin: a quarter of the room that is left, but at least `least`."""
+        room = self.most - sum(pin[1] for pin in self._pins())
+        return min(max(least, room // 4), self.most)
+
     def pin(self, pages: list[range], thread: int, call: Call) -> None:
-        """Pin these pages, at most `most`. The thread's earlier pin ends.
+        """Pin these pages, which are one share. The thread's earlier pin ends.
 
         If there is no room, wait until other calls have ended. If calls that wait, such as recv_into, keep all
         of it, the pages stay unpinned: very likely they are still here when the call touches them.

@@ -13,7 +13,7 @@ One call, `write(fd, array)`:
     1. The filter sees that the buffer begins in the space. The thread sleeps, and the listener has a
        message. Other calls go on, and take 0.05 to 0.1 µs more. (If a signal with a handler comes before
        step 2, the call fails with EINTR, even on a file. Python calls again; fwrite(3) does not.)
-    2. SystemCalls pins the first pages of the buffer, AT_ONCE (pins.py).
+    2. SystemCalls pins the first pages of the buffer: AT_ONCE, or as many as there is room for (pins.py).
     3. It has the DM-Handler bring those that are not here. Where UFFD_FEATURE_WP_ASYNC is missing, it
        clears the uffd-wp bit of pages that the call writes; otherwise the kernel does that.
     4. It answers CONTINUE, and the kernel makes the call. At a page that is not here, behind the pinned
@@ -78,11 +78,14 @@ if TYPE_CHECKING:
     from edm.dm_handler import DmHandler
     from edm.lspt import LSPT
 
-# Pages that are pinned for one call. A call on a socket fails if it can't copy a whole part. A part is 64 KiB when
-# sending, and when receiving what TCP has joined: 17 times 32 KiB (MAX_SKB_FRAGS).
-AT_ONCE = (576 << 10) // PAGE_SIZE + 1
+AT_ONCE = (1 << 20) // PAGE_SIZE  # pages
 FILE_LOCKS = 64
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
+
+# The least number of pages to pin; by whether the call writes memory. A call on a socket fails if it can't
+# copy a whole part. A part is 64 KiB when sending, and when receiving what TCP has joined: 17 times
+# 32 KiB (MAX_SKB_FRAGS).
+LEAST_PINNED = {False: (64 << 10) // PAGE_SIZE + 1, True: (576 << 10) // PAGE_SIZE + 1}
 
 # What an argument is: a buffer, and the next argument its length; an array of struct iovec, and the next
 # one their count; a struct msghdr, which points to such an array.
@@ -238,7 +241,7 @@ class SystemCalls:
         argument, writes, kind = CALLS[number]
         address, length = arguments[argument] + done, arguments[argument + 1] - done
         buffers = [(address, length)] if kind == BUFFER else _buffers(thread, kind, address, length)
-        if pages := self._pages_of(buffers):
+        if pages := self._pages_of(buffers, LEAST_PINNED[writes]):
             self._lspt.pins.pin(pages, thread, call)
         for run in pages:
             self._handler.bring(run, writes)
@@ -249,11 +252,11 @@ class SystemCalls:
                     self._uffd.writeprotect(start, len(run) * PAGE_SIZE, False)
         return address % PAGE_SIZE + length <= sum(map(len, pages)) * PAGE_SIZE
 
-    def _pages_of(self, buffers: list[tuple[int, int]]) -> list[range]:
-        """The pages of the buffers (address, bytes) that begin in the space, AT_ONCE in all, in the order in
-        which the call touches them."""
+    def _pages_of(self, buffers: list[tuple[int, int]], least: int) -> list[range]:
+        """The pages of the buffers (address, bytes) that begin in the space, in the order in which the call
+        touches them; in all AT_ONCE at most, or as many as a call that needs `least` may pin."""
         runs: list[range] = []
-        left = min(AT_ONCE, self._lspt.pins.most)
+        left = min(AT_ONCE, self._lspt.pins.share(least))
         for address, length in buffers:
             begin = address - self._start
             first, stop = begin // PAGE_SIZE, -(-(begin + length) // PAGE_SIZE)

@@ -79,7 +79,7 @@ def test_sixteen_descriptors_are_enough(succeeds):
 @pytest.mark.parametrize(
     "calls",
     ["files", "positions", "large_writes", "random_bytes", "pickles", "sockets", "datagrams",
-     "threads", "vectors", "messages", "scattered", "wrong", "streams", "others"],
+     "threads", "pipes", "vectors", "messages", "scattered", "wrong", "streams", "others"],
 )  # fmt: skip
 def test_system_calls_read_and_write_memory_that_is_away(succeeds, calls):
     succeeds(calls)
@@ -377,17 +377,27 @@ def test_a_thread_has_one_pin_and_pins_of_two_may_overlap(lspt, alive):
     assert leaving(lspt, 199, 3) == [(199, 1), (201, 1)]
 
 
-def test_all_pins_have_half_of_the_pages_and_the_next_call_waits_for_room(lspt, alive):
+def test_all_pins_have_half_of_the_pages_and_each_leaves_some_to_the_next_ones(lspt, alive):
+    got = []
+    for n in alive(20):
+        got.append(lspt.pins.share(20))
+        lspt.pins.pin([range(n * 40, n * 40 + got[-1])], n, CALL)
+        if sum(got) > 450:
+            break
+    assert got[0] == 499 // 4 and got == sorted(got, reverse=True) and got[-1] == 20
+    assert sum(got) <= 499
+
+
+def test_if_there_is_no_room_the_next_call_waits_for_it(lspt, alive):
     for n in alive(3):
-        lspt.pins.pin([range(200 * n, 200 * n + s.AT_ONCE)], n, CALL)
-    assert pinned(lspt) == 3 * s.AT_ONCE <= 499
-    fourth = threading.Thread(target=lspt.pins.pin, args=([range(900, 900 + 99)], 4, CALL))
+        lspt.pins.pin([range(200 * n, 200 * n + 150)], n, CALL)
+    fourth = threading.Thread(target=lspt.pins.pin, args=([range(900, 999)], 4, CALL))
     fourth.start()
     fourth.join(10 * p.PIN_AGAIN)
-    assert fourth.is_alive() and pinned(lspt) == 3 * s.AT_ONCE
+    assert fourth.is_alive() and pinned(lspt) == 450
     lspt.pins.pin([range(999, 1000)], 2, CALL)  # another call of one of the three
     fourth.join(10)
-    assert not fourth.is_alive() and pinned(lspt) == 2 * s.AT_ONCE + 100
+    assert not fourth.is_alive() and pinned(lspt) == 400
 
 
 def test_if_no_call_ends_the_pages_stay_unpinned(lspt, alive, monkeypatch):

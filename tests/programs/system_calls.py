@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from unittest import mock
 
 from edm import uffd_ctypes
@@ -511,6 +512,40 @@ def threads(space):
     for thread in started:
         thread.join()
     assert not failed
+
+
+def pipes(space):
+    """Threads write to pipes, and as many wait for what they write: there is room for the pages of all."""
+    length = 3 << 20
+    areas = [(area(space, seed)[:length], area(space)[:length], seed) for seed in range(3)]
+
+    def write_and_read(source, target, seed):
+        for _ in range(5):
+            target[:] = bytes(length)
+            out, into = os.pipe()
+            writer = threading.Thread(target=guarded, args=(write, into, source))
+            writer.start()
+            with open(out, "rb", 0) as file:
+                all_of(file.readinto, target)
+            writer.join()
+            os.close(into)
+            check(target, seed, length)
+
+    def write(into, source):
+        assert os.write(into, source) == length
+
+    def guarded(call, *arguments):
+        try:
+            call(*arguments)
+        except BaseException:  # noqa: BLE001 - others may wait for this thread
+            traceback.print_exc()
+            os._exit(1)
+
+    threads = [threading.Thread(target=guarded, args=(write_and_read, *some)) for some in areas]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def blocked(space):
