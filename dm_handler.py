@@ -331,21 +331,19 @@ class DmHandler:
         wp = self._track_clean and not write
         if source:  # counted first: the application may ask as soon as it is woken
             self._figures[l.RECEIVED] += len(pages) * PAGE_SIZE
-        at, length = 0, (len(pages) if pages.step == 1 else 1) * PAGE_SIZE
-        while at < len(pages) * PAGE_SIZE:
+        at, at_once = 0, pages.step == 1
+        while left := len(pages) * PAGE_SIZE - at:
+            dst, length = address + at * pages.step, left if at_once else PAGE_SIZE
             try:
                 if source or wp:
-                    self._uffd.copy(address, (source or self._zeros) + at, length, wp)
+                    at += self._uffd.copy(dst, (source or self._zeros) + at, length, wp)
                 else:
-                    self._uffd.zeropage(address, length)
+                    at += self._uffd.zeropage(dst, length)
             except FileNotFoundError:  # the program has split the mapping, as by madvise(2)
-                if length == PAGE_SIZE:  # or Space.close has unmapped it: nobody waits for these
+                if not at_once:  # or Space.close has unmapped it: nobody waits for these
                     self._lspt.not_coming(pages[at // PAGE_SIZE :])
                     pages = pages[: at // PAGE_SIZE]
-                length = PAGE_SIZE
-                continue
-            at += length
-            address += pages.step * PAGE_SIZE
+                at_once = False
         if pages:
             self._lspt.arrived(pages, before)
         if self.came is not None:

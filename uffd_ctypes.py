@@ -183,8 +183,9 @@ class Userfaultfd:
         uffdio_register.pack_into(self._block, 0, start, length, mode, 0)
         self._call("UFFDIO_REGISTER", UFFDIO_REGISTER)
 
-    def copy(self, dst: int, src: int, length: int, write_protect: bool = False) -> None:
-        """Install length bytes of src (this process) at dst (the faulting one), and wake.
+    def copy(self, dst: int, src: int, length: int, write_protect: bool = False) -> int:
+        """Install length bytes of src (this process) at dst (the faulting one), and wake. Returns how many
+        bytes were installed. If these are fewer, the next call goes on, or raises the reason.
 
         With write_protect the pages get the uffd-wp bit, which their first write clears. Raises OSError
         EEXIST when a page of the range is there already, ENOENT when it isn't registered or is in
@@ -192,17 +193,14 @@ class Userfaultfd:
         """
         mode = UFFDIO_COPY_MODE_WP if write_protect else 0
         uffdio_copy.pack_into(self._block, 0, dst, src, length, mode, 0)
-        if not self._call("UFFDIO_COPY", UFFDIO_COPY):
-            # After `done` bytes. The next try goes on, or its error is the reason.
-            done = max(0, uffdio_copy.unpack_from(self._block)[-1])
-            self.copy(dst + done, src + done, length - done, write_protect)
+        all_of_it = self._call("UFFDIO_COPY", UFFDIO_COPY)
+        return length if all_of_it else max(0, uffdio_copy.unpack_from(self._block)[-1])
 
-    def zeropage(self, start: int, length: int) -> None:
-        """Install zeroed, writable pages in this range (bytes), and wake. Raises as copy does."""
+    def zeropage(self, start: int, length: int) -> int:
+        """Install zeroed, writable pages in this range (bytes), and wake. Returns and raises as copy does."""
         uffdio_zeropage.pack_into(self._block, 0, start, length, 0, 0)
-        if not self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE):
-            done = max(0, uffdio_zeropage.unpack_from(self._block)[-1])
-            self.zeropage(start + done, length - done)
+        all_of_it = self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE)
+        return length if all_of_it else max(0, uffdio_zeropage.unpack_from(self._block)[-1])
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
         """Set the uffd-wp bit of these pages (bytes); or, protect=False, clear it and wake."""

@@ -318,6 +318,7 @@ class FakeUffd:
     def copy(self, address, source, length, mark):
         if address + length > self.mapped * PAGE_SIZE:
             raise FileNotFoundError(errno.ENOENT, "UFFDIO_COPY")
+        return length
 
     def poison(self, address, length):
         # No FREE takes the page in between: its next area would find the poison.
@@ -475,6 +476,21 @@ def test_pages_that_the_application_has_unmapped_are_not_coming_and_nothing_fail
     assert here(handler) == [*range(100, mapped)]
     assert COMING not in handler._lspt.state[:]
     assert handler._lspt.figures[RESIDENT] == len(here(handler))
+
+
+def test_where_a_copy_was_interrupted_the_next_one_goes_on(handler):
+    copied = []
+
+    def copy(address, source, length, mark):
+        copied.append((address, source, length))
+        return min(length, 3 * PAGE_SIZE)
+
+    handler._uffd.copy = copy
+    handler.prefetch([(100, 5)])
+    handler._bring_advised()
+    assert here(handler) == [*range(100, 105)]
+    rest = 103 * PAGE_SIZE, copied[0][1] + 3 * PAGE_SIZE, 2 * PAGE_SIZE
+    assert copied == [(100 * PAGE_SIZE, copied[0][1], 5 * PAGE_SIZE), rest]
 
 
 def test_a_call_that_came_while_it_waited_for_a_childs_page_is_seen_before_it_sleeps(handler):

@@ -307,7 +307,7 @@ def test_pages_that_were_written_into_the_memory_file_are_there_without_a_messag
 @needs_userfaultfd
 def test_many_pages_are_copied_at_once(memory):
     pages = ctypes.create_string_buffer(os.urandom(3 * PAGE_SIZE), 3 * PAGE_SIZE)
-    memory.uffd.copy(memory.address, ctypes.addressof(pages), 3 * PAGE_SIZE)
+    assert memory.uffd.copy(memory.address, ctypes.addressof(pages), len(pages)) == len(pages)
     assert memory.map[: 3 * PAGE_SIZE] == pages.raw
     assert os.fstat(memory.memfd).st_blocks * 512 == 3 * PAGE_SIZE
 
@@ -317,7 +317,7 @@ def test_copying_over_a_page_that_is_there_raises_eexist(memory):
     page = ctypes.create_string_buffer(2 * PAGE_SIZE)
     memory.uffd.copy(memory.address + PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
     with pytest.raises(FileExistsError, match="UFFDIO_COPY"):
-        memory.uffd.copy(memory.address, ctypes.addressof(page), 2 * PAGE_SIZE)
+        memory.uffd.copy(memory.address + PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
 
 
 @needs_userfaultfd
@@ -325,11 +325,16 @@ def test_copying_over_a_page_that_is_there_raises_eexist(memory):
 def test_a_page_in_the_midst_that_is_there_already_does_not_keep_those_before_it_out(memory, call):
     page = ctypes.create_string_buffer(b"EDM", 2 * PAGE_SIZE)
     memory.uffd.copy(memory.address + PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
-    with pytest.raises(FileExistsError, match="UFFDIO_"):
+
+    def install(at):
+        arguments = [memory.address + at, 2 * PAGE_SIZE - at]
         if call == "copy":
-            memory.uffd.copy(memory.address, ctypes.addressof(page), 2 * PAGE_SIZE)
-        else:
-            memory.uffd.zeropage(memory.address, 2 * PAGE_SIZE)
+            arguments.insert(1, ctypes.addressof(page) + at)
+        return getattr(memory.uffd, call)(*arguments)
+
+    assert install(0) == PAGE_SIZE
+    with pytest.raises(FileExistsError, match="UFFDIO_"):
+        install(PAGE_SIZE)
     assert os.fstat(memory.memfd).st_blocks * 512 == 2 * PAGE_SIZE
     assert memory.map[:3] == (b"EDM" if call == "copy" else b"\0\0\0")
 
