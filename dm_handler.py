@@ -263,20 +263,17 @@ class DmHandler:
         return False
 
     def _bring_advised(self) -> None:
-        """Of the next PIECE advised pages, bring those that are AWAY, as far as there is room."""
-        runs, most = [], PIECE
+        """Bring those of the next PIECE advised pages that are AWAY. If there is room for fewer, look at so many."""
+        runs, most = [], min(PIECE, self._lspt.high - self._figures[l.RESIDENT])
+        if not most:
+            with self._lspt.lock:
+                self._lspt.want_room()
         while most > 0 and self._advised:
             pages = self._advised.popleft()
-            state, done = self._lspt.expect(pages[0], l.AWAY), [pages[:1]]
-            if state is None:
-                self._advised.appendleft(pages)
-                break
-            if l.AWAY <= state < l.LOST:
-                done = self._lspt.expect_more(pages[:most], l.AWAY_RUN)
-                runs += done
-            most -= sum(map(len, done))
-            if rest := range(done[-1][-1] + 1, pages.stop):
+            runs += self._lspt.expect_more(pages[:most], l.AWAY_RUN)
+            if rest := pages[most:]:
                 self._advised.appendleft(rest)
+            most -= len(pages)
         self._fetch(runs, -1, False, l.NEW)
 
     # ------------------------------------------------------------ fetching

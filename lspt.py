@@ -88,9 +88,9 @@ NO_HOLES = bytes(255 if byte >= HERE else 0 for byte in range(256))
 SETTLED = bytes(0 if byte in (COMING, LEAVING) else 255 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
 _RUN = re.compile(rb"\xff(?:[\x01\xff]*\xff)?")  # claimed pages, and the holes between them
-# Pages that are NEW or AWAY, or only these, for `expect_more`: behind the first one, if that is COMING.
+# For `expect_more`: pages that are NEW or AWAY, behind the first one, if that is COMING; and those that are AWAY.
 MISSING_RUN = re.compile(rb"\A\x42[\0-\x40]*|[\0-\x40]+")
-AWAY_RUN = re.compile(rb"\A\x42[\1-\x40]*|[\1-\x40]+")
+AWAY_RUN = re.compile(rb"[\1-\x40]+")
 HERE_RUN, LOST_RUN = re.compile(rb"[\x80-\xff]+"), re.compile(rb"\x41+")
 UNSETTLED, CHOSEN_RUN = re.compile(rb"[\x42\x43]+"), re.compile(rb"\xff+")
 # For bytes.translate: without the generations of pages that are AWAY.
@@ -198,30 +198,29 @@ class LSPT(ByteTable):
 
     # ------------------------------------------------------------ the DM-Handler's transitions
 
-    def expect(self, page: int, least: int = NEW) -> int | None:
-        """NEW or AWAY → COMING; any other state stays. Returns the state before.
-
-        least: AWAY is for advice: a NEW page stays, too, and no fault waits if there is no room.
-
-        Returns None if there is no room for a page. Then LPET is woken, and for_handler is written as soon
-        as there is room.
-        """
+    def expect(self, page: int) -> int | None:
+        """NEW or AWAY → COMING; any other state stays. Returns the state before. None if there is no room for a
+        page: see want_room."""
         with self.lock:
             state = self.state[page]
-            if least <= state < LOST:
+            if state < LOST:
                 if self.figures[RESIDENT] >= self.high:
-                    since = NEVER if least == AWAY else time.monotonic_ns()
-                    self.figures[ROOM_WANTED] = min(self.figures[ROOM_WANTED] or NEVER, since)
-                    os.eventfd_write(self.for_lpet, 1)
+                    self.want_room(time.monotonic_ns())
                     return None
                 self._ever_set[page // PART] = 1
                 self.state[page] = COMING
                 self._coming(1)
             return state
 
+    def want_room(self, since: int = NEVER) -> None:
+        """Wake LPET. for_handler is written as soon as there is room for a page. since: when a fault began to wait
+        for it (nanoseconds of the clock). The caller has the lock."""
+        self.figures[ROOM_WANTED] = min(self.figures[ROOM_WANTED] or NEVER, since)
+        os.eventfd_write(self.for_lpet, 1)
+
     def expect_more(self, wanted: range, which: re.Pattern[bytes] = MISSING_RUN) -> list[range]:
         """NEW or AWAY → COMING: those of these pages whose states match, in order, as far as there is room. Returns
-        their runs. The first page may be COMING, by `expect`: then it begins the first run."""
+        their runs. With MISSING_RUN the first page may be COMING, by `expect`: then it begins the first run."""
         with self.lock:
             first, last = sorted((wanted[0], wanted[-1]))
             states = self.state[first : last + 1][:: wanted.step]

@@ -472,13 +472,19 @@ def test_refusals_end_nothing_while_no_fault_waits(make, clock):
     assert instance.here() == list(range(8)) and instance.figure(l.REFUSED) > 4
 
 
+def want_room(instance):
+    """As the DM-Handler does for advice."""
+    with instance.lspt.lock:
+        instance.lspt.want_room()
+
+
 def test_advice_that_finds_no_room_never_ends_the_job_and_a_fault_that_does_has_grace(make, clock):
     instance = make(high=8, batch=4)
     instance.come((0, 8))
     instance.lspt.found_on_disk(20, 2)
     instance.store.refuses = refuse_all
     for _ in range(3):
-        assert instance.lspt.expect(20, l.AWAY) is None
+        want_room(instance)
         clock.now += 2 * lpet_module.GRACE
         assert instance.evict_once() == []
     instance.lspt.expect(21)
@@ -486,7 +492,8 @@ def test_advice_that_finds_no_room_never_ends_the_job_and_a_fault_that_does_has_
     assert instance.evict_once() == [], "grace begins"
     for _ in range(3):  # the fault and the advice try again
         clock.now += lpet_module.GRACE / 3 + 0.1
-        assert instance.lspt.expect(20, l.AWAY) is instance.lspt.expect(21) is None
+        want_room(instance)
+        assert instance.lspt.expect(21) is None
     with pytest.raises(OSError, match="no room on this disk"):
         instance.evict_once()
 
