@@ -224,7 +224,7 @@ class LSPT(ByteTable):
         with self.lock:
             first, last = sorted((wanted[0], wanted[-1]))
             states = self.state[first : last + 1][:: wanted.step]
-            runs, coming = [], states[:1].count(COMING)
+            runs, coming = [], int(states[0] == COMING and which is MISSING_RUN)
             room = self.high - self.figures[RESIDENT] + coming
             for found in which.finditer(states):
                 if run := wanted[slice(*found.span())][:room]:

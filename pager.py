@@ -290,7 +290,8 @@ class Pager:
                 # Installing a page removes the poison. Punching the hole then removes the page.
                 # One by one: the program may have split the mapping there.
                 for lost in pages_in(l.runs(claimed.page, claimed.before, l.LOST_RUN)):
-                    self._uffd.zeropage(start + lost * PAGE_SIZE, PAGE_SIZE)
+                    while not self._uffd.zeropage(start + lost * PAGE_SIZE, PAGE_SIZE):
+                        pass  # nothing is installed yet, see there
                 for first, many in claimed.leaving:
                     self._store.free(first, many)
                     u.punch_hole(self._memfd, first * PAGE_SIZE, many * PAGE_SIZE)
