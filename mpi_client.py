@@ -72,9 +72,8 @@ class MpiStore:
         self._log, _, self._info = log.of_box("MpiClient")
         self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
         self._of_gets: list[Slot] = []
-        self._free: list[
-            Slot
-        ] = []  # of these. That of the last take_get has its bytes until the next ask_get
+        # The free ones of these. That of the last take_get has its bytes until the next ask_get.
+        self._free: list[Slot] = []
         self._of_others = [Slot(comm, 0) for _ in range(dms)]  # one for each DMS
         self._lock = threading.RLock()  # for _of_others
 
