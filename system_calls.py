@@ -63,6 +63,7 @@ import os
 import select
 import stat
 import struct
+from _signal import SIGPIPE
 from fcntl import ioctl
 from struct import Struct
 
@@ -291,12 +292,16 @@ class SystemCalls:
             # may block that a signal has to end. And not to a file that is to end at the program's own limit.
             limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
             possible = stat.S_ISFIFO(mode) or to_file and limit == resource.RLIM_INFINITY
-            while possible and (content := content or self._read(thread, call, done, memory)):
-                if not to_file:
-                    _wait_for_room(fd, thread)
-                part = content if to_file else content[:PAGE_SIZE]
-                n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
-                done, content = done + n, content[n:]
+            try:
+                while possible and (content := content or self._read(thread, call, done, memory)):
+                    if not to_file:
+                        _wait_for_room(fd, thread)
+                    part = content if to_file else content[:PAGE_SIZE]
+                    n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
+                    done, content = done + n, content[n:]
+            except BrokenPipeError:
+                if done:  # the kernel sends this, too, behind a part that was written
+                    u.tgkill(self._application, thread, SIGPIPE)
         with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
             self._answer(number, done)
 

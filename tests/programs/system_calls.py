@@ -145,6 +145,16 @@ def large_writes(space):
         refused(errno.EFBIG, os.write, file.fileno(), left)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
+    signals = []  # a pipe whose reader goes away: the part, and SIGPIPE
+    before = signal.signal(signal.SIGPIPE, lambda number, _: signals.append(number))
+    out, into = os.pipe()
+    reader = threading.Thread(target=lambda: (os.read(out, 100_000), os.close(out)))
+    reader.start()
+    assert 0 < os.write(into, source) < LENGTH and signals == [signal.SIGPIPE]
+    reader.join()
+    os.close(into)
+    signal.signal(signal.SIGPIPE, before)
+
     terminal, into = pty.openpty()  # that takes no more: a signal ends the write
     signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
