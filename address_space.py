@@ -192,14 +192,13 @@ class Space:
             raise ValueError(f"length: {length} bytes; an area has at least one")
         whole = whole_pages(length)
         if addr is None:
-            if not (gap := self._gap(whole)):
+            if not (gap := self._reclaim(partial(self._gaps.find, whole))):
                 raise MemoryError(f"no gap of {whole} bytes; a larger end_addr makes room")
             addr = gap.start
         else:
             addr = operator.index(addr)
             self._check_inside(addr, whole)
-            self._reclaim(partial(self._gaps.has, addr, whole))
-            if not self._gaps.has(addr, whole):
+            if not self._reclaim(partial(self._gaps.has, addr, whole)):
                 raise ValueError(f"addr: the area {addr:#x}-{addr + whole:#x} overlaps another")
         self._take(addr, whole, str(name))
         view = memoryview((ctypes.c_ubyte * length).from_address(addr)).cast("B")
@@ -286,7 +285,7 @@ class Space:
         """
         whole = whole_pages(length)
         # On a kept disk a small gap may be an area of an earlier job, which mmap will map again.
-        if not (gap := self._gap(whole, largest=self._kept or grows)):
+        if not (gap := self._reclaim(partial(self._gaps.find, whole, self._kept or grows))):
             return 0
         addr = gap.stop - whole
         if grows:
@@ -450,18 +449,15 @@ class Space:
             space = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
             raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {space}")
 
-    def _gap(self, whole: int, largest: bool = False) -> range | None:
-        """The smallest gap that has so many bytes, or the largest one, if there is one."""
-        self._reclaim(partial(self._gaps.find, whole))
-        return self._gaps.find(whole, largest)
-
-    def _reclaim(self, is_enough: Callable[[], object]) -> None:
-        """Make gaps of what was released and is free now. Wait for more of that until is_enough()."""
-        while self._freeing and (self._mailbox.is_done(self._freeing[0][0]) or not is_enough()):
+    def _reclaim(self, found: Callable[[], range | bool | None]) -> range | bool | None:
+        """Make gaps of what was released and is free now, and return what is found() there. Wait for more
+        of that while nothing is found."""
+        while self._freeing and (self._mailbox.is_done(self._freeing[0][0]) or not found()):
             number, addr, whole = self._freeing[0]
             self._mailbox.wait_until_done(number)
             self._freeing.popleft()
             self._gaps.flip(addr, whole)
+        return found()
 
     def _take(self, addr: int, whole: int, name: str = "", had: int = 0) -> None:
         """Make these bytes an area, or the area larger that has `had` of them."""
