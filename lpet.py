@@ -221,8 +221,7 @@ class Lpet:
         self._banner.info("\n-----------------START LPET-----------------\n")
         for part, age, asks in self._clock():
             which = self._lspt.older_than(age)
-            looks = asks or time.monotonic() < self._again_at
-            passed = self._passed(*part, which, asks) if looks else []
+            passed = self._passed(*part, which, asks)
             self._needed -= self._evict(self._lspt.claim(*part, which, passed))
             if self._needed <= 0 or self._lspt.stopped():
                 break
@@ -253,10 +252,13 @@ class Lpet:
     def _passed(self, page: int, count: int, which: bytes, asks: bool) -> list[Run]:
         """Those of these pages that may not leave now: dirty ones, while it is too early to try again what was
         refused. Else, if the tracker is asked, those that were used. It marks them idle."""
+        too_early = time.monotonic() < self._again_at
+        if not (too_early or asks):
+            return []
         chosen = self._lspt.state[page : page + count].translate(which)
-        if time.monotonic() < self._again_at:
+        if too_early:
             return list(runs(page, self._pagemap.written(page, chosen), CHOSEN_RUN))
-        asked = list(runs(page, chosen, CHOSEN_RUN)) if asks else []
+        asked = list(runs(page, chosen, CHOSEN_RUN))
         self._say("[LPET] checking if page in addr %#x is idle", pages_in(asked))
         idle = self._tracker.idle(asked)
         used = runs_of([page for page in pages_in(asked) if page not in idle])

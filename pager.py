@@ -148,7 +148,7 @@ class Pager:
 
     # ------------------------------------------------------------ from start to end
 
-    def _start_thread(self, body: Callable[[], None]) -> None:
+    def _start_thread(self, body: Callable[[], int | None]) -> None:
         thread = threading.Thread(target=self._guarded, args=(body,))
         try:
             thread.start()
@@ -192,7 +192,7 @@ class Pager:
         self._control.close()  # Space.close waits for this
         return self._status
 
-    def _fork_lpet(self) -> Callable[[], None]:
+    def _fork_lpet(self) -> Callable[[], int]:
         """Start LPET as a process, before there are threads. Returns the body of the thread that waits for
         its end."""
         parent = os.getpid()
