@@ -131,7 +131,6 @@ class Lpet:
             return 0
         self._say("[Lpet] - received ack for eviction of page in address : %#x", leave)
         self._lspt.gone(claimed)  # 6
-        self._wake(claimed)
         self._lspt.figures[l.EVICTED_DIRTY] += dirty
         self._lspt.figures[l.EVICTED_CLEAN] += pages - dirty
         self._lspt.figures[l.SENT] += dirty * PAGE_SIZE
@@ -179,17 +178,7 @@ class Lpet:
         for first, content in self._content_of(claimed.page, claimed.chosen, CHOSEN_RUN):
             if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
                 raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
-        self._stays(claimed)
-
-    def _wake(self, claimed: Claimed) -> None:
-        """Let the faults of these pages, and of those between them, be tried again."""
-        if claimed.leaving:
-            start, end = claimed.leaving[0][0], sum(claimed.leaving[-1])
-            self._uffd.wake(self._start + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
-
-    def _stays(self, claimed: Claimed) -> None:
         self._lspt.stays(claimed)
-        self._wake(claimed)
 
     def _say(self, words: str, pages: Iterable[int]) -> None:
         """Tell the log of each of these pages."""
@@ -332,7 +321,7 @@ class Lpet:
                 self._protect(at, len(content), False)
             raise
         finally:
-            self._stays(claimed)
+            self._lspt.stays(claimed)
         self._lspt.figures[l.SENT] += written.count(255) * PAGE_SIZE
         return written.count(255)
 

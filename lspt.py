@@ -48,8 +48,8 @@ Rules:
       call under the lock is the write to an eventfd.
     * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
       thread of EDM changes its state, or installs or removes its memory. So `arrived` needs no lock. A
-      fault of a LEAVING page sleeps until its owner has changed the state and wakes the range. Then the
-      fault is tried again.
+      fault of a LEAVING page sleeps until the state is another one: `gone`, `stays` and `freed` wake it. Then
+      it is tried again.
     * One claim takes neighbours, and may take holes between them: pages that are NEW or AWAY. They become
       LEAVING too, so that they can't come meanwhile. `gone` and `stays` give them back the state before.
     * `areas` belongs to the pager's process. LPET does not use it.
@@ -65,7 +65,7 @@ from collections import namedtuple
 from collections.abc import Iterable, Iterator
 
 from edm.pins import Pins
-from edm.uffd_ctypes import MAP_NORESERVE, semaphore
+from edm.uffd_ctypes import MAP_NORESERVE, PAGE_SIZE, Userfaultfd, semaphore
 
 # A page that is AWAY has the byte AWAY + generation % AWAYS; one that is HERE, HERE + generation %
 # GENERATIONS.
@@ -176,8 +176,9 @@ class ByteTable:
 
 
 class LSPT(ByteTable):
-    def __init__(self, pages: int, high: int, low: int, plain: bool = False) -> None:
-        """A table of this many pages, of which at most `high`, high_threshold, may be here.
+    def __init__(self, pages: int, high: int, low: int, plain: bool, uffd: int, start: int) -> None:
+        """A table of this many pages, of which at most `high`, high_threshold, may be here. uffd: the application's
+        userfaultfd. start: the address of page 0.
 
         With a high_threshold over SMALL, LPET is woken halfway between the thresholds, so that a fault
         rarely has to wait for room. Else it is woken when a fault finds no room. plain: the latter at any
@@ -185,6 +186,7 @@ class LSPT(ByteTable):
         """
         super().__init__(pages)
         self.high, self.low = high, low
+        self._uffd, self._start = uffd, start
         self.lock = semaphore()
         # One instruction may need two pages: with four or more, pins leave two.
         self.pins = Pins(self.lock, max(1, (high - 2) // 2))
@@ -324,13 +326,16 @@ class LSPT(ByteTable):
                 self._ever_set[part] = 0  # or LPET would look there at every turn
 
     def _end(self, claimed: Claimed, becomes: bytes) -> None:
-        """LEAVING → the state before, translated by this table."""
+        """LEAVING → the state before, translated by this table. The faults that wait for it are tried again."""
         with self.lock:
             for first, many in claimed.leaving:
                 before = claimed.before[first - claimed.page :][:many]
                 self.state[first : first + many] = before.translate(becomes)
                 if becomes[HERE] < HERE:
                     self._room(before.translate(NO_HOLES).count(255), not self._plain)
+        if claimed.leaving:
+            page, end = claimed.leaving[0][0], sum(claimed.leaving[-1])
+            Userfaultfd(self._uffd).wake(self._start + page * PAGE_SIZE, (end - page) * PAGE_SIZE)
 
     def _room(self, pages: int, tell: bool) -> None:
         """So many pages fewer are here. tell: wake the DM-Handler, if it wants room and there is some."""

@@ -101,14 +101,15 @@ class Pager:
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # close adds 1, and so does the end of run
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
         pages = (hello.end_addr - start) // PAGE_SIZE
-        self._lspt = lspt = l.LSPT(pages, hello.high_threshold, hello.low_threshold, hello.plain)
+        high, low = hello.high_threshold, hello.low_threshold
+        self._lspt = lspt = l.LSPT(pages, high, low, hello.plain, uffd, start)
         for run in store.runs_on_disk():
             lspt.found_on_disk(*run)
         space = pages * PAGE_SIZE  # bytes
         size, access = mailbox.SIZE, u.PROT_READ | u.PROT_WRITE
         os.ftruncate(self._memfd, space + size)  # here, as the program may have an RLIMIT_FSIZE
         self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, space))
-        window = min(hello.readahead, hello.high_threshold // WINDOW_PART)
+        window = min(hello.readahead, high // WINDOW_PART)
         self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.clean_tracking))
         self._report = None
         live = hello.progress and sys.stderr.isatty()
@@ -297,7 +298,6 @@ class Pager:
                     u.punch_hole(self._memfd, first * PAGE_SIZE, many * PAGE_SIZE)
             finally:  # after an error the job ends, and no page may stay LEAVING
                 self._lspt.freed(claimed)
-                self._uffd.wake(start + claimed.page * PAGE_SIZE, len(claimed.before) * PAGE_SIZE)
 
     def prefetch(self, runs: list[l.Run]) -> None:
         """See DmHandler.prefetch."""

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mpi4py
@@ -166,6 +167,15 @@ def log_as_before() -> Iterator[None]:
     before = edm.handlers.copy(), edm.propagate, edm.level
     yield
     edm.handlers, edm.propagate, edm.level = before
+
+
+@pytest.fixture
+def woken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What LSPTs wake, where there is no userfaultfd: (address, bytes)."""
+    ranges: list[tuple[int, int]] = []
+    wakes = SimpleNamespace(wake=lambda start, length: ranges.append((start, length)))
+    monkeypatch.setattr("edm.lspt.Userfaultfd", lambda fd: wakes)
+    return ranges
 
 
 @pytest.fixture

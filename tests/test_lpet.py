@@ -97,16 +97,14 @@ class FakePagemap:
 
 class FakeUffd:
     def __init__(self, instance):
-        self._start, self._lspt = instance.memory.address, instance.lspt
+        self._start, self._instance = instance.memory.address, instance
         self.woken = set()  # pages
         self.protected = []  # (first page, count, protect)
 
     def wake(self, start, length):
         page, count = (start - self._start) // PAGE_SIZE, length // PAGE_SIZE
-        ends = (
-            self._lspt.state[page],
-            self._lspt.state[page + count - 1],
-        )  # others may be in between
+        states = self._instance.lspt.state
+        ends = states[page], states[page + count - 1]  # others may be in between
         assert LEAVING not in ends, "or it would fault again"
         self.woken |= {*range(page, page + count)}
 
@@ -136,7 +134,8 @@ class Instance:
 
     def __init__(self, pages=100, high=64, low=0, batch=16):
         self.memory = Memory(pages)
-        self.lspt = LSPT(pages, high, low)
+        self.uffd = FakeUffd(self)
+        self.lspt = LSPT(pages, high, low, False, self.uffd, self.memory.address)
         self.store = Store()
         self.pagemap_fd = os.open("/proc/self/pagemap", os.O_RDONLY)
         self.pagemap = FakePagemap(Pagemap(self.pagemap_fd, self.memory.address))
@@ -144,7 +143,7 @@ class Instance:
             self.lspt, self.store, self.memory.memfd, -1, self.pagemap,
             self.memory.address, batch, "unmap",
         )  # fmt: skip
-        self.uffd = self.lpet._uffd = FakeUffd(self)
+        self.lpet._uffd = self.uffd
         self.gone, self._gone = [], self.lspt.gone  # the pages that have left, in order
         self.lspt.gone = self._note_gone
 
@@ -209,7 +208,8 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def make():
+def make(monkeypatch):
+    monkeypatch.setattr(l, "Userfaultfd", lambda uffd: uffd)  # an Instance's is a FakeUffd
     made = []
 
     def make(**options):
@@ -963,7 +963,7 @@ def registered(make):
     uffd = u.Userfaultfd(fd)
     uffd.api(u.NEEDED_FEATURES | u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC)
     uffd.register(instance.memory.address, 100 * PAGE_SIZE)
-    instance.lpet._uffd = uffd
+    instance.lpet._uffd = instance.lspt._uffd = uffd
     instance.lpet._pagemap = Pagemap(instance.pagemap_fd, instance.memory.address)
     instance.install = lambda page, mark: install(instance, uffd, page, mark)
     yield instance

@@ -48,12 +48,12 @@ from edm.uffd_ctypes import PAGE_SIZE
 
 
 @pytest.fixture
-def make():
+def make(woken):
     """Make an LSPT that is closed with the test."""
     made = []
 
     def make(pages=100, high=100, low=0, plain=False):
-        made.append(LSPT(pages, high, low, plain))
+        made.append(LSPT(pages, high, low, plain, -1, 0))
         return made[-1]
 
     yield make
@@ -478,6 +478,19 @@ def test_what_an_earlier_job_left_is_away_and_did_not_leave_of_late(make):
     assert lspt.expect_more(range(PART - 3, PART + 10), AWAY_RUN) == [range(PART - 2, PART + 2)]
     lspt.arrived(range(PART - 2, PART - 1), before)
     assert lspt.state[PART - 2] == HERE, "it does not count as one that came back soon"
+
+
+@pytest.mark.parametrize("ending", ["gone", "stays", "freed"])
+def test_the_end_of_a_claim_wakes_the_faults_of_its_pages(make, woken, ending):
+    lspt = make(PART)
+    come(lspt, 10, 2)
+    come(lspt, 20, 3)
+    claimed = lspt.claim(0, 30, NO_HOLES)
+    assert claimed.leaving == [(10, 2), (20, 3)] and not woken
+    getattr(lspt, ending)(claimed)
+    assert woken == [(10 * PAGE_SIZE, 13 * PAGE_SIZE)]
+    getattr(lspt, ending)(lspt.claim(50, 10, NO_HOLES))
+    assert len(woken) == 1, "of no pages"
 
 
 def test_parts_whose_pages_were_all_freed_are_looked_at_no_more(make):

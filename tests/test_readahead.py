@@ -327,8 +327,8 @@ class FakeUffd:
 
 
 @pytest.fixture
-def handler():
-    lspt = LSPT(1000, 1000, 0)
+def handler(woken):
+    lspt = LSPT(1000, 1000, 0, False, -1, 0)
     lspt.areas.append((0, 1000))
     lspt.found_on_disk(0, 1000)
     handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False)

@@ -304,9 +304,9 @@ def test_a_write_waits_for_room_whatever_its_thread_is_called():
 
 
 @pytest.fixture
-def lspt():
+def lspt(woken):
     """All its 1000 pages are here."""
-    lspt = LSPT(1000, 1000, 0)
+    lspt = LSPT(1000, 1000, 0, False, -1, 0)
     lspt.state[:] = bytes([HERE]) * 1000
     yield lspt
     close(lspt)
@@ -408,8 +408,8 @@ def test_if_no_call_ends_the_pages_stay_unpinned(lspt, alive, monkeypatch):
 
 
 @pytest.mark.parametrize("high", [2, 4, 6, 10])
-def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction(high):
-    lspt, brought = LSPT(100, high, 0), []
+def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction(high, woken):
+    lspt, brought = LSPT(100, high, 0, False, -1, 0), []
     handler = SimpleNamespace(bring=lambda pages, write: brought.append(pages))
     calls = object.__new__(s.SystemCalls)
     calls._lspt, calls._handler, calls._start, calls._clear_wp = lspt, handler, 0, False
