@@ -285,11 +285,13 @@ class DmHandler:
             self._take(piece, asked, page, write, before)
 
     def _pieces(self, pages: range) -> Iterator[range]:
-        """Parts of these pages, in the order of need. The pages of a part ascend."""
-        most = FIRST_PIECE
-        while part := pages[:most]:
-            part = part[: self._store.together(part)]
-            yield part if part.step > 0 else part[::-1]
+        """Parts of these pages, in the order of need. Each is of one stripe of the store, and its pages ascend."""
+        stripe, step, most = self._store.stripe, pages.step, FIRST_PIECE
+        while pages:
+            place = pages[0] % stripe
+            more = (stripe - 1 - place) // step if step > 0 else place // -step  # in the stripe
+            part = pages[: min(most, 1 + more)]
+            yield part if step > 0 else part[::-1]
             pages, most = pages[len(part) :], PIECE
 
     def _ask(self, pages: range) -> object:

@@ -36,7 +36,7 @@ from mpi4py import MPI
 from edm import log
 from edm import messages as m
 from edm.lspt import Run, runs
-from edm.page_store import ON_DISK, STRIPE, SYNC_PHASES, Bytes
+from edm.page_store import ON_DISK, ONE_STRIPE, STRIPE, SYNC_PHASES, Bytes
 from edm.uffd_ctypes import PAGE_SIZE
 
 PATIENCE = 50e-6  # seconds between two tests of a patient thread
@@ -67,7 +67,7 @@ class MpiStore:
         """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs. kept: their
         disks are."""
         self._comm, self._start, self._dmss, self.kept = comm, start_addr, dms, kept
-        self._stripe = STRIPE if dms > 1 else 1 << 62
+        self.stripe = STRIPE if dms > 1 else ONE_STRIPE
         self._pages = (end_addr - start_addr) // PAGE_SIZE
         self._log, _, self._info = log.of_box("MpiClient")
         self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
@@ -79,12 +79,6 @@ class MpiStore:
 
     # ------------------------------------------------------------ what a PageStore does
 
-    def together(self, pages: range) -> int:
-        """See PageStore. It may be more than there are in this range."""
-        begin = pages[0] // self._stripe * self._stripe
-        end = begin + self._stripe if pages.step > 0 else begin - 1
-        return len(range(pages[0], end, pages.step))
-
     def ask_get(self, pages: range) -> Slot:
         """See PageStore."""
         if not self._free:
@@ -94,7 +88,7 @@ class MpiStore:
         slot.address = self._start + pages.start * PAGE_SIZE  # for take_get's log
         if self._info:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
-        dms = pages.start // self._stripe % self._dmss
+        dms = pages.start // self.stripe % self._dmss
         slot.send(dms, m.GET, len(pages), pages.start, pages.step)
         return slot
 
@@ -153,8 +147,8 @@ class MpiStore:
     def _parts(self, page: int, count: int) -> Iterator[tuple[int, int, int]]:
         """The parts of these pages that are of one stripe: (its DMS, the first page, how many)."""
         while count:
-            many = min(self._stripe - page % self._stripe, count)
-            yield page // self._stripe % self._dmss, page, many
+            many = min(self.stripe - page % self.stripe, count)
+            yield page // self.stripe % self._dmss, page, many
             page, count = page + many, count - many
 
     def _request(
@@ -163,7 +157,7 @@ class MpiStore:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
         answers; returns their bodies. Raises one of the errors, if there are any."""
         # Successive stripes are of different DMSs, so the first ones tell.
-        some = {dms for dms, _, _ in self._parts(page, min(count, self._dmss * self._stripe))}
+        some = {dms for dms, _, _ in self._parts(page, min(count, self._dmss * self.stripe))}
         body_of: list[list[bytes]] = [[] for _ in range(self._dmss)]
         for first, content in dirty:
             for dms, at, many in self._parts(first, len(content) // PAGE_SIZE):

@@ -6,7 +6,7 @@ same methods.
 
 Interface: PageStore(path, start_addr, end_addr, ...)
     ask_get, take_get    pages come to the instance, for a pager: ask starts, take reads them
-    together             how many pages one ask_get can ask for
+    stripe               ask_get asks for pages of one stripe: this many neighbours; the first one begins at page 0
     get                  ask and take in one step, for the DMS
     put                  pages leave the instance, or only their bytes are stored
     put_from_pipe        as put, from a pipe; only if takes_pipes
@@ -124,7 +124,7 @@ SYNC_PHASES = range(2)  # on the wire too: it is prepared; it is committed
 Bytes = tuple[int, memoryview]  # the first page of a run, and the run's bytes
 
 # Pages. Of n DMSs, one has every n-th stripe. A readahead window of 256 pages goes to four DMSs at once.
-STRIPE = 64
+STRIPE, ONE_STRIPE = 64, 1 << 40  # the latter: there is one DMS, or none
 
 # Bytes in one write. Longer writes make larger folios in the page cache, where ext4 takes longer to write
 # a single page: measured 28 µs after writes of 1 MiB, 5 after 128 KiB. A page of a run takes 1.5 and 2.3.
@@ -211,6 +211,8 @@ def data(fd: int, begin: int, end: int, unit: int = 1) -> Iterator[Run]:
 
 
 class PageStore:
+    stripe = ONE_STRIPE
+
     def __init__(
         self, path: str | None, start_addr: int, end_addr: int, keep: bool = False, instance: int = 0,
         dms: tuple[int, int] = (0, 1),
@@ -259,12 +261,8 @@ class PageStore:
 
     # ------------------------------------------------------------ pages come
 
-    def together(self, pages: range) -> int:
-        """How many of these pages, from the first on, one ask_get can ask for. pages may descend."""
-        return len(pages)
-
     def ask_get(self, pages: range) -> range:
-        """Ask for these pages, at most PAGES_AT_ONCE, without waiting. pages may have a step.
+        """Ask for these pages, at most PAGES_AT_ONCE of one stripe, without waiting. pages may have a step.
 
         The result is an argument for take_get.
         """

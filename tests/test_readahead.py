@@ -28,7 +28,7 @@ from edm.lspt import (
     STOPPED,
 )
 from edm.page_idle import pages_in
-from edm.page_store import CONTENT
+from edm.page_store import CONTENT, ONE_STRIPE
 from edm.readahead import MAX_STRIDE, NEAR, PROBE, REMEMBERED, STREAMS, Readahead, Stream
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -284,12 +284,11 @@ def test_two_streams_that_have_come_to_the_same_page_stay_two(readahead):
 
 
 class Store:
+    stripe = ONE_STRIPE
+
     def __init__(self):
         self.asked = []
         self.unreadable = set()
-
-    def together(self, pages):
-        return len(pages)
 
     def ask_get(self, pages):
         assert len(pages) <= 64

@@ -14,6 +14,7 @@ from conftest import needs_userfaultfd
 
 from edm import messages as m
 from edm import rank
+from edm.dm_handler import FIRST_PIECE, PIECE, DmHandler
 from edm.doctor import find_mpirun
 from edm.edm import Config
 from edm.mpi_client import MpiStore
@@ -111,9 +112,21 @@ def test_what_is_about_a_range_goes_to_the_dmss_that_have_some_of_it_with_their_
 def test_a_get_ends_where_a_stripe_does(step):
     for first in (5000, 5055, 5056, 5119, 5120):
         pages = range(first, first + 50 * step, step)
-        assert striped(1)[1].together(pages) >= 50
-        of_the_stripe = [page for page in pages if page // STRIPE == first // STRIPE]
-        assert list(pages[: striped(2)[1].together(pages)]) == of_the_stripe
+        for count in (1, 2):
+            handler = SimpleNamespace(_store=striped(count)[1])
+            pieces = [
+                list(piece)[:: 1 if step > 0 else -1] for piece in DmHandler._pieces(handler, pages)
+            ]
+            assert list(itertools.chain(*pieces)) == list(pages)
+            stripes = [{page // STRIPE for page in piece} for piece in pieces]
+            if count == 1:  # all are in one
+                assert [len(piece) for piece in pieces] == [FIRST_PIECE, 50 - FIRST_PIECE]
+                continue
+            assert all(len(of_piece) == 1 for of_piece in stripes)
+            # A piece is as long as it may be.
+            most = [FIRST_PIECE, *[PIECE] * (len(pieces) - 1)]
+            for at, piece in enumerate(pieces[:-1]):
+                assert len(piece) == most[at] or stripes[at] != stripes[at + 1]
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,10 @@ def one_operation(dice, first, pages):
 
     def do(store):
         if what == "get":
-            pages = range(page, min(page + count * stride, first + pages_in_all), stride)
-            return get(store, pages[: over_mpi.together(pages)])
+            end = page - page % over_mpi.stripe + over_mpi.stripe
+            return get(
+                store, range(page, min(page + count * stride, first + pages_in_all, end), stride)
+            )
         if what == "put":
             return store.put([] if stay and dirty else [(page, count)], dirty)
         return store.sync() if what == "sync" else store.free(page, count)
