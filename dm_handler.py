@@ -257,9 +257,6 @@ class DmHandler:
         self._figures[l.OTHER] += 1
         if state >= l.HERE or state == l.LOST:
             self._uffd.wake(address & -PAGE_SIZE, PAGE_SIZE)
-        elif self._info:
-            words = "page in address : %#x is being evicted, wait for it"
-            self._log.info(words, address & -PAGE_SIZE)
         return False
 
     def _bring_advised(self) -> None:
