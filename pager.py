@@ -68,14 +68,13 @@ from edm.edm import tell
 from edm.lpet import Lpet
 from edm.page_idle import Pagemap, choose_tracker, pages_in
 from edm.page_store import PageStore
-from edm.report import Report, table
+from edm.report import SAMPLE, Report, table
 from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
-# Milliseconds. SAMPLE: between two samples of --progress and --report. LOOK: without these, between two looks
-# whether the application has become another program.
-SAMPLE, LOOK = 100, 500
+# Milliseconds between two looks whether the application has become another program, without samples.
+LOOK = 500
 
 # Seconds that a thread may keep the GIL when another one wants it. With the default, a fault would
 # wait for up to 5 ms while another thread computes.

@@ -39,6 +39,7 @@ COLUMNS = 192  # samples
 CELLS = 256 * COLUMNS  # counts of places, in all samples: of many places, 128 or more stay apart
 PLACE = 8  # log2 of the pages of a place, at first
 AREAS = 200
+SAMPLE = 100  # milliseconds from one sample to the next
 
 FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
@@ -87,7 +88,7 @@ class Report:
         self.came: deque[int] = deque()  # the pages that were installed
         self._title, self._start_addr, self._read, self._live = title, start, read, live
         self._samples: list[dict] = [{"until": time.monotonic(), "came": Counter()}]  # see above
-        self._last_second: deque[dict] = deque(self._samples)
+        self._last_second: deque[dict] = deque(self._samples, 1000 // SAMPLE + 1)
         self._shift = PLACE
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
         self._gone: list[dict] = []  # the largest first
@@ -112,8 +113,6 @@ class Report:
         now |= {"until": time.monotonic(), "came": came, "away": away}
         if self._live:
             self._last_second.append(now)
-            while now["until"] - self._last_second[1]["until"] >= 1:
-                self._last_second.popleft()
             # ?7l and ?7h: the terminal cuts off a line that is too long.
             tell(f"\r\x1b[K\x1b[?7l{_line(self._last_second[0], now)}\x1b[?7h", "")
         samples.append(now)

@@ -267,7 +267,8 @@ def test_the_template_is_package_data():
     assert "report.html" in data.split()
 
 
-def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd):
+def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd, monkeypatch):
+    monkeypatch.setattr(report, "SAMPLE", 500)
     made = begun(live=True)
     for faults in (10, 40, 45, 50):
         clock[0] += 0.5
