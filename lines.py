@@ -4,8 +4,8 @@ In the picture: in the pager, beside the DM-Handler. It sends SIGURG to a thread
 The handler in the application is the C code of Python's faulthandler (address_space.py registers it). It
 runs no Python code and needs no GIL: it writes the thread's frames to a memfd, which is read here.
 
-Interface: begins(thread, page) and ended(took) are called before and after a fault is resolved. `found`
-is the table: {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
+Interface: begins(thread, page) and ended(took) are called before and after a fault is resolved. `found`,
+the report's, becomes the table: {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
 
 A sample is a random fault, about one per INTERVAL. It stands for all faults since the sample before. Each
 of them counts with the mean duration of the last faults of the same array, as the sampled fault itself
@@ -20,7 +20,7 @@ Python is finalizing, or the process has executed another program. No signal is 
     * any thread, if the program has closed the memfd: its descriptor may be another file now
 The faults of the first three are counted without a line.
 
-Rules: for the DM-Handler's thread; others may copy `found`. Memory is bounded: `found` keeps the first
+Rules: for the DM-Handler's thread; others may copy `found`. Memory is bounded: it keeps the first
 LINES lines.
 
 Sources: faulthandler in Python's documentation, signal(7), proc_pid_syscall(5), userfaultfd(2) on
@@ -51,11 +51,10 @@ LIBRARIES = STANDARD_LIBRARY, f"{HERE}/numpy_mem_handler", "-packages/", "<froze
 
 
 class Lines:
-    def __init__(self, process: int, its_end: int, memfd: int, lspt: LSPT) -> None:
-        """process: the application. its_end: the number of the memfd's descriptor there."""
-        self._process, self._memfd, self._lspt = process, memfd, lspt
+    def __init__(self, process: int, its_end: int, memfd: int, lspt: LSPT, found: dict) -> None:
+        """process: the application. its_end: the number of the memfd's descriptor there. found: gets the table."""
+        self._process, self._memfd, self._lspt, self._found = process, memfd, lspt, found
         self._its_end = f"/proc/{process}/fd/{its_end}"
-        self.found: dict[tuple[str, int, int], list[int]] = {}
         self._silent: set[int] = set()  # threads that did not answer
         self._took = [0] * ARRAYS  # nanoseconds: the mean duration of the last faults
         self._faults = self._skip = 0  # since the last sample, and until the next one
@@ -119,6 +118,6 @@ class Lines:
     def _count(self, line: str) -> None:
         area, faults, took = self._of_sample
         key = line, area.start, len(area)
-        if key in self.found or len(self.found) < LINES:
-            before, waited = self.found.get(key, (0, 0))
-            self.found[key] = [before + faults, waited + faults * took]
+        if key in self._found or len(self._found) < LINES:
+            before, waited = self._found.get(key, (0, 0))
+            self._found[key] = [before + faults, waited + faults * took]

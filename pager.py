@@ -118,8 +118,7 @@ class Pager:
         if lines:
             from edm.lines import Lines  # its imports take long
 
-            self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt)
-            self._report.lines = self._handler.lines.found
+            self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._report.lines)
         of_memory = lspt, store, self._memfd, uffd, self._pagemap, start
         self._new_lpet = partial(Lpet, *of_memory, hello.evict_batch, self._tracker)
         self._threads: list[threading.Thread] = []

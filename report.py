@@ -92,7 +92,7 @@ class Report:
         self._shift = PLACE
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
         self._gone: list[dict] = []  # the largest first
-        self.lines: dict[tuple, list[int]] = {}  # what lines.py has found
+        self.lines: dict[tuple[str, int, int], list[int]] = {}  # what lines.py finds
 
     def mapped(self, page: int, count: int, name: str) -> None:
         """An area begins at this page of the space, with count pages; or it has grown to count pages."""

@@ -117,16 +117,17 @@ def test_the_innermost_frame_that_is_no_librarys_is_told(tmp_path):
         ("<__array_function__ internals>", "<frozen runpy>"): "<__array_function__ internals>",
     }  # fmt: skip
     with open(tmp_path / "answer", "wb+", buffering=0) as file:
-        made = lines.Lines(os.getpid(), file.fileno(), file.fileno(), LSPT(10, 5, 2, False, -1, 0))
+        table = {}
+        made = lines.Lines(os.getpid(), file.fileno(), file.fileno(), LSPT(10, 5, 2, False, -1, 0), table)
         for files, expected in cases.items():
             frames = [f'  File "{name}", line {n} in f{n}\n' for n, name in enumerate(files)]
             file.truncate(0)
             os.pwrite(file.fileno(), "".join(["Stack\n", *frames]).encode(), 0)
             made._of_sample = range(2, 5), 3, 1000
-            made.found.clear()
+            table.clear()
             made._hear(0)
             n = files.index(expected)
-            assert made.found == {(f"{expected}:{n} in f{n}", 2, 3): [3, 3000]}
+            assert table == {(f"{expected}:{n} in f{n}", 2, 3): [3, 3000]}
 
 
 def test_without_a_report_there_is_no_handler_and_no_descriptor(run):
