@@ -12,8 +12,7 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
     title, page_size (bytes), start_addr, summary (what summary() returns)
     place          the size of a place: a part of the address space, by its number from start_addr on
     samples        until: when it was taken; came: pages since the sample before, by place. And all but the
-                   first, which is the start: resident, away: at that time; the counters FAULTS, EVICTIONS
-                   and WAITS (seconds): since the start
+                   first, which is the start: the figures of pager.py; away: at that time
     latencies      [µs at most, faults], ascending
     areas          the largest AREAS; page: the first, in the space; count; name; mapped, unmapped: when, or
                    null; ended_up: pages, by where they were in the end. The others were here
@@ -109,8 +108,7 @@ class Report:
         """Note what has happened since the last call. away: the number of pages that only the store has."""
         came = Counter(self.came.popleft() >> self._shift for _ in range(len(self.came)))
         samples = self._samples
-        now = {name: figures[name] for name in (*FAULTS, *EVICTIONS, *WAITS, "resident")}
-        now |= {"until": time.monotonic(), "came": came, "away": away}
+        now = figures | {"until": time.monotonic(), "came": came, "away": away}
         if self._live:
             self._last_second.append(now)
             # ?7l and ?7h: the terminal cuts off a line that is too long.
