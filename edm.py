@@ -37,7 +37,8 @@ Interface:
 Rules: the application is the process that calls run or start. On one machine that spawns the pager.
 Under an MPI launcher, the first ranks are DMSs if there are to be any. Every other rank forks *before* MPI
 is initialised: the child is the application, and goes on with the program; the parent is the pager, and
-ends with the application's status. So such a program must not import mpi4py.MPI first.
+ends with the application's status. A DMS ends when the applications have ended. So a program goes on in its
+applications alone, and must not import mpi4py.MPI first.
 """
 
 from __future__ import annotations
@@ -196,8 +197,8 @@ def run(app: Callable[[Space], object], config: Config | None = None) -> None:
     called, raises ValueError for settings that are not possible here (the range overlaps another
     mapping of the process, ...), and OSError for what this machine lacks or what failed.
 
-    Under mpirun -n 2 or more every rank calls this, once. It returns in a DMS when the applications
-    have ended, and in each application.
+    Under mpirun -n 2 or more every rank calls this, once. It returns in each application. A DMS ends here,
+    when the applications have ended.
     """
     config = config or Config()
     _run(app, config, _begin(config))
@@ -213,10 +214,8 @@ def main(app: Callable[[Space], object], config: Config) -> None:
     _run(app, config, started)
 
 
-def _run(app: Callable[[Space], object], config: Config, started: Space | None) -> None:
+def _run(app: Callable[[Space], object], config: Config, started: Space) -> None:
     global _space
-    if started is None:  # this rank was a DMS
-        return
     from edm import log
 
     log.start(config.log_level)
@@ -232,13 +231,13 @@ def _run(app: Callable[[Space], object], config: Config, started: Space | None) 
 def start(config: Config | None = None) -> Space:
     """Make this interpreter an application. Returns its Space, which lasts as long as the process.
 
-    Raises as run. Under an MPI launcher, this does not return in a DMS.
+    Raises as run. Under an MPI launcher, a DMS ends here, as in run.
     """
     return _begin(config or Config(), lasts=True)
 
 
-def _begin(config: Config, lasts: bool = False) -> Space | None:
-    """Begin a space. None in a DMS, when the applications have ended."""
+def _begin(config: Config, lasts: bool = False) -> Space:
+    """Begin a space. Of an MPI job, only the applications return."""
     global _space
     if _space is not None:
         raise RuntimeError("edm: this process is an application of EDM's already; see edm.space()")
@@ -253,11 +252,9 @@ def _begin(config: Config, lasts: bool = False) -> Space | None:
                 from edm import rank
 
                 connected = rank.fork_application(config)
-                if lasts and connected is None:  # this rank was a DMS
-                    rank.end(0)
             else:
                 connected = spawn_pager(), number  # several ranks may have files of one name
-            _space = Space(config, *connected, lasts) if connected else None
+            _space = Space(config, *connected, lasts)
             return _space
         except OSError as error:
             from edm.limits import explain

@@ -3,9 +3,9 @@
 In the picture: what starts both ends of the MPI arrow.
 
 Interface: fork_application(config) is called by every rank of the job, before MPI is initialised. It
-returns in the application process of an instance, and in a DMS's rank when the job has ended. The
-parent of an application becomes its pager, and exits with the application's status. end(status) ends a
-rank that runs no program. The first Config.dms ranks are the DMSs.
+returns in the application process of an instance. The parent of an application becomes its pager, and
+exits with the application's status. The first Config.dms ranks are the DMSs, which exit when all
+instances have ended.
 
 Rules: one process of the job prints a mistake, in one line, before any application starts: either the
 application (edm.py), which gets it from its pager, or a rank. The launcher's signals come to the
@@ -53,10 +53,10 @@ PIDFD_INFO_EXIT = 1 << 3
 PIDFD_GET_INFO = 3 << 30 | PIDFD_INFO.size << 16 | 0xFF << 8 | 11
 
 
-def fork_application(config: Config) -> tuple[Any, int] | None:
-    """In the application, returns the socket that reaches its pager, and the instance's number; in a
-    DMS's rank None, when all instances have ended. Raises ValueError if mpi4py.MPI is imported already,
-    OSError if there can't be another process.
+def fork_application(config: Config) -> tuple[Any, int]:
+    """In the application, returns the socket that reaches its pager, and the instance's number. Does not
+    return in a rank. Raises ValueError if mpi4py.MPI is imported already, OSError if there can't be another
+    process.
     """
     if "mpi4py.MPI" in sys.modules:
         raise ValueError("edm: mpi4py.MPI is imported; do that after edm.run, which a job has once")
@@ -68,7 +68,6 @@ def fork_application(config: Config) -> tuple[Any, int] | None:
     if application:
         ours.close()
         _run(config, application, theirs)
-        return None
     theirs.close()
     if launched()[0] < (config.dms or 1):
         _watch(ours)
@@ -122,14 +121,14 @@ def _was_killed(pid: int, pidfd: int) -> bool:
     return code & 0x7F != 0
 
 
-def _run(config: Config, application: int, control: Any) -> None:
-    """Be this rank. Returns in a DMS, when all instances have ended."""
+def _run(config: Config, application: int, control: Any) -> NoReturn:
+    """Be this rank."""
     lift()
     from edm.pager import SWITCH_INTERVAL, print_error  # not in the application
 
     # In MPI's threads, too.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-    of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in spawn_pager
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in spawn_pager
     try:
         from mpi4py import MPI  # this initialises MPI: not before the fork
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no library
@@ -137,12 +136,11 @@ def _run(config: Config, application: int, control: Any) -> None:
         os._exit(2 if launched()[0] else print_error(OSError(f"MPI: {error}; see edm doctor")))
 
     sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
-    world, dms = MPI.COMM_WORLD, config.dms or 1
+    comm, dms, status = MPI.COMM_WORLD, config.dms or 1, 0
     settings = VERSION, PAGE_SIZE, config.start_addr, config.end_addr, config.keep, dms
     try:
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise OSError("this MPI library has no MPI_THREAD_MULTIPLE; install one that has")
-        comm = world.Dup()  # the program may use COMM_WORLD in the DMSs when they have ended
         ours = os.uname().nodename, (_pids_are_of(), os.getpid()), settings
         hosts, processes, of_each = map(list, zip(*comm.allgather(ours), strict=True))
         if len(set(of_each)) > 1:
@@ -150,15 +148,11 @@ def _run(config: Config, application: int, control: Any) -> None:
             _begin_with_all(comm, f"instance and DMS differ in {fields}: {of_each}")
         if comm.rank < dms:
             _serve_pages(comm, config, hosts[:dms], processes, application, control)
-            while signal.sigtimedwait(PASSED_ON, 0):
-                pass  # what has come is not for the program: the DMS has gone on to the end
-            signal.signal(signal.SIGCHLD, of_children or signal.SIG_DFL)  # None: a handler in C
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            return
-        status = _page(comm, dms, application, control)
+        else:
+            status = _page(comm, dms, application, control)
     except BaseException as error:  # noqa: BLE001 - it ends this process
-        _abort(world, print_error(error))  # the other ranks may be waiting for this one
-    end(status)
+        _abort(comm, print_error(error))  # the other ranks may be waiting for this one
+    _end(status)
 
 
 def _pids_are_of() -> tuple[int, str]:
@@ -198,7 +192,6 @@ def _serve_pages(
     control.send("\n".join([words, *pagers]).encode())
     dms.serve()
     os.kill(watching, signal.SIGKILL)
-    os.waitpid(watching, 0)
 
 
 def _page(comm: Any, dms: int, application: int, control: Any) -> int:
@@ -254,10 +247,10 @@ def _begin_with_all(comm: Any, wrong: str | None, application: int = 0) -> None:
                 os.kill(application, signal.SIGKILL)
             os.waitpid(application, 0)
         time.sleep(PRINTING)
-        end(2)
+        _end(2)
 
 
-def end(status: int) -> NoReturn:
+def _end(status: int) -> NoReturn:
     """End this rank's MPI, and the process without Python's exit functions.
 
     By exit(3), not _exit(2): if the exit functions of the MPI library do not run, MPICH's launcher
@@ -269,9 +262,9 @@ def end(status: int) -> NoReturn:
     ctypes.CDLL(None).exit(status)
 
 
-def _abort(world: Any, status: int) -> NoReturn:
+def _abort(comm: Any, status: int) -> NoReturn:
     """End the whole job, once the launcher has read why: MPICH's may drop what is in its pipes when a rank ends
     (measured, on two busy cores: in 21 jobs of 250; in 1 of 46 whose DMS on another host was killed)."""
     time.sleep(PRINTING)
-    world.Abort(status)
+    comm.Abort(status)
     os._exit(status)  # Abort returns if the launcher was told not to clean up

@@ -359,7 +359,7 @@ print("done", flush=True)
 """
     ended = mpirun("-c", code)
     assert ended.returncode == 0, ended.stdout
-    assert sorted(ended.stdout.split()) == ["application", "done", "done"]
+    assert ended.stdout.split() == ["application", "done"]  # the application alone goes on
 
 
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="copy.replace came with Python 3.13")
@@ -399,7 +399,7 @@ def test_under_edm_run_such_a_job_does_so_too(run, mpirun_command, tmp_path):
     assert "Fatal" not in ended.stdout and "Traceback" not in ended.stdout
 
 
-def test_after_the_run_a_dms_handles_signals_as_before_whatever_the_programs_defaults(mpirun):
+def test_after_the_run_signals_are_handled_as_before_whatever_the_programs_defaults(mpirun):
     """A timeout of all sockets, and no standard error."""
     code = """
 import signal, socket, sys
@@ -416,4 +416,4 @@ print([signal.getsignal(number) for number in numbers] == before, flush=True)
 """
     ended = mpirun("-c", code)
     assert ended.returncode == 0, ended.stdout
-    assert sorted(ended.stdout.split()) == ["True", "True", "application"]
+    assert ended.stdout.split() == ["application", "True"]

@@ -78,10 +78,9 @@ def test_a_killed_applications_job_says_so(way):
     assert "Traceback" not in ended.stdout
 
 
-def test_run_returns_in_every_rank_when_the_application_has_ended(way, monkeypatch):
-    monkeypatch.setenv("PYTHONUNBUFFERED", "1")  # or lines of two ranks come in any order
+def test_run_returns_in_the_application_alone(way):
     ended = way.run(PROGRAMS / "ends.py", "return")
-    assert ended.stdout.count("run returned") == (1 if way.alone else 2), ended.stdout
+    assert ended.stdout.count("run returned") == 1, ended.stdout
     assert ended.stdout.index("last words") < ended.stdout.index("run returned")
 
 
