@@ -145,7 +145,7 @@ def _run(config: Config, application: int, control: Any) -> NoReturn:
         hosts, processes, of_each = map(list, zip(*comm.allgather(ours), strict=True))
         if len(set(of_each)) > 1:
             fields = "(version, page size, start_addr, end_addr, keep, DMSs)"
-            _begin_with_all(comm, f"instance and DMS differ in {fields}: {of_each}")
+            _begin_with_all(comm, f"instance and DMS differ in {fields}: {of_each}", application)
         if comm.rank < dms:
             _serve_pages(comm, config, hosts[:dms], processes, application, control)
         else:
@@ -185,7 +185,7 @@ def _serve_pages(
     except (ValueError, OSError) as error:
         explain(error)
         wrong = str(error)
-    _begin_with_all(comm, wrong)
+    _begin_with_all(comm, wrong, watching)
     ours, _ = processes[comm.rank]
     pagers = [str(pid) for there, pid in processes[len(hosts) :] if there == ours]
     words = f"the DMS of rank {comm.rank} on host {here} has died"
@@ -233,19 +233,18 @@ def _pass_on(application: int, pidfd: int, ended_by: list[str]) -> NoReturn:
             os.killpg(application, number)  # its subprocesses too, as a terminal does
 
 
-def _begin_with_all(comm: Any, wrong: str | None, application: int = 0) -> None:
-    """Return if all ranks are ready. If one is not, print what is wrong, and end all ranks.
+def _begin_with_all(comm: Any, wrong: str | None, child: int) -> None:
+    """Return if all ranks are ready. If one is not, print what is wrong, and end all ranks, each with its child.
 
-    wrong: what is wrong with this rank; None if nothing is, "" if that was printed.
+    wrong: what is wrong with this rank; None if nothing is, "" if the child has ended and printed that.
     """
     of_each = comm.allgather(wrong)
     if any(words is not None for words in of_each):
         if wrong and not any(of_each[: comm.rank]):  # the first one prints it
             tell(f"edm: error: {wrong}")
-        if application:
-            if wrong is None:  # it waits for the pager's answer, and would report its end
-                os.kill(application, signal.SIGKILL)
-            os.waitpid(application, 0)
+        if wrong != "":  # an application may wait for the pager's answer, and would report its end
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         time.sleep(PRINTING)
         _end(2)
 
