@@ -23,8 +23,8 @@ addresses of an area that was released are a gap again when the pager has freed 
 Rules: any thread of the application may call Space. One call is made at a time (`_lock`). A signal
 handler that calls Space during another call gets a RuntimeError. An allocator is called by the
 garbage collector during anything, even during one of these methods. So it asks
-can_be_called first, and release leaves its work to the call that is under way. A signal handler may
-raise at any point. That may lose addresses, which are not used again, with the pages there.
+can_be_called first. A signal handler may raise at any point. That may lose addresses, which are not
+used again, with the pages there.
 
 Forked children do not inherit the mapping (MADV_DONTFORK): without a userfaultfd they would read
 holes as zeros, and fill them for the application too. A child maps the memfd anew, private, at the
@@ -93,13 +93,10 @@ def _locked(method: Callable[..., object]) -> Callable[..., object]:
     def locked(self: Space, *args: object, **options: object) -> object:
         if self._lock._is_owned():
             raise RuntimeError("space: called by a signal handler, in the midst of another call")
-        try:
-            with self._lock:
-                if self.is_over:
-                    raise RuntimeError("space: it has ended, or this is a forked process")
-                return method(self, *args, **options)
-        finally:
-            self._free_released()
+        with self._lock:
+            if self.is_over:
+                raise RuntimeError("space: it has ended, or this is a forked process")
+            return method(self, *args, **options)
 
     return locked
 
@@ -124,12 +121,10 @@ class Space:
         self.resident_limit = config.high_threshold * PAGE_SIZE  # bytes
         self.instance, self.has_report, self._kept = instance, bool(config.report), config.keep
         self.is_over = False  # True when the space has been closed, and in a forked process
-        self._lock = _thread.RLock()  # never taken twice, but it knows whether this thread has it
+        self._lock = _thread.RLock()  # it knows whether this thread has it
         self._gaps = Gaps(self.start_addr, self.end_addr)
         self.lengths: dict[int, int] = {}  # address → length in bytes, whole pages, of each area
         self._views: dict[int, tuple[memoryview, int]] = {}  # id(view) → view, address
-        # (address, length): to be freed when the lock is free.
-        self._released: deque[tuple[int, int]] = deque()
         # (number of the FREE, address, length): not a gap yet.
         self._freeing: deque[tuple[int, int, int]] = deque()
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as self._at_close:
@@ -313,21 +308,12 @@ class Space:
         return len(self.lengths) - len(self._views)
 
     def release(self, addr: int) -> None:
-        """Free the area that is mapped there: now, or after the call that is under way.
-
-        This does not wait for the pager, unless the mailbox is full.
-        """
-        self._released.append((addr, self.lengths.pop(addr)))
-        self._free_released()
-
-    def _free_released(self) -> None:
-        # A thread that has the lock calls this again when it has released it.
-        if self._released and not self._lock._is_owned():
-            with self._lock:
-                while self._released and not self.is_over:
-                    addr, whole = self._released.popleft()
-                    number = self._mailbox.ask("free", *self._pages(addr, whole))
-                    self._freeing.append((number, addr, whole))
+        """Free the area that is mapped there. This does not wait for the pager, unless the mailbox is full."""
+        with self._lock:  # munmap has it already
+            whole = self.lengths.pop(addr)
+            if not self.is_over:  # another thread may have called close meanwhile
+                number = self._mailbox.ask("free", *self._pages(addr, whole))
+                self._freeing.append((number, addr, whole))
 
     # ------------------------------------------------------------ beginning and end
 

@@ -16,7 +16,8 @@ handler. So the functions of the default handler itself are replaced, for all th
     realloc          moves an array into the space when it grows to the threshold, to a place where it
                      can grow without being moved again
     free             unmaps the area and frees its pages, here and in the store. A few small areas are
-                     kept for the next malloc of the same size
+                     kept for the next malloc of the same size, and so is one that is freed in the midst
+                     of a call of this thread to the space, until the next calloc or free
 
 Rules: any thread that has the GIL calls these, at any moment: while an exception is being raised, and with
 signal handlers that raise in the middle of a callback; see Callback. free and realloc stay replaced
@@ -194,6 +195,7 @@ class MemHandler:
         fits = self.thresholds[-1] <= count * size <= self._end - self._start
         if not fits or not self._space.can_be_called():
             return self._calloc(ctx, count, size)
+        self._release()  # what was freed in the midst of a call
         name = self._made_in() if self._space.has_report else ""
         return self._space.allocate(count * size, name, grows)
 
@@ -219,16 +221,19 @@ class MemHandler:
             return 0
         # Keep the area for the next array of its size, if it is small: its pages are already here. With a limit
         # of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
-        length, most = self._space.lengths[address], self._space.resident_limit // KEPT_PART
-        if length > most or self._space.is_over:
-            self._space.release(address)
-            return 0
-        self._kept[address] = length
-        while len(kept := self._kept.copy()) > KEPT_AREAS or sum(kept.values()) > most:
-            oldest = next(iter(kept))
-            if self._kept.pop(oldest, 0):
-                self._space.release(oldest)
+        self._kept[address] = self._space.lengths[address]
+        if self._space.can_be_called():
+            self._release()
         return 0
+
+    def _release(self) -> None:
+        """Release what is kept and too much."""
+        most = self._space.resident_limit // KEPT_PART
+        while len(kept := self._kept.copy()) > KEPT_AREAS or sum(kept.values()) > most:
+            # One that is too large, if there is any; or the oldest.
+            address = max(kept, key=lambda address: kept[address] > most)
+            if self._kept.pop(address, 0):
+                self._space.release(address)
 
     def _made_in(self) -> str:
         """file:line of the innermost frame whose file is not installed beside NumPy."""

@@ -72,6 +72,13 @@ del large
 gc.collect()
 check("a freed array still has its addresses", used() <= before)
 check("a freed array has pages", set(space.locations(address, 64 * MIB)) == {"NEW"})
+for next_one in (np.zeros, np.empty):
+    large = np.ones(4 * MIB)
+    address = large.ctypes.data
+    with space._lock:  # as if the garbage collector freed it in the midst of a call
+        del large
+    next_one(2 * MIB)
+    check("an array that is freed in the midst of a call stays", address not in dict(space.areas()))
 before = used()
 for _ in range(300):
     np.ones(MIB)[::512] += 1
