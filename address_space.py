@@ -7,7 +7,7 @@ memory.
 
 Interface:
     for the application        Space: mmap, munmap, sync, areas, locations, figures
-    for advice.py              Space: advise, resident
+    for advice.py              Space: advise
     for numpy_mem_handler.py   Space: can_be_called, allocate, lengths, arrays, grow, release
     for edm.py                 Space begins when it is made and ends with close; spawn_pager
     for the pager, rank.py     receive, send_answer, lifeline, high; socket_pair
@@ -238,15 +238,12 @@ class Space:
         Raises ValueError for a range that is not of whole pages, or leaves the space.
         """
         self._check_inside(addr, length)
-        here = f"INSTANCE_{self.instance}"
-        spt = self._spt(*self._pages(addr, length))
-        return [here if byte & 1 else "DISK" if byte else "NEW" for byte in spt]
-
-    def _spt(self, page: int, count: int) -> bytes:
-        call, most = self._mailbox.call, mailbox.MAX_ANSWER
+        here, most = f"INSTANCE_{self.instance}", mailbox.MAX_ANSWER
+        page, count = self._pages(addr, length)
         # The range makes ints of NumPy's: the pager does not know these.
         firsts = range(page, page + count, most)
-        return b"".join(call("locations", at, min(most, firsts.stop - at)) for at in firsts)
+        parts = (self._mailbox.call("locations", at, min(most, firsts.stop - at)) for at in firsts)
+        return [here if byte & 1 else "DISK" if byte else "NEW" for spt in parts for byte in spt]
 
     def figures(self) -> dict[str, object]:
         """What the pager has counted: faults, evictions, bytes, latencies. See pager.py."""
@@ -255,15 +252,11 @@ class Space:
     # ------------------------------------------------------------ for advice.py
 
     @_locked
-    def advise(self, what: str, runs: list[tuple[int, int]]) -> None:
-        """Ask the pager to "prefetch" or "forget" these runs of pages, numbered from start_addr."""
+    def advise(self, what: str, ranges: list[tuple[int, int]]) -> None:
+        """Ask the pager to "prefetch" or "forget" these ranges (address, bytes), which are whole pages."""
+        runs = [self._pages(*each) for each in ranges]
         for at in range(0, len(runs), mailbox.RUNS):
             self._mailbox.ask(what, runs[at : at + mailbox.RUNS])
-
-    @_locked
-    def resident(self, runs: list[tuple[int, int]]) -> int:
-        """How many pages of these runs are here."""
-        return sum(byte & 1 for run in runs for byte in self._spt(*run))
 
     # ------------------------------------------------------------ for an allocator
 

@@ -25,7 +25,7 @@ def prefetch(array: object, rows: object = None) -> None:
     faults go first. Other pages leave for them, so ask for less than may be resident. rows: indexes
     along the first axis, in any order, or a mask.
     """
-    space().advise("prefetch", _runs(array, rows))
+    space().advise("prefetch", _ranges(array, rows))
 
 
 def forget(array: object, rows: object = None) -> None:
@@ -33,16 +33,18 @@ def forget(array: object, rows: object = None) -> None:
 
     This does not wait, unless the mailbox is full. rows: as for prefetch.
     """
-    space().advise("forget", _runs(array, rows))
+    space().advise("forget", _ranges(array, rows))
 
 
 def resident(array: object, rows: object = None) -> int:
     """How many of the pages are in memory. rows: as for prefetch."""
-    return space().resident(_runs(array, rows))
+    here = f"INSTANCE_{space().instance}"
+    return sum(space().locations(*each).count(here) for each in _ranges(array, rows))
 
 
-def _runs(array: object, rows: object) -> list[tuple[int, int]]:
-    """The runs of pages that these bytes touch, ascending: (first page of the space, count)."""
+def _ranges(array: object, rows: object) -> list[tuple[int, int]]:
+    """The (address, bytes) of the pages of the space that these bytes touch, ascending; neighbours are
+    one range."""
     import numpy as np
 
     a = np.asarray(array)
@@ -55,12 +57,12 @@ def _runs(array: object, rows: object) -> list[tuple[int, int]]:
     if indexes.dtype == bool:
         indexes = np.flatnonzero(indexes)
     indexes = indexes.ravel().astype(np.int64) % len(a)
-    starts = a.__array_interface__["data"][0] + indexes * a.strides[0]
+    starts = np.sort(a.__array_interface__["data"][0] + indexes * a.strides[0])
     reach = [(n - 1) * stride for n, stride in zip(a.shape[1:], a.strides[1:], strict=True)]
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize - 1
-    starts = np.sort(starts) - space().start_addr
-    inside = (starts + high >= 0) & (starts + low < space().end_addr - space().start_addr)
+    inside = (starts + high >= space().start_addr) & (starts + low < space().end_addr)
     first, last = (starts[inside] + low) // PAGE_SIZE, (starts[inside] + high) // PAGE_SIZE
     new = np.flatnonzero(first[1:] > last[:-1] + 1) + 1  # where each run but the first begins
-    begins, ends = first[[0, *new][: first.size]], last[[*(new - 1), -1][: first.size]]
-    return list(zip(begins.tolist(), (ends - begins + 1).tolist(), strict=True))
+    begins, ends = first[[0, *new][: first.size]], last[[*(new - 1), -1][: first.size]] + 1
+    lengths = (ends - begins) * PAGE_SIZE
+    return list(zip((begins * PAGE_SIZE).tolist(), lengths.tolist(), strict=True))
