@@ -122,7 +122,6 @@ class Pager:
         of_memory = lspt, store, self._memfd, uffd, self._pagemap, start
         self._new_lpet = partial(Lpet, *of_memory, hello.evict_batch, self._tracker)
         self._threads: list[threading.Thread] = []
-        self._system_calls: SystemCalls | None = None
         self._lpet_pid = os.getpid()
         self._status = 0  # print_error's of the first thread that has failed
         self._sampling = threading.Lock()  # held by the thread that uses the report's samples
@@ -164,11 +163,10 @@ class Pager:
         address_space.send_answer(self._control, os.getpid(), self._memfd, self._lifeline)
         begins, listener = address_space.receive(self._control)
         if listener:
-            self._system_calls = SystemCalls(
-                *listener, self._ended, self._hello.pid, self._process, self._lspt, self._handler,
-                self._hello.start_addr, self._uffd.fd, self._hello.clean_tracking == "events",
-            )  # fmt: skip
-            self._start_thread(self._system_calls.run)
+            calls = SystemCalls(
+                *listener, self._ended, self._process, self._hello, self._lspt, self._handler
+            )
+            self._start_thread(calls.run)
         if begins:  # else a signal handler has raised in the application, which has no space now
             self._guarded(self._watch)
         self._lspt.stop()
@@ -186,8 +184,8 @@ class Pager:
         self._let_go_of_children()
         # Or closing the lifeline would kill an application that has only closed its space.
         fcntl.fcntl(self._lifeline, fcntl.F_SETFL, 0)
-        if self._system_calls:
-            self._system_calls.close(leave=os.eventfd_read(self._ended) == 1)
+        if listener:
+            calls.close(leave=os.eventfd_read(self._ended) == 1)
         self._control.close()  # Space.close waits for this
         return self._status
 

@@ -75,6 +75,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import SimpleNamespace
 
     from edm.dm_handler import DmHandler
     from edm.lspt import LSPT
@@ -174,15 +175,16 @@ def _at_least(argument: int, bound: int, yes: int, no: int) -> Iterator[tuple[in
 
 class SystemCalls:
     def __init__(
-        self, listener: int, ended: int, application: int, pidfd: int, lspt: LSPT, handler: DmHandler,
-        start_addr: int, uffd: int, clear_wp: bool,
+        self, listener: int, ended: int, pidfd: int, hello: SimpleNamespace, lspt: LSPT, handler: DmHandler
     ) -> None:  # fmt: skip
-        """ended: an eventfd; writing it ends run(). application, pidfd: its process id, and a pidfd of it.
-        clear_wp: the uffd-wp bit of a page that a call writes has to be cleared here."""
+        """ended: an eventfd; writing it ends run(). pidfd: of the application. hello: see page_for in
+        pager.py."""
         self._listener, self._ended = listener, ended
-        self._application, self._pidfd = application, pidfd
-        self._lspt, self._handler, self._start = lspt, handler, start_addr
-        self._uffd, self._clear_wp = u.Userfaultfd(uffd), clear_wp
+        self._application, self._pidfd = hello.pid, pidfd
+        self._lspt, self._handler, self._start = lspt, handler, hello.start_addr
+        self._uffd = u.Userfaultfd(hello.fds[0])
+        # The uffd-wp bit of a page that a call writes has to be cleared here.
+        self._clear_wp = hello.clean_tracking == "events"
         self._file_locks = [_thread.allocate_lock() for _ in range(FILE_LOCKS)]  # by inode
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
             ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
