@@ -8,7 +8,7 @@ memory.
 Interface:
     for the application        Space: mmap, munmap, sync, areas, locations, figures
     for advice.py              Space: advise
-    for numpy_mem_handler.py   Space: can_be_called, allocate, lengths, arrays, grow, release
+    for numpy_mem_handler.py   Space: config, can_be_called, allocate, lengths, arrays, grow, release
     for edm.py                 Space begins when it is made and ends with close; spawn_pager
     for the pager, rank.py     receive, send_answer, lifeline, high; socket_pair
 
@@ -118,8 +118,7 @@ class Space:
         Raises ValueError if the range can't be mapped, and what the pager has raised.
         """
         self.start_addr, self.end_addr = config.start_addr, config.end_addr
-        self.resident_limit = config.high_threshold * PAGE_SIZE  # bytes
-        self.instance, self.has_report, self._kept = instance, bool(config.report), config.keep
+        self.config, self.instance = config, instance
         self.is_over = False  # True when the space has been closed, and in a forked process
         self._lock = _thread.RLock()  # it knows whether this thread has it
         self._gaps = Gaps(self.start_addr, self.end_addr)
@@ -273,12 +272,12 @@ class Space:
         """
         whole = whole_pages(length)
         # On a kept disk a small gap may be an area of an earlier job, which mmap will map again.
-        if not (gap := self._reclaim(partial(self._gaps.find, whole, self._kept or grows))):
+        if not (gap := self._reclaim(partial(self._gaps.find, whole, self.config.keep or grows))):
             return 0
         addr = gap.stop - whole
         if grows:
             addr -= (addr - gap.start) // 2 // PAGE_SIZE * PAGE_SIZE
-        if self._kept:
+        if self.config.keep:
             self._mailbox.call("free", *self._pages(addr, whole))
         self._take(addr, whole, name)
         return addr
@@ -291,7 +290,7 @@ class Space:
         disk, which may have other bytes there.
         """
         had, whole = self.lengths[addr], whole_pages(length)
-        if self._kept or not self._gaps.has(addr + had, whole - had):
+        if self.config.keep or not self._gaps.has(addr + had, whole - had):
             return False
         self._take(addr, whole, had=had)
         return True

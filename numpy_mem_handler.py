@@ -46,7 +46,7 @@ from itertools import starmap
 from operator import index
 from posix import fstat, pread  # which a program's mock does not replace
 
-from edm.address_space import Space, whole_pages
+from edm.address_space import PAGE_SIZE, Space, whole_pages
 from edm.edm import space
 
 # PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
@@ -196,7 +196,7 @@ class MemHandler:
         if not fits or not self._space.can_be_called():
             return self._calloc(ctx, count, size)
         self._release()  # what was freed in the midst of a call
-        name = self._made_in() if self._space.has_report else ""
+        name = self._made_in() if self._space.config.report else ""
         return self._space.allocate(count * size, name, grows)
 
     def realloc(self, done: list[int], ctx: int, old: int, size: int) -> int:
@@ -228,7 +228,7 @@ class MemHandler:
 
     def _release(self) -> None:
         """Release what is kept and too much."""
-        most = self._space.resident_limit // KEPT_PART
+        most = self._space.config.high_threshold * PAGE_SIZE // KEPT_PART
         while len(kept := self._kept.copy()) > KEPT_AREAS or sum(kept.values()) > most:
             # One that is too large, if there is any; or the oldest.
             address = max(kept, key=lambda address: kept[address] > most)
