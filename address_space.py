@@ -159,8 +159,8 @@ class Space:
                 # MPICH reads another rank's memory, which fails on pages that are not here.
                 if "PMI_RANK" in os.environ:
                     os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
-                atexit.unregister(_explain)  # an earlier space's
-                atexit.register(_explain, 0 if listener else errno.EFAULT)
+                atexit.unregister(calls.explain)  # an earlier space's
+                atexit.register(calls.explain, 0 if listener else errno.EFAULT)
             send(control, b"listener", listener)  # system calls may be waiting for it already
         self._socket = _closed_by(self._at_close, high(control.detach()))
         self._socket_is = os.fstat(self._socket).st_ino
@@ -561,17 +561,6 @@ def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:
 def _users(view: memoryview) -> int:
     """The reference count of what this view shares with its slices and arrays, in CPython."""
     return sys.getrefcount(gc.get_referents(view)[0])
-
-
-def _explain(without: int) -> None:
-    """At the interpreter's end, explain the EFAULT that has ended the program, if one has. without: the errno of
-    an OSError that has none, as NumPy's. With the filter they are about something else."""
-    error = getattr(sys, "last_value", None)  # what Python has printed last
-    if isinstance(error, OSError) and (error.errno or without) == errno.EFAULT:
-        sys.stderr.write(
-            "edm: this user may have userfaultfd for user mode only, so system calls may fail with EFAULT "
-            "(Bad address) on a page that is not here; sudo sysctl vm.unprivileged_userfaultfd=1 changes that\n"
-        )
 
 
 # ---------------------------------------------------------------- a pager on this machine
