@@ -188,12 +188,10 @@ class DmHandler:
             # have been called while a child's page waited for room: _await_wakeup has read that wake-up.
             if self._called or self._advised and not (figures[l.ROOM_WANTED] or figures[l.STOPPED]):
                 return []
-            os.sched_yield()
-            if time.monotonic() > until:
-                break
-        if (self._lspt.for_handler, select.EPOLLIN) in self._epoll.poll():
-            self._await_wakeup()
-        return self._uffd.read_faults()
+            if time.monotonic() < until:
+                os.sched_yield()
+            elif (self._lspt.for_handler, select.EPOLLIN) in self._epoll.poll():
+                self._await_wakeup()
 
     def _serve_children(self) -> None:
         """Bring the pages that forked children miss, as if the application had read them, and wake the
