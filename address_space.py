@@ -502,9 +502,8 @@ class Gaps:
 _in_child = contextlib.ExitStack()  # what a forked process does first
 # Else a signal handler might touch the memory in a child that has not mapped it yet. The last hook is
 # no Python code, so what a handler raises then comes to the program.
-_block, _restore = u.signal_mask()
-os.register_at_fork(before=_block, after_in_parent=_restore, after_in_child=_in_child.close)
-os.register_at_fork(after_in_child=_restore)
+os.register_at_fork(before=u.block_signals, after_in_child=_in_child.close)
+os.register_at_fork(after_in_parent=u.restore_signals, after_in_child=u.restore_signals)
 
 
 def _closed_by(stack: contextlib.ExitStack, fd: int) -> int:

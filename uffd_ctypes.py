@@ -7,8 +7,8 @@ Interface:
     supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
-    mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, signal_mask, tgkill,
-    prctl, close_from, pidfd_getfd, seccomp
+    mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, block_signals,
+    restore_signals, tgkill, prctl, close_from, pidfd_getfd, seccomp
 
 Rules:
     * A call that fails raises OSError with its errno and its name; futex_wait and futex_wake return.
@@ -303,14 +303,10 @@ class _Before(local):
         self._as_parameter_ = ctypes.create_string_buffer(128)
 
 
-def signal_mask() -> tuple[partial[int], partial[int]]:
-    """Two functions, without Python code: block all signals of this thread; restore what was before.
-
-    Source: pthread_sigmask(3).
-    """
-    every, before = ctypes.create_string_buffer(b"\xff" * 128), _Before()
-    call = WITH_GIL.pthread_sigmask
-    return partial(call, SIG_BLOCK, every, before), partial(call, SIG_SETMASK, before, None)
+# Without Python code: block all signals of this thread; restore what was before. Source: pthread_sigmask(3).
+_every, _before = ctypes.create_string_buffer(b"\xff" * 128), _Before()
+block_signals = partial(WITH_GIL.pthread_sigmask, SIG_BLOCK, _every, _before)
+restore_signals = partial(WITH_GIL.pthread_sigmask, SIG_SETMASK, _before, None)
 
 
 def close_from(first: int) -> None:
