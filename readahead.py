@@ -32,7 +32,7 @@ Rules: the DM-Handler's thread only.
 The idea is the kernel's (mm/readahead.c).
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Callable
 
 from edm.uffd_ctypes import PAGE_SIZE
@@ -129,11 +129,10 @@ class Readahead:
         in_rows = self._rows > ROWS
         if len(recent) == REMEMBERED:
             recent.clear()
-            at = 0
             if not in_rows:
                 self._rows = 0
                 del self._streams[-1:]
-        recent.insert(at, place)
+        insort(recent, place)
         self._singles += 1
         if in_rows and self._singles % PROBE:
             return Stream(place, FIRST_WINDOW, PAGE_SIZE)
