@@ -128,8 +128,7 @@ class UnmapTracker:
 def bitmap_missing() -> str:
     """Why this process can't use the kernel's idle bitmap; "" if it can."""
     try:
-        os.close(os.open(BITMAP, os.O_RDWR | os.O_CLOEXEC))
-        with open("/proc/self/pagemap", "rb") as pagemap:
+        with open(BITMAP, "r+b", 0), open("/proc/self/pagemap", "rb") as pagemap:
             # Of the page that has this object: CPython's id is an address.
             [pfn] = Pagemap(pagemap.fileno(), 0).pfns(id(pagemap) // PAGE_SIZE, 1)
     except OSError as error:
