@@ -118,7 +118,9 @@ def test_the_innermost_frame_that_is_no_librarys_is_told(tmp_path):
     }  # fmt: skip
     with open(tmp_path / "answer", "wb+", buffering=0) as file:
         table = {}
-        made = lines.Lines(os.getpid(), file.fileno(), file.fileno(), LSPT(10, 5, 2, False, -1, 0), table)
+        made = lines.Lines(
+            os.getpid(), file.fileno(), file.fileno(), LSPT(10, 5, 2, False, -1, 0), table
+        )
         for files, expected in cases.items():
             frames = [f'  File "{name}", line {n} in f{n}\n' for n, name in enumerate(files)]
             file.truncate(0)
