@@ -142,7 +142,7 @@ class DmHandler:
 
     def run(self) -> None:
         """Resolve faults. Raises ProcessLookupError after LSPT.stop, and when the application has ended; else the
-        OSError of an ioctl that has failed, or of a page that is lost where there is no UFFDIO_POISON."""
+        OSError of an ioctl that has failed."""
         try:
             while True:
                 self._serve()
@@ -344,16 +344,12 @@ class DmHandler:
             self.came.extend(pages)
 
     def _lose(self, page: int, error: OSError) -> None:
-        """The store can't return this page: from now on touching it is a SIGBUS, and never gives zeros."""
+        """The store can't return this page: from now on touching it is a SIGBUS, and never gives zeros. Raises
+        OSError, which ends the job, where there is no UFFDIO_POISON (before Linux 6.6)."""
         address = self._start + page * PAGE_SIZE
-        why = f"page in address {address:#x} can't be brought back: {error.strerror or error}"
-        self._log.error("%s", why)
+        self._log.error("page in address %#x can't be brought back: %s", address, error)
         if self._track_clean:  # EEXIST, if the uffd-wp bit is left in the page table
             self._uffd.writeprotect(address, PAGE_SIZE, False)
-        try:
-            self._uffd.poison(address, PAGE_SIZE)
-        except OSError as failure:  # the job ends
-            why += f"; nor can a SIGBUS be sent, as from Linux 6.6 on: {failure.strerror}"
-            raise OSError(failure.errno, why) from None
+        self._uffd.poison(address, PAGE_SIZE)
         # Only now: a page that is COMING can't be freed, and then be another area's.
         self._lspt.not_coming(range(page, page + 1), l.LOST)

@@ -234,9 +234,9 @@ def test_without_poison_a_page_that_can_not_be_brought_back_ends_the_job(way, tm
     ended = way.run(PROGRAMS / "lost_page.py", tmp_path / "disk", "no poison")
     assert "the others are right" in ended.stdout and "never seen" not in ended.stdout
     assert ended.returncode == way.failed(), ended.stdout
+    assert "page in address 0x1000014000 can't be brought back: " in ended.stdout, ended.stdout
     told = errors(ended)
-    assert len(told) == 1 and "page in address 0x1000014000" in told[0], ended.stdout
-    assert "a SIGBUS" in told[0] and "UFFDIO_POISON" in told[0]
+    assert len(told) == 1 and "UFFDIO_POISON" in told[0], ended.stdout
     assert "Traceback" not in ended.stdout
 
 
