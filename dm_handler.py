@@ -165,15 +165,13 @@ class DmHandler:
             if self.lines:  # that does not count as latency
                 began += self.lines.begins(thread, (address - self._start) // PAGE_SIZE)
             self._waited[FAULTS] -= began
-            if self._resolve(flags, address):
-                ended = time.monotonic_ns()
-                self._waited[FAULTS] += ended
-                unit = 1 if ended - began < 1_000_000 else 1000  # µs
-                self._latencies[((ended - began) // (1000 * unit) + 1) * unit] += 1
-                if self.lines:
-                    self.lines.ended(ended - began)
-            else:
-                self._waited[FAULTS] += began
+            self._resolve(flags, address)
+            ended = time.monotonic_ns()
+            self._waited[FAULTS] += ended
+            unit = 1 if ended - began < 1_000_000 else 1000  # µs
+            self._latencies[((ended - began) // (1000 * unit) + 1) * unit] += 1
+            if self.lines:
+                self.lines.ended(ended - began)
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each
@@ -199,8 +197,7 @@ class DmHandler:
         for child in self.children.faulting():
             for _, _, address, _ in child.read_faults():
                 begin, page = address & -PAGE_SIZE, (address - self._start) // PAGE_SIZE
-                if not self._bring_missing(address, False) and self._lspt.state[page] == l.LEAVING:
-                    time.sleep(l.SETTLE)  # who has claimed it wakes only the application
+                self._bring_missing(address, False)
                 if self._lspt.state[page] == l.LOST:
                     # Another of its threads may have touched this page before; or it has ended.
                     with contextlib.suppress(FileExistsError, ProcessLookupError):
@@ -213,8 +210,8 @@ class DmHandler:
         if self._lspt.stopped():
             raise ProcessLookupError
 
-    def _resolve(self, flags: int, address: int) -> bool:
-        """Resolve one fault. False if its page was HERE, LEAVING or LOST."""
+    def _resolve(self, flags: int, address: int) -> None:
+        """Resolve one fault."""
         if self._info:
             self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
             self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address & -PAGE_SIZE)
@@ -222,16 +219,14 @@ class DmHandler:
             # In any state of the page: without the bit, it counts as written.
             self._uffd.writeprotect(address & -PAGE_SIZE, PAGE_SIZE, False)
             self._figures[l.WRITE_PROTECT] += 1
-            resolved = True
         else:
-            resolved = self._bring_missing(address, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
+            self._bring_missing(address, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
         if self._info:
             self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n\n")
-        return resolved
 
-    def _bring_missing(self, address: int, write: bool) -> bool:
-        """Bring the page that has this address, and what readahead adds, if it is NEW or AWAY. False if it is
-        HERE, LEAVING or LOST. It is never COMING: this thread alone makes pages so."""
+    def _bring_missing(self, address: int, write: bool) -> None:
+        """Bring the page that has this address, and what readahead adds, if it is NEW or AWAY. If it is HERE or
+        LOST, wake the application. It is never COMING: this thread alone makes pages so."""
         page = (address - self._start) // PAGE_SIZE
         while (state := self._lspt.expect(page)) is None:
             if self._info:
@@ -240,22 +235,21 @@ class DmHandler:
             self._waited[ROOM] -= time.monotonic_ns()
             self._await_wakeup()
             self._waited[ROOM] += time.monotonic_ns()
-        if state < l.LOST:
-            self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
-            if stream := self._readahead.stream(address - self._start):
-                wanted = stream.wanted(self._lspt.area(page))
-                runs = [run for part in wanted for run in self._lspt.expect_more(part)]
-                # The next column of a matrix needs the pages of this one again, so in a stride it counts that they
-                # have come back soon.
-                self._fetch(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
-            else:
-                pages = range(page, page + 1)
-                self._take(pages, self._ask(pages), page, write, state)
-            return True
-        self._figures[l.OTHER] += 1
-        if state >= l.HERE or state == l.LOST:
-            self._uffd.wake(address & -PAGE_SIZE, PAGE_SIZE)
-        return False
+        if state >= l.LOST:
+            self._figures[l.OTHER] += 1
+            if state != l.LEAVING:  # else who has claimed it wakes the application
+                self._uffd.wake(address & -PAGE_SIZE, PAGE_SIZE)
+            return
+        self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
+        if stream := self._readahead.stream(address - self._start):
+            wanted = stream.wanted(self._lspt.area(page))
+            runs = [run for part in wanted for run in self._lspt.expect_more(part)]
+            # The next column of a matrix needs the pages of this one again, so in a stride it counts that they
+            # have come back soon.
+            self._fetch(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
+        else:
+            pages = range(page, page + 1)
+            self._take(pages, self._ask(pages), page, write, state)
 
     def _bring_advised(self) -> None:
         """Bring those of the next PIECE advised pages that are AWAY. If there is room for fewer, look at so many."""
