@@ -318,12 +318,8 @@ class LSPT(ByteTable):
         self._end(claimed, bytes(range(256)))
 
     def freed(self, claimed: Claimed) -> None:
-        """LEAVING → NEW. The pages are in one part of the table, see ever_set."""
+        """LEAVING → NEW."""
         self._end(claimed, bytes(256))
-        part = claimed.page // PART
-        with self.lock:
-            if not self.state[part * PART : (part + 1) * PART].strip(b"\0"):
-                self._ever_set[part] = 0  # or LPET would look there at every turn
 
     def _end(self, claimed: Claimed, becomes: bytes) -> None:
         """LEAVING → the state before, translated by this table. The faults that wait for it are tried again."""
