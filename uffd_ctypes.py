@@ -18,7 +18,7 @@ Rules:
     * Every call releases the GIL, except those by WITH_GIL. fcntl.ioctl is a microsecond faster than
       ctypes, so the ioctls use it, with the arguments packed by struct.
 
-Sources: userfaultfd(2), ioctl_userfaultfd(2), <linux/userfaultfd.h>, <asm-generic/ioctl.h>,
+Sources: userfaultfd(2), ioctl_userfaultfd(2), <linux/userfaultfd.h>,
 Documentation/admin-guide/mm/userfaultfd.rst.
 """
 
@@ -46,24 +46,18 @@ PAGES_AT_ONCE = (1 << 20) // PAGE_SIZE
 
 # ---------------------------------------------------------------- <linux/userfaultfd.h>
 
-UFFD_API = UFFDIO = 0xAA
+UFFD_API = 0xAA
 
-
-def _ioctl(number: int, fields: str, direction: int = 3) -> tuple[Struct, int]:
-    """An ioctl's block, and its number: _IOWR, or with 2 _IOR, of <asm-generic/ioctl.h>."""
-    block = Struct(fields)
-    return block, direction << 30 | block.size << 16 | UFFDIO << 8 | number
-
-
-uffdio_api, UFFDIO_API = _ioctl(0x3F, "=QQQ")  # api, features, ioctls
-uffdio_register, UFFDIO_REGISTER = _ioctl(0x00, "=QQQQ")  # range, mode, ioctls
-uffdio_range, UFFDIO_WAKE = _ioctl(0x02, "=QQ", 2)  # start, len
-uffdio_copy, UFFDIO_COPY = _ioctl(0x03, "=QQQQq")  # dst, src, len, mode, copy
-uffdio_zeropage, UFFDIO_ZEROPAGE = _ioctl(0x04, "=QQQq")  # range, mode, zeropage
-uffdio_writeprotect, UFFDIO_WRITEPROTECT = _ioctl(0x06, "=QQQ")  # range, mode
-uffdio_poison, UFFDIO_POISON = _ioctl(0x08, "=QQQq")  # range, mode, updated
+# The block of each ioctl, and its number.
+uffdio_api, UFFDIO_API = Struct("=QQQ"), 0xC018AA3F  # api, features, ioctls
+uffdio_register, UFFDIO_REGISTER = Struct("=QQQQ"), 0xC020AA00  # range, mode, ioctls
+uffdio_range, UFFDIO_WAKE = Struct("=QQ"), 0x8010AA02  # start, len
+uffdio_copy, UFFDIO_COPY = Struct("=QQQQq"), 0xC028AA03  # dst, src, len, mode, copy
+uffdio_zeropage, UFFDIO_ZEROPAGE = Struct("=QQQq"), 0xC020AA04  # range, mode, zeropage
+uffdio_writeprotect, UFFDIO_WRITEPROTECT = Struct("=QQQ"), 0xC018AA06  # range, mode
+uffdio_poison, UFFDIO_POISON = Struct("=QQQq"), 0xC020AA08  # range, mode, updated
 uffd_msg = Struct("=B7xQQI4x")  # event; of a page fault: flags, address, thread
-USERFAULTFD_IOC_NEW = UFFDIO << 8  # on /dev/userfaultfd; _IO, without a block
+USERFAULTFD_IOC_NEW = 0xAA00  # on /dev/userfaultfd
 
 UFFDIO_REGISTER_MODE_MISSING = 1 << 0
 UFFDIO_REGISTER_MODE_WP = 1 << 1

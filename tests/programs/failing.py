@@ -139,4 +139,4 @@ def put_raises():
 
 def no_poison():
     """As on a kernel before Linux 6.6."""
-    uffd_ctypes.UFFDIO_POISON = uffd_ctypes.UFFDIO << 8 | 0x77
+    uffd_ctypes.UFFDIO_POISON = 0xC020AA77
