@@ -25,7 +25,6 @@ Documentation/admin-guide/mm/userfaultfd.rst.
 import ctypes
 import errno
 import os
-import sys
 import time
 from _multiprocessing import SemLock
 from _signal import SIG_BLOCK, SIG_SETMASK
@@ -36,9 +35,6 @@ from fcntl import ioctl
 from functools import partial
 from io import FileIO  # open() may be a program's
 from struct import Struct
-
-if sys.platform != "linux":
-    raise OSError(f"EDM needs Linux 5.19 or later; this is {sys.platform}")
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")  # bytes
 # Pages at most that leave, or come, together: what a pipe of any user may hold, see pipe(7).
@@ -80,6 +76,9 @@ USER_MODE = "user mode only"  # open_userfaultfd's word for it
 
 # System calls that not every C library has a function for, by machine: userfaultfd, futex, seccomp, tgkill.
 _NUMBERS = {"x86_64": (323, 202, 317, 234), "aarch64": (282, 98, 277, 131)}
+_system, _, _, _, _machine = os.uname()
+if _system != "Linux" or _machine not in _NUMBERS:
+    raise OSError(f"EDM needs Linux 5.19+, x86-64 or aarch64; this is {_system}, {_machine}")
 
 # Required: page faults of shared memory. Used where the kernel has them. Required to see which pages were written.
 NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM
@@ -95,9 +94,6 @@ _libc.mmap.restype = c_long  # an address of a process, or -1
 WITH_GIL = ctypes.PyDLL(None, use_errno=True)
 _libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 
-_machine = os.uname().machine
-if _machine not in _NUMBERS:
-    raise OSError(errno.ENOSYS, f"EDM does not know this machine, {_machine}")
 _NR_userfaultfd, _NR_futex, _NR_seccomp, _NR_tgkill = _NUMBERS[_machine]
 _NR_close_range, _NR_pidfd_getfd = 436, 438  # on every machine
 

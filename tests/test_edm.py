@@ -285,13 +285,16 @@ def test_no_descriptor_gets_the_number_of_a_standard_stream_that_is_closed():
     assert ended.stdout == b"True 0\n"
 
 
-def test_another_system_than_linux_is_told_so():
-    code = "import sys; sys.platform = 'darwin'; import edm"
+@pytest.mark.parametrize("this", ["Darwin, x86_64", "Linux, riscv64"])
+def test_another_system_than_linux_and_another_machine_are_told_so(this):
+    system, machine = this.split(", ")
+    code = f"import os; os.uname = lambda: ({system!r}, '', '', '', {machine!r}); import edm"
     ended = subprocess.run(
         [sys.executable, "-c", code], text=True, capture_output=True, check=False
     )
     assert ended.returncode != 0
-    assert "EDM needs Linux 5.19 or later; this is darwin" in ended.stderr.splitlines()[-1]
+    words = "EDM needs Linux 5.19+, x86-64 or aarch64; this is "
+    assert words + this in ended.stderr.splitlines()[-1]
 
 
 def test_a_job_is_not_ended_before_the_launcher_has_read_why():
