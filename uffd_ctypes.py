@@ -114,24 +114,17 @@ def open_userfaultfd() -> tuple[int, str]:
     UFFD_USER_MODE_ONLY (any user; system calls that touch a missing page then fail with EFAULT).
     The descriptor is non-blocking and close-on-exec.
 
-    Raises OSError: ENOSYS where kernel or machine has no userfaultfd, EPERM where a sandbox
-    forbids it. Source: userfaultfd(2).
+    Raises OSError: ENOSYS where the kernel has no userfaultfd, EPERM where a sandbox forbids it.
+    Source: userfaultfd(2).
     """
     number, flags = _NR_userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK
     if (fd := _libc.syscall(number, flags)) >= 0:
         return fd, "system call"
-    if ctypes.get_errno() == errno.ENOSYS:
-        raise OSError(errno.ENOSYS, "userfaultfd: this kernel is built without CONFIG_USERFAULTFD")
     # Absent, or not for this user: then the third way is left.
     with suppress(OSError), FileIO("/dev/userfaultfd", "r+") as device:
         return ioctl(device, USERFAULTFD_IOC_NEW, flags), device.name
-    if (fd := _libc.syscall(number, flags | UFFD_USER_MODE_ONLY)) >= 0:
-        return fd, USER_MODE
-    raise OSError(
-        ctypes.get_errno(),
-        "userfaultfd: not permitted here (a container's seccomp filter?); what gives it: "
-        "sysctl vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE, or access to /dev/userfaultfd",
-    )
+    what = "userfaultfd (needs CONFIG_USERFAULTFD; in a sandbox, access to /dev/userfaultfd)"
+    return _checked(what, _libc.syscall(number, flags | UFFD_USER_MODE_ONLY)), USER_MODE
 
 
 def supported_features() -> int:
