@@ -434,11 +434,7 @@ def _open_disk(hello: SimpleNamespace) -> PageStore:
 
 def _run_process(body: Callable[[], int | None]) -> None:
     """Call this, which may return an exit status, print why it failed, and end the process."""
-    status = 1
-    try:
-        status = _status_of(body) or 0
-    finally:  # whatever happens: a forked LPET may not go on as its parent
-        os._exit(status)
+    os._exit(_status_of(body) or 0)  # a forked LPET may not go on as its parent
 
 
 def _status_of(body: Callable[[], int | None]) -> int | None:
