@@ -73,8 +73,6 @@ from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
-# Milliseconds between two looks whether the application has become another program, without samples.
-LOOK = 500
 
 # Seconds that a thread may keep the GIL when another one wants it. With the default, a fault would
 # wait for up to 5 ms while another thread computes.
@@ -221,12 +219,13 @@ class Pager:
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)  # that ends _watch
 
     def _watch(self) -> None:
-        """Wait until the application has ended or closed its space."""
+        """Wait until the application has ended, closed its space, or become another program, which a look at each
+        SAMPLE finds."""
         poll = select.poll()
         for fd in (self._process, self._ended, self._control.fileno()):
             poll.register(fd, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in poll.poll(SAMPLE if self._report else LOOK)]
+            ready = [fd for fd, _ in poll.poll(SAMPLE)]
             if self._control.fileno() in ready and not self._hear_child():
                 poll.unregister(self._control)
             if self._process in ready or self._ended in ready or self._pagemap.is_gone():
