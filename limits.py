@@ -15,7 +15,6 @@ Source: getrlimit(2).
 
 import errno
 import resource
-from _signal import SIGKILL
 
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -24,7 +23,6 @@ _ABOUT = {
     errno.EFBIG: {"FSIZE": "f"},
     errno.EMFILE: {"NOFILE": "n"},
     errno.EAGAIN: {"NPROC": "u", "AS": "v", "DATA": "d"},  # a thread needs memory
-    -SIGKILL: {"CPU": "t"},
 }
 
 
@@ -52,8 +50,7 @@ def space_size(most: int) -> tuple[int, str]:
 
 
 def limit_of(number: int | None) -> str:
-    """ "; RLIMIT_X (ulimit -x) is ..." for each limit that is set, and that this errno, or negative number of
-    a signal, may come from."""
+    """ "; RLIMIT_X (ulimit -x) is ..." for each limit that is set, and that this errno may come from."""
     words = ""
     for name, letter in _ABOUT.get(number, {}).items():
         value, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
@@ -68,5 +65,3 @@ def explain(error: Exception) -> None:
         error.strerror += limit_of(error.errno)
         if error.errno in (errno.EFBIG, errno.ENOMEM):  # of the disk, or of a table of its pages
             error.strerror += "; a smaller end_addr needs less"
-        elif error.filename == "/proc/self/pagemap" and error.errno == errno.EACCES:
-            error.strerror += "; this process is not dumpable, see prctl(2): PR_SET_DUMPABLE"

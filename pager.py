@@ -175,8 +175,7 @@ class Pager:
         try:
             self.end()
         except OSError as error:
-            words = "what the application wrote since the last sync is not on the disk: %s%s"
-            LOG.error(words, error, limits.limit_of(error.errno))
+            LOG.error("what was written since the last sync is not on the disk: %s", error)
             self._status = self._status or 2
         self._store.close()
         self._let_go_of_children()
@@ -207,7 +206,7 @@ class Pager:
         status = os.waitstatus_to_exitcode(os.waitpid(self._lpet_pid, 0)[1])
         if status < 0:
             # It may have had the LSPT's lock, and then any thread that wants it waits forever.
-            print_error(OSError(status, f"LPET was killed by {signal.Signals(-status).name}"))
+            print_error(OSError(f"LPET was killed by signal {-status}"))
             os._exit(2)  # that kills the application; a kept disk is as its last sync has left it
         return status
 

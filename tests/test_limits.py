@@ -4,7 +4,6 @@ says which one is in the way."""
 import contextlib
 import os
 import resource
-import signal
 import sys
 import uuid
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import needs_userfaultfd, wait_for
 
-from edm import launch, limits
+from edm import launch
 
 pytestmark = needs_userfaultfd
 
@@ -112,12 +111,6 @@ def test_a_space_that_no_disk_has_room_for_is_told_in_one_line(way):
         pytest.skip("this file system has files of 64 TiB")
     assert (ended.returncode, ended.stdout.count("\n")) == (2, 1), ended.stdout
     assert "; a smaller end_addr needs less: '" in ended.stdout
-
-
-def test_a_signal_that_may_come_from_a_limit_of_time_names_it(monkeypatch):
-    monkeypatch.setattr(resource, "getrlimit", lambda limit: (7, 7))
-    assert limits.limit_of(-signal.SIGTERM) == ""
-    assert limits.limit_of(-signal.SIGKILL) == "; RLIMIT_CPU (ulimit -t) is 7"
 
 
 def test_a_kept_disk_has_two_places_for_each_page(run, tmp_path):
