@@ -159,8 +159,6 @@ class Space:
                 # MPICH reads another rank's memory, which fails on pages that are not here.
                 if "PMI_RANK" in os.environ:
                     os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
-                atexit.unregister(calls.explain)  # an earlier space's
-                atexit.register(calls.explain, 0 if listener else errno.EFAULT)
             send(control, b"listener", listener)  # system calls may be waiting for it already
         self._socket = _closed_by(self._at_close, high(control.detach()))
         self._socket_is = os.fstat(self._socket).st_ino

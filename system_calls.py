@@ -5,7 +5,7 @@ user mode only, a system call fails with EFAULT on a page that is not here. So a
 such a call before it begins, and the pager brings its pages.
 
 Interface: listener(start, end, ...) is the application's. It installs the filter, for good, and returns
-the descriptor on which the kernel reports stopped calls. explain() is called when its interpreter ends.
+the descriptor on which the kernel reports stopped calls.
 SystemCalls is the pager's: run() is its thread, and close() comes at the end.
 
 One call, `write(fd, array)`:
@@ -59,12 +59,10 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import errno
 import os
 import select
 import stat
 import struct
-import sys
 from _signal import SIGPIPE
 from fcntl import ioctl
 from struct import Struct
@@ -170,17 +168,6 @@ def _at_least(argument: int, bound: int, yes: int, no: int) -> Iterator[tuple[in
     yield _IF_EQUAL, 0, no + 2, high
     yield _LOAD, 0, 0, at
     yield _IF_AT_LEAST, yes, no, low
-
-
-def explain(without: int) -> None:
-    """At the interpreter's end, explain the EFAULT that has ended the program, if one has. without: the errno of
-    an OSError that has none, as NumPy's. With the filter they are about something else."""
-    error = getattr(sys, "last_value", None)  # what Python has printed last
-    if isinstance(error, OSError) and (error.errno or without) == errno.EFAULT:
-        sys.stderr.write(
-            "edm: this user may have userfaultfd for user mode only, so system calls may fail with EFAULT "
-            "(Bad address) on a page that is not here; sudo sysctl vm.unprivileged_userfaultfd=1 changes that\n"
-        )
 
 
 # ---------------------------------------------------------------- the pager's end

@@ -1,5 +1,5 @@
 """As for a user who may have userfaultfd for user mode only, where there can't be a seccomp filter either:
-system calls on a page that is away. argv: "tofile", if NumPy is to make the last one.
+system calls on a page that is away.
 
 Root may have both, so this takes the lesser one, and refuses the other.
 """
@@ -51,6 +51,4 @@ area[0] = 1  # a page that is here is no matter
 thread = threading.Thread(target=read, args=(PAGE_SIZE,))
 thread.start()
 thread.join()
-if sys.argv[1:]:
-    numpy.frombuffer(area)[PAGE_SIZE:].tofile("away")
 read(2 * PAGE_SIZE)
