@@ -89,19 +89,18 @@ SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write w
 # 32 KiB (MAX_SKB_FRAGS).
 LEAST_PINNED = {False: (64 << 10) // PAGE_SIZE + 1, True: (576 << 10) // PAGE_SIZE + 1}
 
-# What an argument is: a buffer, and the next argument its length; an array of struct iovec, and the next
-# one their count; a struct msghdr, which points to such an array.
+# What a call's second argument is: a buffer, and the third one its length; an array of struct iovec, and the
+# third one their count; a struct msghdr, which points to such an array.
 BUFFER, VECTOR, MESSAGE = range(3)
-# name: (number on x86-64, on aarch64, which argument, whether the call writes to the buffers, what it is)
+# name: (number on x86-64, on aarch64, whether the call writes to the buffers, what its second argument is)
 _CALLS = {
-    "read": (0, 63, 1, True, BUFFER), "write": (1, 64, 1, False, BUFFER),
-    "pread64": (17, 67, 1, True, BUFFER), "pwrite64": (18, 68, 1, False, BUFFER),
-    "recvfrom": (45, 207, 1, True, BUFFER), "sendto": (44, 206, 1, False, BUFFER),
-    "readv": (19, 65, 1, True, VECTOR), "writev": (20, 66, 1, False, VECTOR),
-    "preadv": (295, 69, 1, True, VECTOR), "pwritev": (296, 70, 1, False, VECTOR),
-    "preadv2": (327, 286, 1, True, VECTOR), "pwritev2": (328, 287, 1, False, VECTOR),
-    "recvmsg": (47, 212, 1, True, MESSAGE), "sendmsg": (46, 211, 1, False, MESSAGE),
-    "getrandom": (318, 278, 0, True, BUFFER),
+    "read": (0, 63, True, BUFFER), "write": (1, 64, False, BUFFER),
+    "pread64": (17, 67, True, BUFFER), "pwrite64": (18, 68, False, BUFFER),
+    "recvfrom": (45, 207, True, BUFFER), "sendto": (44, 206, False, BUFFER),
+    "readv": (19, 65, True, VECTOR), "writev": (20, 66, False, VECTOR),
+    "preadv": (295, 69, True, VECTOR), "pwritev": (296, 70, False, VECTOR),
+    "preadv2": (327, 286, True, VECTOR), "pwritev2": (328, 287, False, VECTOR),
+    "recvmsg": (47, 212, True, MESSAGE), "sendmsg": (46, 211, False, MESSAGE),
 }  # fmt: skip
 AUDIT_ARCH, _COLUMN = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}[os.uname().machine]
 CALLS = {call[_COLUMN]: call[2:] for call in _CALLS.values()}  # by number
@@ -145,11 +144,11 @@ def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, 
     yield _IF_EQUAL, 1, 0, AUDIT_ARCH
     yield allow
     yield _LOAD, 0, 0, _NR
-    for number, (argument, _, kind) in CALLS.items():
+    for number, (_, kind) in CALLS.items():
         call = [notify if lasts else allow]
         if kind == BUFFER:
-            from_end_on = [*_at_least(argument, end, 1, 0), notify]
-            call = [*_at_least(argument, start, 0, len(from_end_on)), *from_end_on, allow]
+            from_end_on = [*_at_least(end, 1, 0), notify]
+            call = [*_at_least(start, 0, len(from_end_on)), *from_end_on, allow]
         elif kind == MESSAGE:
             call = [(_LOAD, 0, 0, _ARGS + 8 * 2), (_IF_EQUAL, 0, 1, UNFILTERED), allow, *call]
         yield _IF_EQUAL, 0, len(call), number
@@ -157,12 +156,12 @@ def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, 
     yield allow
 
 
-def _at_least(argument: int, bound: int, yes: int, no: int) -> Iterator[tuple[int, int, int, int]]:
-    """Skip the next `yes` instructions if this argument is at least `bound`, otherwise the next `no`.
+def _at_least(bound: int, yes: int, no: int) -> Iterator[tuple[int, int, int, int]]:
+    """Skip the next `yes` instructions if the second argument is at least `bound`, otherwise the next `no`.
 
     An instruction compares 32 bits.
     """
-    high, low, at = bound >> 32, bound & 0xFFFFFFFF, _ARGS + 8 * argument
+    high, low, at = bound >> 32, bound & 0xFFFFFFFF, _ARGS + 8
     yield _LOAD, 0, 0, at + 4
     yield _IF_GREATER, yes + 3, 0, high
     yield _IF_EQUAL, 0, no + 2, high
@@ -240,9 +239,8 @@ class SystemCalls:
     def _pin_and_bring(self, thread: int, call: Call, done: int = 0) -> bool:
         """Pin the first pages of the call's buffers, behind `done` bytes, and bring them. Returns whether
         these are all pages of a call that has one buffer."""
-        number, *arguments = call
-        argument, writes, kind = CALLS[number]
-        address, length = arguments[argument] + done, arguments[argument + 1] - done
+        writes, kind = CALLS[call[0]]
+        address, length = call[2] + done, call[3] - done
         buffers = [(address, length)] if kind == BUFFER else _buffers(thread, kind, address, length)
         if pages := self._pages_of(buffers, LEAST_PINNED[writes]):
             self._lspt.pins.pin(pages, thread, call)

@@ -388,14 +388,6 @@ def others(space):
     assert printed == some
 
 
-def random_bytes(space):
-    target = area(space)
-    all_of(
-        lambda part: libc.getrandom(address(part), ctypes.c_size_t(len(part)), 0), target[: 2 << 20]
-    )
-    assert target[: 2 << 20].tobytes().count(0) < 3 << 13  # 1 << 13 are likely
-
-
 def pickles(space):
     source = area(space, 0)
     with tempfile.TemporaryFile() as file:
