@@ -22,8 +22,8 @@ handler. So the functions of the default handler itself are replaced, for all th
 Rules: any thread that has the GIL calls these, at any moment: while an exception is being raised, and with
 signal handlers that raise in the middle of a callback; see Callback. free and realloc stay replaced
 after the context manager, for the arrays that are still in use. A process that the application forks
-gets NumPy's own memory. At Python's recursion limit no callback can run: a program that makes or frees
-arrays there may crash.
+gets NumPy's own memory. From the interpreter's end on, no array is freed or can grow. At Python's recursion
+limit no callback can run: a program that makes or frees arrays there may crash.
 
 Sources: NEP 49; "Memory management in NumPy" in its reference guide; numpy/_core/include/numpy/
 ndarraytypes.h; for callbacks, CPython's Modules/_ctypes/callbacks.c and Python/ceval.c.
@@ -136,12 +136,11 @@ class MemHandler:
     """
 
     def __init__(self) -> None:
-        _, _, set_handler, get_handler = _numpys()
+        *_, get_handler = _numpys()
         # In a context where nobody has set another handler.
         capsule = contextvars.Context().run(get_handler)
         handler = PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
-        own = PyDataMem_Handler.from_buffer_copy(handler)
-        numpys = own.allocator
+        numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
         self.thresholds = [sys.maxsize]  # bytes; the last one counts
         self._space: Space | None = None
@@ -152,13 +151,9 @@ class MemHandler:
         callbacks = [kind(Callback(getattr(self, name)).call) for name, kind in kinds]
         handler.allocator = self._callbacks = PyDataMemAllocator(0, *callbacks)
         # No callback works while the interpreter finalizes. From then on, realloc and free are the C
-        # library's labs, of ctx, which is 0: free does nothing, and realloc returns NULL, so it fails. What
-        # this thread makes then has a handler like NumPy's own: it and its name are never freed.
+        # library's labs, of ctx, which is 0: free does nothing, and realloc returns NULL, so it fails.
         at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
         _at_exit.callback(setattr, handler, "allocator", at_end)
-        _keep((own, HANDLER_NAME))
-        capsule = _new_capsule(ctypes.addressof(own), HANDLER_NAME, None)
-        _at_exit.callback(set_handler, capsule)
 
     def use(self, space: Space) -> MemHandler:
         """Arrays live in this space from now on. Returns this handler.
@@ -386,7 +381,6 @@ _call_soon = _function("Py_AddPendingCall", c_int, c_void_p, py_object)
 _IS_TRUE = ctypes.cast(ctypes.pythonapi.PyObject_IsTrue, c_void_p)
 _set_error = _function("PyErr_SetObject", None, py_object, py_object)
 _restore = _function("PyErr_Restore", None, c_void_p, c_void_p, c_void_p)
-_keep = _function("Py_IncRef", None, py_object)
 _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
 _OWN = os.path.dirname(__file__)
 _CALL, _LABS = ("PyObject_CallNoArgs", ctypes.pythonapi), ("labs", ctypes.pythonapi)

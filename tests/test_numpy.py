@@ -313,20 +313,3 @@ def test_a_file_is_left_where_numpys_fromfile_leaves_it(tmp_path, count, monkeyp
         ours = np.fromfile(file, "V5", count, offset=1)
         theirs = numpys(other, "V5", count, offset=1)
         assert (ours.tobytes(), file.tell()) == (theirs.tobytes(), other.tell())
-
-
-AT_THE_END = """
-import atexit, numpy as np, resource
-atexit._run_exitfuncs()
-a = np.ones(10)
-a.resize(1 << 20, refcheck=False)
-print(a.sum(), np.fromiter(range(1000), int).sum())
-for _ in range(200):
-    np.ones(1 << 20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 500_000)
-"""
-
-
-def test_when_the_interpreter_ends_arrays_grow_and_are_freed(run):
-    ended = run(*EDM_RUN, "-c", AT_THE_END)
-    assert (ended.returncode, ended.stdout) == (0, "10.0 499500\nTrue\n")
