@@ -163,9 +163,8 @@ class MemHandler:
         """
         if self._space is space:
             return self
-        if self._space and (left := self._space.arrays() - len(self._kept)) > 0:
-            words = f"{left} arrays of an earlier space; delete them first"
-            raise RuntimeError(f"numpy_allocator: {words}")
+        if self._space and self._space.arrays() > len(self._kept):
+            raise RuntimeError("numpy_allocator: delete the arrays of the earlier space first")
         self._kept.clear()
         self._space, self._start, self._end = space, space.start_addr, space.end_addr
         if space.user_mode:

@@ -217,7 +217,7 @@ edm.run(app)
 
 def test_a_process_may_have_spaces_one_after_another_but_no_arrays_of_an_earlier_one(alone):
     ended = alone.run("-c", SPACES)
-    words = "numpy_allocator: 1 arrays of an earlier space; delete them first\n"
+    words = "numpy_allocator: delete the arrays of the earlier space first\n"
     assert (ended.returncode, ended.stdout) == (0, words)
 
 
