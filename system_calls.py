@@ -64,21 +64,15 @@ import select
 import stat
 import struct
 from _signal import SIGPIPE
+from collections.abc import Iterator
 from fcntl import ioctl
 from struct import Struct
+from types import SimpleNamespace
 
 from edm import uffd_ctypes as u
 from edm.address_space import UNFILTERED
 from edm.pins import Call
 from edm.uffd_ctypes import PAGE_SIZE
-
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import SimpleNamespace
-
-    from edm.dm_handler import DmHandler
-    from edm.lspt import LSPT
 
 AT_ONCE = (1 << 20) // PAGE_SIZE  # pages
 FILE_LOCKS = 64
@@ -174,10 +168,10 @@ def _at_least(bound: int, yes: int, no: int) -> Iterator[tuple[int, int, int, in
 
 class SystemCalls:
     def __init__(
-        self, listener: int, ended: int, pidfd: int, hello: SimpleNamespace, lspt: LSPT, handler: DmHandler
+        self, listener: int, ended: int, pidfd: int, hello: SimpleNamespace, lspt: object, handler: object
     ) -> None:  # fmt: skip
         """ended: an eventfd; writing it ends run(). pidfd: of the application. hello: see page_for in
-        pager.py."""
+        pager.py. lspt, handler: the pager's LSPT and DmHandler, which the application does not import."""
         self._listener, self._ended = listener, ended
         self._application, self._pidfd = hello.pid, pidfd
         self._lspt, self._handler, self._start = lspt, handler, hello.start_addr
