@@ -141,8 +141,8 @@ def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, 
     for number, (_, kind) in CALLS.items():
         call = [notify if lasts else allow]
         if kind == BUFFER:
-            from_end_on = [*_at_least(end, 1, 0), notify]
-            call = [*_at_least(start, 0, len(from_end_on)), *from_end_on, allow]
+            from_start_on = [*_skip_below(end, 1), allow, notify]
+            call = [*_skip_below(start, len(from_start_on)), *from_start_on, allow]
         elif kind == MESSAGE:
             call = [(_LOAD, 0, 0, _ARGS + 8 * 2), (_IF_EQUAL, 0, 1, UNFILTERED), allow, *call]
         yield _IF_EQUAL, 0, len(call), number
@@ -150,17 +150,17 @@ def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, 
     yield allow
 
 
-def _at_least(bound: int, yes: int, no: int) -> Iterator[tuple[int, int, int, int]]:
-    """Skip the next `yes` instructions if the second argument is at least `bound`, otherwise the next `no`.
+def _skip_below(bound: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+    """Skip the next `count` instructions if the second argument is below `bound`.
 
     An instruction compares 32 bits.
     """
     high, low, at = bound >> 32, bound & 0xFFFFFFFF, _ARGS + 8
     yield _LOAD, 0, 0, at + 4
-    yield _IF_GREATER, yes + 3, 0, high
-    yield _IF_EQUAL, 0, no + 2, high
+    yield _IF_GREATER, 3, 0, high
+    yield _IF_EQUAL, 0, count + 2, high
     yield _LOAD, 0, 0, at
-    yield _IF_AT_LEAST, yes, no, low
+    yield _IF_AT_LEAST, 0, count, low
 
 
 # ---------------------------------------------------------------- the pager's end
