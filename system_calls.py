@@ -322,12 +322,12 @@ def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int
 
 def _wait_for_room(fd: int, thread: int) -> None:
     """Wait until a page can be written there. Raises OSError if the descriptor does not block, or if a signal
-    with a handler waits for the thread whose call this is."""
+    waits for the thread whose call this is."""
     poll, blocks = select.poll(), os.get_blocking(fd)
     poll.register(fd, select.POLLOUT)
     while not poll.poll(SIGNAL_LOOK if blocks else 0):
         with open(f"/proc/{thread}/status", "rb") as file:  # the thread's name may be any bytes
-            fields = dict(line.decode("latin-1").split(":\t", 1) for line in file)
-        mask = {name: int(fields[name], 16) for name in ("SigPnd", "ShdPnd", "SigCgt", "SigBlk")}
-        if not blocks or (mask["SigPnd"] | mask["ShdPnd"]) & mask["SigCgt"] & ~mask["SigBlk"]:
+            fields = dict(line.split(b":\t", 1) for line in file)
+        mask = {name: int(fields[name], 16) for name in (b"SigPnd", b"ShdPnd", b"SigBlk")}
+        if not blocks or (mask[b"SigPnd"] | mask[b"ShdPnd"]) & ~mask[b"SigBlk"]:
             raise BlockingIOError

@@ -200,6 +200,11 @@ def large_writes(space):
         pass
     else:
         sys.exit("a write that waits took no signal")
+    os.read(out, 1 << 20)
+    stop = "sleep 1; kill -STOP $0; sleep 0.3; cat /proc/$0/stat; kill -CONT $0"
+    stops = subprocess.Popen(["sh", "-c", stop, str(os.getpid())], stdout=subprocess.PIPE)
+    assert 0 < os.write(into, source) < LENGTH, "what had room: to be stopped ends it, too"
+    assert stops.communicate()[0].split()[2] == b"T"
     os.close(out)
     refused(errno.EPIPE, os.write, into, source)
     os.close(into)
