@@ -337,18 +337,19 @@ class Pager:
         return pages
 
     def end(self) -> None:
-        """Sync a kept disk; then print the table or write the report, once. The application asks for this
-        when its interpreter ends, and before Space.close asks for close. Raises OSError if the disk can't be
-        synced, and prints nothing then."""
-        if self._store.kept:
-            pages = self.sync()
-            if not self._printed and (self._hello.ended_by or self._lspt.stopped()):
-                why = (*self._hello.ended_by, "end")[0]
-                LOG.warning("%s: wrote %d pages back and synced the disk", why, pages)
-        with self._sampling:
-            if not self._printed:
-                self._printed = True
-                self._print_figures()
+        """Sync a kept disk, and print the table or write the report, once. The application asks for this
+        when its interpreter ends, and before Space.close asks for close."""
+        try:
+            if self._store.kept:
+                pages = self.sync()
+                if not self._printed and (self._hello.ended_by or self._lspt.stopped()):
+                    why = (*self._hello.ended_by, "end")[0]
+                    LOG.warning("%s: wrote %d pages back and synced the disk", why, pages)
+        finally:
+            with self._sampling:
+                if not self._printed:
+                    self._printed = True
+                    self._print_figures()
 
     def _print_figures(self) -> None:
         figures, hello = self.figures(), self._hello
