@@ -40,8 +40,7 @@ that was not enough, they leave in order in a second turn. And no more leave tha
 call of an ordinary user is about to touch is always passed (pins.py).
 
 When the store refuses, because its disk is full or fails, LPET passes dirty pages for REST seconds
-(until _again_at). Then it tries again with half as many pages at once (_most), as some may fit; each success
-doubles that. If a fault has waited for room, and the store has refused, both for GRACE seconds (since
+(until _again_at). Then it tries again, for REST seconds page by page, as some may fit. If a fault has waited for room, and the store has refused, both for GRACE seconds (since
 _refused_since), LPET raises the store's reason, which ends the job.
 
 Rules: an Lpet belongs to one thread. It never takes the LSPT's lock itself.
@@ -96,7 +95,6 @@ class Lpet:
         self._hand = 0  # the page where the clock goes on
         # The generation of the clock's last whole turn. Another turn in it would find no page that is AGE old.
         self._turned = -1
-        self._most = self._batch  # pages to evict at once
         self._again_at = 0.0  # time.monotonic, as is the next
         self._refused_since = float("inf")  # the first refusal since the store took dirty pages
         self._log, self._banner, self._info = log.of_box("Lpet")
@@ -135,7 +133,7 @@ class Lpet:
         self._lspt.figures[l.EVICTED_CLEAN] += pages - dirty
         self._lspt.figures[l.SENT] += dirty * PAGE_SIZE
         if dirty:
-            self._refused_since, self._most = float("inf"), min(2 * self._most, self._batch)
+            self._refused_since = float("inf")
         return pages
 
     def _move_out(self, claimed: Claimed) -> tuple[list[Bytes], bytes]:
@@ -191,7 +189,6 @@ class Lpet:
         """Raises OSError, with the store's errno, when a fault has waited for too long."""
         now, wanted_since = time.monotonic(), self._lspt.figures[l.ROOM_WANTED] / 1e9
         self._refused_since = min(self._refused_since, now)
-        self._most = max(1, self._most // 2)
         self._again_at = now + REST
         self._lspt.figures[l.REFUSED] += pages
         if wanted_since and now - max(wanted_since, self._refused_since) > GRACE:
@@ -232,7 +229,7 @@ class Lpet:
             for page, count in look(self._hand):
                 end = page + count
                 while page < end:
-                    most = self._batch if time.monotonic() < self._again_at else self._most
+                    most = 1 if 0 <= time.monotonic() - self._again_at < REST else self._batch
                     part = page, min(end - page, most, self._needed if by_the_wiki else most)
                     page = self._hand = sum(part)
                     yield part, age, asks

@@ -380,22 +380,24 @@ def sizes(instance):
     return [sum(count for _, count in runs) for runs in instance.store.tries]
 
 
-def test_each_refusal_halves_what_is_tried_next_and_each_success_doubles_it(make):
+def test_after_a_refusal_pages_leave_one_by_one_as_far_as_they_fit_and_then_in_batches(make, clock):
     instance = make(low=32, batch=16)
     instance.come((0, 64))
-    instance.store.refuses = refuse_all
-    for _ in range(6):
-        instance.may_try_again()
-        instance.lpet._evict_until_low_threshold()
-    assert sizes(instance) == [16, 8, 4, 2, 1, 1] and len(instance.here()) == 64
-    instance.store.refuses = refuse_nothing
+    room = 5
+
+    def refuses(runs):
+        return sum(count for _, count in runs) > room - len(instance.store.pages)
+
+    instance.store.refuses = refuses
+    assert instance.evict_once() == [] and sizes(instance) == [16]
+    clock.now += 1.5 * lpet_module.REST
+    assert instance.evict_once() == [0, 1, 2, 3, 4], "the last one that fits, too"
+    assert sizes(instance)[1:7] == [1] * 6
     instance.store.tries.clear()
-    instance.may_try_again()
-    instance.lpet._evict_until_low_threshold()
-    instance.lspt.low = 0
-    instance.lpet._evict_until_low_threshold()
-    assert sizes(instance) == [1, 2, 4, 8, 16, 1, 16, 16], "32 pages each time"
-    assert instance.store.pages == {page: content(page) for page in range(64)}
+    room = 100
+    clock.now += 2.5 * lpet_module.REST
+    assert len(instance.evict_once()) == 27 and sizes(instance)[:1] == [16]
+    assert all(instance.store.pages[page] == content(page) for page in instance.gone)
 
 
 def test_while_the_store_refuses_only_clean_pages_leave_and_then_it_is_tried_again(make, clock):
@@ -415,11 +417,13 @@ def test_while_the_store_refuses_only_clean_pages_leave_and_then_it_is_tried_aga
     assert len(instance.evict_once()) == 28
 
 
-def test_all_clean_pages_that_are_due_are_looked_at_in_the_turn_in_which_the_store_refuses(make):
+def test_all_clean_pages_that_are_due_are_looked_at_in_the_turn_in_which_the_store_refuses(
+    make, clock
+):
     instance = make(low=32, batch=16)
     instance.come((0, 64))
     instance.lpet._tracker = FakeTracker()
-    instance.lpet._most = 8  # it has refused before
+    instance.lpet._again_at = clock.now  # it has refused before
     instance.pagemap.clean |= set(range(8, 32))
     instance.store.refuses = refuse_all
     assert sorted(instance.evict_once()) == list(range(8, 32))
