@@ -40,8 +40,9 @@ that was not enough, they leave in order in a second turn. And no more leave tha
 call of an ordinary user is about to touch is always passed (pins.py).
 
 When the store refuses, because its disk is full or fails, LPET passes dirty pages for REST seconds
-(until _again_at). Then it tries again, for REST seconds page by page, as some may fit. If a fault has waited for room, and the store has refused, both for GRACE seconds (since
-_refused_since), LPET raises the store's reason, which ends the job.
+(until _again_at). Then it tries again, for REST seconds page by page, as some may fit. If a fault has waited for
+room, and the store has refused, both for GRACE seconds (since _refused_since), LPET raises the store's reason,
+which ends the job.
 
 Rules: an Lpet belongs to one thread. It never takes the LSPT's lock itself.
 """
@@ -59,7 +60,7 @@ from edm import log
 from edm import lspt as l
 from edm.lspt import CHOSEN_RUN, LSPT, Claimed, Run, runs, runs_of
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
-from edm.page_store import Bytes, PageStore
+from edm.page_store import Bytes, PageStore, write_all
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
 
 # Generations. With 2, zipf-distributed accesses fetch 2 % fewer pages, but LPET takes 1.5 times as long for each.
@@ -174,8 +175,7 @@ class Lpet:
     def _put_back(self, claimed: Claimed) -> None:
         """The pages are HERE again. The page table has kept their uffd-wp bits: clean pages are still clean."""
         for first, content in self._content_of(claimed.page, claimed.chosen, CHOSEN_RUN):
-            if os.pwrite(self._memfd, content, first * PAGE_SIZE) < len(content):
-                raise OSError(errno.ENOMEM, "pwrite: a page has no room in the memfd any more")
+            write_all(self._memfd, content, first * PAGE_SIZE)
         self._lspt.stays(claimed)
 
     def _say(self, words: str, pages: Iterable[int]) -> None:

@@ -178,7 +178,7 @@ def disk_folder() -> str:
 # ---------------------------------------------------------------- bytes
 
 
-def _write_all(fd: int, content: bytes | memoryview, at: int) -> None:
+def write_all(fd: int, content: bytes | memoryview, at: int) -> None:
     """Write all the content at this offset, at most WRITE_SIZE bytes in one call."""
     while (done := os.pwrite(fd, content[:WRITE_SIZE], at)) < len(content):
         content, at = content[done:], at + done
@@ -382,7 +382,7 @@ class PageStore:
     def _write_run(self, page: int, content: memoryview) -> None:
         count = len(content) // PAGE_SIZE
         if not self.kept:
-            _write_all(self.fd, content, self._place(page, FIRST))
+            write_all(self.fd, content, self._place(page, FIRST))
             self.spt.set(range(page, page + count), INSTANCE | DISK | FIRST)
             return
         for block in self._blocks_of(page, count):
@@ -393,7 +393,7 @@ class PageStore:
         for place, where in _TARGETS.items():
             for first, many in runs(page, synced, where):
                 part = content[(first - page) * PAGE_SIZE :][: many * PAGE_SIZE]
-                _write_all(self.fd, part, self._place(first, place))
+                write_all(self.fd, part, self._place(first, place))
                 self.spt.set(range(first, first + many), INSTANCE | place)
                 for at in range(many):
                     self._crcs[first + at] = _crc(part, at)
@@ -615,7 +615,7 @@ class PageStore:
         for block, places in prepared.items():
             crcs = self._crcs[block * BLOCK_PAGES :][:BLOCK_PAGES].tobytes()
             whole = _sealed(BLOCK.pack(block, epoch, places, crcs))
-            _write_all(self.fd, whole, self._block_place(epoch % 2, block))
+            write_all(self.fd, whole, self._block_place(epoch % 2, block))
         self._write_header(epoch, HEADER_COPY)
         self._prepared = prepared
 
@@ -637,7 +637,7 @@ class PageStore:
         """Write this copy of the header. It, and all that was written before, is durable then."""
         try:
             header = HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch)
-            _write_all(self.fd, _sealed(header), at)
+            write_all(self.fd, _sealed(header), at)
             os.fsync(self.fd)
         except BaseException as error:
             self._words[NO_WRITES] = getattr(error, "errno", 0) or errno.EIO
