@@ -114,21 +114,20 @@ class Lpet:
 
         The steps are explained at the top. claimed: of at most PAGES_AT_ONCE pages.
         """
-        if not claimed.leaving:
+        page, _, chosen, leaving = claimed
+        if not leaving:
             return 0
-        leave = list(pages_in(runs(claimed.page, claimed.chosen, CHOSEN_RUN))) if self._info else []
-        self._say("[LPET] sending eviction request for page in addr %#x", leave)
+        self._say("[LPET] sending eviction request for page in addr %#x", page, chosen)
         spans, written = self._move_out(claimed)  # 2, 3, 4
-        pages, dirty = claimed.chosen.count(255), written.count(255)
-        moved = self._moved(spans, dirty)  # then put has nothing to write, and can't fail
-        try:
-            content = [] if moved else self._content_of(claimed.page, written, CHOSEN_RUN)
-            self._store.put(claimed.leaving, content)  # 5
-        except OSError as error:
-            self._put_back(claimed)
-            self._refused(error, pages)
-            return 0
-        self._say("[Lpet] - received ack for eviction of page in address : %#x", leave)
+        pages, dirty = chosen.count(255), written.count(255)
+        if not self._moved(spans, dirty):  # 5
+            try:
+                self._store.put(leaving, self._content_of(page, written, CHOSEN_RUN))
+            except OSError as error:
+                self._put_back(claimed)
+                self._refused(error, pages)
+                return 0
+        self._say("[Lpet] - received ack for eviction of page in address : %#x", page, chosen)
         self._lspt.gone(claimed)  # 6
         self._lspt.figures[l.EVICTED_DIRTY] += dirty
         self._lspt.figures[l.EVICTED_CLEAN] += pages - dirty
@@ -178,10 +177,10 @@ class Lpet:
             write_all(self._memfd, content, first * PAGE_SIZE)
         self._lspt.stays(claimed)
 
-    def _say(self, words: str, pages: Iterable[int]) -> None:
-        """Tell the log of each of these pages."""
-        for page in pages if self._info else ():
-            self._banner.info(words, self._start + page * PAGE_SIZE)
+    def _say(self, words: str, page: int, chosen: bytes) -> None:
+        """Tell the log of each of these pages, from `page` on, that is chosen."""
+        for at in pages_in(runs(page, chosen, CHOSEN_RUN)) if self._info else ():
+            self._banner.info(words, self._start + at * PAGE_SIZE)
 
     # ------------------------------------------------------------ refusals
 
@@ -244,8 +243,8 @@ class Lpet:
         chosen = self._lspt.state[page : page + count].translate(which)
         if too_early:
             return list(runs(page, self._pagemap.written(page, chosen), CHOSEN_RUN))
+        self._say("[LPET] checking if page in addr %#x is idle", page, chosen)
         asked = list(runs(page, chosen, CHOSEN_RUN))
-        self._say("[LPET] checking if page in addr %#x is idle", pages_in(asked))
         idle = self._tracker.idle(asked)
         used = runs_of([page for page in pages_in(asked) if page not in idle])
         self._tracker.mark_idle(used)

@@ -9,7 +9,7 @@ Interface: PageStore(path, start_addr, end_addr, ...)
     stripe               ask_get asks for pages of one stripe: this many neighbours; the first one begins at page 0
     get                  ask and take in one step, for the DMS
     put                  pages leave the instance, or only their bytes are stored
-    put_from_pipe        as put, from a pipe; only if takes_pipes
+    put_from_pipe        pages leave, and their bytes are in a pipe; only if takes_pipes
     free, sync, locations, runs_on_disk, table, close
     offers, start        a kept store of several DMSs: the syncs that it can resume from
     SYNC_PHASES          a sync of several stores as one: all do the first of these before any does the second.
@@ -347,8 +347,8 @@ class PageStore:
         self._show()
 
     def put_from_pipe(self, pipe: int, page: int, content: memoryview) -> bool:
-        """If takes_pipes: write a run of pages from a pipe without copying them. 1.4 µs a page in runs of
-        256, where copying takes 2.0. content: memory for the bytes of the run, whole pages.
+        """If takes_pipes: write a run of pages, which have left the instance, from a pipe without copying them.
+        1.4 µs a page in runs of 256, where copying takes 2.0. content: memory for the bytes of the run.
 
         Returns False if a write fails: content has the bytes then, for put, which reports the error. Raises
         OSError if what was written can't be read back.
@@ -359,7 +359,7 @@ class PageStore:
                 part = min(WRITE_SIZE, len(content) - done)
                 done += os.splice(pipe, self.fd, part, offset_dst=place + done)
         if done == len(content):
-            self.spt.set(range(page, page + done // PAGE_SIZE), INSTANCE | DISK | FIRST)
+            self.spt.set(range(page, page + done // PAGE_SIZE), DISK | FIRST)
             return True
         again = os.preadv(self.fd, [content[:done]], place) + os.readv(pipe, [content[done:]])
         if again < len(content):

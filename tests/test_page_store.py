@@ -292,7 +292,9 @@ def test_what_is_in_a_pipe_is_written_or_is_there_to_be_put(path, small_files, f
     assert os.read(out, 1) == b"", "nothing is left in the pipe"
     os.close(out)
     assert taken == (fits == 10)
-    if not taken:
+    if taken:
+        assert store.locations(20, 10) == bytes((DISK,)) * 10
+    else:
         assert bytes_of == content(2, 10)
         put(store, 20, 10, (20, bytes_of))
     assert get(store, range(20, 30)) == (CONTENT, content(2, 10))
