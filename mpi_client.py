@@ -29,7 +29,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 
 from mpi4py import MPI
 
@@ -95,7 +94,8 @@ class MpiStore:
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
         """See PageStore."""
         self._free.append(asked)
-        kind, got = self._answer(asked, patient=False)
+        self._wait([asked.sending, asked.receiving], patient=False)
+        kind, got = self._answer(asked)
         self.from_each[asked.dms] += got
         if self._info:
             self._log.debug("get DMS's response for the page in address %#x", asked.address)
@@ -138,8 +138,7 @@ class MpiStore:
     def close(self) -> None:
         """Say BYE: this instance has ended. Nothing else may be called after that."""
         for slot in self._of_gets:  # MPI writes to its memory until the answer is there
-            with suppress(OSError):
-                self._answer(slot)
+            self._wait([slot.sending, slot.receiving])
         self._request(m.BYE)
 
     # ------------------------------------------------------------ asking and waiting
@@ -155,7 +154,7 @@ class MpiStore:
         self, kind: int, page: int = 0, count: int = 0, more: int = 0, dirty: Sequence[Bytes] = ()
     ) -> list[bytes]:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
-        answers; returns their bodies. Raises one of the errors, if there are any."""
+        answers of all; returns their bodies. Raises the first error, if there are any."""
         # Successive stripes are of different DMSs, so the first ones tell.
         some = {dms for dms, _, _ in self._parts(page, min(count, self._dmss * self.stripe))}
         body_of: list[list[bytes]] = [[] for _ in range(self._dmss)]
@@ -163,36 +162,26 @@ class MpiStore:
             for dms, at, many in self._parts(first, len(content) // PAGE_SIZE):
                 part = content[(at - first) * PAGE_SIZE :][: many * PAGE_SIZE]
                 body_of[dms] += m.DIRTY.pack(at, many), part
-        bodies, failed = [], None
         with self._lock:
             asked = {dms: self._of_others[dms] for dms in some or range(self._dmss)}
             for dms, slot in asked.items():
                 slot.send(dms, kind, count, page, more, *body_of[dms])
             # A large message travels only while both ends call MPI: no sleep before it is sent.
-            for slot in asked.values():
-                self._wait(slot.sending, False)
-            for slot in asked.values():
-                try:
-                    _, length = self._answer(slot)
-                    bodies.append(bytes(slot.answer.body[:length]))
-                except OSError as error:
-                    failed = error
-        if failed:
-            raise failed
-        return bodies
+            self._wait([slot.sending for slot in asked.values()], patient=False)
+            self._wait([slot.receiving for slot in asked.values()])
+            return [bytes(slot.answer.body[: self._answer(slot)[1]]) for slot in asked.values()]
 
-    def _answer(self, slot: Slot, patient: bool = True) -> tuple[int, int]:
-        """Wait for the answer; its kind and its count. Raises OSError if it is ERROR."""
-        self._wait(slot.sending, False)
-        self._wait(slot.receiving, patient)
+    def _answer(self, slot: Slot) -> tuple[int, int]:
+        """The kind and the count of the answer, which has come. Raises OSError if it is ERROR."""
         kind, number, count, _ = m.HEADER.unpack_from(slot.answer.whole)
         if kind == m.ERROR:
             raise OSError(number, bytes(slot.answer.body[:count]).decode(errors="replace"))
         return kind, count
 
-    def _wait(self, request: MPI.Request, patient: bool) -> None:
-        while not request.Test():
-            if patient:
-                time.sleep(PATIENCE)
-            else:
-                os.sched_yield()
+    def _wait(self, requests: list[MPI.Request], patient: bool = True) -> None:
+        for request in requests:
+            while not request.Test():
+                if patient:
+                    time.sleep(PATIENCE)
+                else:
+                    os.sched_yield()
