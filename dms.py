@@ -148,34 +148,30 @@ class DMS:
     def _handle(self, source: int, question: memoryview, answer: m.MessageBuffer) -> memoryview:
         """Do what the question asks; the answer. It may be written over the question.
 
-        A request that can't be done changes nothing, and is answered with the reason.
+        A request that can't be done changes nothing, and is answered with the reason. The pager tells it, as on
+        one machine.
         """
         try:
             return self._do(self._stores[source - self._first], question, answer)
         except (ValueError, struct.error, OSError, MemoryError) as error:
             number = getattr(error, "errno", 0) or errno.EINVAL
             words = getattr(error, "strerror", "") or str(error) or type(error).__name__
-            if not isinstance(error, OSError):  # of those, as on one machine, the pager tells
-                self._log.warning("request of INSTANCE_%d refused: %s", source - self._first, words)
             body = words.encode()[:1000]
             return answer.message(m.ERROR, len(body), 0, number, body)
 
     def _do(self, store: PageStore, question: memoryview, answer: m.MessageBuffer) -> memoryview:
         """As _handle. Raises ValueError if the question is wrong, and what the store raises."""
-        if not m.HEADER.size <= len(question) <= m.MAX_MESSAGE:
-            raise ValueError(f"a message of {len(question)} bytes is not one of EDM's")
         kind, more, count, page = m.HEADER.unpack_from(question)
-        if kind not in self._requests:
-            raise ValueError(f"there is no request of kind {kind}")
-        action, *most = self._requests[kind]
+        # No count is right for a kind that there is not.
+        action, *most = self._requests.get(kind, (None, -1, 0, 0))
         body = question[m.HEADER.size :]
-        if not min(1, most[0]) <= count <= most[0] or more > most[1] or len(body) > most[2]:
-            has = f"a count of {count}, `more` of {more} and a body of {len(body)} bytes"
-            raise ValueError(f"{has}, where at most {most} may be")
+        fits = min(1, most[0]) <= count <= most[0] and more <= most[1] and len(body) <= most[2]
         step = more if kind == m.GET else 1
         pages = range(page, page + count * step, step)
-        if pages and pages[-1] >= store.spt.pages:
-            raise ValueError(f"page {pages[-1]}, in a space of {store.spt.pages} pages")
+        if not fits or pages and pages[-1] >= store.spt.pages:
+            has = f"kind {kind}, a count of {count} from page {page} on, `more` of {more}"
+            limits = f"at most {most}, in a space of {store.spt.pages} pages"
+            raise ValueError(f"{has}, a body of {len(body)} bytes: {limits}")
         return action(store, pages, answer, more, body) or answer.message(m.OK)
 
     # ------------------------------------------------------------ the requests

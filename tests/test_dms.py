@@ -240,14 +240,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("request_", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_request_is_answered_with_a_reason_and_changes_nothing(dms, request_, caplog):
+def test_a_wrong_request_is_answered_with_a_reason_and_changes_nothing(dms, request_):
     ask(dms, m.GET, page=500, count=1)
     ask(dms, m.GET, page=600, count=1)
     ask(dms, **eviction(600, 1, (600, content(6))))
     before = ask(dms, m.LOCATIONS, page=0, count=PAGES)
     number, reason = refused(ask(dms, **request_))
     assert number == errno.EINVAL and reason
-    assert f"request of INSTANCE_0 refused: {reason}" in caplog.text
     assert ask(dms, m.LOCATIONS, page=0, count=PAGES) == before
     assert ask(dms, m.GET, page=600, count=1) == (CONTENT, 1, content(6))
 

@@ -45,7 +45,7 @@ RIGHT = {
 WRONG = {
     "kind": (
         (0, 7, 10, m.OK, NEW_PAGES, CONTENT, m.ERROR, 20, 0x7FFF, 0xFFFF),
-        "no request of kind",
+        "kind .* at most",
     ),
     "more": ((1025, 2000, 0x7FFF, 0xFFFF), "`more` of|a body of|dirty pages from"),
     "count": ((0, PAGES, PAGES + 1, 0x7FFFFFFF, 0xFFFFFFFF), "a count of|in a space of"),
