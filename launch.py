@@ -125,7 +125,7 @@ def _config(args: Namespace) -> Config:
 
 
 def _as_python_takes_it(program: list[str]) -> list[str]:
-    """The program, with the path of a command instead of its name. Raises ValueError if there is none."""
+    """The program, with the path of a command instead of its name. Raises ValueError or OSError if there is none."""
     if not program:
         raise ValueError("which program? SCRIPT, COMMAND, -m MODULE, -c CODE or -")
     name, *arguments = program
@@ -136,9 +136,7 @@ def _as_python_takes_it(program: list[str]) -> list[str]:
     import shutil  # takes longer than all the rest here
 
     own = os.path.dirname(sys.executable)
-    path = shutil.which(name, path=own + os.pathsep + os.environ.get("PATH", os.defpath))
-    if path is None:
-        raise ValueError(f"can't open file {name!r}: there is no such file")
+    path = shutil.which(name, path=own + os.pathsep + os.environ.get("PATH", os.defpath)) or name
     with open(path, "rb") as file:
         begin = file.read(4096)
     # The second form is pip's, if the interpreter's path is too long for a first line.

@@ -796,7 +796,7 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
         (["--readahead"], "--readahead"),
         (["--no-such", "x.py"], "--no-such"),
         (["-O", "x.py"], "-O"),
-        (["/nowhere/x.py"], "can't open file '/nowhere/x.py'"),
+        (["/nowhere/x.py"], "No such file or directory: '/nowhere/x.py'"),
         (["no-such-command"], "no-such-command'"),
         (["ls"], "is not written in Python"),
         ([], "which program?"),
@@ -820,7 +820,7 @@ def test_a_mistake_is_told_in_one_line_with_status_2(arguments, words, python, t
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["none.py"], "can't open file 'none.py': there is no such file"),
+        (["none.py"], "[Errno 2] No such file or directory: 'none.py'"),
         (["--report", "x.html", "-c", "pass"], "[Errno 2] No such file or directory"),
     ],
 )
