@@ -10,8 +10,9 @@ which starts EDM. Python itself does all the rest.
 Interface: main(arguments) is the command. For kernel.py: parse(arguments) checks a command line. For a program with
 options of its own, as edm.parse_arguments: parse_arguments(parser) adds an option for each setting.
 
-Rules: a mistake is reported in one line, with exit status 2, before anything is started. Settings are
-passed to startup/sitecustomize.py in one environment variable, which is removed there.
+Rules: a mistake is reported in one line, with exit status 2, before anything is started. Python itself reports a
+mistake in what follows EDM's options. Settings are passed to startup/sitecustomize.py in one environment variable,
+which is removed there.
 
 Sources: "Command line and environment" in Python's documentation; proc_meminfo(5); Documentation/
 admin-guide/cgroup-v2.rst.
@@ -129,8 +130,6 @@ def _as_python_takes_it(program: list[str]) -> list[str]:
     if not program:
         raise ValueError("which program? SCRIPT, COMMAND, -m MODULE, -c CODE or -")
     name, *arguments = program
-    if name in ("-m", "-c") and not arguments:
-        raise ValueError(f"{name}: an argument is missing")
     if name.startswith("-") or os.path.exists(name):
         return program
     import shutil  # takes longer than all the rest here

@@ -359,11 +359,14 @@ def test_a_tmpdir_that_cant_be_written_is_not_used(folder):
     assert within == plain and plain[0] == 0
 
 
-@pytest.mark.parametrize("program", [["-m", "nothing"], ["-m", "os.nothing"], ["empty"]])
-def test_what_python_says_of_a_program_that_is_not_there(tmp_path, program):
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [(["-m", "nothing"], 1), (["-m", "os.nothing"], 1), (["empty"], 1), (["-m"], 2), (["-c"], 2)],
+)
+def test_what_python_says_of_a_program_that_is_not_there(tmp_path, program, status):
     (tmp_path / "empty").mkdir()
     plain, within = both(program, cwd=tmp_path)
-    assert within == plain and plain[0] == 1
+    assert within == plain and plain[0] == status
 
 
 @pytest.mark.parametrize("handled", ["SIG_DFL", "SIG_IGN", "print_and_exit", "default_int_handler"])
@@ -801,7 +804,6 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
         (["ls"], "is not written in Python"),
         ([], "which program?"),
         (["--stats"], "which program?"),
-        (["-m"], "-m: an argument is missing"),
         (["--disk", "-m", "x"], "disk: a path has no null byte"),
         (["--report", "/nowhere/x.html", "-c", "pass"], "report: /nowhere/x.html can't be written"),
         (["--dms", "1", "x.py"], "dms: needs more MPI ranks: mpirun -n 2, or more"),
