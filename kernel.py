@@ -32,8 +32,6 @@ def main(arguments: list[str]) -> None:
     args, options = parser.parse_known_args(arguments)
     if launch.parse([*options, *PROGRAM])[2] != PROGRAM:
         parser.error(f"these are not only options of {launch.PROG}: {' '.join(options)}")
-    if not args.name:
-        parser.error("--name: it is empty")
     spec = {
         "argv": [sys.executable, "-m", "edm", "run", *options, *PROGRAM],
         "display_name": f"Python {sys.version_info[0]} ({args.name})",
@@ -46,7 +44,5 @@ def main(arguments: list[str]) -> None:
             source = write_kernel_spec(os.path.join(folder, "kernel"), spec)
             place = KernelSpecManager().install_kernel_spec(source, args.name, user=True)
         print(f"kernel {args.name}: {place}")
-    except ImportError as error:
-        parser.error(f"{error}; try: {sys.executable} -m pip install ipykernel")
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         parser.error(str(error))

@@ -125,7 +125,6 @@ def test_a_kernel_is_edm_run_with_the_options_that_were_given(run, tmp_path):
         (["--nowhere"], "--nowhere"),
         ([__file__], "not only options of python -m edm run"),
         (["--name", "my kernel"], "my kernel"),
-        (["--name", ""], "--name: it is empty"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_written(run, tmp_path, options, told):
@@ -135,9 +134,11 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_written(run, tmp_path, opt
     assert ended.stdout.count("\n") == 1 and not list(tmp_path.rglob("kernel.json")), ended.stdout
 
 
-def test_without_ipykernel_it_says_how_to_get_it(run, tmp_path):
+def test_without_ipykernel_it_says_so(run, tmp_path):
     (tmp_path / "ipykernel.py").write_text("raise ImportError('No module named ipykernel')")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     ended = run("/usr/bin/env", f"PYTHONPATH={path}", *INSTALL)
-    assert ended.returncode == 2 and "-m pip install ipykernel" in ended.stdout, ended.stdout
+    assert ended.returncode == 2 and "error: No module named ipykernel" in ended.stdout, (
+        ended.stdout
+    )
     assert ended.stdout.count("\n") == 1, ended.stdout
