@@ -51,7 +51,6 @@ import errno
 import fcntl
 import os
 import select
-import shlex
 import signal
 import sys
 import threading
@@ -91,7 +90,7 @@ class Pager:
         uffd, self._memfd, pagemap, *lines = hello.fds
         self._hello, self._store, start = hello, store, hello.start_addr
         over_mpi = not isinstance(store, PageStore)  # then this process is a rank
-        self._title = f"EDM, INSTANCE_{hello.instance}: {shlex.join(hello.command)}"
+        self._title = f"EDM, INSTANCE_{hello.instance}: {' '.join(hello.command)}"
         self._tracker = choose_tracker(hello.idle_tracker)
         self._control = control  # for forked children
         self._process = os.pidfd_open(hello.pid)  # readable when it has ended
