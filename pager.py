@@ -197,7 +197,7 @@ class Pager:
 
         self._lpet_pid = os.fork()
         if not self._lpet_pid:
-            _run_process(lpet)
+            os._exit(_status_of(lpet) or 0)  # it may not go on as its parent
         return self._wait_for_lpet
 
     def _wait_for_lpet(self) -> int:
@@ -420,20 +420,15 @@ def spawned() -> None:
         address_space.send_answer(control, error)
         os._exit(0)
     os.setsid()
-    _run_process(partial(page_for, control, _open_disk))
+    os._exit(_status_of(partial(page_for, control, _open_disk)) or 0)
 
 
 def _open_disk(hello: SimpleNamespace) -> PageStore:
     return PageStore(hello.disk, hello.start_addr, hello.end_addr, hello.keep, hello.instance)
 
 
-def _run_process(body: Callable[[], int | None]) -> None:
-    """Call this, which may return an exit status, print why it failed, and end the process."""
-    os._exit(_status_of(body) or 0)  # a forked LPET may not go on as its parent
-
-
 def _status_of(body: Callable[[], int | None]) -> int | None:
-    """Call this, which may return an exit status. Print why it failed."""
+    """Call this, which may return an exit status. Whatever it raises, print why, and return print_error's."""
     try:
         with contextlib.suppress(ProcessLookupError):  # ESRCH: the application has ended
             return body()

@@ -18,7 +18,7 @@ from conftest import (
     wait_until_gone,
 )
 
-from edm.pager import _run_process
+from edm.pager import _status_of
 
 pytestmark = needs_userfaultfd
 
@@ -303,7 +303,7 @@ def test_a_process_that_cant_print_why_it_fails_ends_all_the_same():
     if not (child := os.fork()):
         try:
             with open("/dev/full", "w") as sys.stderr:
-                _run_process(fails)
+                os._exit(_status_of(fails))
         finally:
             os._exit(77)  # it has come back to what its parent does
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
