@@ -288,7 +288,7 @@ class SystemCalls:
             possible = stat.S_ISFIFO(mode) or to_file and limit == resource.RLIM_INFINITY
             try:
                 while possible and (content := content or self._read(thread, call, done, memory)):
-                    if not to_file:
+                    if os.get_blocking(fd):  # there is always room in a file
                         _wait_for_room(fd, thread)
                     part = content if to_file else content[:PAGE_SIZE]
                     n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
@@ -321,13 +321,13 @@ def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int
 
 
 def _wait_for_room(fd: int, thread: int) -> None:
-    """Wait until a page can be written there. Raises OSError if the descriptor does not block, or if a signal
-    waits for the thread whose call this is."""
-    poll, blocks = select.poll(), os.get_blocking(fd)
+    """Wait until a page can be written there. Raises OSError if a signal waits for the thread whose call this
+    is."""
+    poll = select.poll()
     poll.register(fd, select.POLLOUT)
-    while not poll.poll(SIGNAL_LOOK if blocks else 0):
+    while not poll.poll(SIGNAL_LOOK):
         with open(f"/proc/{thread}/status", "rb") as file:  # the thread's name may be any bytes
             fields = dict(line.split(b":\t", 1) for line in file)
         mask = {name: int(fields[name], 16) for name in (b"SigPnd", b"ShdPnd", b"SigBlk")}
-        if not blocks or (mask[b"SigPnd"] | mask[b"ShdPnd"]) & ~mask[b"SigBlk"]:
-            raise BlockingIOError
+        if (mask[b"SigPnd"] | mask[b"ShdPnd"]) & ~mask[b"SigBlk"]:
+            raise InterruptedError
