@@ -19,10 +19,10 @@ columns start. So a stream of neighbours is forgotten when a page faults near it
 over: one behind its last window, or the one before the fault, if that is in the window. Not all pages of a window
 have to come: then a fault in it continues the stream. A stride is continued by exact places only.
 
-A row of a few neighbouring pages, as random access to a table has them, would fault twice. So where streams end
-with their first window again and again, a single fault gets a stream of its own, which brings the rest of the row
-and is not followed: the fault may as well be one of equal distances. Every PROBE-th single fault still comes
-alone, to see if the rows go on.
+A row of a few neighbouring pages, as random access to a table has them, would fault twice. So where streams begin
+again and again and do not go on, a single fault gets a stream of its own, which brings the rest of the row and is
+not followed: the fault may as well be one of equal distances. Every PROBE-th single fault still comes alone, to see
+if the rows go on.
 
 After each REMEMBERED single faults, the stream that was used least recently is forgotten. So random
 access ends up with none to look at. A stream that was forgotten begins again as a new one does.
@@ -41,7 +41,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 STREAMS = 32
 REMEMBERED = 32  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 4  # pages, mm/readahead.c's
-ROWS, PROBE = 16, 8
+ROWS, MOST_ROWS, PROBE = 64, 80, 8
 # Pages. A column shares its pages with those beside it, and may fault in every 64th row only.
 MAX_STRIDE = 1024
 # A fault at most so many strides after a window continues its stream. Few, because each random fault that hits
@@ -89,7 +89,8 @@ class Readahead:
         self.max_window, self._is_missing = max_window, is_missing
         self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # places of single faults, sorted
-        # Grows with each row that was seen, and shrinks with what is no row. More than ROWS: rows come at once.
+        # Grows with each stream that begins, and shrinks as much with each window that was used up, and with what is
+        # no row. More than ROWS: rows come at once.
         self._rows = 0
         self._singles = 0  # faults of no stream
 
@@ -101,7 +102,7 @@ class Readahead:
                 self._streams.remove(stream)
                 if not self._passed_over(stream, at):
                     self._streams.insert(0, stream)
-                    self._rows = max(self._rows - 1, 0)
+                    self._rows = max(self._rows - 2, 0)
                     stream.fault_at(at, min(2 * stream.window, self.max_window))
                     return stream
                 break
@@ -125,7 +126,10 @@ class Readahead:
             elif pages < 2 or before - stride not in recent:
                 continue
             recent.remove(before)
-            return self._new(place, stride)
+            self._rows = min(self._rows + 2 * (stride == PAGE_SIZE), MOST_ROWS)
+            stream = Stream(place, min(FIRST_WINDOW, self.max_window), stride)
+            self._streams = [stream, *self._streams[: STREAMS - 1]]
+            return stream
         in_rows = self._rows > ROWS
         if len(recent) == REMEMBERED:
             recent.clear()
@@ -135,14 +139,6 @@ class Readahead:
         insort(recent, place)
         self._singles += 1
         if in_rows and self._singles % PROBE:
-            return Stream(place, FIRST_WINDOW, PAGE_SIZE)
+            return Stream(place, min(FIRST_WINDOW, self.max_window), PAGE_SIZE)
         self._rows -= in_rows
         return None
-
-    def _new(self, place: int, stride: int) -> Stream:
-        if len(self._streams) == STREAMS:
-            last = self._streams.pop()
-            is_row = last.stride == PAGE_SIZE and last.window == FIRST_WINDOW < self.max_window
-            self._rows = min(self._rows + 2 * is_row, 2 * ROWS)
-        self._streams.insert(0, Stream(place, min(FIRST_WINDOW, self.max_window), stride))
-        return self._streams[0]
