@@ -60,10 +60,6 @@ if __name__ == "edm":
 from edm.address_space import Space, spawn_pager
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-TYPE_CHECKING = False  # for type checkers it is true; typing takes long to import
-if TYPE_CHECKING:
-    from typing import Any
-
 MAX_PAGES = 1 << 36  # of a space: 256 TiB
 
 # Seconds that a launcher gets to read what a rank has printed. A rank waits so long before it ends with an
@@ -102,7 +98,8 @@ class Config(SimpleNamespace):
     report: path of an HTML page to write, of what EDM did
     log_level: the least level of log lines shown
 
-    Raises ValueError, which names the setting, for a value that is not allowed here; and without the GIL.
+    Raises ValueError, which names the setting, for a value that is not allowed here; and without the GIL. Raises
+    TypeError for a value of another type.
     """
 
     start_addr: int = 0x10_0000_0000
@@ -122,17 +119,16 @@ class Config(SimpleNamespace):
     report: str | None = None
     log_level: str = "warning"
 
-    def __init__(self, start_addr: int = start_addr, end_addr: int = end_addr, **more: Any) -> None:
+    def __init__(
+        self, start_addr: int = start_addr, end_addr: int = end_addr, **more: object
+    ) -> None:
         super().__init__(**{name: getattr(Config, name) for name in Config.__annotations__})
         if unknown := more.keys() - vars(self).keys():
             raise TypeError(f"Config: there is no setting {', '.join(unknown)}")
         vars(self).update(more, start_addr=start_addr, end_addr=end_addr)
         for name, kind in Config.__annotations__.items():
             if (value := vars(self)[name]) is not None or "None" not in kind:
-                try:
-                    vars(self)[name] = AS[kind.partition(" ")[0]](value)
-                except TypeError:
-                    raise ValueError(f"{name}: {value!r}; of type {kind}") from None
+                vars(self)[name] = AS[kind.partition(" ")[0]](value)
         if self.low_threshold is None:
             # Data that is used all the time, but has no room below low_threshold, leaves again and again. A
             # sort of 4 million rows by a random key at 32 MiB takes 69 s if low_threshold is 1/8 less at any
@@ -150,7 +146,7 @@ class Config(SimpleNamespace):
 
     __delattr__ = __setattr__
 
-    def __replace__(self, **changes: Any) -> Config:
+    def __replace__(self, **changes: object) -> Config:
         """For copy.replace, Python 3.13."""
         return Config(**{**vars(self), **changes})
 
