@@ -164,15 +164,13 @@ class Config(SimpleNamespace):
         yield end not in ends, f"end_addr: {end:#x}; whole pages, {ends[0]:#x} to {ends[-1]:#x}"
         yield high < 2, f"high_threshold: {high} pages; at least 2, as an instruction may touch two"
         yield not 0 <= low < high, f"low_threshold: {low} pages; less than high_threshold, {high}"
-        for name in ("disk", "report"):
-            yield "\0" in (getattr(self, name) or ""), f"{name}: a path has no null byte"
+        yield "\0" in f"{self.disk}{report}", "disk, report: a path has no null byte"
         yield self.keep and not self.disk, "keep: needs a disk with a name; give its path as disk"
         cant_be = report and not os.access(report if there else folder, os.W_OK)
         yield cant_be, f"report: {report} can't be written; make its folder, or choose another path"
         yield there and not os.path.isfile(report), f"report: {report} is not a regular file"
         dms = self.dms or 0
-        yield dms < 0, f"dms: {dms} ranks; 0 or more"
-        yield 0 < dms >= launched()[1], f"dms: needs more MPI ranks: mpirun -n {dms + 1}, or more"
+        yield not 0 <= dms < launched()[1], f"dms: needs MPI ranks: mpirun -n {dms + 1}, or more"
         for name in ("readahead", "evict_batch"):
             value = getattr(self, name)
             yield not 1 <= value <= most, f"{name}: {value} pages; from 1 to {most}"

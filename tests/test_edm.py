@@ -37,10 +37,8 @@ WRONG = {
     "clean_tracking": [{"clean_tracking": "perhaps"}],
     "dms": [{"dms": -1}],
     "keep": [{"keep": True}],
-    "report": [
-        {"report": path} for path in ("/nowhere/report.html", "/tmp", "/dev/full", b"/", "a\0b")
-    ],
-    "disk": [{"disk": "a\0b"}],
+    "report": [{"report": path} for path in ("/nowhere/report.html", "/tmp", "/dev/full", b"/")],
+    "disk, report": [{"disk": "a\0b"}, {"report": "a\0b"}],
     "log_level": [{"log_level": "loud"}],
 }
 
@@ -262,7 +260,7 @@ def test_variables_that_a_launcher_has_left_make_no_rank(monkeypatch, variables,
 def test_a_dms_needs_ranks_and_is_refused_before_anything_starts(monkeypatch):
     for name in RANKS:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match=r"^dms: needs more MPI ranks.*mpirun -n 2"):
+    with pytest.raises(ValueError, match=r"^dms: needs MPI ranks.*mpirun -n 2"):
         edm.run(lambda space: pytest.fail("it was started"), Config(dms=1))
 
 

@@ -121,7 +121,7 @@ def test_a_kernel_is_edm_run_with_the_options_that_were_given(run, tmp_path):
     ("options", "told"),
     [
         (["--resident", "12X"], "resident: '12X' is not a size"),
-        (["--dms", "1"], "dms: needs more MPI ranks"),
+        (["--dms", "1"], "dms: needs MPI ranks"),
         (["--nowhere"], "--nowhere"),
         ([__file__], "not only options of python -m edm run"),
         (["--name", "my kernel"], "my kernel"),

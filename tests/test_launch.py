@@ -804,10 +804,10 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
         (["ls"], "is not written in Python"),
         ([], "which program?"),
         (["--stats"], "which program?"),
-        (["--disk", "-m", "x"], "disk: a path has no null byte"),
+        (["--disk", "-m", "x"], "disk, report: a path has no null byte"),
         (["--report", "/nowhere/x.html", "-c", "pass"], "report: /nowhere/x.html can't be written"),
-        (["--dms", "1", "x.py"], "dms: needs more MPI ranks: mpirun -n 2, or more"),
-        (["--dms", "2", "x.py"], "dms: needs more MPI ranks: mpirun -n 3, or more"),
+        (["--dms", "1", "x.py"], "dms: needs MPI ranks: mpirun -n 2, or more"),
+        (["--dms", "2", "x.py"], "dms: needs MPI ranks: mpirun -n 3, or more"),
     ],
 )
 @pytest.mark.parametrize("python", [[], ["-OO", "-W", "error"]], ids=["", "-OO"])
