@@ -194,8 +194,7 @@ def run(app: Callable[[Space], object], config: Config | None = None) -> None:
     Under mpirun -n 2 or more every rank calls this, once. It returns in each application. A DMS ends here,
     when the applications have ended.
     """
-    config = config or Config()
-    _run(app, config, _begin(config))
+    _run(app, _begin(config or Config()))
 
 
 def main(app: Callable[[Space], object], config: Config) -> None:
@@ -205,14 +204,14 @@ def main(app: Callable[[Space], object], config: Config) -> None:
     except (ValueError, OSError) as error:
         tell(f"edm: error: {error}")
         sys.exit(2)
-    _run(app, config, started)
+    _run(app, started)
 
 
-def _run(app: Callable[[Space], object], config: Config, started: Space) -> None:
+def _run(app: Callable[[Space], object], started: Space) -> None:
     global _space
     from edm import log
 
-    log.start(config.log_level)
+    log.start(started.config.log_level)
     try:
         log.logger("Usercode").debug("User code main function start running")
         app(started)
@@ -238,9 +237,8 @@ def _begin(config: Config, lasts: bool = False) -> Space:
     number, ranks = launched()
     # If standard streams are closed, EDM's descriptors would get their numbers, the lowest ones.
     with contextlib.ExitStack() as held:
-        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
-            held.callback(os.close, fd)
-        os.close(fd)
+        while held.enter_context(open(os.devnull, "r+b")).fileno() < 3:
+            pass
         try:
             if config.dms or config.dms is None and ranks > 1:
                 from edm import rank
