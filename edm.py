@@ -141,10 +141,8 @@ class Config(SimpleNamespace):
             if is_wrong:
                 raise ValueError(text)
 
-    def __setattr__(self, name: str, *value: object) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name}: the settings of a Config can't be changed")
-
-    __delattr__ = __setattr__
 
     def __replace__(self, **changes: object) -> Config:
         """For copy.replace, Python 3.13."""
