@@ -333,21 +333,18 @@ class Space:
         """Enable the features that this kernel has, and register the space.
 
         Returns how first writes are noticed: "async", "events", or "" if they are not. Raises
-        ValueError if the kernel lacks a feature.
+        OSError EINVAL if the kernel lacks a feature.
         """
         supported, wp = u.supported_features(), u.WP_FEATURES
         # With "none", pages get no uffd-wp bit. But without the feature the kernel maps neighbours of a page
         # that is touched (fault-around), and they would count as used.
         ways = {"async": wp | u.UFFD_FEATURE_WP_ASYNC, "events": wp, "none": wp & supported}
-        for way, features in ways.items():
-            needed = u.NEEDED_FEATURES | features
-            if wanted in ("auto", way) and not needed & ~supported:
-                uffd.api(needed | u.WELCOME_FEATURES & supported)
-                protects = features & wp == wp
-                uffd.register(self.start_addr, self.end_addr - self.start_addr, protects)
-                return "" if way == "none" else way
-        lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
-        raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
+        if wanted == "auto":
+            wanted = next(way for way, features in ways.items() if not features & ~supported)
+        uffd.api(u.NEEDED_FEATURES | ways[wanted] | u.WELCOME_FEATURES & supported)
+        protects = ways[wanted] & wp == wp
+        uffd.register(self.start_addr, self.end_addr - self.start_addr, protects)
+        return "" if wanted == "none" else wanted
 
     def _end(self) -> None:
         """At the interpreter's end, wait until the pager has printed everything: the shell's prompt comes
@@ -419,11 +416,10 @@ class Space:
 
     def _check_inside(self, addr: int, length: int) -> None:
         """Raises ValueError unless these are whole pages of the space."""
-        if (addr | length) % PAGE_SIZE:
-            raise ValueError(f"addr, length: {addr:#x}, {length:#x}; PAGE_SIZE is {PAGE_SIZE:#x}")
-        if not self.start_addr <= addr <= addr + length <= self.end_addr:
-            space = f"the space {self.start_addr:#x}-{self.end_addr:#x}"
-            raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} leaves {space}")
+        start, end = self.start_addr, self.end_addr
+        if (addr | length) % PAGE_SIZE or not start <= addr <= addr + length <= end:
+            wrong = f"is no multiple of PAGE_SIZE, or leaves the space {start:#x}-{end:#x}"
+            raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} {wrong}")
 
     def _reclaim(self, found: Callable[[], range | bool | None]) -> range | bool | None:
         """Make gaps of what was released and is free now, and return what is found() there. Wait for more
