@@ -216,9 +216,7 @@ class SystemCalls:
         ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
         number, thread, _, nr, _, _, *arguments = seccomp_notif.unpack(message)
         call = nr, *arguments
-        whole = self._pin_and_bring(thread, call)
-        of_application = f"/proc/{self._application}/task/{thread}"
-        if not whole and nr in (WRITE, PWRITE) and os.path.exists(of_application):
+        if not self._pin_and_bring(thread, call) and nr in (WRITE, PWRITE):
             with contextlib.suppress(RuntimeError):  # no other thread: the kernel makes the call
                 _thread.start_new_thread(self._write, (number, thread, call))
                 return
@@ -276,9 +274,11 @@ class SystemCalls:
         with contextlib.suppress(*wrong), contextlib.ExitStack() as at_end:
             import resource  # the application does without
 
+            # Of a thread of the application only: a forked child has descriptors of its own.
+            its_memory = f"/proc/{self._application}/task/{thread}/mem"
+            memory = at_end.enter_context(open(its_memory, "rb", 0)).fileno()
             fd = u.pidfd_getfd(self._pidfd, its_fd)
             at_end.callback(os.close, fd)
-            memory = at_end.enter_context(open(f"/proc/{thread}/mem", "rb", 0)).fileno()
             mode, inode = os.fstat(fd)[:2]
             if to_file := stat.S_ISREG(mode):  # no other write that is made here comes in between
                 at_end.enter_context(self._file_locks[inode % FILE_LOCKS])
