@@ -333,7 +333,7 @@ class Space:
         """Enable the features that this kernel has, and register the space.
 
         Returns how first writes are noticed: "async", "events", or "" if they are not. Raises
-        OSError EINVAL if the kernel lacks a feature.
+        ValueError if the kernel lacks a feature.
         """
         supported, wp = u.supported_features(), u.WP_FEATURES
         # With "none", pages get no uffd-wp bit. But without the feature the kernel maps neighbours of a page
@@ -341,9 +341,11 @@ class Space:
         ways = {"async": wp | u.UFFD_FEATURE_WP_ASYNC, "events": wp, "none": wp & supported}
         if wanted == "auto":
             wanted = next(way for way, features in ways.items() if not features & ~supported)
-        uffd.api(u.NEEDED_FEATURES | ways[wanted] | u.WELCOME_FEATURES & supported)
-        protects = ways[wanted] & wp == wp
-        uffd.register(self.start_addr, self.end_addr - self.start_addr, protects)
+        if (needed := u.NEEDED_FEATURES | ways[wanted]) & ~supported:
+            lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
+            raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
+        uffd.api(needed | u.WELCOME_FEATURES & supported)
+        uffd.register(self.start_addr, self.end_addr - self.start_addr, ways[wanted] & wp == wp)
         return "" if wanted == "none" else wanted
 
     def _end(self) -> None:

@@ -98,8 +98,7 @@ class Config(SimpleNamespace):
     report: path of an HTML page to write, of what EDM did
     log_level: the least level of log lines shown
 
-    Raises ValueError, which names the setting, for a value that is not allowed here; and without the GIL. Raises
-    TypeError for a value of another type.
+    Raises ValueError, which names the setting, for a value that is not allowed here; and without the GIL.
     """
 
     start_addr: int = 0x10_0000_0000
@@ -128,7 +127,10 @@ class Config(SimpleNamespace):
         vars(self).update(more, start_addr=start_addr, end_addr=end_addr)
         for name, kind in Config.__annotations__.items():
             if (value := vars(self)[name]) is not None or "None" not in kind:
-                vars(self)[name] = AS[kind.partition(" ")[0]](value)
+                try:
+                    vars(self)[name] = AS[kind.partition(" ")[0]](value)
+                except TypeError:
+                    raise ValueError(f"{name}: {value!r}; of type {kind}") from None
         if self.low_threshold is None:
             # Data that is used all the time, but has no room below low_threshold, leaves again and again. A
             # sort of 4 million rows by a random key at 32 MiB takes 69 s if low_threshold is 1/8 less at any

@@ -288,7 +288,7 @@ class SystemCalls:
             possible = stat.S_ISFIFO(mode) or to_file and limit == resource.RLIM_INFINITY
             try:
                 while possible and (content := content or self._read(thread, call, done, memory)):
-                    if os.get_blocking(fd):  # there is always room in a file
+                    if not to_file and os.get_blocking(fd):
                         _wait_for_room(fd, thread)
                     part = content if to_file else content[:PAGE_SIZE]
                     n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)

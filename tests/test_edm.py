@@ -25,19 +25,26 @@ WRONG = {
         {"start_addr": 1 << 64, "end_addr": (1 << 64) + 0x2000},
     ],
     "end_addr": [
+        {"end_addr": "0x2000000000"},
         {"start_addr": 0x2000, "end_addr": 0x2000},
         {"end_addr": 0x20_0000_0001},
         {"end_addr": Config.start_addr + (MAX_PAGES + 1) * edm.PAGE_SIZE},
     ],
     "high_threshold": [{"high_threshold": 1}],
     "low_threshold": [{"high_threshold": 4, "low_threshold": 4}, {"low_threshold": -1}],
-    "readahead": [{"readahead": 0}, {"readahead": PAGES_AT_ONCE + 1}],
+    "readahead": [
+        {"readahead": 0},
+        {"readahead": 1.5},
+        {"readahead": None},
+        {"readahead": PAGES_AT_ONCE + 1},
+    ],
     "evict_batch": [{"evict_batch": 0}, {"evict_batch": PAGES_AT_ONCE + 1}],
     "idle_tracker": [{"idle_tracker": "psychic"}],
     "clean_tracking": [{"clean_tracking": "perhaps"}],
     "dms": [{"dms": -1}],
     "keep": [{"keep": True}],
-    "report": [{"report": path} for path in ("/nowhere/report.html", "/tmp", "/dev/full", b"/")],
+    "report": [{"report": path} for path in ("/nowhere/report.html", "/tmp", "/dev/full", b"/", 5)],
+    "disk": [{"disk": 5}],
     "disk, report": [{"disk": "a\0b"}, {"report": "a\0b"}],
     "log_level": [{"log_level": "loud"}],
 }
@@ -48,18 +55,6 @@ WRONG = {
 )
 def test_a_wrong_setting_is_a_valueerror_of_one_line_that_names_it(name, settings):
     with pytest.raises(ValueError, match=f"^{name}: [^\n]*$"):
-        Config(**settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"end_addr": "0x2000000000"}, {"readahead": 1.5}, {"readahead": None}, {"disk": 5},
-        {"report": 5},
-    ],
-)  # fmt: skip
-def test_a_setting_of_another_type_is_a_typeerror(settings):
-    with pytest.raises(TypeError):
         Config(**settings)
 
 
