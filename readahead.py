@@ -21,8 +21,8 @@ have to come: then a fault in it continues the stream. A stride is continued by 
 
 A row of a few neighbouring pages, as random access to a table has them, would fault twice. So where streams begin
 again and again and do not go on, a single fault gets a stream of its own, which brings the rest of the row and is
-not followed: the fault may as well be one of equal distances. Every PROBE-th single fault still comes alone, to see
-if the rows go on.
+not followed: the fault may as well be one of equal distances. About every PROBE-th single fault still comes alone,
+to see if the rows go on.
 
 After each REMEMBERED single faults, the stream that was used least recently is forgotten. So random
 access ends up with none to look at. A stream that was forgotten begins again as a new one does.
@@ -41,7 +41,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 STREAMS = 32
 REMEMBERED = 32  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 4  # pages, mm/readahead.c's
-ROWS, MOST_ROWS, PROBE = 64, 80, 8
+ROWS, PROBE = 224, 8
 # Pages. A column shares its pages with those beside it, and may fault in every 64th row only.
 MAX_STRIDE = 1024
 # A fault at most so many strides after a window continues its stream. Few, because each random fault that hits
@@ -89,10 +89,9 @@ class Readahead:
         self.max_window, self._is_missing = max_window, is_missing
         self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # places of single faults, sorted
-        # Grows with each stream that begins, and shrinks as much with each window that was used up, and with what is
-        # no row. More than ROWS: rows come at once.
+        # A stream that begins adds PROBE, a window that was used up takes PROBE, and a single fault takes 1. Above
+        # ROWS, rows come at once.
         self._rows = 0
-        self._singles = 0  # faults of no stream
 
     def stream(self, place: int) -> Stream | None:
         """The stream that a fault at this place continues or begins, or one for the rest of a row. If there is
@@ -102,7 +101,7 @@ class Readahead:
                 self._streams.remove(stream)
                 if not self._passed_over(stream, at):
                     self._streams.insert(0, stream)
-                    self._rows = max(self._rows - 2, 0)
+                    self._rows = max(self._rows - PROBE, 0)
                     stream.fault_at(at, min(2 * stream.window, self.max_window))
                     return stream
                 break
@@ -126,19 +125,14 @@ class Readahead:
             elif pages < 2 or before - stride not in recent:
                 continue
             recent.remove(before)
-            self._rows = min(self._rows + 2 * (stride == PAGE_SIZE), MOST_ROWS)
+            self._rows = min(self._rows + PROBE * (stride == PAGE_SIZE), ROWS + PROBE)
             stream = Stream(place, min(FIRST_WINDOW, self.max_window), stride)
             self._streams = [stream, *self._streams[: STREAMS - 1]]
             return stream
         in_rows = self._rows > ROWS
+        self._rows = max(self._rows - 1, 0)
         if len(recent) == REMEMBERED:
             recent.clear()
-            if not in_rows:
-                self._rows = 0
-                del self._streams[-1:]
+            del self._streams[-1:]
         insort(recent, place)
-        self._singles += 1
-        if in_rows and self._singles % PROBE:
-            return Stream(place, min(FIRST_WINDOW, self.max_window), PAGE_SIZE)
-        self._rows -= in_rows
-        return None
+        return Stream(place, min(FIRST_WINDOW, self.max_window), PAGE_SIZE) if in_rows else None
