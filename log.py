@@ -21,7 +21,6 @@ the original's tests_output/simple_eviction_page_test_debug.txt. Spelling mistak
 """
 
 import logging
-import sys
 from collections.abc import Iterable
 
 
@@ -45,7 +44,7 @@ def of_box(name: str) -> tuple[logging.Logger, logging.Logger, bool]:
 
 def start(level: str) -> None:
     """Write the lines of at least this level to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler()  # to stderr
     line = "[%(asctime)s.%(msecs)03d]:[%(level)s]-%(prefix)s%(message)s"
     handler.setFormatter(_WikiFormatter(line, "%a %b %d %Y %H:%M:%S"))
     edm = logger()
