@@ -639,9 +639,8 @@ class PageStore:
             header = HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch)
             write_all(self.fd, _sealed(header), at)
             os.fsync(self.fd)
-        except BaseException as error:
-            self._words[NO_WRITES] = getattr(error, "errno", 0) or errno.EIO
-            error.filename = os.readlink(f"/proc/self/fd/{self.fd}")
+        except OSError as error:
+            self._words[NO_WRITES] = error.errno
             raise
 
     def _check_writable(self) -> None:
