@@ -97,7 +97,7 @@ class Lpet:
         # The generation of the clock's last whole turn. Another turn in it would find no page that is AGE old.
         self._turned = -1
         self._again_at = 0.0  # time.monotonic, as is the next
-        self._refused_since = float("inf")  # the first refusal since the store took dirty pages
+        self._refused_since = float("inf")  # the first refusal since pages have left
         self._log, self._banner, self._info = log.of_box("Lpet")
 
     def run(self) -> None:
@@ -132,8 +132,7 @@ class Lpet:
         self._lspt.figures[l.EVICTED_DIRTY] += dirty
         self._lspt.figures[l.EVICTED_CLEAN] += pages - dirty
         self._lspt.figures[l.SENT] += dirty * PAGE_SIZE
-        if dirty:
-            self._refused_since = float("inf")
+        self._refused_since = float("inf")
         return pages
 
     def _move_out(self, claimed: Claimed) -> tuple[list[Bytes], bytes]:
