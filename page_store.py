@@ -237,7 +237,7 @@ class PageStore:
         self._blocks = -(-pages // BLOCK_PAGES) if keep else 0  # in a copy of the table
         self._data = -(-self._block_place(2, 0) // HEADER_COPY) * HEADER_COPY  # the first places
         self._synced = ByteTable(pages)  # the places at the last sync; 0 if the disk is not kept
-        self.spt, self._instance = ByteTable(pages), instance
+        self.spt, self._instance = ByteTable(pages), f"INSTANCE_{instance}"  # as the log names it
         self._size = self._place(pages, SECOND if keep else FIRST)
         self._crcs = memoryview(mmap.mmap(-1, 4 * pages if keep else 4)).cast("I")
         self._changed = memoryview(mmap.mmap(-1, max(1, self._blocks)))  # a byte a block: see SAME
@@ -304,7 +304,7 @@ class PageStore:
                 return self.get(pages[: got // 2], into)
         self.spt.set(pages, byte | INSTANCE)
         if self._info:
-            address = self._address(pages.start)
+            address = self._start + pages.start * PAGE_SIZE
             self._log.info("get request to send content of page in address: %#x", address)
             new = "page accessed first time, set info - new_page"
             self._log.debug(f"read page address: {address:#x} from disk" if byte & DISK else new)
@@ -448,9 +448,9 @@ class PageStore:
     def table(self) -> str:
         """The SPT as the wiki prints it: a line for each page that was ever accessed."""
         return log.spt_table(
-            (self._address(first + at), f"INSTANCE_{self._instance}" if byte & INSTANCE else "DISK")
+            (self._start + at * PAGE_SIZE, self._instance if byte & INSTANCE else "DISK")
             for first, count in self.spt.ever_set(0, self.spt.pages)
-            for at, byte in enumerate(self.locations(first, count))
+            for at, byte in enumerate(self.locations(first, count), first)
             if byte
         )
 
@@ -461,13 +461,10 @@ class PageStore:
             if not self.kept:
                 disk.truncate(0)
 
-    def _address(self, page: int) -> int:
-        return self._start + page * PAGE_SIZE
-
     def _say(self, tell: Callable[..., None], words: str, dirty: Iterable[Bytes]) -> None:
         for first, content in dirty if self._info else ():
             for page in range(first, first + len(content) // PAGE_SIZE):
-                tell(words, self._address(page))
+                tell(words, self._start + page * PAGE_SIZE)
 
     def _show(self) -> None:
         if self._info:
