@@ -135,13 +135,17 @@ def bitmap_missing() -> str:
     return "" if pfn else "/proc/PID/pagemap hides page frame numbers: CAP_SYS_ADMIN shows them"
 
 
-def _check_writing_back() -> None:
-    """Raises ValueError if pages can't be written back into a memfd here.
+def choose_tracker(wanted: str) -> str:
+    """The name of the tracker to use for Config.idle_tracker, bitmap, unmap or auto.
 
-    UnmapTracker does that, and LPET when the store has refused some. A kernel that makes huge pages of
-    a memfd would put pages of zeros where nothing is to be. Source:
-    Documentation/admin-guide/mm/transhuge.rst.
+    Raises ValueError when it can't be had, or if pages can't be written back into a memfd here. UnmapTracker does
+    that, and LPET when the store has refused some. A kernel that makes huge pages of a memfd would put pages of
+    zeros where nothing is to be. Source: Documentation/admin-guide/mm/transhuge.rst.
     """
+    missing = bitmap_missing() if wanted != "unmap" else "it is not wanted"
+    if wanted == "bitmap" and missing:
+        other = "take --idle-tracker unmap, which needs no root and no kernel option"
+        raise ValueError(f"idle_tracker: the bitmap can't be used here ({missing}); {other}")
     with open(os.memfd_create("edm"), "r+b", 0) as memfd:
         memfd.truncate(4 * HUGE)
         os.pwrite(memfd.fileno(), bytes(PAGE_SIZE), HUGE + PAGE_SIZE)
@@ -150,19 +154,7 @@ def _check_writing_back() -> None:
             files = "/sys/kernel/mm/transparent_hugepage/{,hugepages-*/}shmem_enabled"
             why = f"this kernel makes huge pages of memory files: echo advise | tee {files}"
             raise ValueError(f"pages can't be written back into memory here: {why}")
-
-
-def choose_tracker(wanted: str) -> str:
-    """The name of the tracker to use for Config.idle_tracker, bitmap, unmap or auto.
-
-    Raises ValueError when it can't be had, or if no page can be written back into a memfd.
-    """
-    missing = bitmap_missing() if wanted != "unmap" else ""
-    if wanted == "bitmap" and missing:
-        other = "take --idle-tracker unmap, which needs no root and no kernel option"
-        raise ValueError(f"idle_tracker: the bitmap can't be used here ({missing}); {other}")
-    _check_writing_back()
-    return "unmap" if missing or wanted == "unmap" else "bitmap"
+    return "unmap" if missing else "bitmap"
 
 
 def pages_in(runs: Iterable[Run]) -> Iterator[int]:
