@@ -26,13 +26,11 @@ would wait for the DMS forever. Of pagers on other machines only the launcher kn
 import _thread
 import contextlib
 import ctypes
-import fcntl
 import os
 import re
 import signal
 import sys
 import time
-from struct import Struct
 from typing import Any, NoReturn
 
 from edm import log
@@ -46,11 +44,6 @@ from edm.uffd_ctypes import PAGE_SIZE
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
 PASSED_ON = *ENDING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 TERM_TO_KILL = 3  # seconds from one that is to end the application until this is killed
-
-# <linux/pidfd.h>
-PIDFD_INFO = Struct("=Q52xi")  # mask, exit_code
-PIDFD_INFO_EXIT = 1 << 3
-PIDFD_GET_INFO = 3 << 30 | PIDFD_INFO.size << 16 | 0xFF << 8 | 11
 
 
 def fork_application(config: Config) -> tuple[Any, int]:
@@ -86,7 +79,7 @@ def _watch(rank: Any) -> NoReturn:
     it has sent. However it has died, kill the pagers that it has named. When it ends in order, it kills this
     process first."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    pidfd = os.pidfd_open(parent := os.getppid())
+    parent = os.getppid()
     # Nothing comes if it can't begin, and has printed why.
     words, *pids = rank.recv(1 << 16).decode().split("\n")
     pagers = []  # pidfds: a pager may have ended by then, and its number be another process's
@@ -94,7 +87,7 @@ def _watch(rank: Any) -> NoReturn:
         with contextlib.suppress(ProcessLookupError):
             pagers.append(os.pidfd_open(int(pid)))
     rank.recv(1)
-    if words and _was_killed(parent, pidfd):
+    if words and _was_killed(parent):
         tell(f"edm: error: {words}")
     time.sleep(PRINTING if words else 0)
     for pager in pagers:
@@ -103,22 +96,17 @@ def _watch(rank: Any) -> NoReturn:
     os._exit(0)
 
 
-def _was_killed(pid: int, pidfd: int) -> bool:
-    """Was this process, which has closed its files, killed by a signal? True also if that is unknown.
+def _was_killed(pid: int) -> bool:
+    """Was this process, which has closed its files, killed by a signal? True also if that is unknown, because the
+    launcher has waited for it already.
 
-    Source: exit_code in proc_pid_stat(5), until the parent has waited for the process; after that
-    PIDFD_GET_INFO in <linux/pidfd.h>, from Linux 6.15 on.
+    Source: exit_code in proc_pid_stat(5).
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            code = int(file.read().split()[-1])
+            return int(file.read().split()[-1]) & 0x7F != 0
     except OSError:
-        info = bytearray(PIDFD_INFO.pack(PIDFD_INFO_EXIT, -1))
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
-        mask, code = PIDFD_INFO.unpack(info)
-        code = code if mask & PIDFD_INFO_EXIT else -1
-    return code & 0x7F != 0
+        return True
 
 
 def _run(config: Config, application: int, control: Any) -> NoReturn:
