@@ -57,7 +57,6 @@ import atexit
 import bisect
 import contextlib
 import ctypes
-import errno
 import fcntl
 import gc
 import operator
@@ -204,13 +203,12 @@ class Space:
         Raises ValueError if it is not such an area, and BufferError while something else uses it (a
         slice, a NumPy array); then nothing has changed. Source: munmap(2).
         """
-        view, addr = self._views.get(id(area), (None, 0))
-        if view is None:
+        if id(area) not in self._views:
             raise ValueError("area: not one that mmap returned, or unmapped already")
         if _users(area) != _users(memoryview(b"")):
             raise BufferError("area: still in use, by a slice or an array made of it")
         area.release()  # BufferError if a buffer of it is exported at this moment
-        del self._views[id(area)]
+        _, addr = self._views.pop(id(area))
         self.release(addr)
 
     def sync(self) -> int:
@@ -626,7 +624,7 @@ def _say_hello(control: _socket.socket, hello: dict[str, object], fds: list[int]
     with contextlib.suppress(BrokenPipeError):  # the pager has refused already
         send(control, _pickle.dumps(hello), fds)
     if not (packet := control.recv(MAX_HELLO, _socket.MSG_PEEK)):
-        raise ConnectionError(errno.ECONNRESET, "the pager has ended before it began")
+        raise ConnectionError("the pager has ended before it began")
     answer = _pickle.loads(packet)
     if isinstance(answer, Exception):
         raise answer
