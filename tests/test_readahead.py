@@ -455,13 +455,13 @@ def test_a_page_that_was_asked_for_does_not_come_while_lpet_has_it_as_a_hole(han
     assert here(handler) == [105]
 
 
-def test_no_more_runs_are_asked_for_than_pages_may_be_here_and_the_last_ones_come(handler):
-    for first in (0, 1):
-        handler.prefetch([(page, 1) for page in range(first, 1000, 2)] * 2)
+def test_no_more_runs_are_asked_for_than_pages_may_be_here_and_the_first_ones_come(handler):
+    for _ in range(3):
+        handler.prefetch([(page, 1) for page in range(0, 800, 2)])
     assert len(handler._advised) == handler._lspt.high
     while handler._advised:
         handler._bring_advised()
-    assert here(handler) == [*range(1, 1000, 2)]
+    assert here(handler) == [*range(0, 800, 2)]
 
 
 @pytest.mark.parametrize("mapped", [0, 100, 130])
