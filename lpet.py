@@ -58,7 +58,7 @@ from contextlib import suppress
 
 from edm import log
 from edm import lspt as l
-from edm.lspt import CHOSEN_RUN, LSPT, Claimed, Run, runs, runs_of
+from edm.lspt import CHOSEN_RUN, LSPT, Claimed, Run, runs
 from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.page_store import Bytes, PageStore, write_all
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
@@ -243,11 +243,11 @@ class Lpet:
         if too_early:
             return list(runs(page, self._pagemap.written(page, chosen), CHOSEN_RUN))
         self._say("[LPET] checking if page in addr %#x is idle", page, chosen)
-        asked = list(runs(page, chosen, CHOSEN_RUN))
-        idle = self._tracker.idle(asked)
-        used = runs_of([page for page in pages_in(asked) if page not in idle])
-        self._tracker.mark_idle(used)
-        return used
+        idle = self._tracker.idle(runs(page, chosen, CHOSEN_RUN))
+        used = bytes(0 if at in idle else byte for at, byte in enumerate(chosen, page))
+        passed = list(runs(page, used, CHOSEN_RUN))
+        self._tracker.mark_idle(passed)
+        return passed
 
     def _show_lspt(self) -> None:
         """Tell the log of all pages that are HERE."""

@@ -121,12 +121,6 @@ FIGURES = (
 ) = range(14)  # fmt: skip
 
 
-def runs_of(pages: list[int]) -> list[Run]:
-    """The ascending page numbers as runs of neighbours."""
-    groups = itertools.groupby(enumerate(pages), lambda numbered: numbered[1] - numbered[0])
-    return [(run[0][1], len(run)) for run in (list(group) for _, group in groups)]
-
-
 def runs(page: int, states: bytes, which: re.Pattern[bytes]) -> Iterator[Run]:
     """The runs of pages whose states match. page: the page of the first state."""
     for found in which.finditer(states):

@@ -41,7 +41,6 @@ from edm.lspt import (
     UNSETTLED,
     Claimed,
     runs,
-    runs_of,
 )
 from edm.pager import Pager
 from edm.uffd_ctypes import PAGE_SIZE
@@ -122,8 +121,6 @@ def rings(lspt, bell="for_handler"):
 
 
 def test_runs_are_of_neighbours():
-    assert runs_of([]) == []
-    assert runs_of([0, 1, 2, 5, 7, 8]) == [(0, 3), (5, 1), (7, 2)]
     before = bytes((HERE, HERE + 63, NEW, AWAY, HERE + 1, LOST, NEW))
     assert list(runs(10, before, HERE_RUN)) == [(10, 2), (14, 1)]
 
