@@ -193,7 +193,7 @@ class DmHandler:
 
     def _serve_children(self) -> None:
         """Bring the pages that forked children miss, as if the application had read them, and wake the
-        children."""
+        children. A child whose page is LEAVING faults again until it has left."""
         for child in self.children.faulting():
             for _, _, address, _ in child.read_faults():
                 begin, page = address & -PAGE_SIZE, (address - self._start) // PAGE_SIZE
