@@ -270,6 +270,33 @@ def test_arrays_of_a_block_that_outlives_its_space_are_in_ordinary_memory(alone)
     assert (ended.returncode, ended.stdout) == (0, "262144.0\n")
 
 
+ON_A_KEPT_DISK = """
+import sys, edm, numpy as np
+def app(space):
+    if sys.argv[2] == "fill":
+        area = space.mmap(16 << 20)
+        area[:] = b"x" * len(area)
+    else:
+        with edm.numpy_allocator():
+            array = np.zeros(8 << 20, "u1")  # where the other job had its area
+        print(space.start_addr <= array.ctypes.data < space.end_addr, array.any())
+        area = space.mmap(8 << 20)
+        print(bytes(area) == b"x" * len(area))
+start = edm.Config.start_addr
+where = dict(end_addr=start + (16 << 20), high_threshold=512)
+edm.run(app, edm.Config(disk=sys.argv[1], keep=True, **where))
+"""
+
+
+def test_an_array_on_a_kept_disk_is_zeros_and_the_rest_is_as_an_earlier_job_has_left_it(
+    way, tmp_path
+):
+    filled = way.run("-c", ON_A_KEPT_DISK, tmp_path / "disk", "fill")
+    assert (filled.returncode, filled.stdout) == (0, "")
+    ended = way.run("-c", ON_A_KEPT_DISK, tmp_path / "disk", "use")
+    assert (ended.returncode, ended.stdout) == (0, "True False\nTrue\n")
+
+
 # In one of the rounds, the garbage is collected when the result of np.array is freed for the exception.
 COLLECTS = """
 import gc, numpy as np
