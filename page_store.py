@@ -114,7 +114,7 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, punch_hole, semaphore
 # application has written it since.
 NEW, INSTANCE, DISK = 0, 1, 2
 FIRST, SECOND = 4, 8  # with DISK: the place. Both: in a damaged block, so it can't be read
-TORN = 16  # a put of the page has failed
+TORN = 128  # a put of the page has failed. No other byte is beyond ASCII
 UNREADABLE = DISK | FIRST | SECOND
 
 NEW_PAGES, CONTENT = 17, 18  # answers to a get, on the wire too: never accessed; bytes
@@ -154,7 +154,6 @@ EPOCH, NO_WRITES, ROOM_MADE = 0, 1, 2
 _DROPPED = bytes(byte & ~INSTANCE for byte in range(256))
 _LOCATION = bytes(byte & (INSTANCE | DISK) for byte in range(256))
 _TORN = bytes(byte | TORN for byte in range(256))
-_WHOLE = bytes(range(TORN))  # the bytes of pages that are not TORN
 _PLACE = bytes(byte & UNREADABLE if byte < TORN else 0 for byte in range(256))
 ON_DISK = re.compile(rb"[\2\3]+")  # in what PageStore.locations returns
 _TO_WRITE = re.compile(b"[%c%c]" % (WRITE_ONCE, WRITE_TWICE))
@@ -599,17 +598,15 @@ class PageStore:
     # ------------------------------------------------------------ a sync's steps
 
     def _prepare(self) -> None:
-        """Steps 1 and 2. If step 1 fails, nothing has changed on the disk. Raises OSError if a page is TORN, or
-        nothing may be written."""
+        """Steps 1 and 2. If step 1 fails, what counts on the disk is as before. Raises OSError if a page is TORN,
+        or nothing may be written."""
         self._check_writable()
-        prepared, torn, epoch = {}, 0, self._words[EPOCH] + 1
+        prepared, epoch = {}, self._words[EPOCH] + 1
         for block, _ in runs(0, bytes(self._changed[: self._blocks]), _TO_WRITE):
             states = self.spt.read(block * BLOCK_PAGES, BLOCK_PAGES)
-            prepared[block] = states.translate(_PLACE)
-            torn += len(states.translate(None, _WHOLE))
-        if torn:
-            raise OSError(errno.EIO, f"{torn} pages could not be written")
-        for block, places in prepared.items():
+            if not states.isascii():  # some are TORN
+                raise OSError(errno.EIO, "pages could not be written")
+            places = prepared[block] = states.translate(_PLACE)
             crcs = self._crcs[block * BLOCK_PAGES :][:BLOCK_PAGES].tobytes()
             whole = _sealed(BLOCK.pack(block, epoch, places, crcs))
             write_all(self.fd, whole, self._block_place(epoch % 2, block))

@@ -205,10 +205,8 @@ class Machine:
     def sync(self):
         for page, seed in list(self.dirty.items()):
             if not self.send(page, [seed]):
-                with pytest.raises(OSError) as refused:
+                with pytest.raises(OSError):  # for this page, or for the fault that is planned
                     self.disk.sync()
-                # Of several disks, another one may have refused for the fault that is planned.
-                assert "could not be written" in str(refused.value) or self.count > 1
                 return
         self.syncing = self.now.copy()
         try:
