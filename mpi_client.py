@@ -143,25 +143,21 @@ class MpiStore:
 
     # ------------------------------------------------------------ asking and waiting
 
-    def _parts(self, page: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """The parts of these pages that are of one stripe: (its DMS, the first page, how many)."""
-        while count:
-            many = min(self.stripe - page % self.stripe, count)
-            yield page // self.stripe % self._dmss, page, many
-            page, count = page + many, count - many
-
     def _request(
         self, kind: int, page: int = 0, count: int = 0, more: int = 0, dirty: Sequence[Bytes] = ()
     ) -> list[bytes]:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
         answers of all; returns their bodies. Raises the first error, if there are any."""
-        # Successive stripes are of different DMSs, so the first ones tell.
-        some = {dms for dms, _, _ in self._parts(page, min(count, self._dmss * self.stripe))}
+        stripes = range(page // self.stripe, -(-(page + count) // self.stripe))
+        # Successive ones are of different DMSs, so the first ones tell.
+        some = {stripe % self._dmss for stripe in stripes[: self._dmss]}
         body_of: list[list[bytes]] = [[] for _ in range(self._dmss)]
-        for first, content in dirty:
-            for dms, at, many in self._parts(first, len(content) // PAGE_SIZE):
-                part = content[(at - first) * PAGE_SIZE :][: many * PAGE_SIZE]
+        for at, content in dirty:
+            while content:  # cut it at the stripes' ends
+                part = content[: (self.stripe - at % self.stripe) * PAGE_SIZE]
+                many, dms = len(part) // PAGE_SIZE, at // self.stripe % self._dmss
                 body_of[dms] += m.DIRTY.pack(at, many), part
+                at, content = at + many, content[len(part) :]
         with self._lock:
             asked = {dms: self._of_others[dms] for dms in some or range(self._dmss)}
             for dms, slot in asked.items():
