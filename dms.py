@@ -3,7 +3,7 @@
 In the picture: the right end of the MPI arrow, rank 0 of the job; or ranks 0 to N-1, if there are N DMSs. Then
 each has some stripes of every instance's pages (mpi_client.py).
 
-Interface: DMS(comm, ...).serve() answers the instances' requests until the last has said BYE. Before that,
+Interface: DMS(comm, dms, ...).serve() answers the instances' requests until the last has said BYE. Before that,
 all DMSs of a job tell each other their `offers`, and call start().
 
 Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason.
@@ -46,18 +46,15 @@ NAPS, LONGEST_NAP = 16, 2e-3
 
 
 class DMS:
-    def __init__(
-        self, comm: MPI.Comm, path: str | None, start_addr: int, end_addr: int, keep: bool = False,
-        dms: int = 1,
-    ) -> None:  # fmt: skip
-        """The server of all ranks of comm that are not DMSs.
+    def __init__(self, comm: MPI.Comm, dms: int, path: str | None, config: object) -> None:
+        """The server of all ranks of comm that are not DMSs. dms: how many ranks, the first ones, are DMSs. path: of
+        this one's disk. config: an edm.Config.
 
-        path, keep: as PageStore's. dms: how many ranks, the first ones, are DMSs. Raises OSError when a disk can't
-        be made, ValueError when one may not be used.
+        Raises OSError when a disk can't be made, ValueError when one may not be used.
         """
         self._comm, self._first = comm, dms  # the first rank that is an instance
-        instances, own = range(comm.size - dms), (comm.rank, dms)
-        self._stores = [PageStore(path, start_addr, end_addr, keep, n, own) for n in instances]
+        space, own = (config.start_addr, config.end_addr, config.keep), (comm.rank, dms)
+        self._stores = [PageStore(path, *space, n, own) for n in range(comm.size - dms)]
         self._unused: list[m.MessageBuffer] = []
         self._log = log.logger("DMS")
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes). A method gets the

@@ -60,14 +60,12 @@ class Slot:
 class MpiStore:
     takes_pipes = False  # the bytes go into a message
 
-    def __init__(
-        self, comm: MPI.Comm, dms: int, start_addr: int, end_addr: int, kept: bool
-    ) -> None:
-        """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs. kept: their
-        disks are."""
-        self._comm, self._start, self._dmss, self.kept = comm, start_addr, dms, kept
+    def __init__(self, comm: MPI.Comm, dms: int, config: object) -> None:
+        """The store of this rank's instance. dms: how many of comm's ranks, the first ones, are DMSs. config: an
+        edm.Config."""
+        self._comm, self._dmss, self._start, self.kept = comm, dms, config.start_addr, config.keep
         self.stripe = STRIPE if dms > 1 else ONE_STRIPE
-        self._pages = (end_addr - start_addr) // PAGE_SIZE
+        self._pages = (config.end_addr - config.start_addr) // PAGE_SIZE
         self._log, _, self._info = log.of_box("MpiClient")
         self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
         self._of_gets: list[Slot] = []

@@ -165,7 +165,7 @@ def _serve_pages(
     among_dmss = comm.Create_group(comm.group.Incl(range(len(hosts))))
     try:
         try:
-            dms = DMS(comm, path, config.start_addr, config.end_addr, config.keep, len(hosts))
+            dms = DMS(comm, len(hosts), path, config)
         finally:  # the other DMSs wait for this one's offers
             offers = among_dmss.allgather(dms and dms.offers)
         if all(offers):
@@ -190,7 +190,7 @@ def _page(comm: Any, dms: int, application: int, control: Any) -> int:
     def open_store(hello: Any) -> MpiStore:
         _begin_with_all(comm, None, application)
         hello.ended_by = ended_by
-        return MpiStore(comm, dms, hello.start_addr, hello.end_addr, hello.keep)
+        return MpiStore(comm, dms, hello)
 
     control.send(b"%d" % (comm.rank - dms))
     ended_by: list[str] = []

@@ -20,6 +20,7 @@ import pytest
 from test_page_store import START, Kept, content, get, put, quick_path
 
 from edm.dms import DMS
+from edm.edm import Config
 from edm.messages import MessageBuffer
 from edm.mpi_client import MpiStore
 from edm.page_store import CONTENT, EPOCH, FIRST, SECOND, TABLE
@@ -29,6 +30,7 @@ __all__ = ["quick_path"]  # a fixture
 
 PAGES, SECTOR = 12, 512
 END = START + PAGES * PAGE_SIZE
+CONFIG = Config(START, END, disk="of each path", keep=True)
 STRIPE = 2
 BLOCK_PAGES, BLOCK = 3, Struct("<IQ3s12s993x")  # so that there are some, each of two sectors
 BLOCK_SIZE = 1024
@@ -85,11 +87,11 @@ class Striped:
         try:
             for rank in range(count):
                 comm, own = SimpleNamespace(size=count + 1, rank=rank), f"{path}.dms{rank}"
-                self.dms.append(DMS(comm, own, START, END, True, count))
+                self.dms.append(DMS(comm, count, own, CONFIG))
             offers = [dms.offers for dms in self.dms]
             for dms in machine.dice.sample(self.dms, count):
                 dms.start(offers)
-            self.store = MpiStore(Wire(machine, self.dms), count, START, END, True)
+            self.store = MpiStore(Wire(machine, self.dms), count, CONFIG)
         except BaseException:
             self.close()
             raise

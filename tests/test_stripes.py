@@ -47,7 +47,7 @@ class Asked:
 
 def striped(count):
     comm = Asked(count)
-    return comm, MpiStore(comm, count, START, START + PAGES * PAGE_SIZE, False)
+    return comm, MpiStore(comm, count, Config(START, START + PAGES * PAGE_SIZE))
 
 
 def dms_of(page, count):
@@ -142,7 +142,7 @@ def test_each_dms_has_a_disk_of_its_own_with_the_path_itself_on_a_machine_of_its
 ):
     made = []
 
-    def dms(comm, path, *others):
+    def dms(comm, dms, path, config):
         made.append(path)
         raise SystemExit
 

@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from edm import messages as m
 from edm.dms import DMS
+from edm.edm import Config
 from edm.page_store import CONTENT, NEW_PAGES
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -99,7 +100,7 @@ def malform():
 
 
 if comm.rank == 0:
-    DMS(comm, None, START, START + PAGES * PAGE_SIZE).serve()
+    DMS(comm, 1, None, Config(START, START + PAGES * PAGE_SIZE)).serve()
 else:
     try:
         malform()

@@ -15,6 +15,7 @@ import time
 from mpi4py import MPI
 
 from edm.dms import DMS
+from edm.edm import Config
 from edm.mpi_client import MpiStore
 from edm.page_store import CONTENT, DISK, INSTANCE, PageStore
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
@@ -204,16 +205,17 @@ comm = MPI.COMM_WORLD
 disk = None if sys.argv[1] == "-" else sys.argv[1]
 actions = [globals()[name] for name in sys.argv[2:]]
 DMSS = comm.size - 1
+config = Config(START, END, disk=disk, keep=bool(disk))
 if comm.rank < DMSS:
     if comm.rank == 0:
         comm.isend(os.getpid(), DMSS, ASIDE)
     own = disk and f"{disk}{comm.rank or ''}"
-    server = DMS(comm, own, START, END, bool(disk), DMSS)
+    server = DMS(comm, DMSS, own, config)
     server.start(comm.Create_group(comm.group.Incl(range(DMSS))).allgather(server.offers))
     server.serve()
 else:
     dms = comm.recv(source=0, tag=ASIDE)
-    over_mpi = MpiStore(comm, DMSS, START, END, bool(disk))
+    over_mpi = MpiStore(comm, DMSS, config)
     try:
         for action in actions:
             began = time.monotonic()
