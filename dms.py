@@ -145,31 +145,28 @@ class DMS:
     def _handle(self, source: int, question: memoryview, answer: m.MessageBuffer) -> memoryview:
         """Do what the question asks; the answer. It may be written over the question.
 
-        A request that can't be done changes nothing, and is answered with the reason. The pager tells it, as on
-        one machine.
+        A request that is wrong, or can't be done, changes nothing, and is answered with the reason. The pager
+        tells it, as on one machine.
         """
+        store = self._stores[source - self._first]
         try:
-            return self._do(self._stores[source - self._first], question, answer)
+            kind, more, count, page = m.HEADER.unpack_from(question)
+            # No count is right for a kind that there is not.
+            action, *most = self._requests.get(kind, (None, -1, 0, 0))
+            body = question[m.HEADER.size :]
+            fits = min(1, most[0]) <= count <= most[0] and more <= most[1] and len(body) <= most[2]
+            step = more if kind == m.GET else 1
+            pages = range(page, page + count * step, step)
+            if not fits or pages and pages[-1] >= store.spt.pages:
+                has = f"kind {kind}, a count of {count} from page {page} on, `more` of {more}"
+                limits = f"at most {most}, in a space of {store.spt.pages} pages"
+                raise ValueError(f"{has}, a body of {len(body)} bytes: {limits}")
+            return action(store, pages, answer, more, body) or answer.message(m.OK)
         except (ValueError, struct.error, OSError, MemoryError) as error:
             number = getattr(error, "errno", 0) or errno.EINVAL
             words = getattr(error, "strerror", "") or str(error) or type(error).__name__
             body = words.encode()[:1000]
             return answer.message(m.ERROR, len(body), 0, number, body)
-
-    def _do(self, store: PageStore, question: memoryview, answer: m.MessageBuffer) -> memoryview:
-        """As _handle. Raises ValueError if the question is wrong, and what the store raises."""
-        kind, more, count, page = m.HEADER.unpack_from(question)
-        # No count is right for a kind that there is not.
-        action, *most = self._requests.get(kind, (None, -1, 0, 0))
-        body = question[m.HEADER.size :]
-        fits = min(1, most[0]) <= count <= most[0] and more <= most[1] and len(body) <= most[2]
-        step = more if kind == m.GET else 1
-        pages = range(page, page + count * step, step)
-        if not fits or pages and pages[-1] >= store.spt.pages:
-            has = f"kind {kind}, a count of {count} from page {page} on, `more` of {more}"
-            limits = f"at most {most}, in a space of {store.spt.pages} pages"
-            raise ValueError(f"{has}, a body of {len(body)} bytes: {limits}")
-        return action(store, pages, answer, more, body) or answer.message(m.OK)
 
     # ------------------------------------------------------------ the requests
 
