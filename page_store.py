@@ -574,8 +574,8 @@ class PageStore:
             in_file.update(number % self._blocks for number in range(first, first + many))
         for block in in_file:
             other = self._read_block(1 - now, block, True)
-            # A changed block is written to both copies. So zeros are right only if the other copy has none.
-            places, crcs = self._read_block(now, block, UNREADABLE in other[0] or not any(other[1]))
+            # A changed block is written to both copies. So zeros are right only if the other copy has no checksum.
+            places, crcs = self._read_block(now, block, not any(other[1]))
             # A damaged block is written, too: if it is of a sync that was interrupted, the next epoch would
             # make it valid.
             same = (places, crcs) == other and UNREADABLE not in places

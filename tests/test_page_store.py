@@ -995,6 +995,23 @@ def test_a_block_of_the_table_that_has_become_zeros_is_damaged_and_not_new(path,
     assert Kept(path, START, START + 2 * BLOCK_PAGES * PAGE_SIZE).read(0) == content(3)
 
 
+def test_a_block_that_was_damaged_and_written_again_and_becomes_zeros_is_not_new_either(path):
+    kept = Kept(path, START, START + 2 * BLOCK_PAGES * PAGE_SIZE)
+    kept.write(0, 1, 2)
+    kept.sync()
+    os.pwrite(kept.fd, b"damage", block_at(kept, 0) + 2)
+    kept.close()
+    kept = Kept(path, *kept.range)
+    kept.write(0, 3)
+    for _ in range(2):
+        kept.sync()
+    assert kept.read(0) == read_after_a_crash(kept, 0) == content(3)
+    os.pwrite(kept.fd, bytes(BLOCK_SIZE), block_at(kept, 0))
+    for page in (0, 1):
+        with pytest.raises(OSError, match="damaged"):
+            read_after_a_crash(kept, page)
+
+
 def test_a_disk_whose_sync_another_dms_has_refused_goes_on_and_can_be_synced_later(path):
     kept = Kept(path)
     prepare, commit = (functools.partial(kept.sync, [phase]) for phase in SYNC_PHASES)
