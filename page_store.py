@@ -543,8 +543,7 @@ class PageStore:
         )
         for wrong, how in (
             (version != FORMAT, f"has version {version} of the format; this EDM knows {FORMAT}"),
-            (kept < self.kept, "was not kept by its job; remove it"),
-            (kept > self.kept, "is an earlier job's kept disk; --keep goes on, else remove it"),
+            (kept != self.kept, f"is of a job with keep={kept}; take that, or remove the file"),
             (kept and tuple(geometry) != self._geometry, other.format(*geometry)),
             (kept and size != right, f"is damaged: it has {size} bytes, and should have {right}"),
         ):

@@ -1485,7 +1485,7 @@ def cut_short(path):
         (cut_short, "is damaged: it has .* bytes, and should have", {}),
         (None, "is of another geometry.*start_addr 0x1b58000", {"end": END + PAGE_SIZE}),
         (None, "is of another geometry.*start_addr 0x1b58000", {"start": START + PAGE_SIZE}),
-        (None, "is an earlier job's kept disk; --keep goes on", {"keep": False}),
+        (None, "is of a job with keep=True; take that, or remove", {"keep": False}),
     ],
     ids=["damaged", "cut short", "longer", "begins elsewhere", "not to be kept"],
 )
@@ -1523,7 +1523,7 @@ def test_a_killed_jobs_disk_that_was_not_kept_is_refused_for_keeping_and_else_be
     killed = PageStore(str(path), START, END)
     write(killed, 0, content(1))
     os.close(killed.fd)
-    refused(path, "was not kept")
+    refused(path, "is of a job with keep=False; take that, or remove")
     store = PageStore(str(path), START, END + PAGE_SIZE)
     assert content(1)[:100] not in path.read_bytes()
     assert get(store, range(PAGES)) == (NEW_PAGES, PAGES)
