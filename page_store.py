@@ -366,16 +366,24 @@ class PageStore:
         return False
 
     def _write(self, dirty: Iterable[Bytes]) -> None:
-        """Write these pages. If one write fails, all pages are TORN: a part of them may be written."""
+        """Write these pages. If one write fails, all pages are TORN: a part of them may be written. That is given
+        back. If the file system is full, this makes room, once an epoch, and tries again."""
         try:
             for page, content in dirty:
                 self._write_run(page, content)
         except OSError as error:
-            torn = [(page, len(content) // PAGE_SIZE) for page, content in dirty]
-            for page, count in torn:
+            for page, content in dirty:
+                count = len(content) // PAGE_SIZE
                 self.spt.change(range(page, page + count), _TORN)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room(torn):
+                self._punch_spare(page, count)
+            full, epoch = error.errno in (errno.ENOSPC, errno.EDQUOT), self._words[EPOCH]
+            if not (self.kept and full) or self._words[ROOM_MADE] > epoch:
                 raise
+            self._words[ROOM_MADE] = epoch + 1
+            # All pages that the file has: also what a killed job wrote after its sync.
+            for begin in (self._place(0, FIRST), self._place(0, SECOND)):
+                for run in data(self.fd, begin, begin + self.spt.pages * PAGE_SIZE, PAGE_SIZE):
+                    self._punch_spare(*run)
             self._write(dirty)
 
     def _write_run(self, page: int, content: memoryview) -> None:
@@ -396,19 +404,6 @@ class PageStore:
                 self.spt.set(range(first, first + many), INSTANCE | place)
                 for at in range(many):
                     self._crcs[first + at] = _crc(part, at)
-
-    def _make_room(self, torn: Iterable[Run]) -> bool:
-        """The file system was too full for these pages. Returns whether to try again."""
-        again = self.kept and self._words[ROOM_MADE] <= self._words[EPOCH]
-        self._words[ROOM_MADE] = self._words[EPOCH] + 1
-        for run in self._runs_in_file() if again else torn:
-            self._punch_spare(*run)
-        return again
-
-    def _runs_in_file(self) -> Iterator[Run]:
-        """The runs of pages that the file has, in either place, also what a killed job wrote after its sync."""
-        for begin in (self._place(0, FIRST), self._place(0, SECOND)):
-            yield from data(self.fd, begin, begin + self.spt.pages * PAGE_SIZE, PAGE_SIZE)
 
     # ------------------------------------------------------------ the rest
 
