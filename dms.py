@@ -34,7 +34,6 @@ from mpi4py import MPI
 from edm import log
 from edm import messages as m
 from edm.page_store import CONTENT, SYNC_PHASES, PageStore
-from edm.readahead import MAX_STRIDE
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 
 EAGER = 500e-6  # seconds after a message in which the DMS does not sleep
@@ -60,7 +59,7 @@ class DMS:
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes). A method gets the
         # instance's store, the pages that the question is about, memory for the answer, `more`, and the body.
         self._requests: dict[int, tuple[Callable[..., object], int, int, int]] = {
-            m.GET: (self._get, PAGES_AT_ONCE, MAX_STRIDE, 0),
+            m.GET: (self._get, PAGES_AT_ONCE, 0xFFFF, 0),
             m.PUT: (self._put, PAGES_AT_ONCE, 1, m.MAX_MESSAGE),
             m.SYNC: (lambda store, pages, _, more, __: store.sync([more]), 0, SYNC_PHASES[-1], 0),
             m.FREE: (lambda store, pages, *_: store.free(pages.start, len(pages)), 1 << 32, 0, 0),

@@ -210,7 +210,7 @@ WRONG = {
     "a stride where none belongs": {"kind": m.FREE, "page": 1, "count": 1, "more": 5},
     "a stride that leaves the space": {"kind": m.GET, "page": 1, "count": 21, "more": 250},
     "no stride": {"kind": m.GET, "page": 1, "count": 2, "more": 0},
-    "too large a stride": {"kind": m.GET, "page": 1, "count": 2, "more": MAX_STRIDE + 1},
+    "too large a stride": {"kind": m.GET, "page": 1, "count": 2, "more": 0xFFFF},
     "a page outside": {"kind": m.GET, "page": PAGES, "count": 1},
     "a page far outside": {"kind": m.GET, "page": 2**64 - 1, "count": 2},
     "a range that leaves the space": {"kind": m.GET, "page": PAGES - 1, "count": 2},

@@ -35,10 +35,10 @@ RUN = m.DIRTY.pack(1, 1)
 DIRTY = {"page": 1, "count": 1, "body": RUN + PAGE}
 # One right request of each kind, in an order in which each of them can be done.
 RIGHT = {
-    m.GET: {"page": 1, "count": 1, "more": 1},
+    m.GET: {"page": 1, "count": 2, "more": 1},
     m.PUT: DIRTY,
     m.LOCATIONS: {"page": 1, "count": 1},
-    m.FREE: {"page": 1, "count": 1},
+    m.FREE: {"page": 1, "count": 2},
     m.SYNC: {},
     m.BYE: {},
 }
