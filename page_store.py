@@ -365,7 +365,7 @@ class PageStore:
             raise OSError(errno.EIO, "the disk does not give back what it took")
         return False
 
-    def _write(self, dirty: Iterable[Bytes]) -> None:
+    def _write(self, dirty: Sequence[Bytes]) -> None:
         """Write these pages. If one write fails, all pages are TORN: a part of them may be written. That is given
         back. If the file system is full, this makes room, once an epoch, and tries again."""
         try:
@@ -530,7 +530,7 @@ class PageStore:
         whole = [HEADER.unpack(copy[:-CRC]) for copy in ours if copy == _sealed(copy[:-CRC])]
         if not whole:
             raise ValueError(f"disk: the header of {path} is damaged; no job can use it")
-        _, version, *geometry, epoch = max(whole, key=lambda fields: fields[-1])
+        _, version, *geometry, epoch = whole[0]  # in all but the epoch, the other one is the same
         size, right, kept = os.fstat(self.fd).st_size, self._size, geometry[1] > 0
         other = (
             "is of another geometry: DMS {} of {}, stripes of {} pages, pages of {} bytes, "
