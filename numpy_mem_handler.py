@@ -49,8 +49,8 @@ from posix import fstat, pread  # which a program's mock does not replace
 from edm.address_space import PAGE_SIZE, Space, whole_pages
 from edm.edm import space
 
-# PyDataMem_SetHandler's and PyDataMem_GetHandler's indices in NumPy's C API, since 1.22.
-SET_HANDLER, GET_HANDLER = 304, 305
+# PyDataMem_SetHandler's and PyDataMem_DefaultHandler's indices in NumPy's C API, since 1.22.
+SET_HANDLER, DEFAULT_HANDLER = 304, 306
 HANDLER_NAME = b"mem_handler"  # of a capsule with a handler
 
 KEPT_PART = 16  # the areas that are kept have at most 1/KEPT_PART of the resident limit together
@@ -136,9 +136,7 @@ class MemHandler:
     """
 
     def __init__(self) -> None:
-        *_, get_handler = _numpys()
-        # In a context where nobody has set another handler.
-        capsule = contextvars.Context().run(get_handler)
+        *_, capsule = _numpys()
         handler = PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
         numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
@@ -353,8 +351,8 @@ def _array(calls: list[Callable[[], object]]) -> object:
 
 
 @cache
-def _numpys() -> tuple[Callable[..., object], ...]:
-    """numpy.empty, numpy.dtype, and of NumPy's C API PyDataMem_SetHandler and PyDataMem_GetHandler. This is called
+def _numpys() -> tuple[object, ...]:
+    """numpy.empty, numpy.dtype, and of NumPy's C API PyDataMem_SetHandler and PyDataMem_DefaultHandler. This is called
     first when the handler is made: later the program may have hidden or replaced NumPy."""
     import numpy
 
@@ -362,10 +360,10 @@ def _numpys() -> tuple[Callable[..., object], ...]:
     if not hasattr(core._multiarray_umath, "get_handler_name"):
         raise ImportError("this NumPy has no data memory handlers; 1.22 has")
     table = _pointer(core._multiarray_umath._ARRAY_API, None)
-    api = (c_void_p * (GET_HANDLER + 1)).from_address(table)
+    api = (c_void_p * (DEFAULT_HANDLER + 1)).from_address(table)
     set_handler = ctypes.PYFUNCTYPE(py_object, py_object)(api[SET_HANDLER])
-    get_handler = ctypes.PYFUNCTYPE(py_object)(api[GET_HANDLER])
-    return numpy.empty, numpy.dtype, set_handler, get_handler
+    default = py_object.from_address(api[DEFAULT_HANDLER]).value
+    return numpy.empty, numpy.dtype, set_handler, default
 
 
 def _function(name: str, result: type | None, *arguments: type) -> Callable[..., object]:
