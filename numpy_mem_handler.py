@@ -45,6 +45,7 @@ from functools import cache, partial, wraps
 from itertools import starmap
 from operator import index
 from posix import fstat, pread  # which a program's mock does not replace
+from types import SimpleNamespace
 
 from edm.address_space import PAGE_SIZE, Space, whole_pages
 from edm.edm import space
@@ -321,7 +322,7 @@ def _raising(came: BaseException) -> list[Callable[[], object]]:
     while (at := came.__traceback__) and os.path.dirname(at.tb_frame.f_code.co_filename) == _OWN:
         came.__traceback__ = at.tb_next
     if get_native_id() == os.getpid():  # the main thread: it alone makes pending calls
-        return [partial(_came.append, (type(came), came)), partial(_call_soon, _IS_TRUE, _RAISES)]
+        return [partial(_came.append, (type(came), came)), partial(_call_soon, _ASK, _RAISES)]
     # Other threads run no signal handlers: it came by this call, which takes a class.
     return [partial(_raise_soon, get_ident(), type(came))]
 
@@ -369,7 +370,7 @@ _pointer = _function("PyCapsule_GetPointer", c_void_p, py_object, c_char_p)
 _new_capsule = _function("PyCapsule_New", py_object, c_void_p, c_char_p, c_void_p)
 _raise_soon = _function("PyThreadState_SetAsyncExc", c_int, c_ulong, py_object)
 _call_soon = _function("Py_AddPendingCall", c_int, c_void_p, py_object)
-_IS_TRUE = ctypes.cast(ctypes.pythonapi.PyObject_IsTrue, c_void_p)
+_ASK = ctypes.cast(ctypes.pythonapi.PyObject_AsFileDescriptor, c_void_p)
 _set_error = _function("PyErr_SetObject", None, py_object, py_object)
 _restore = _function("PyErr_Restore", None, c_void_p, c_void_p, c_void_p)
 _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
@@ -377,13 +378,6 @@ _OWN = os.path.dirname(__file__)
 _CALL, _LABS = ("PyObject_CallNoArgs", ctypes.pythonapi), ("labs", ctypes.pythonapi)
 
 _came: list[tuple[type, BaseException]] = []  # exceptions that are to be raised
-
-
-class Raises:
-    """An object whose truth value can't be had: asking for it raises the exception that was noted last. In C
-    code only, so no traceback, debugger or profile shows it."""
-
-    __bool__ = staticmethod(partial(next, starmap(_set_error, iter(_came.pop, 0))))
-
-
-_RAISES = Raises()
+# Asking it for its descriptor raises the exception that was noted last. In C code only, so no traceback, debugger or
+# profile shows it.
+_RAISES = SimpleNamespace(fileno=partial(next, starmap(_set_error, iter(_came.pop, 0))))
