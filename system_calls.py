@@ -141,8 +141,7 @@ def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, 
     for number, (_, kind) in CALLS.items():
         call = [notify if lasts else allow]
         if kind == BUFFER:
-            from_start_on = [*_skip_below(end, 1), allow, notify]
-            call = [*_skip_below(start, len(from_start_on)), *from_start_on, allow]
+            call = [*_skip_if_below(end), allow, *_skip_if_below(start), notify, allow]
         elif kind == MESSAGE:
             call = [(_LOAD, 0, 0, _ARGS + 8 * 2), (_IF_EQUAL, 0, 1, UNFILTERED), allow, *call]
         yield _IF_EQUAL, 0, len(call), number
@@ -150,17 +149,14 @@ def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, 
     yield allow
 
 
-def _skip_below(bound: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Skip the next `count` instructions if the second argument is below `bound`.
-
-    An instruction compares 32 bits.
-    """
+def _skip_if_below(bound: int) -> Iterator[tuple[int, int, int, int]]:
+    """Skip the next instruction if the second argument is below `bound`. An instruction compares 32 bits."""
     high, low, at = bound >> 32, bound & 0xFFFFFFFF, _ARGS + 8
     yield _LOAD, 0, 0, at + 4
     yield _IF_GREATER, 3, 0, high
-    yield _IF_EQUAL, 0, count + 2, high
+    yield _IF_EQUAL, 0, 3, high
     yield _LOAD, 0, 0, at
-    yield _IF_AT_LEAST, 0, count, low
+    yield _IF_AT_LEAST, 0, 1, low
 
 
 # ---------------------------------------------------------------- the pager's end
