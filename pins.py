@@ -28,7 +28,7 @@ TRIES, PIN_AGAIN = 300, 1e-3  # to find room, and seconds between two
 
 # One run of a pin's pages: first page, count of pages, thread, and the call: its number and six arguments.
 PIN = Struct("=10Q")
-Pin = Call = tuple[int, ...]
+Pin, Call = tuple[int, ...], list[int]
 
 
 class Pins:

@@ -105,7 +105,7 @@ IOV_MAX = 1024  # limits.h(0p)
 
 # ---------------------------------------------------------------- <linux/seccomp.h>
 
-seccomp_notif = Struct("=QIIiIQ6Q")  # id, pid, flags; nr, arch, instruction_pointer, args
+seccomp_notif = Struct("=QI4xi12x6Q")  # of its fields id, pid, nr, args
 seccomp_notif_resp = Struct("=QqiI")  # id, val, error, flags
 SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOCTL_NOTIF_SEND = 0xC0502100, 0xC0182101
 SECCOMP_USER_NOTIF_FLAG_CONTINUE = 1
@@ -208,11 +208,9 @@ class SystemCalls:
 
     def _serve(self) -> None:
         """Receive a call, bring its pages, and answer it."""
-        message = bytearray(seccomp_notif.size)
-        ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, message)
-        number, thread, _, nr, _, _, *arguments = seccomp_notif.unpack(message)
-        call = nr, *arguments
-        if not self._pin_and_bring(thread, call) and nr in (WRITE, PWRITE):
+        message = ioctl(self._listener, SECCOMP_IOCTL_NOTIF_RECV, bytes(seccomp_notif.size))
+        number, thread, *call = seccomp_notif.unpack(message)
+        if not self._pin_and_bring(thread, call) and call[0] in (WRITE, PWRITE):
             with contextlib.suppress(RuntimeError):  # no other thread: the kernel makes the call
                 _thread.start_new_thread(self._write, (number, thread, call))
                 return
