@@ -13,7 +13,7 @@ One call, `write(fd, array)`:
     1. The filter sees that the buffer begins in the space. The thread sleeps, and the listener has a
        message. Other calls go on, and take 0.05 to 0.1 µs more. (If a signal with a handler comes before
        step 2, the call fails with EINTR, even on a file. Python calls again; fwrite(3) does not.)
-    2. SystemCalls pins the first pages of the buffer: AT_ONCE, or as many as there is room for (pins.py).
+    2. SystemCalls pins the first pages of the buffer: PAGES_AT_ONCE, or as many as there is room for (pins.py).
     3. It has the DM-Handler bring those that are not here. Where UFFD_FEATURE_WP_ASYNC is missing, it
        clears the uffd-wp bit of pages that the call writes; otherwise the kernel does that.
     4. It answers CONTINUE, and the kernel makes the call. At a page that is not here, behind the pinned
@@ -28,7 +28,7 @@ the kernel makes the call: so it is the kernel that says what is wrong.
 
 readv, writev, sendmsg, recvmsg and their kin keep the addresses of their buffers in memory, where the
 filter can't look. So all of these calls are stopped, in every process that has the filter, and each
-takes 25 to 30 µs more. Step 2 reads the addresses from /proc/TID/mem; AT_ONCE is for all buffers
+takes 25 to 30 µs more. Step 2 reads the addresses from /proc/TID/mem; PAGES_AT_ONCE is for all buffers
 together. If that file can't be opened (Yama: of a child's child), the call goes on. Under edm.run the
 space ends before its process does, and these calls are not stopped: they would fail for good when the
 pager is gone.
@@ -72,9 +72,8 @@ from types import SimpleNamespace
 from edm import uffd_ctypes as u
 from edm.address_space import UNFILTERED
 from edm.pins import Call
-from edm.uffd_ctypes import PAGE_SIZE
+from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-AT_ONCE = (1 << 20) // PAGE_SIZE  # pages
 FILE_LOCKS = 64
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
 
@@ -101,7 +100,6 @@ CALLS = {call[_COLUMN]: call[2:] for call in _CALLS.values()}  # by number
 WRITE, PWRITE = _CALLS["write"][_COLUMN], _CALLS["pwrite64"][_COLUMN]
 
 iovec, msghdr = Struct("=QQ"), Struct("=16xQQ")  # base, len; of its fields iov, iovlen
-IOV_MAX = 1024  # limits.h(0p)
 
 # ---------------------------------------------------------------- <linux/seccomp.h>
 
@@ -241,9 +239,9 @@ class SystemCalls:
 
     def _pages_of(self, buffers: list[tuple[int, int]], least: int) -> list[range]:
         """The pages of the buffers (address, bytes) that begin in the space, in the order in which the call
-        touches them; in all AT_ONCE at most, or as many as a call that needs `least` may pin."""
+        touches them; in all PAGES_AT_ONCE at most, or as many as a call that needs `least` may pin."""
         runs: list[range] = []
-        left = min(AT_ONCE, self._lspt.pins.share(least))
+        left = min(PAGES_AT_ONCE, self._lspt.pins.share(least))
         for address, length in buffers:
             begin = address - self._start
             first, stop = begin // PAGE_SIZE, -(-(begin + length) // PAGE_SIZE)
@@ -294,10 +292,10 @@ class SystemCalls:
             self._answer(number, done)
 
     def _read(self, thread: int, call: Call, done: int, memory: int) -> memoryview:
-        """The bytes that the call has behind the first `done` ones, AT_ONCE pages at most. Raises OSError: EIO if
+        """The bytes that the call has behind the first `done` ones, PAGES_AT_ONCE at most. Raises OSError: EIO if
         the first page is lost, or has left again, as it may if there was no room to pin it."""
         self._pin_and_bring(thread, call, done)
-        length = min(call[3] - done, AT_ONCE * PAGE_SIZE)
+        length = min(call[3] - done, PAGES_AT_ONCE * PAGE_SIZE)
         return memoryview(os.pread(memory, length, call[2] + done))
 
 
@@ -309,7 +307,7 @@ def _buffers(thread: int, kind: int, address: int, count: int) -> list[tuple[int
         memory = file.fileno()
         if kind == MESSAGE:
             address, count = msghdr.unpack(os.pread(memory, msghdr.size, address))
-        content = os.pread(memory, min(count, IOV_MAX) * iovec.size, address)
+        content = os.pread(memory, min(count, os.sysconf("SC_IOV_MAX")) * iovec.size, address)
         return list(iovec.iter_unpack(content))
     return []
 
