@@ -325,7 +325,6 @@ def seccomp(instructions: bytes) -> int:
     Returns the listener's descriptor. Raises OSError EBUSY where there is another listener already, ESRCH
     if a thread has other filters, EINVAL for a flag that is unknown.
     """
-    code = ctypes.create_string_buffer(instructions, len(instructions))
-    program = sock_fprog.pack(len(instructions) // 8, ctypes.addressof(code))
+    program = sock_fprog.pack(len(instructions) // 8, ctypes.cast(instructions, c_void_p).value)
     arguments = SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAGS, program
     return _checked("seccomp", _libc.syscall(_NR_seccomp, *arguments))
