@@ -270,9 +270,8 @@ class Space:
         # On a kept disk a small gap may be an area of an earlier job, which mmap will map again.
         if not (gap := self._reclaim(partial(self._gaps.find, whole, self.config.keep or grows))):
             return 0
-        addr = gap.stop - whole
-        if grows:
-            addr -= (addr - gap.start) // 2 // PAGE_SIZE * PAGE_SIZE
+        addresses = range(gap.start, gap.stop - whole + 1, PAGE_SIZE)
+        addr = addresses[len(addresses) // 2 if grows else -1]
         if self.config.keep:
             self._mailbox.call("free", *self._pages(addr, whole))
         self._take(addr, whole, name)
