@@ -160,14 +160,12 @@ class MemHandler:
         Raises RuntimeError if arrays of an earlier one are left: what frees them can't distinguish them from
         arrays of this space, at the same addresses.
         """
-        if self._space is space:
-            return self
-        if self._space and self._space.arrays() > len(self._kept):
-            raise RuntimeError("numpy_allocator: delete the arrays of the earlier space first")
-        self._kept.clear()
-        self._space, self._lengths = space, space.lengths
-        if space.user_mode:
-            _replace_fromfile()
+        if self._space is not space:
+            if self._space and self._space.arrays() > len(self._kept):
+                raise RuntimeError("numpy_allocator: delete the arrays of the earlier space first")
+            self._space, self._lengths, self._kept = space, space.lengths, {}
+            if space.user_mode:
+                _replace_fromfile()
         return self
 
     # Every array of this process passes through these: each attribute counts.
