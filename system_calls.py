@@ -74,7 +74,6 @@ from edm.address_space import UNFILTERED
 from edm.pins import Call
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-FILE_LOCKS = 64
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
 
 # The least number of pages to pin; by whether the call writes memory. A call on a socket fails if it can't
@@ -172,7 +171,8 @@ class SystemCalls:
         self._uffd = u.Userfaultfd(hello.fds[0])
         # The uffd-wp bit of a page that a call writes has to be cleared here.
         self._clear_wp = hello.clean_tracking == "events"
-        self._file_locks = [_thread.allocate_lock() for _ in range(FILE_LOCKS)]  # by inode
+        # By inode: a few files may share one.
+        self._file_locks = [_thread.allocate_lock() for _ in range(64)]
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
             ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
 
@@ -273,7 +273,7 @@ class SystemCalls:
             at_end.callback(os.close, fd)
             mode, inode = os.fstat(fd)[:2]
             if to_file := stat.S_ISREG(mode):  # no other write that is made here comes in between
-                at_end.enter_context(self._file_locks[inode % FILE_LOCKS])
+                at_end.enter_context(self._file_locks[inode % len(self._file_locks)])
             # Not to a socket, where a part would be a message of its own, and not to a terminal, where a write
             # may block that a signal has to end. And not to a file that is to end at the program's own limit.
             limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)

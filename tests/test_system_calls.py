@@ -153,7 +153,7 @@ def test_calls_of_processes_that_outlive_the_application_go_on_and_nothing_stays
 def test_a_large_write_for_which_the_pager_has_no_memory_is_answered(tmp_path, monkeypatch, done):
     calls, answers, this = object.__new__(s.SystemCalls), [], os.getpid()
     calls._listener, calls._application, calls._pidfd = -1, this, os.pidfd_open(this)
-    calls._file_locks = [threading.Lock()] * s.FILE_LOCKS
+    calls._file_locks = [threading.Lock()]
     monkeypatch.setattr(s, "ioctl", lambda fd, request, answer: answers.append(answer))
 
     def read(thread, call, already, memory):
