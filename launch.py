@@ -74,7 +74,7 @@ def parse(arguments: list[str]) -> tuple[Namespace, Config, list[str]]:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
     )
     add = parser.add_argument
-    add("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    add("program", nargs=argparse.PARSER, help=argparse.SUPPRESS)  # one word, and all behind it
     size = {"type": size_in_bytes, "metavar": "SIZE"}
     add(
         "--resident", **size,
@@ -127,8 +127,6 @@ def _config(args: Namespace) -> Config:
 
 def _as_python_takes_it(program: list[str]) -> list[str]:
     """The program, with the path of a command instead of its name. Raises ValueError or OSError if there is none."""
-    if not program:
-        raise ValueError("which program? SCRIPT, COMMAND, -m MODULE, -c CODE or -")
     name, *arguments = program
     if name.startswith("-") or os.path.exists(name):
         return program
