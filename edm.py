@@ -162,7 +162,7 @@ class Config(SimpleNamespace):
         yield not has_gil, "edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on"
         yield start not in starts, f"start_addr: {start:#x}; whole pages, from {PAGE_SIZE:#x} on"
         yield end not in ends, f"end_addr: {end:#x}; whole pages, {ends[0]:#x} to {ends[-1]:#x}"
-        yield high < 2, f"high_threshold: {high} pages; at least 2, as an instruction may touch two"
+        yield high < 2, f"high_threshold, resident: {high} pages; at least 2, for one instruction"
         yield not 0 <= low < high, f"low_threshold: {low} pages; less than high_threshold, {high}"
         yield "\0" in f"{self.disk}{report}", "disk, report: a path has no null byte"
         yield self.keep and not self.disk, "keep: needs a disk with a name; give its path as disk"

@@ -8,7 +8,7 @@ itself by `python script.py ...`. Before the script, that interpreter imports st
 which starts EDM. Python itself does all the rest.
 
 Interface: main(arguments) is the command. For kernel.py: parse(arguments) checks a command line. For a program with
-options of its own, as edm.parse_arguments: parse_arguments(parser) adds an option for each setting.
+options of its own, as edm.parse_arguments: parse_arguments(parser) has an option for each setting.
 
 Rules: a mistake is reported in one line, with exit status 2, before anything is started. Python itself reports a
 mistake in what follows EDM's options. Settings are passed to startup/sitecustomize.py in one environment variable,
@@ -26,7 +26,6 @@ import re
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from edm import limits
@@ -75,22 +74,23 @@ def parse(arguments: list[str]) -> tuple[Namespace, Config, list[str]]:
     )
     add = parser.add_argument
     add("program", nargs=argparse.PARSER, help=argparse.SUPPRESS)  # one word, and all behind it
-    size = {"type": size_in_bytes, "metavar": "SIZE"}
     add(
-        "--resident", **size,
+        "--resident", dest="high_threshold", metavar="SIZE",
+        type=lambda text: size_in_bytes(text) // PAGE_SIZE,
         help="memory to use, at most: 512M, 12G, or 80%% of this machine's (default: "
         f"{DEFAULT_PERCENT}%% of what is free)",
     )  # fmt: skip
-    add("--numpy-threshold", **size, default="1M", help="arrays from this size on are EDM's (1M)")
+    arrays = "arrays from this size on are EDM's (1M)"
+    add("--numpy-threshold", type=size_in_bytes, metavar="SIZE", default="1M", help=arrays)
     none = {"dest": "numpy_threshold", "action": "store_const", "const": None}
     add("--no-numpy", **none, help="no array is EDM's")
-    add_settings(parser, ("high_threshold", "low_threshold"), end_addr=None, dms=0)
     # The program begins with the first word that is not an option of EDM's. -m and -c look like options, so
     # argparse sees a null byte instead of their dash: no option has such a value.
-    args = parser.parse_args([re.sub("^-(?=[mc])", "\0", word) for word in arguments])
+    words = [re.sub("^-(?=[mc])", "\0", word) for word in arguments]
+    args, config = parse_arguments(parser, words, high_threshold=None, end_addr=None, dms=0)
     program = arguments[len(arguments) - len(args.program) :]
     try:
-        return args, _config(args), _as_python_takes_it(program)
+        return args, config, _as_python_takes_it(program)
     except (ValueError, OSError) as error:
         refuse(parser, error)
 
@@ -106,23 +106,21 @@ def size_in_bytes(text: str) -> int:
 
 
 def _config(args: Namespace) -> Config:
-    if args.resident is None:
+    """The settings. high_threshold and end_addr may be None: for `edm run`, as this machine allows."""
+    if args.high_threshold is None:
         # As many instances share this machine's memory, as far as the MPI launcher says: without the DMSs, if all
         # ranks are here.
         ranks = os.environ.get("MPI_LOCALNRANKS") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
         here = int(ranks or 1)
         free = _memory()[1] // max(1, here - (args.dms if here == launched()[1] else 0))
         part = min(free * DEFAULT_PERCENT // 100, free - OTHERS)
-        args.resident = max(part, free * LEAST_PERCENT // 100)
-    if args.resident < 2 * PAGE_SIZE:
-        raise ValueError(f"resident: {args.resident} bytes are less than two pages")
+        args.high_threshold = max(part, free * LEAST_PERCENT // 100) // PAGE_SIZE
     if args.end_addr is None:
         size, limit = limits.space_size(SPACE)
         args.end_addr = args.start_addr + size
         if limit:
             tell(f"{PROG}: {limit} leaves {size >> 20} MiB for the space")
-    settings = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
-    return Config(**settings, high_threshold=args.resident // PAGE_SIZE)
+    return Config(**{name: getattr(args, name) for name in Config.__annotations__})
 
 
 def _as_python_takes_it(program: list[str]) -> list[str]:
@@ -155,44 +153,39 @@ def _interpreter_options() -> list[str]:
 # ---------------------------------------------------------------- settings as options
 
 
-def parse_arguments(parser: ArgumentParser, **defaults: Any) -> tuple[Namespace, Config]:
-    """Add an option for every setting of Config to the parser, and parse the command line.
+def parse_arguments(
+    parser: ArgumentParser, arguments: list[str] | None = None, **defaults: Any
+) -> tuple[Namespace, Config]:
+    """Add an option for every setting of Config to the parser, and parse the command line, or these arguments.
 
-    defaults: this program's defaults that differ from Config's. One rank prints a mistake, in one line,
-    and the program ends with status 2.
+    defaults: this program's defaults that differ from Config's. One rank prints a mistake, in one line, and the
+    program ends with status 2.
     """
-    add_settings(parser, **defaults)
-    args = parser.parse_args()
-    try:
-        return args, Config(**{name: getattr(args, name) for name in Config.__annotations__})
-    except ValueError as error:
-        refuse(parser, error)
-
-
-def refuse(parser: ArgumentParser, error: ValueError | str) -> NoReturn:
-    """End this rank, with status 2, for a mistake in the command line, which all ranks find. Rank 0 prints it."""
-    if launched()[0]:
-        time.sleep(PRINTING)
-        sys.exit(2)
-    parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-def add_settings(parser: ArgumentParser, leave_out: Iterable[str] = (), **defaults: Any) -> None:
-    """Add an option for every setting of Config, except for those to leave out. Have one rank print a
-    mistake that argparse finds."""
     parser.error = lambda message: refuse(parser, message)
     group = parser.add_argument_group("EDM")
     lines = (Config.__doc__ or "").splitlines()  # python -OO has none
     words = dict(line.strip().split(": ", 1) for line in lines if ": " in line)
     for name, kind in Config.__annotations__.items():
-        if name not in leave_out:
-            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-            if kind != "bool":
-                kind = number if kind.startswith("int") else str
-                how = {"type": kind, "choices": CHOICES.get(name)}
-            option = "--" + name.replace("_", "-")
-            default = defaults.get(name, getattr(Config, name))
-            group.add_argument(option, default=default, help=words.get(name), **how)
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if kind != "bool":
+            kind = number if kind.startswith("int") else str
+            how = {"type": kind, "choices": CHOICES.get(name)}
+        option = "--" + name.replace("_", "-")
+        default = defaults.get(name, getattr(Config, name))
+        group.add_argument(option, default=default, help=words.get(name), **how)
+    args = parser.parse_args(arguments)
+    try:
+        return args, _config(args)
+    except (ValueError, OSError) as error:
+        refuse(parser, error)
+
+
+def refuse(parser: ArgumentParser, error: Exception | str) -> NoReturn:
+    """End this rank, with status 2, for a mistake in the command line, which all ranks find. Rank 0 prints it."""
+    if launched()[0]:
+        time.sleep(PRINTING)
+        sys.exit(2)
+    parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def number(text: str) -> int:

@@ -30,7 +30,7 @@ WRONG = {
         {"end_addr": 0x20_0000_0001},
         {"end_addr": Config.start_addr + (MAX_PAGES + 1) * edm.PAGE_SIZE},
     ],
-    "high_threshold": [{"high_threshold": 1}],
+    "high_threshold, resident": [{"high_threshold": 1}],
     "low_threshold": [{"high_threshold": 4, "low_threshold": 4}, {"low_threshold": -1}],
     "readahead": [
         {"readahead": 0},
@@ -133,7 +133,9 @@ def test_without_options_the_settings_are_the_default_ones(monkeypatch):
     assert edm.parse_arguments(argparse.ArgumentParser())[1] == Config()
 
 
-@pytest.mark.parametrize(("value", "words"), [("1", "high_threshold: "), ("x", "argument --high-")])
+@pytest.mark.parametrize(
+    ("value", "words"), [("1", "high_threshold, resident: "), ("x", "argument --high-")]
+)
 def test_a_wrong_option_is_told_in_one_line_by_one_rank(monkeypatch, capsys, value, words):
     monkeypatch.setattr(sys, "argv", ["program", "--high-threshold", value])
     monkeypatch.setattr(launch, "PRINTING", 0)
@@ -148,12 +150,6 @@ def test_a_wrong_option_is_told_in_one_line_by_one_rank(monkeypatch, capsys, val
             assert told.err == ""
         else:
             assert re.fullmatch(f"program: error: {words}[^\n]*\n", told.err)
-
-
-def test_settings_can_be_left_out_of_the_options():
-    parser = argparse.ArgumentParser()
-    launch.add_settings(parser, ("disk",), readahead=7)
-    assert "--disk" not in parser.format_help() and parser.parse_args([]).readahead == 7
 
 
 def test_a_programs_own_defaults_are_taken_and_can_be_overridden(monkeypatch):

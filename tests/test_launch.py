@@ -792,7 +792,7 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
     ("arguments", "words"),
     [
         (["--resident", "12X", "x.py"], "resident: '12X' is not a size"),
-        (["--resident", "4K", "x.py"], "resident: 4096 bytes are less than two pages"),
+        (["--resident", "4K", "x.py"], "resident: 1 pages; at least 2"),
         (["--numpy-threshold", "much", "x.py"], "numpy-threshold: 'much' is not a size"),
         (["--readahead", "0", "x.py"], "readahead: 0 pages"),
         (["--readahead", "many", "x.py"], "--readahead"),
@@ -876,6 +876,12 @@ def test_several_instances_share_the_memory_of_their_machine(monkeypatch):
 )
 def test_sizes(text, size):
     assert size_in_bytes(text) == size
+
+
+def test_the_resident_size_may_be_given_in_pages_too():
+    for options in (["--resident", "8M"], ["--resident", "1G", "--high-threshold", "2048"]):
+        config = launch.parse([*options, "--low-threshold", "7", "-"])[1]
+        assert (config.high_threshold, config.low_threshold) == ((8 << 20) // edm.PAGE_SIZE, 7)
 
 
 def test_a_share_is_of_this_machines_memory(monkeypatch):
