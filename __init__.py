@@ -2,22 +2,20 @@
 
 import importlib
 
-# The modules of what is not in edm.py.
-_MODULES = dict.fromkeys(("forget", "prefetch", "resident"), "advice")
+# The module of each name.
+_MODULES = dict.fromkeys(("PAGE_SIZE", "Config", "Space", "main", "run", "space", "start"), "edm")
+_MODULES |= dict.fromkeys(("forget", "prefetch", "resident"), "advice")
 _MODULES |= {"numpy_allocator": "numpy_mem_handler", "parse_arguments": "launch"}
-__all__ = [
-    "PAGE_SIZE", "Config", "Space", "forget", "main", "numpy_allocator", "parse_arguments", "prefetch",
-    "resident", "run", "space", "start",
-]  # fmt: skip
+__all__ = list(_MODULES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})
 
 
 def __getattr__(name: str) -> object:
     # Imported when it is used first. `python -m edm` begins with the current folder on sys.path, and
     # would import modules from there; __main__.py takes that folder away.
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"edm.{_MODULES.get(name, 'edm')}"), name)
+    return getattr(importlib.import_module(f"edm.{_MODULES[name]}"), name)
