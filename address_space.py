@@ -114,7 +114,7 @@ class Space:
         config: an edm.Config. instance: this instance's number, from 0. lasts: the space lasts until
         the process ends, and nobody calls close.
 
-        Raises ValueError if the range can't be mapped, and what the pager has raised.
+        Raises ValueError if the range overlaps what is mapped, OSError, and what the pager has raised.
         """
         self.start_addr, self.end_addr = config.start_addr, config.end_addr
         self.config, self.instance = config, instance
@@ -309,12 +309,9 @@ class Space:
         length = self.end_addr - self.start_addr + mailbox.SIZE
         try:
             self._map_memory(length, u.PROT_READ | u.PROT_WRITE, u.MAP_SHARED, memfd)
-        except OSError as error:
-            from edm.limits import limit_of
-
+        except FileExistsError:
             where = f"start_addr, end_addr: {self.start_addr:#x}-{self.start_addr + length:#x}"
-            why = f"overlaps what is mapped, or can't be mapped: {error.strerror}{limit_of(error.errno)}"
-            raise ValueError(f"{where} {why}; choose other addresses") from None
+            raise ValueError(f"{where} overlaps what is mapped; choose other addresses") from None
         self._at_close.callback(u.munmap, self.start_addr, length)
         self._mailbox = mailbox.Mailbox(self.end_addr)
 

@@ -5,8 +5,7 @@ In the picture: nothing. The limits are the program's; the pager and the DMS inh
 Interface:
     lift()               raise the soft limits of a process of EDM's own
     space_size(most)     how large a space may be, and the limit that makes it smaller
-    limit_of(number)     the limit that an errno comes from, as the end of a message
-    explain(error)       add that, and what helps, to an error that is why EDM can't begin
+    explain(error)       add the limit that an error comes from, and what helps
 
 Rules: an application's process never changes a limit.
 
@@ -49,19 +48,12 @@ def space_size(most: int) -> tuple[int, str]:
     return max(size // PAGE_SIZE, 1) * PAGE_SIZE, limit
 
 
-def limit_of(number: int | None) -> str:
-    """ "; RLIMIT_X (ulimit -x) is ..." for each limit that is set, and that this errno may come from."""
-    words = ""
-    for name, letter in _ABOUT.get(number, {}).items():
-        value, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
-        if value != resource.RLIM_INFINITY:
-            words += f"; RLIMIT_{name} (ulimit -{letter}) is {value}"
-    return words
-
-
 def explain(error: Exception) -> None:
-    """Add to an OSError's words, in place."""
+    """Add to an OSError's words, in place: each limit that is set, and that it may come from; and what helps."""
     if isinstance(error, OSError) and error.strerror:
-        error.strerror += limit_of(error.errno)
+        for name, letter in _ABOUT.get(error.errno, {}).items():
+            value, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
+            if value != resource.RLIM_INFINITY:
+                error.strerror += f"; RLIMIT_{name} (ulimit -{letter}) is {value}"
         if error.errno in (errno.EFBIG, errno.ENOMEM):  # of the disk, or of a table of its pages
             error.strerror += "; a smaller end_addr needs less"

@@ -443,5 +443,6 @@ def print_error(error: BaseException) -> int:
     if not isinstance(error, OSError):
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
-    tell(f"edm: error: {error.strerror or error}{limits.limit_of(error.errno)}")
+    limits.explain(error)
+    tell(f"edm: error: {error.strerror or error}")
     return 2
