@@ -188,7 +188,7 @@ class Space:
             addr = gap.start
         else:
             addr = operator.index(addr)
-            self._check_inside(addr, whole)
+            self._pages(addr, whole)  # ValueError, if it leaves the space
             if not self._reclaim(partial(self._gaps.has, addr, whole)):
                 raise ValueError(f"addr: the area {addr:#x}-{addr + whole:#x} overlaps another")
         self._take(addr, whole, str(name))
@@ -232,7 +232,6 @@ class Space:
 
         Raises ValueError for a range that is not of whole pages, or leaves the space.
         """
-        self._check_inside(addr, length)
         here, most = f"INSTANCE_{self.instance}", mailbox.MAX_ANSWER
         page, count = self._pages(addr, length)
         # The range makes ints of NumPy's: the pager does not know these.
@@ -410,13 +409,6 @@ class Space:
 
     # ------------------------------------------------------------ the areas
 
-    def _check_inside(self, addr: int, length: int) -> None:
-        """Raises ValueError unless these are whole pages of the space."""
-        start, end = self.start_addr, self.end_addr
-        if (addr | length) % PAGE_SIZE or not start <= addr <= addr + length <= end:
-            wrong = f"is no multiple of PAGE_SIZE, or leaves the space {start:#x}-{end:#x}"
-            raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} {wrong}")
-
     def _reclaim(self, found: Callable[[], range | bool | None]) -> range | bool | None:
         """Make gaps of what was released and is free now, and return what is found() there. Wait for more
         of that while nothing is found."""
@@ -434,8 +426,12 @@ class Space:
         self._mailbox.ask("mapped", *self._pages(addr, whole), name[-mailbox.MAX_NAME :])
 
     def _pages(self, addr: int, length: int) -> tuple[int, int]:
-        """A range in bytes as (first page, count of pages)."""
-        return (addr - self.start_addr) // PAGE_SIZE, length // PAGE_SIZE
+        """A range in bytes as (first page, count of pages). Raises ValueError unless it is whole pages of the space."""
+        start, end = self.start_addr, self.end_addr
+        if (addr | length) % PAGE_SIZE or not start <= addr <= addr + length <= end:
+            wrong = f"is no multiple of PAGE_SIZE, or leaves the space {start:#x}-{end:#x}"
+            raise ValueError(f"addr: the area {addr:#x}-{addr + length:#x} {wrong}")
+        return (addr - start) // PAGE_SIZE, length // PAGE_SIZE
 
     @_locked
     def _call(self, what: str) -> object:
