@@ -52,7 +52,6 @@ import _pickle
 import _signal
 import _socket
 import _thread
-import array
 import atexit
 import bisect
 import contextlib
@@ -221,10 +220,9 @@ class Space:
         """
         return self._call("sync")
 
-    @_locked
     def areas(self) -> list[tuple[int, int]]:
         """The (address, length in bytes) of every area, by address."""
-        return sorted(self.lengths.copy().items())  # a copy: release may change it meanwhile
+        return sorted(self.lengths.copy().items())  # a copy: another thread may change it meanwhile
 
     @_locked
     def locations(self, addr: int, length: int) -> list[str]:
@@ -593,7 +591,7 @@ def socket_pair() -> tuple[_socket.socket, _socket.socket]:
 
 def send(control: _socket.socket, content: bytes, fds: list[int]) -> None:
     """Send a message with descriptors."""
-    ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))]
+    ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, (ctypes.c_int * len(fds))(*fds))]
     control.sendmsg([content], ancillary, UNFILTERED)
 
 
@@ -604,7 +602,7 @@ def receive(control: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
         # The other end was closed with messages unread: this error comes once, before its messages.
         with contextlib.suppress(ConnectionResetError):
             content, sent, _, _ = control.recvmsg(MAX_HELLO, space, flags)
-            return content, list(array.array("i", sent[0][2])) if sent else []
+            return content, memoryview(sent[0][2]).cast("i").tolist() if sent else []
 
 
 def _say_hello(control: _socket.socket, hello: dict[str, object], fds: list[int]) -> int:
