@@ -122,11 +122,10 @@ class Config(SimpleNamespace):
         self, start_addr: int = start_addr, end_addr: int = end_addr, **more: object
     ) -> None:
         super().__init__(**{name: getattr(Config, name) for name in Config.__annotations__})
-        if unknown := more.keys() - vars(self).keys():
-            raise TypeError(f"Config: there is no setting {', '.join(unknown)}")
-        vars(self).update(more, start_addr=start_addr, end_addr=end_addr)
-        for name, kind in Config.__annotations__.items():
-            if (value := vars(self)[name]) is not None or "None" not in kind:
+        for name, value in {"start_addr": start_addr, "end_addr": end_addr, **more}.items():
+            if not (kind := Config.__annotations__.get(name)):
+                raise TypeError(f"Config: there is no setting {name}")
+            if value is not getattr(Config, name):  # that may be None
                 try:
                     vars(self)[name] = AS[kind.partition(" ")[0]](value)
                 except TypeError:
