@@ -34,7 +34,7 @@ it writes is its own. It can't call Space. Touching the memory is a SIGSEGV wher
 work: in a child's child, after a fork that Python does not see, when the program has closed EDM's
 descriptor, and where RLIMIT_DATA or vm.overcommit_memory=2 allow less than all areas have.
 
-A core dump leaves the space out (MADV_DONTDUMP): the kernel would try each page, of up to 256 TiB.
+A core dump leaves the space out (MADV_DONTDUMP): the kernel would try each page.
 
 This module and its imports are all that a program under `edm run` has to carry, so it imports
 little.

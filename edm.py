@@ -60,8 +60,6 @@ if __name__ == "edm":
 from edm.address_space import Space, spawn_pager
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-MAX_PAGES = 1 << 36  # of a space: 256 TiB
-
 # Seconds that a launcher gets to read what a rank has printed. A rank waits so long before it ends with an
 # error that another rank prints: Open MPI's mpirun then kills the others.
 PRINTING = 0.3
@@ -155,12 +153,12 @@ class Config(SimpleNamespace):
         high, low = self.high_threshold, self.low_threshold
         has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()  # threads share a NumPy callback
         starts = range(PAGE_SIZE, 1 << 62, PAGE_SIZE)  # no address space has so much
-        ends = range(start + PAGE_SIZE, start + (MAX_PAGES + 1) * PAGE_SIZE, PAGE_SIZE)
+        ends = range(start + PAGE_SIZE, 1 << 62, PAGE_SIZE)
         report = self.report or ""
         there, folder = os.path.exists(report), os.path.dirname(report) or "."
         yield not has_gil, "edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on"
         yield start not in starts, f"start_addr: {start:#x}; whole pages, from {PAGE_SIZE:#x} on"
-        yield end not in ends, f"end_addr: {end:#x}; whole pages, {ends[0]:#x} to {ends[-1]:#x}"
+        yield end not in ends, f"end_addr: {end:#x}; whole pages, behind start_addr, {start:#x}"
         yield high < 2, f"high_threshold, resident: {high} pages; at least 2, for one instruction"
         yield not 0 <= low < high, f"low_threshold: {low} pages; less than high_threshold, {high}"
         yield "\0" in f"{self.disk}{report}", "disk, report: a path has no null byte"

@@ -14,7 +14,7 @@ import pytest
 import edm
 from edm import edm as face
 from edm import launch, log
-from edm.edm import MAX_PAGES, Config
+from edm.edm import Config
 from edm.uffd_ctypes import PAGES_AT_ONCE
 
 WRONG = {
@@ -28,7 +28,7 @@ WRONG = {
         {"end_addr": "0x2000000000"},
         {"start_addr": 0x2000, "end_addr": 0x2000},
         {"end_addr": 0x20_0000_0001},
-        {"end_addr": Config.start_addr + (MAX_PAGES + 1) * edm.PAGE_SIZE},
+        {"end_addr": 1 << 64},
     ],
     "high_threshold, resident": [{"high_threshold": 1}],
     "low_threshold": [{"high_threshold": 4, "low_threshold": 4}, {"low_threshold": -1}],
@@ -61,7 +61,7 @@ def test_a_wrong_setting_is_a_valueerror_of_one_line_that_names_it(name, setting
 def test_the_largest_settings_are_none_that_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(face, "launched", lambda: (0, 2))
     Config(
-        end_addr=Config.start_addr + MAX_PAGES * edm.PAGE_SIZE, readahead=PAGES_AT_ONCE,
+        end_addr=(1 << 62) - edm.PAGE_SIZE, readahead=PAGES_AT_ONCE,
         evict_batch=PAGES_AT_ONCE, dms=1, keep=True, disk="disk", report=f"{tmp_path}/report.html",
     )  # fmt: skip
     Config(high_threshold=2, low_threshold=0, readahead=1, evict_batch=1, report="report.html")
