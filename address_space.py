@@ -113,7 +113,7 @@ class Space:
         config: an edm.Config. instance: this instance's number, from 0. lasts: the space lasts until
         the process ends, and nobody calls close.
 
-        Raises ValueError if the range overlaps what is mapped, OSError, and what the pager has raised.
+        Raises ValueError if the range can't be mapped, OSError, and what the pager has raised.
         """
         self.start_addr, self.end_addr = config.start_addr, config.end_addr
         self.config, self.instance = config, instance
@@ -306,9 +306,10 @@ class Space:
         length = self.end_addr - self.start_addr + mailbox.SIZE
         try:
             self._map_memory(length, u.PROT_READ | u.PROT_WRITE, u.MAP_SHARED, memfd)
-        except FileExistsError:
+        except (FileExistsError, PermissionError) as error:  # the latter: below vm.mmap_min_addr
             where = f"start_addr, end_addr: {self.start_addr:#x}-{self.start_addr + length:#x}"
-            raise ValueError(f"{where} overlaps what is mapped; choose other addresses") from None
+            why = f"overlaps what is mapped, or can't be mapped: {error.strerror}"
+            raise ValueError(f"{where} {why}; choose other addresses") from None
         self._at_close.callback(u.munmap, self.start_addr, length)
         self._mailbox = mailbox.Mailbox(self.end_addr)
 
