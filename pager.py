@@ -118,7 +118,6 @@ class Pager:
             self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._report.lines)
         of_memory = lspt, store, self._memfd, uffd, self._pagemap, start
         self._new_lpet = partial(Lpet, *of_memory, hello.evict_batch, self._tracker)
-        self._threads: list[threading.Thread] = []
         self._lpet_pid = os.getpid()
         self._status = 0  # print_error's of the first thread that has failed
         self._sampling = threading.Lock()  # held by the thread that uses the report's samples
@@ -144,12 +143,10 @@ class Pager:
     # ------------------------------------------------------------ from start to end
 
     def _start_thread(self, body: Callable[[], int | None]) -> None:
-        thread = threading.Thread(target=self._guarded, args=(body,))
         try:
-            thread.start()
+            threading.Thread(target=self._guarded, args=(body,)).start()
         except RuntimeError as error:  # Python does not pass on the errno, which can only be EAGAIN
             raise OSError(errno.EAGAIN, str(error)) from None
-        self._threads.append(thread)
 
     def run(self) -> int:
         """Tell the application that it may begin, and serve until it has ended.
@@ -168,7 +165,7 @@ class Pager:
             self._guarded(self._watch)
         self._lspt.stop()
         os.eventfd_write(self._ended, 1)
-        while any(thread.is_alive() for thread in self._threads):
+        while threading.active_count() > 1:  # without those of _thread, which make large writes
             self._mailbox.interrupt()
             time.sleep(0.001)
         try:
@@ -205,8 +202,8 @@ class Pager:
         status = os.waitstatus_to_exitcode(os.waitpid(self._lpet_pid, 0)[1])
         if status < 0:
             # It may have had the LSPT's lock, and then any thread that wants it waits forever.
-            print_error(OSError(f"LPET was killed by signal {-status}"))
-            os._exit(2)  # that kills the application; a kept disk is as its last sync has left it
+            # Its end kills the application. A kept disk is as its last sync has left it.
+            os._exit(print_error(OSError(f"LPET was killed by signal {-status}")))
         return status
 
     def _guarded(self, body: Callable[[], int | None]) -> None:
