@@ -20,9 +20,9 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
 
 Rules: one thread at a time calls sample or write; one calls mapped, unmapped or write. The DM-Handler
 appends to Report.came meanwhile. Memory is bounded however long the job runs. If there are more than
-COLUMNS samples, the two neighbours that cover the shortest time are merged. If all samples together have
-more than CELLS counts of places, neighbouring places are merged in pairs. Of the areas that were unmapped,
-the largest AREAS are kept.
+COLUMNS samples, the two neighbours that cover the shortest time are merged. The last second's stay apart:
+--progress is about them. If all samples together have more than CELLS counts of places, neighbouring places
+are merged in pairs. Of the areas that were unmapped, the largest AREAS are kept.
 """
 
 import time
@@ -87,7 +87,6 @@ class Report:
         self.came: deque[int] = deque()  # the pages that were installed
         self._title, self._start_addr, self._read, self._live = title, start, read, live
         self._samples: list[dict] = [{"until": time.monotonic(), "came": Counter()}]  # see above
-        self._last_second: deque[dict] = deque(self._samples, 1000 // SAMPLE + 1)
         self._shift = PLACE
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
         self._gone: list[dict] = []  # the largest first
@@ -109,14 +108,14 @@ class Report:
         came = Counter(self.came.popleft() >> self._shift for _ in range(len(self.came)))
         samples = self._samples
         now = figures | {"until": time.monotonic(), "came": came, "away": away}
-        if self._live:
-            self._last_second.append(now)
-            # ?7l and ?7h: the terminal cuts off a line that is too long.
-            tell(f"\r\x1b[K\x1b[?7l{_line(self._last_second[0], now)}\x1b[?7h", "")
         samples.append(now)
+        second = 1000 // SAMPLE  # so many samples
+        if self._live:
+            # ?7l and ?7h: the terminal cuts off a line that is too long.
+            tell(f"\r\x1b[K\x1b[?7l{_line(samples[-1 - second :][0], now)}\x1b[?7h", "")
         if len(samples) > COLUMNS:
             ends = [sample["until"] for sample in samples]
-            shortest = min(range(1, COLUMNS), key=lambda at: ends[at + 1] - ends[at - 1])
+            shortest = min(range(1, COLUMNS - second), key=lambda at: ends[at + 1] - ends[at - 1])
             merged = samples.pop(shortest)
             samples[shortest]["came"].update(merged["came"])
         while sum(len(sample["came"]) for sample in samples) > CELLS:
