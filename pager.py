@@ -93,7 +93,7 @@ class Pager:
         self._title = f"EDM, INSTANCE_{hello.instance}: {' '.join(hello.command)}"
         self._tracker = choose_tracker(hello.idle_tracker)
         self._control = control  # for forked children
-        self._process = os.pidfd_open(hello.pid)  # readable when it has ended
+        hello.pidfd = os.pidfd_open(hello.pid)  # readable when it has ended
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # close adds 1, and so does the end of run
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
         pages = (hello.end_addr - start) // PAGE_SIZE
@@ -157,9 +157,7 @@ class Pager:
         address_space.send_answer(self._control, os.getpid(), self._memfd, self._lifeline)
         begins, listener = address_space.receive(self._control)
         if listener:
-            calls = SystemCalls(
-                *listener, self._ended, self._process, self._hello, self._lspt, self._handler
-            )
+            calls = SystemCalls(*listener, self._ended, self._hello, self._lspt, self._handler)
             self._start_thread(calls.run)
         if begins:  # else a signal handler has raised in the application, which has no space now
             self._guarded(self._watch)
@@ -211,19 +209,19 @@ class Pager:
         if status := _status_of(body):
             self._status = self._status or status
             with contextlib.suppress(ProcessLookupError):  # it has ended
-                signal.pidfd_send_signal(self._process, signal.SIGKILL)  # that ends _watch
+                signal.pidfd_send_signal(self._hello.pidfd, signal.SIGKILL)  # that ends _watch
 
     def _watch(self) -> None:
         """Wait until the application has ended, closed its space, or become another program, which a look at each
         SAMPLE finds."""
         poll = select.poll()
-        for fd in (self._process, self._ended, self._control.fileno()):
+        for fd in (self._hello.pidfd, self._ended, self._control.fileno()):
             poll.register(fd, select.POLLIN)
         while True:
             ready = [fd for fd, _ in poll.poll(SAMPLE)]
             if self._control.fileno() in ready and not self._hear_child():
                 poll.unregister(self._control)
-            if self._process in ready or self._ended in ready or self._pagemap.is_gone():
+            if self._hello.pidfd in ready or self._ended in ready or self._pagemap.is_gone():
                 return
             with self._sampling:
                 if self._report and not self._printed:
@@ -376,8 +374,8 @@ class Pager:
 def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> int | None:
     """Page for the application at the other end of a socket until it has ended; or refuse to.
 
-    open_store(hello): makes the store. hello: what Space has sent, with its descriptors, fds, and ended_by: over
-    MPI it is a list that gets the names of the signals that are to end the application.
+    open_store(hello): makes the store. hello: what Space has sent, with its descriptors, fds, and what Pager adds:
+    pidfd, of the application. ended_by: over MPI a list that gets the names of the signals that are to end it.
 
     Returns an exit status: 0, or print_error's if the pager has failed. None: the application has ended
     before it began.

@@ -161,12 +161,12 @@ def _skip_if_below(bound: int) -> Iterator[tuple[int, int, int, int]]:
 
 class SystemCalls:
     def __init__(
-        self, listener: int, ended: int, pidfd: int, hello: SimpleNamespace, lspt: object, handler: object
-    ) -> None:  # fmt: skip
-        """ended: an eventfd; writing it ends run(). pidfd: of the application. hello: see page_for in
-        pager.py. lspt, handler: the pager's LSPT and DmHandler, which the application does not import."""
+        self, listener: int, ended: int, hello: SimpleNamespace, lspt: object, handler: object
+    ) -> None:
+        """ended: an eventfd; writing it ends run(). hello: see page_for in pager.py. lspt, handler: the pager's LSPT
+        and DmHandler, which the application does not import."""
         self._listener, self._ended = listener, ended
-        self._application, self._pidfd = hello.pid, pidfd
+        self._application, self._pidfd = hello.pid, hello.pidfd
         self._lspt, self._handler, self._start = lspt, handler, hello.start_addr
         self._uffd = u.Userfaultfd(hello.fds[0])
         # The uffd-wp bit of a page that a call writes has to be cleared here.
