@@ -31,6 +31,7 @@ import os
 import random
 import re
 import time
+from contextlib import suppress
 from signal import SIGURG
 
 from edm.lspt import LSPT
@@ -83,25 +84,23 @@ class Lines:
         """Ask the thread for its line, unless it must not get the signal."""
         mean = min(MOST, self._faults * INTERVAL // (now - self._when))
         self._skip = random.randrange(2 * mean + 2)
+        self._of_sample = self._area, self._faults, self._took[self._area.start % ARRAYS]
+        self._when, self._faults = now, 0
         of_thread = f"/proc/{self._process}/task/{thread}"
-        instead = NO_LINE if thread in self._silent else ""
-        try:
-            if os.stat(self._its_end).st_ino != os.fstat(self._memfd).st_ino:
+        # OSError: the thread has ended, the memfd is closed, or reading is not permitted.
+        with suppress(OSError):
+            if not os.path.samefile(self._its_end, self._memfd):
                 return
             with open(f"{of_thread}/syscall") as call, open(f"{of_thread}/status", "rb") as status:
-                if call.read(3) != "-1 ":
-                    instead = "a system call"
-                elif int(re.search(rb"SigBlk:\t(\w+)", status.read())[1], 16) >> SIGURG - 1 & 1:
-                    instead = NO_LINE
-            os.ftruncate(self._memfd, 0)  # a late answer may be there
-            if not instead:
+                number, blocked = call.read(3), re.search(rb"SigBlk:\t(\w+)", status.read())[1]
+            if number != "-1 ":
+                self._count("a system call")
+            elif thread in self._silent or int(blocked, 16) >> SIGURG - 1 & 1:
+                self._count(NO_LINE)
+            else:
+                os.ftruncate(self._memfd, 0)  # a late answer may be there
                 tgkill(self._process, thread, SIGURG)
-        except OSError:  # the thread has ended, the memfd is closed, or reading is not permitted
-            return
-        self._of_sample = self._area, self._faults, self._took[self._area.start % ARRAYS]
-        self._asked, self._when, self._faults = 0 if instead else thread, now, 0
-        if instead:
-            self._count(instead)
+                self._asked = thread
 
     def _hear(self, thread: int) -> None:
         """Read the answer of the thread that was asked: it faults again, or had INTERVAL for it."""
