@@ -61,8 +61,7 @@ def _ranges(array: object, rows: object) -> list[tuple[int, int]]:
     reach = [(n - 1) * stride for n, stride in zip(a.shape[1:], a.strides[1:], strict=True)]
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize - 1
     inside = (starts + high >= space().start_addr) & (starts + low < space().end_addr)
-    first, last = (starts[inside] + low) // PAGE_SIZE, (starts[inside] + high) // PAGE_SIZE
-    new = np.flatnonzero(first[1:] > last[:-1] + 1) + 1  # where each run but the first begins
-    begins, ends = first[[0, *new][: first.size]], last[[*(new - 1), -1][: first.size]] + 1
-    lengths = (ends - begins) * PAGE_SIZE
-    return list(zip((begins * PAGE_SIZE).tolist(), lengths.tolist(), strict=True))
+    begins, ends = ((starts[inside] + to) & -PAGE_SIZE for to in (low, high + PAGE_SIZE))
+    new = np.append(True, begins[1:] > ends[:-1])[: begins.size]  # where a range begins
+    begins, ends = begins[new], ends[np.roll(new, -1)]
+    return list(zip(begins.tolist(), (ends - begins).tolist(), strict=True))
