@@ -9,7 +9,6 @@ tests. What follows "try:" is a command to type.
 Rules: what may hang, or end its process, is tried in another process. So is the import of MPI.
 """
 
-import errno
 import os
 import shlex
 import shutil
@@ -40,7 +39,7 @@ def main() -> int:
             state, found, remedy = check()
         except OSError as error:
             state, found = "missing", error.strerror
-            remedy = PERMIT if error.errno == errno.EPERM else ""
+            remedy = PERMIT if isinstance(error, PermissionError) else ""
         print(f"{state:8} {check.__name__.replace('_', ' ')}: {found}")
         if remedy:
             print(f"         try: {remedy}")
