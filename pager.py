@@ -177,6 +177,7 @@ class Pager:
         fcntl.fcntl(self._lifeline, fcntl.F_SETFL, 0)
         if listener:
             calls.close(leave=os.eventfd_read(self._ended) == 1)
+        LOG.debug("SHUTDOWN!")
         self._control.close()  # Space.close waits for this
         return self._status
 
@@ -398,9 +399,7 @@ def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> i
         if store:
             store.close()
         return 0
-    status = pager.run()
-    LOG.debug("SHUTDOWN!")
-    return status
+    return pager.run()
 
 
 def spawned() -> None:
