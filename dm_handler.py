@@ -64,16 +64,14 @@ FAULTS, STORE, ROOM = range(3)  # their places
 
 
 class DmHandler:
-    def __init__(
-        self, uffd: int, store: PageStore, lspt: l.LSPT, start: int, window: int, track_clean: bool
-    ) -> None:
-        """start: the address of page 0. window: pages at most in a readahead window. track_clean: pages that
-        come to be read get the uffd-wp bit."""
-        self._uffd, self._store, self._lspt = Userfaultfd(uffd), store, lspt
-        self._start, self._track_clean = start, track_clean
+    def __init__(self, store: PageStore, lspt: l.LSPT, window: int, track_clean: bool) -> None:
+        """window: pages at most in a readahead window. track_clean: pages that come to be read get the uffd-wp
+        bit."""
+        self._uffd, self._store, self._lspt = Userfaultfd(lspt.uffd), store, lspt
+        self._start, self._track_clean = lspt.start, track_clean
         self._readahead = Readahead(window, lspt.is_missing)
         self._epoll = select.epoll()
-        self._epoll.register(uffd, select.EPOLLIN)
+        self._epoll.register(lspt.uffd, select.EPOLLIN)
         self._epoll.register(lspt.for_handler, select.EPOLLIN)
         self.children = Children(self._epoll)
         self.came: deque[int] | None = None  # gets the pages that are installed

@@ -74,16 +74,15 @@ _SPAN = re.compile(rb"[\x80-\xff]+(?:[^\x80-\xff]{1,4}[\x80-\xff]+)*")
 
 class Lpet:
     def __init__(
-        self, lspt: LSPT, store: PageStore, memfd: int, uffd: int, pagemap: Pagemap, start_addr: int,
-        batch: int, tracker: str,
-    ) -> None:  # fmt: skip
+        self, lspt: LSPT, store: PageStore, memfd: int, pagemap: Pagemap, batch: int, tracker: str
+    ) -> None:
         """memfd: the application's memory. tracker: the idle tracker's name.
 
         batch: pages at most that are looked at, or evicted, at once.
         """
         self._lspt, self._store = lspt, store
-        self._uffd, self._pagemap = Userfaultfd(uffd), pagemap
-        self._memfd, self._start = memfd, start_addr
+        self._uffd, self._pagemap = Userfaultfd(lspt.uffd), pagemap
+        self._memfd, self._start = memfd, lspt.start
         self._out, self._in = os.pipe2(os.O_CLOEXEC)
         # A user may have a limited number of such pipes: pipe(7), pipe-user-pages-soft.
         with suppress(PermissionError):

@@ -180,7 +180,7 @@ class LSPT(ByteTable):
         """
         super().__init__(pages)
         self.high, self.low = high, low
-        self._uffd, self._start = uffd, start
+        self.uffd, self.start = uffd, start
         self.lock = semaphore()
         # One instruction may need two pages: with four or more, pins leave two.
         self.pins = Pins(self.lock, max(1, (high - 2) // 2))
@@ -326,7 +326,7 @@ class LSPT(ByteTable):
         if claimed.leaving:
             # Claims of several threads end here, and a Userfaultfd is for one.
             page, end = claimed.leaving[0][0], sum(claimed.leaving[-1])
-            Userfaultfd(self._uffd).wake(self._start + page * PAGE_SIZE, (end - page) * PAGE_SIZE)
+            Userfaultfd(self.uffd).wake(self.start + page * PAGE_SIZE, (end - page) * PAGE_SIZE)
 
     def _room(self, pages: int, tell: bool) -> None:
         """So many pages fewer are here. tell: wake the DM-Handler, if it wants room and there is some."""

@@ -106,17 +106,17 @@ class Pager:
         os.ftruncate(self._memfd, space + size)  # here, as the program may have an RLIMIT_FSIZE
         self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, space))
         window = min(hello.readahead, high // WINDOW_PART)
-        self._handler = DmHandler(uffd, store, lspt, start, window, bool(hello.clean_tracking))
+        self._handler = DmHandler(store, lspt, window, bool(hello.clean_tracking))
         self._report = None
         live = hello.progress and sys.stderr.isatty()
         if live or hello.report:
-            self._report = Report(self._title, start, lspt.read, live)
+            self._report = Report(self._title, lspt, live)
             self._handler.came = self._report.came
         if lines:
             from edm.lines import Lines  # its imports take long
 
             self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._report.lines)
-        of_memory = lspt, store, self._memfd, uffd, self._pagemap, start
+        of_memory = lspt, store, self._memfd, self._pagemap
         self._new_lpet = partial(Lpet, *of_memory, hello.evict_batch, self._tracker)
         self._lpet_pid = os.getpid()
         self._status = 0  # print_error's of the first thread that has failed
@@ -226,7 +226,7 @@ class Pager:
                 return
             with self._sampling:
                 if self._report and not self._printed:
-                    self._report.sample(self.figures(), self._lspt.count_away())
+                    self._report.sample(self.figures())
 
     # ------------------------------------------------------------ forked children
 
@@ -245,7 +245,7 @@ class Pager:
         while self._hear_child():
             pass
         os.ftruncate(self._memfd, 0)
-        self._handler.children.let_go(self._hello.start_addr, self._lspt.pages * PAGE_SIZE)
+        self._handler.children.let_go(self._lspt.start, self._lspt.pages * PAGE_SIZE)
 
     # ------------------------------------------------------------ the application's calls
 
@@ -274,13 +274,12 @@ class Pager:
         del self._lspt.areas[self._area(page)]
         if self._report:
             self._report.unmapped(page)
-        start = self._hello.start_addr
         for claimed in self._lspt.claims([(page, count)], l.SETTLED, l.PART, self._store.kept):
             try:
                 # Installing a page removes the poison. Punching the hole then removes the page.
                 # One by one: the program may have split the mapping there.
                 for lost in pages_in(l.runs(claimed.page, claimed.before, l.LOST_RUN)):
-                    while not self._uffd.zeropage(start + lost * PAGE_SIZE, PAGE_SIZE):
+                    while not self._uffd.zeropage(self._lspt.start + lost * PAGE_SIZE, PAGE_SIZE):
                         pass  # nothing is installed yet, see there
                 for first, many in claimed.leaving:
                     self._store.free(first, many)
@@ -349,7 +348,7 @@ class Pager:
     def _print_figures(self) -> None:
         figures, hello = self.figures(), self._hello
         if self._report:
-            self._report.sample(figures, self._lspt.count_away())
+            self._report.sample(figures)
             try:
                 self._report.write(hello.report, figures, self._handler.latencies())
             except OSError as error:

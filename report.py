@@ -27,11 +27,10 @@ are merged in pairs. Of the areas that were unmapped, the largest AREAS are kept
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 
 from edm.dm_handler import WAITS
 from edm.edm import tell
-from edm.lspt import AWAY, LOST, NEW, ONE_AWAY
+from edm.lspt import AWAY, LOST, LSPT, NEW, ONE_AWAY
 from edm.uffd_ctypes import PAGE_SIZE
 
 COLUMNS = 192  # samples
@@ -79,13 +78,10 @@ def table(figures: dict[str, object], title: str) -> str:
 
 
 class Report:
-    def __init__(self, title: str, start: int, read: Callable[..., bytes], live: bool) -> None:
-        """title: the title of the HTML page. start: the space's start_addr. read: LSPT.read.
-
-        live: print a line to stderr, which each sample overwrites.
-        """
+    def __init__(self, title: str, lspt: LSPT, live: bool) -> None:
+        """title: the title of the HTML page. live: print a line to stderr, which each sample overwrites."""
         self.came: deque[int] = deque()  # the pages that were installed
-        self._title, self._start_addr, self._read, self._live = title, start, read, live
+        self._title, self._lspt, self._live = title, lspt, live
         self._samples: list[dict] = [{"until": time.monotonic(), "came": Counter()}]  # see above
         self._shift = PLACE
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
@@ -103,11 +99,11 @@ class Report:
             area["unmapped"] = time.monotonic()
             self._gone = _largest([*self._gone, self._ended(area)])
 
-    def sample(self, figures: dict[str, object], away: int) -> None:
-        """Note what has happened since the last call. away: the number of pages that only the store has."""
+    def sample(self, figures: dict[str, object]) -> None:
+        """Note what has happened since the last call."""
         came = Counter(self.came.popleft() >> self._shift for _ in range(len(self.came)))
         samples = self._samples
-        now = figures | {"until": time.monotonic(), "came": came, "away": away}
+        now = figures | {"until": time.monotonic(), "came": came, "away": self._lspt.count_away()}
         samples.append(now)
         second = 1000 // SAMPLE  # so many samples
         if self._live:
@@ -135,7 +131,7 @@ class Report:
         content = {
             "title": self._title,
             "page_size": PAGE_SIZE,
-            "start_addr": self._start_addr,
+            "start_addr": self._lspt.start,
             "summary": summary(figures),
             "samples": self._samples,
             "place": 1 << self._shift,
@@ -152,7 +148,7 @@ class Report:
 
     def _ended(self, area: dict) -> dict:
         """The area, and where its pages are now."""
-        states = self._read(area["page"], area["count"]).translate(ONE_AWAY)
+        states = self._lspt.read(area["page"], area["count"]).translate(ONE_AWAY)
         return {**area, "ended_up": {name: states.count(byte) for byte, name in WHERE.items()}}
 
 

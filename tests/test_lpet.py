@@ -139,10 +139,7 @@ class Instance:
         self.store = Store()
         self.pagemap_fd = os.open("/proc/self/pagemap", os.O_RDONLY)
         self.pagemap = FakePagemap(Pagemap(self.pagemap_fd, self.memory.address))
-        self.lpet = Lpet(
-            self.lspt, self.store, self.memory.memfd, -1, self.pagemap,
-            self.memory.address, batch, "unmap",
-        )  # fmt: skip
+        self.lpet = Lpet(self.lspt, self.store, self.memory.memfd, self.pagemap, batch, "unmap")
         self.lpet._uffd = self.uffd
         self.gone, self._gone = [], self.lspt.gone  # the pages that have left, in order
         self.lspt.gone = self._note_gone
@@ -967,7 +964,7 @@ def registered(make):
     uffd = u.Userfaultfd(fd)
     uffd.api(u.NEEDED_FEATURES | u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC)
     uffd.register(instance.memory.address, 100 * PAGE_SIZE)
-    instance.lpet._uffd = instance.lspt._uffd = uffd
+    instance.lpet._uffd = instance.lspt.uffd = uffd
     instance.lpet._pagemap = Pagemap(instance.pagemap_fd, instance.memory.address)
     instance.install = lambda page, mark: install(instance, uffd, page, mark)
     yield instance

@@ -330,7 +330,8 @@ def handler(woken):
     lspt = LSPT(1000, 1000, 0, False, -1, 0)
     lspt.areas.append((0, 1000))
     lspt.found_on_disk(0, 1000)
-    handler = DmHandler(lspt.for_lpet, Store(), lspt, 0, 64, False)
+    lspt.uffd = lspt.for_lpet  # any that an epoll takes
+    handler = DmHandler(Store(), lspt, 64, False)
     handler._uffd = FakeUffd(lspt)
     yield handler
     close(lspt)

@@ -36,9 +36,24 @@ def clock(monkeypatch):
     return now
 
 
+class Table:
+    """The LSPT, as a report sees it."""
+
+    start, away = START, 0
+
+    def __init__(self, state):
+        self.state = state
+
+    def read(self, page, count):
+        return self.state[page : page + count]
+
+    def count_away(self):
+        return self.away
+
+
 def begun(title="a title", state=bytes(1000), live=False):
     """A report that has no samples yet."""
-    return Report(title, START, lambda page, count: state[page : page + count], live)
+    return Report(title, Table(state), live)
 
 
 def sampled(clock, samples, places=1, faults=3, **options):
@@ -47,7 +62,8 @@ def sampled(clock, samples, places=1, faults=3, **options):
     for n in range(1, samples + 1):
         clock[0] += 1
         made.came.extend([n * 256 % (places * 256)] * 5)
-        made.sample(FIGURES | {"faults_refetch": faults * n}, away=n)
+        made._lspt.away = n
+        made.sample(FIGURES | {"faults_refetch": faults * n})
     return made
 
 
@@ -103,7 +119,7 @@ def test_what_came_is_told_for_the_interval_in_which_it_came(clock):
     for second in range(2000):
         clock[0] += 1
         made.came.append(second << report.PLACE)
-        made.sample(FIGURES, away=0)
+        made.sample(FIGURES)
     assert made._shift == report.PLACE
     began = BEGAN
     for sample in made._samples[1:]:
@@ -120,7 +136,7 @@ def test_however_much_memory_a_job_has_its_places_are_few_and_no_page_is_lost(cl
         clock[0] += 1
         pages = [place << report.PLACE for place in randomly.choices(range(places), k=1000)]
         made.came.extend(pages * 2)
-        made.sample(FIGURES, away=0)
+        made.sample(FIGURES)
         assert sum(len(sample["came"]) for sample in made._samples) <= CELLS
     assert sum(sample["came"].total() for sample in made._samples) == 250 * 2000
     places_now = set().union(*(sample["came"] for sample in made._samples))
@@ -269,6 +285,7 @@ def test_the_template_is_package_data():
 def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd, monkeypatch):
     monkeypatch.setattr(report, "SAMPLE", 500)
     made = begun(live=True)
+    made._lspt.away = 256
     for faults in (10, 40, 45, 50):
         clock[0] += 0.5
         waited = faults / 100
@@ -276,7 +293,7 @@ def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd
             "faults_refetch": faults, "evicted_clean": 2 * faults, "waited": waited,
             "waited_for_store": waited / 2, "waited_for_room": waited / 5,
         }  # fmt: skip
-        made.sample(FIGURES | figures, away=256)
+        made.sample(FIGURES | figures)
     made.write(None, FIGURES, ())
     begin, *lines, end = capfd.readouterr().err.split("\r\x1b[K")
     assert begin == end == ""
