@@ -58,18 +58,18 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd
 
 BRING = 0.1  # seconds from one look to the next whether this thread still runs
 SPIN = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
+WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
 FIRST_PIECE, PIECE = 16, min(64, PAGES_AT_ONCE)  # pages of a run that are installed at once
 WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in seconds
 FAULTS, STORE, ROOM = range(3)  # their places
 
 
 class DmHandler:
-    def __init__(self, store: PageStore, lspt: l.LSPT, window: int, track_clean: bool) -> None:
-        """window: pages at most in a readahead window. track_clean: pages that come to be read get the uffd-wp
-        bit."""
+    def __init__(self, store: PageStore, lspt: l.LSPT, readahead: int, track_clean: bool) -> None:
+        """readahead: the setting. track_clean: pages that come to be read get the uffd-wp bit."""
         self._uffd, self._store, self._lspt = Userfaultfd(lspt.uffd), store, lspt
         self._start, self._track_clean = lspt.start, track_clean
-        self._readahead = Readahead(window, lspt.is_missing)
+        self._readahead = Readahead(min(readahead, lspt.high // WINDOW_PART), lspt.is_missing)
         self._epoll = select.epoll()
         self._epoll.register(lspt.uffd, select.EPOLLIN)
         self._epoll.register(lspt.for_handler, select.EPOLLIN)

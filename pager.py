@@ -71,8 +71,6 @@ from edm.report import SAMPLE, Report, table
 from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
-WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
-
 # Seconds that a thread may keep the GIL when another one wants it. With the default, a fault would
 # wait for up to 5 ms while another thread computes.
 SWITCH_INTERVAL = 50e-6
@@ -91,22 +89,19 @@ class Pager:
         self._hello, self._store, start = hello, store, hello.start_addr
         over_mpi = not isinstance(store, PageStore)  # then this process is a rank
         self._title = f"EDM, INSTANCE_{hello.instance}: {' '.join(hello.command)}"
-        self._tracker = choose_tracker(hello.idle_tracker)
+        hello.idle_tracker = choose_tracker(hello.idle_tracker)  # now the one that was found
         self._control = control  # for forked children
         hello.pidfd = os.pidfd_open(hello.pid)  # readable when it has ended
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # close adds 1, and so does the end of run
         self._uffd, self._pagemap = Userfaultfd(uffd), Pagemap(pagemap, start)
-        pages = (hello.end_addr - start) // PAGE_SIZE
-        high, low = hello.high_threshold, hello.low_threshold
-        self._lspt = lspt = l.LSPT(pages, high, low, hello.plain, uffd, start)
+        high, low, length = hello.high_threshold, hello.low_threshold, hello.end_addr - start
+        self._lspt = lspt = l.LSPT(length // PAGE_SIZE, high, low, hello.plain, uffd, start)
         for run in store.runs_on_disk():
             lspt.found_on_disk(*run)
-        space = pages * PAGE_SIZE  # bytes
         size, access = mailbox.SIZE, u.PROT_READ | u.PROT_WRITE
-        os.ftruncate(self._memfd, space + size)  # here, as the program may have an RLIMIT_FSIZE
-        self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, space))
-        window = min(hello.readahead, high // WINDOW_PART)
-        self._handler = DmHandler(store, lspt, window, bool(hello.clean_tracking))
+        os.ftruncate(self._memfd, length + size)  # here, as the program may have an RLIMIT_FSIZE
+        self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, length))
+        self._handler = DmHandler(store, lspt, hello.readahead, bool(hello.clean_tracking))
         self._report = None
         live = hello.progress and sys.stderr.isatty()
         if live or hello.report:
@@ -117,7 +112,7 @@ class Pager:
 
             self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._report.lines)
         of_memory = lspt, store, self._memfd, self._pagemap
-        self._new_lpet = partial(Lpet, *of_memory, hello.evict_batch, self._tracker)
+        self._new_lpet = partial(Lpet, *of_memory, hello.evict_batch, hello.idle_tracker)
         self._lpet_pid = os.getpid()
         self._status = 0  # print_error's of the first thread that has failed
         self._sampling = threading.Lock()  # held by the thread that uses the report's samples
@@ -361,7 +356,7 @@ class Pager:
         return {
             **dict(zip(l.FIGURES, self._lspt.figures, strict=False)),
             **self._handler.figures(),
-            "idle_tracker": self._tracker,
+            "idle_tracker": self._hello.idle_tracker,
             "pager_pid": os.getpid(),
             "lpet_pid": self._lpet_pid,
             "from_each_dms": getattr(self._store, "from_each", []),  # a PageStore has no DMSs

@@ -332,6 +332,7 @@ def handler(woken):
     lspt.found_on_disk(0, 1000)
     lspt.uffd = lspt.for_lpet  # any that an epoll takes
     handler = DmHandler(Store(), lspt, 64, False)
+    handler._readahead.max_window = 64  # here that would be too much of high_threshold
     handler._uffd = FakeUffd(lspt)
     yield handler
     close(lspt)
