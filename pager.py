@@ -102,11 +102,9 @@ class Pager:
         os.ftruncate(self._memfd, length + size)  # here, as the program may have an RLIMIT_FSIZE
         self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, length))
         self._handler = DmHandler(store, lspt, hello.readahead, bool(hello.clean_tracking))
-        self._report = None
         live = hello.progress and sys.stderr.isatty()
-        if live or hello.report:
-            self._report = Report(self._title, lspt, live)
-            self._handler.came = self._report.came
+        wanted = live or hello.report
+        self._report = Report(self._title, lspt, self._handler, live) if wanted else None
         if lines:
             from edm.lines import Lines  # its imports take long
 
@@ -345,7 +343,7 @@ class Pager:
         if self._report:
             self._report.sample(figures)
             try:
-                self._report.write(hello.report, figures, self._handler.latencies())
+                self._report.write(hello.report, figures)
             except OSError as error:
                 LOG.error("report: %s", error)
         if hello.stats:

@@ -19,7 +19,7 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
     lines          [line, its array's first page, count of pages, faults, nanoseconds], see lines.py
 
 Rules: one thread at a time calls sample or write; one calls mapped, unmapped or write. The DM-Handler
-appends to Report.came meanwhile. Memory is bounded however long the job runs. If there are more than
+appends the pages that come meanwhile. Memory is bounded however long the job runs. If there are more than
 COLUMNS samples, the two neighbours that cover the shortest time are merged. The last second's stay apart:
 --progress is about them. If all samples together have more than CELLS counts of places, neighbouring places
 are merged in pairs. Of the areas that were unmapped, the largest AREAS are kept.
@@ -28,7 +28,7 @@ are merged in pairs. Of the areas that were unmapped, the largest AREAS are kept
 import time
 from collections import Counter, deque
 
-from edm.dm_handler import WAITS
+from edm.dm_handler import WAITS, DmHandler
 from edm.edm import tell
 from edm.lspt import AWAY, LOST, LSPT, NEW, ONE_AWAY
 from edm.uffd_ctypes import PAGE_SIZE
@@ -78,10 +78,10 @@ def table(figures: dict[str, object], title: str) -> str:
 
 
 class Report:
-    def __init__(self, title: str, lspt: LSPT, live: bool) -> None:
+    def __init__(self, title: str, lspt: LSPT, handler: DmHandler, live: bool) -> None:
         """title: the title of the HTML page. live: print a line to stderr, which each sample overwrites."""
-        self.came: deque[int] = deque()  # the pages that were installed
-        self._title, self._lspt, self._live = title, lspt, live
+        self._title, self._lspt, self._handler, self._live = title, lspt, handler, live
+        self._came = handler.came = deque()  # the pages that were installed
         self._samples: list[dict] = [{"until": time.monotonic(), "came": Counter()}]  # see above
         self._shift = PLACE
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
@@ -101,7 +101,7 @@ class Report:
 
     def sample(self, figures: dict[str, object]) -> None:
         """Note what has happened since the last call."""
-        came = Counter(self.came.popleft() >> self._shift for _ in range(len(self.came)))
+        came = Counter(self._came.popleft() >> self._shift for _ in range(len(self._came)))
         samples = self._samples
         now = figures | {"until": time.monotonic(), "came": came, "away": self._lspt.count_away()}
         samples.append(now)
@@ -121,9 +121,8 @@ class Report:
                 for place, count in finer.items():
                     sample["came"][place >> 1] += count
 
-    def write(self, path: str | None, figures: dict[str, object], latencies: list) -> None:
-        """At the end: erase the live line, and write the HTML page if it has a path. latencies: as
-        DmHandler.latencies returns them. Raises OSError."""
+    def write(self, path: str | None, figures: dict[str, object]) -> None:
+        """At the end: erase the live line, and write the HTML page if it has a path. Raises OSError."""
         if self._live:
             tell("\r\x1b[K", "")
         if not path:
@@ -135,7 +134,7 @@ class Report:
             "summary": summary(figures),
             "samples": self._samples,
             "place": 1 << self._shift,
-            "latencies": latencies,
+            "latencies": self._handler.latencies(),
             "lines": [[*key, *found] for key, found in self.lines.copy().items()],
             "areas": _largest([*map(self._ended, self._here.values()), *self._gone]),
         }

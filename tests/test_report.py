@@ -9,6 +9,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import needs_userfaultfd
@@ -53,7 +54,7 @@ class Table:
 
 def begun(title="a title", state=bytes(1000), live=False):
     """A report that has no samples yet."""
-    return Report(title, Table(state), live)
+    return Report(title, Table(state), SimpleNamespace(), live)
 
 
 def sampled(clock, samples, places=1, faults=3, **options):
@@ -61,7 +62,7 @@ def sampled(clock, samples, places=1, faults=3, **options):
     made = begun(**options)
     for n in range(1, samples + 1):
         clock[0] += 1
-        made.came.extend([n * 256 % (places * 256)] * 5)
+        made._came.extend([n * 256 % (places * 256)] * 5)
         made._lspt.away = n
         made.sample(FIGURES | {"faults_refetch": faults * n})
     return made
@@ -87,7 +88,8 @@ class Scripts(HTMLParser):
 
 def written(made, path, latencies=((20.0, 3), (3000.0, 1))):
     """Write the page: its text, and the object in it."""
-    made.write(str(path), FIGURES, latencies)
+    made._handler.latencies = lambda: latencies
+    made.write(str(path), FIGURES)
     text = path.read_text(encoding="utf-8")
     (attributes, content), (_, drawing) = Scripts(text).found
     assert attributes == {"type": "application/json", "id": "report"}
@@ -118,7 +120,7 @@ def test_what_came_is_told_for_the_interval_in_which_it_came(clock):
     made = begun()
     for second in range(2000):
         clock[0] += 1
-        made.came.append(second << report.PLACE)
+        made._came.append(second << report.PLACE)
         made.sample(FIGURES)
     assert made._shift == report.PLACE
     began = BEGAN
@@ -135,7 +137,7 @@ def test_however_much_memory_a_job_has_its_places_are_few_and_no_page_is_lost(cl
     for _ in range(250):
         clock[0] += 1
         pages = [place << report.PLACE for place in randomly.choices(range(places), k=1000)]
-        made.came.extend(pages * 2)
+        made._came.extend(pages * 2)
         made.sample(FIGURES)
         assert sum(len(sample["came"]) for sample in made._samples) <= CELLS
     assert sum(sample["came"].total() for sample in made._samples) == 250 * 2000
@@ -273,7 +275,7 @@ def test_a_job_writes_it(run, tmp_path):
 
 def test_a_page_that_cannot_be_written_is_an_oserror(clock, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
-        sampled(clock, 1).write(str(tmp_path / "nowhere" / "x.html"), FIGURES, ())
+        written(sampled(clock, 1), tmp_path / "nowhere" / "x.html")
 
 
 def test_the_template_is_package_data():
@@ -294,7 +296,7 @@ def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd
             "waited_for_store": waited / 2, "waited_for_room": waited / 5,
         }  # fmt: skip
         made.sample(FIGURES | figures)
-    made.write(None, FIGURES, ())
+    made.write(None, FIGURES)
     begin, *lines, end = capfd.readouterr().err.split("\r\x1b[K")
     assert begin == end == ""
     memory = "resident 40 KiB, in the store 1.0 MiB"
