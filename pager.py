@@ -111,6 +111,7 @@ class Pager:
             self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._report.lines)
         of_memory = lspt, store, self._memfd, self._pagemap
         self._new_lpet = partial(Lpet, *of_memory, hello.evict_batch, hello.idle_tracker)
+        self._threads: list[threading.Thread] = []
         self._lpet_pid = os.getpid()
         self._status = 0  # print_error's of the first thread that has failed
         self._sampling = threading.Lock()  # held by the thread that uses the report's samples
@@ -136,10 +137,12 @@ class Pager:
     # ------------------------------------------------------------ from start to end
 
     def _start_thread(self, body: Callable[[], int | None]) -> None:
+        thread = threading.Thread(target=self._guarded, args=(body,))
         try:
-            threading.Thread(target=self._guarded, args=(body,)).start()
+            thread.start()
         except RuntimeError as error:  # Python does not pass on the errno, which can only be EAGAIN
             raise OSError(errno.EAGAIN, str(error)) from None
+        self._threads.append(thread)
 
     def run(self) -> int:
         """Tell the application that it may begin, and serve until it has ended.
@@ -156,7 +159,7 @@ class Pager:
             self._guarded(self._watch)
         self._lspt.stop()
         os.eventfd_write(self._ended, 1)
-        while threading.active_count() > 1:  # without those of _thread, which make large writes
+        while any(thread.is_alive() for thread in self._threads):
             self._mailbox.interrupt()
             time.sleep(0.001)
         try:
