@@ -44,9 +44,9 @@ import itertools
 import os
 import select
 import time
-from _thread import LockType, allocate_lock
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from threading import Event
 
 from edm import log
 from edm import lspt as l
@@ -80,7 +80,7 @@ class DmHandler:
         # The source of a zero page that gets the uffd-wp bit, which UFFDIO_ZEROPAGE can't set.
         self._zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
         self._figures = lspt.figures
-        self._called: deque[tuple[range, bool, LockType]] = deque()  # what bring was called for
+        self._called: deque[tuple[range, bool, Event]] = deque()  # what bring was called for
         self._advised: deque[range] = deque()  # what prefetch was called for
         # Nanoseconds. A wait subtracts the clock when it begins, and adds it when it ends. So a negative sum
         # means that a wait is under way.
@@ -119,11 +119,10 @@ class DmHandler:
         """Bring those of these pages that are missing, as if they had faulted. Returns when none is missing,
         or after LSPT.stop."""
         while self._lspt.is_missing(pages) and not self._lspt.stopped():
-            done = allocate_lock()
-            done.acquire()
+            done = Event()
             self._called.append((pages, write, done))
             os.eventfd_write(self._lspt.for_handler, 1)
-            done.acquire(timeout=BRING)
+            done.wait(BRING)
             if self._lspt.is_missing(pages):  # a page that was LEAVING
                 time.sleep(l.SETTLE)
 
@@ -153,9 +152,9 @@ class DmHandler:
         while self._called:
             pages, write, done = self._called.popleft()
             for page in pages:
-                if self._lspt.is_missing(range(page, page + 1)):
+                if self._lspt.state[page] < l.HERE:
                     self._bring_missing(self._start + page * PAGE_SIZE, write)
-            done.release()
+            done.set()
         if not (faults := self._next_faults()) and self._advised:
             self._bring_advised()
         began = time.monotonic_ns()
