@@ -59,7 +59,7 @@ from contextlib import suppress
 from edm import log
 from edm import lspt as l
 from edm.lspt import CHOSEN_RUN, LSPT, Claimed, Run, runs
-from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, pages_in
+from edm.page_idle import WRITTEN, BitmapTracker, Pagemap, UnmapTracker, pages_in
 from edm.page_store import Bytes, PageStore, write_all
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
 
@@ -136,18 +136,15 @@ class Lpet:
 
     def _move_out(self, claimed: Claimed) -> tuple[list[Bytes], bytes]:
         """Steps 2 to 4: the claimed pages are in the pipe, and nowhere else. Returns what is in it, with the
-        place in _bytes for it, and what Pagemap.written returns."""
+        place in _bytes for it, and which pages are dirty."""
         spans = self._content_of(claimed.page, claimed.chosen, _SPAN)
-        self._fill_pipe(spans)
-        for first, count in claimed.leaving:
-            punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE, WITH_GIL)
-        return spans, self._pagemap.written(claimed.page, claimed.chosen)
-
-    def _fill_pipe(self, spans: Iterable[Bytes]) -> None:
         for first, content in spans:
             at, end = first * PAGE_SIZE, first * PAGE_SIZE + len(content)
             while at < end:
                 at += os.splice(self._memfd, self._in, end - at, offset_src=at)
+        for first, count in claimed.leaving:
+            punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE, WITH_GIL)
+        return spans, self._pagemap.find(claimed.page, claimed.chosen, WRITTEN)
 
     def _empty_pipe(self, spans: Iterable[Bytes]) -> None:
         parts = [content for _, content in spans]
@@ -194,26 +191,24 @@ class Lpet:
 
     # ------------------------------------------------------------ which pages
 
-    def _evict_until_low_threshold(self) -> int:
-        """One run. Returns how many pages have left."""
+    def _evict_until_low_threshold(self) -> bool:
+        """One run. Returns whether any page has left."""
         # Counted once: the pages that come from here on are for the next run. It may be none: LPET was woken twice,
         # or pages were freed meanwhile.
         needed = self._needed = self._lspt.figures[l.RESIDENT] - self._lspt.low
         if needed <= 0:
-            return 0
+            return False
         self._banner.info("\n-----------------START LPET-----------------\n")
-        for part, age, asks in self._clock():
-            which = self._lspt.older_than(age)
-            passed = self._passed(*part, which, asks)
-            self._needed -= self._evict(self._lspt.claim(*part, which, passed))
+        for claimed in self._clock():
+            self._needed -= self._evict(claimed)
             if self._needed <= 0 or self._lspt.stopped():
                 break
         self._banner.info("\n-----------------END LPET-----------------\n")
-        return needed - self._needed
+        return self._needed < needed
 
-    def _clock(self) -> Iterator[tuple[Run, int, bool]]:
-        """The clock's turns, in parts that may be evicted at once: (part, how many generations ago pages that leave
-        came at least, whether the tracker is asked). The wiki's have no more pages than are still needed."""
+    def _clock(self) -> Iterator[Claimed]:
+        """The clock's turns: what is claimed of each part that may be evicted at once. The wiki's parts have no more
+        pages than are still needed."""
         now, by_the_wiki = self._lspt.generation(), self._lspt.as_the_wiki_does
         if by_the_wiki:
             turns, look = [(-l.LONGER, True), (-l.LONGER, False)], self._lspt.runs_here
@@ -229,40 +224,38 @@ class Lpet:
                     most = 1 if 0 <= time.monotonic() - self._again_at < REST else self._batch
                     part = page, min(end - page, most, self._needed if by_the_wiki else most)
                     page = self._hand = sum(part)
-                    yield part, age, asks
+                    yield self._claim(*part, age, asks)
             self._turned = now
 
-    def _passed(self, page: int, count: int, which: bytes, asks: bool) -> list[Run]:
-        """Those of these pages that may not leave now: dirty ones, while it is too early to try again what was
-        refused. Else, if the tracker is asked, those that were used. It marks them idle."""
-        too_early = time.monotonic() < self._again_at
-        if not (too_early or asks):
-            return []
+    def _claim(self, page: int, count: int, age: int, asks: bool) -> Claimed:
+        """Claim those of these pages that came at least `age` generations ago, but for those that may not leave now:
+        dirty ones, while it is too early to try again what was refused. Else, if the tracker is asked, those
+        that were used. It marks them idle."""
+        which, passed = self._lspt.older_than(age), b""
         chosen = self._lspt.state[page : page + count].translate(which)
-        if too_early:
-            return list(runs(page, self._pagemap.written(page, chosen), CHOSEN_RUN))
-        self._say("[LPET] checking if page in addr %#x is idle", page, chosen)
-        idle = self._tracker.idle(runs(page, chosen, CHOSEN_RUN))
-        used = bytes(0 if at in idle else byte for at, byte in enumerate(chosen, page))
-        passed = list(runs(page, used, CHOSEN_RUN))
-        self._tracker.mark_idle(passed)
-        return passed
+        if time.monotonic() < self._again_at:
+            passed = self._pagemap.find(page, chosen, WRITTEN)
+        elif asks:
+            self._say("[LPET] checking if page in addr %#x is idle", page, chosen)
+            passed = self._tracker.used(page, chosen)
+            self._tracker.mark_idle(page, passed)
+        return self._lspt.claim(page, count, which, runs(page, passed, CHOSEN_RUN))
 
     def _show_lspt(self) -> None:
         """Tell the log of all pages that are HERE."""
         if self._info and (here := list(self._lspt.runs_here(self._hand))):
             self._log.info("start address: %#x", self._start + here[0][0] * PAGE_SIZE)
-            idle = self._tracker.idle(here)
+            pfns, used = self._pagemap.pfns, self._tracker.used
             rows = [
-                (self._start + page * PAGE_SIZE, self._pagemap.pfns(page, 1)[0], page in idle)
-                for page in sorted(pages_in(here))
+                (self._start + at * PAGE_SIZE, pfns(at, 1)[0], used(at, b"\xff") != b"\xff")
+                for at in sorted(pages_in(here))
             ]
             self._banner.info(log.lspt_table(rows))
 
-    def _unmap(self, pages: Iterable[Run]) -> None:
-        """UnmapTracker's mark_idle: take pages out of the page table, and put them back into the memfd. pages: runs
-        that may be evicted at once."""
-        for run in pages:
+    def _unmap(self, page: int, chosen: bytes) -> None:
+        """UnmapTracker's mark_idle: take pages, which may be evicted at once, out of the page table, and put them back
+        into the memfd."""
+        for run in runs(page, chosen, CHOSEN_RUN):
             claimed = self._lspt.claim(*run, l.ANY_HERE)
             spans, _ = self._move_out(claimed)
             self._empty_pipe(spans)
@@ -300,7 +293,7 @@ class Lpet:
         return pages
 
     def _store_run(self, claimed: Claimed, track_clean: bool) -> int:
-        written = self._pagemap.written(claimed.page, claimed.chosen)
+        written = self._pagemap.find(claimed.page, claimed.chosen, WRITTEN)
         dirty = self._content_of(claimed.page, written, CHOSEN_RUN)
         try:
             for at, content in dirty:

@@ -4,12 +4,13 @@ In the picture: what LPET reads before it decides.
 
 Interface:
     Pagemap(fd, start_addr)      /proc/PID/pagemap: uffd-wp bits, presence, page frame numbers
-    BitmapTracker, UnmapTracker  mark_idle(runs), then later idle(runs)
+    BitmapTracker, UnmapTracker  mark_idle(page, chosen), then later used(page, chosen)
     choose_tracker(wanted)       the name of the one that Config asks for, or of the best that works here
     bitmap_missing()             why the bitmap can't be used here, for doctor.py
     pages_in(runs)               the pages of these runs
 
-A page is idle if nothing has read or written it since it was last marked idle.
+A page is idle if nothing has read or written it since it was last marked idle. Neighbours are named by the first
+page, and a byte for each, which is 255 for those that are meant. An answer is of such bytes, too.
 
 BitmapTracker is the wiki's way, by /sys/kernel/mm/page_idle/bitmap. It needs root and
 CONFIG_IDLE_PAGE_TRACKING.
@@ -27,8 +28,7 @@ Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, .../mm/pagemap.rst
 """
 
 import os
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from edm.lspt import Run
 from edm.uffd_ctypes import PAGE_SIZE
@@ -38,8 +38,9 @@ HUGE = 2 << 20  # bytes
 
 _PFN = (1 << 55) - 1
 _TOP_BYTE = slice(7, None, 8)  # of little-endian words: so are all machines that EDM knows
-_PRESENT, _UFFD_WP = 0x80, 0x02  # bits 63 and 57, in the top byte
-_WRITTEN = bytes(0 if byte & _UFFD_WP else 255 for byte in range(256))
+# For Pagemap.find, by that byte: bit 57, the uffd-wp bit, is not set; bit 63 is: it is in the page table.
+WRITTEN = bytes(0 if byte & 0x02 else 255 for byte in range(256))
+PRESENT = bytes(255 if byte & 0x80 else 0 for byte in range(256))
 
 
 class Pagemap:
@@ -53,25 +54,20 @@ class Pagemap:
         raw = os.pread(self.fd, 8 * count, 8 * (self._first + page))
         return raw.ljust(8 * count, b"\0")  # a process that has ended has no pages
 
-    def written(self, page: int, here: bytes) -> bytes:
-        """For each page, from `page` on: 255 if its byte in `here` is 255, and it was written since it got
-        the uffd-wp bit; else less.
+    def find(self, page: int, chosen: bytes, which: bytes) -> bytes:
+        """Those of the chosen pages that are WRITTEN, since they got the uffd-wp bit; or PRESENT, in the page table.
+        The bytes of others are less than 255.
 
-        The bit (57) of shared memory stays in the page table when the page has gone. A page without it
-        counts as written: so do all, once the process has ended.
+        The bit of shared memory stays in the page table when the page has gone. A page without it counts as
+        written: so do all, once the process has ended.
         """
-        written = self._read(page, len(here))[_TOP_BYTE].translate(_WRITTEN)
-        both = int.from_bytes(written, "big") & int.from_bytes(here, "big")
-        return both.to_bytes(len(here), "big")
-
-    def absent(self, runs: Iterable[Run]) -> set[int]:
-        """The pages of these runs that are not in the page table (bit 63)."""
-        read = ((page, self._read(page, count)[_TOP_BYTE]) for page, count in runs)
-        return {at for page, tops in read for at, top in enumerate(tops, page) if top < _PRESENT}
+        found = self._read(page, len(chosen))[_TOP_BYTE].translate(which)
+        both = int.from_bytes(found, "big") & int.from_bytes(chosen, "big")
+        return both.to_bytes(len(chosen), "big")
 
     def pfns(self, page: int, count: int) -> list[int]:
         """For each page: its page frame number; 0 if it has none, or this process may not know it."""
-        entries = array("Q", self._read(page, count))
+        entries = memoryview(self._read(page, count)).cast("Q")
         return [e & _PFN if e >> 63 else 0 for e in entries]
 
     def is_gone(self) -> bool:
@@ -84,28 +80,31 @@ class BitmapTracker:
         self._pagemap = pagemap
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def mark_idle(self, runs: Sequence[Run]) -> None:
+    def mark_idle(self, page: int, chosen: bytes) -> None:
         """Mark these pages idle."""
-        if runs:
+        if 255 in chosen:
             drain_lru_batches()
         words: dict[int, int] = {}
-        for _, at, bit in self._bits(runs):
+        for _, at, bit in self._bits(page, chosen):
             words[at] = words.get(at, 0) | bit
         for at, bits in words.items():  # a zero bit changes nothing
             os.pwrite(self._fd, bits.to_bytes(8, "little"), at)
 
-    def idle(self, runs: Iterable[Run]) -> set[int]:
-        """The pages of these runs that nothing has touched since they were marked."""
-        words = ((page, os.pread(self._fd, 8, at), bit) for page, at, bit in self._bits(runs))
-        return {page for page, word, bit in words if int.from_bytes(word, "little") & bit}
+    def used(self, page: int, chosen: bytes) -> bytes:
+        """Those of these pages that were touched since they were marked. A page that is not in the page table
+        counts as used: nothing is known of it."""
+        used = bytearray(chosen)
+        for place, at, bit in self._bits(page, chosen):
+            if int.from_bytes(os.pread(self._fd, 8, at), "little") & bit:
+                used[place] = 0
+        return bytes(used)
 
-    def _bits(self, runs: Iterable[Run]) -> Iterator[tuple[int, int, int]]:
-        """(page, offset of a word in the bitmap, the page's bit there). A page that is not in the page table
-        has no frame number, and counts as used: nothing is known of it."""
-        for page, count in runs:
-            for at, pfn in enumerate(self._pagemap.pfns(page, count), start=page):
-                if pfn:
-                    yield at, pfn // 64 * 8, 1 << pfn % 64
+    def _bits(self, page: int, chosen: bytes) -> Iterator[tuple[int, int, int]]:
+        """Of those that have a page frame number: (place in `chosen`, offset of a word in the bitmap, the page's bit
+        there)."""
+        for place, pfn in enumerate(self._pagemap.pfns(page, len(chosen))):
+            if pfn and chosen[place] == 255:
+                yield place, pfn // 64 * 8, 1 << pfn % 64
 
 
 def drain_lru_batches() -> None:
@@ -119,9 +118,10 @@ def drain_lru_batches() -> None:
 
 
 class UnmapTracker:
-    def __init__(self, pagemap: Pagemap, unmap: Callable[[Iterable[Run]], None]) -> None:
+    def __init__(self, pagemap: Pagemap, unmap: Callable[[int, bytes], None]) -> None:
         """unmap takes pages out of the page table, and puts them back into the memfd."""
-        self.mark_idle, self.idle = unmap, pagemap.absent
+        self.mark_idle = unmap
+        self.used = lambda page, chosen: pagemap.find(page, chosen, PRESENT)
 
 
 def bitmap_missing() -> str:

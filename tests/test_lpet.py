@@ -22,7 +22,7 @@ from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.lpet import AGE, Lpet
 from edm.lspt import ANY_HERE, AWAY, COMING, HERE, LEAVING, LOST, LSPT, NEW, NO_HOLES, SMALL
-from edm.page_idle import BitmapTracker, Pagemap, pages_in
+from edm.page_idle import PRESENT, WRITTEN, BitmapTracker, Pagemap, pages_in
 from edm.uffd_ctypes import PAGE_SIZE
 
 
@@ -89,10 +89,20 @@ class FakePagemap:
 
     def __init__(self, real):
         self.clean = set()
-        self.absent, self.pfns = real.absent, real.pfns
+        self._find, self.pfns = real.find, real.pfns
 
-    def written(self, page, here):
-        return bytes(0 if at in self.clean else byte for at, byte in enumerate(here, start=page))
+    def find(self, page, chosen, which):
+        if which is PRESENT:
+            return self._find(page, chosen, which)
+        return bytes(0 if at in self.clean else byte for at, byte in enumerate(chosen, start=page))
+
+
+def absent(instance, page, count):
+    """Those of these pages that are not in the page table."""
+    there = Pagemap(instance.pagemap_fd, instance.memory.address).find(
+        page, b"\xff" * count, PRESENT
+    )
+    return {at for at, byte in enumerate(there, page) if not byte}
 
 
 class FakeUffd:
@@ -118,11 +128,11 @@ class FakeTracker:
     def __init__(self):
         self.idle_pages, self.marked = set(), []
 
-    def idle(self, runs):
-        return self.idle_pages.intersection(pages_in(runs))
+    def used(self, page, chosen):
+        return bytes(0 if at in self.idle_pages else byte for at, byte in enumerate(chosen, page))
 
-    def mark_idle(self, runs):
-        self.marked += pages_in(runs)
+    def mark_idle(self, page, chosen):
+        self.marked += pages_in(l.runs(page, chosen, l.CHOSEN_RUN))
 
 
 class FakeBitmap(FakeTracker, BitmapTracker):
@@ -309,16 +319,17 @@ def test_clean_pages_leave_without_their_bytes(make):
     assert instance.figure(l.SENT) == 2 * PAGE_SIZE
 
 
-def test_the_store_gets_what_was_written_last_before_the_page_left_the_page_table(make):
+def test_the_store_gets_what_was_written_last_before_the_page_left_the_page_table(
+    make, monkeypatch
+):
     instance = make()
     instance.come((10, 2))
-    real = instance.lpet._fill_pipe
 
-    def fill_pipe(*arguments):
-        real(*arguments)
+    def punch_hole(*arguments):
         instance.memory.write(11, version=7)  # by a thread of the application
+        u.punch_hole(*arguments)
 
-    instance.lpet._fill_pipe = fill_pipe
+    monkeypatch.setattr(lpet_module, "punch_hole", punch_hole)
     instance.evict(0, 50, ANY_HERE)
     assert instance.store.pages == {10: content(10), 11: content(11, version=7)}
 
@@ -327,13 +338,14 @@ def test_the_marks_are_read_after_the_pages_have_left_the_page_table(make):
     instance = make()
     instance.come((10, 2))
     there = []
-    real = instance.pagemap.written
+    real = instance.pagemap.find
 
-    def written(page, here):
-        there.append((instance.pagemap.absent([(10, 2)]), instance.memory.pages_in_it()))
-        return real(page, here)
+    def find(page, chosen, which):
+        assert which is WRITTEN
+        there.append((absent(instance, 10, 2), instance.memory.pages_in_it()))
+        return real(page, chosen, which)
 
-    instance.pagemap.written = written
+    instance.pagemap.find = find
     instance.evict(0, 50, ANY_HERE)
     assert there == [({10, 11}, 0)]
 
@@ -746,7 +758,7 @@ def test_an_unmapped_page_is_idle_until_it_is_touched_and_keeps_its_bytes(make):
     instance = make(high=8, low=4)
     instance.come((0, 8))
     assert instance.evict_once() == [0, 1, 2, 3], "all were in use: in order"
-    assert instance.pagemap.absent([(4, 4)]) == {4, 5, 6, 7}, "and the others are marked"
+    assert absent(instance, 4, 4) == {4, 5, 6, 7}, "and the others are marked"
     assert instance.memory.pages_in_it() == 4
     # A read would map the neighbours too (fault-around), as this memory has no marks.
     instance.memory.map[4 * PAGE_SIZE] = content(4)[0]
@@ -772,9 +784,9 @@ def test_who_touches_a_page_while_it_is_being_marked_is_woken(make):
         real(*arguments)
 
     instance.lpet._put_back = put_back
-    instance.lpet._tracker.mark_idle([(10, 2)])
+    instance.lpet._tracker.mark_idle(10, b"\xff\xff")
     assert instance.uffd.woken == {10, 11}
-    assert instance.here() == [10, 11] and instance.pagemap.absent([(10, 2)]) == {10, 11}
+    assert instance.here() == [10, 11] and absent(instance, 10, 2) == {10, 11}
     assert [instance.memory.read(page) for page in (10, 11)] == [content(10), content(11)]
 
 
@@ -1033,11 +1045,11 @@ def test_what_the_store_refused_is_stored_the_next_time(registered):
 def test_unmapping_a_page_to_see_whether_it_is_used_does_not_make_it_written_or_clean(registered):
     for page in (10, 11, 12):
         registered.install(page, page != 11)
-    registered.lpet._tracker.mark_idle([(10, 3)])
-    assert registered.lpet._tracker.idle([(10, 3)]) == {10, 11, 12}
+    registered.lpet._tracker.mark_idle(10, b"\xff\xff\xff")
+    assert registered.lpet._tracker.used(10, b"\xff\xff\xff") == b"\0\0\0"
     assert registered.memory.read(10) == content(10)
     registered.memory.write(12, version=1)
-    assert registered.lpet._tracker.idle([(10, 3)]) == {11}
+    assert registered.lpet._tracker.used(10, b"\xff\xff\xff") == b"\xff\0\xff"
     assert registered.evict(0, 50, ANY_HERE) == 3
     assert registered.store.tries == [[(11, 2)]]
     assert registered.store.pages == {11: content(11), 12: content(12, version=1)}

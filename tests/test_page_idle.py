@@ -9,11 +9,19 @@ from types import SimpleNamespace
 import pytest
 
 from edm import page_idle
-from edm.page_idle import BitmapTracker, Pagemap, UnmapTracker, choose_tracker, pages_in
+from edm.page_idle import (
+    PRESENT,
+    WRITTEN,
+    BitmapTracker,
+    Pagemap,
+    UnmapTracker,
+    choose_tracker,
+    pages_in,
+)
 from edm.uffd_ctypes import PAGE_SIZE
 
 START = 0x10000
-PRESENT, MARK = 1 << 63, 1 << 57
+THERE, MARK = 1 << 63, 1 << 57
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def make(tmp_path):
 @pytest.fixture
 def pagemap(make):
     """Pages 0 to 9 of a space at START: page n has frame 100 + 7 * n, but 3 is not present."""
-    entries = [PRESENT | 100 + 7 * n for n in range(10)]
+    entries = [THERE | 100 + 7 * n for n in range(10)]
     entries[3] = 100 + 7 * 3
     return make(entries)
 
@@ -48,16 +56,16 @@ def bitmap(tmp_path):
 
 
 def test_pagemap_tells_what_is_present_and_in_which_frame(pagemap):
-    assert pagemap.absent([(2, 3), (7, 1)]) == {3}
+    assert pagemap.find(2, b"\xff\xff\xff\0\xff", PRESENT) == b"\xff\0\xff\0\xff"
     assert pagemap.pfns(2, 3) == [114, 0, 128]
 
 
 def test_pagemap_of_a_process_that_has_ended_has_no_pages(tmp_path):
     with open(tmp_path / "ended", "wb+") as file:
         gone = Pagemap(file.fileno(), START)
-        assert gone.absent([(0, 2)]) == {0, 1} and gone.pfns(0, 2) == [0, 0]
+        assert gone.find(0, b"\xff\xff", PRESENT) == b"\0\0" and gone.pfns(0, 2) == [0, 0]
         here = bytes((255, 255, 0, 0, 0, 255))
-        assert gone.written(0, here) == here, "so nothing is lost"
+        assert gone.find(0, here, WRITTEN) == here, "so nothing is lost"
         assert gone.is_gone()
 
 
@@ -69,16 +77,17 @@ def test_pagemap_tells_whether_the_process_is_still_there(pagemap):
 
 def test_a_page_was_written_if_it_has_no_mark_whether_it_is_present_or_not(make):
     marks = [1, 1, 0, 0, 1, 0, 1, 1, 1, 0]
-    for present in (PRESENT, 0):
+    for present in (THERE, 0):
         pagemap = make([MARK * mark | present | 7 for mark in marks])
-        assert pagemap.written(0, b"\xff" * 10) == bytes(0 if mark else 255 for mark in marks)
+        dirty = bytes(0 if mark else 255 for mark in marks)
+        assert pagemap.find(0, b"\xff" * 10, WRITTEN) == dirty
         here = bytes((255, 255, 255, 0, 0, 255, 255, 0, 255))
-        assert pagemap.written(1, here) == bytes((0, 255, 255, 0, 0, 0, 0, 0, 255))
+        assert pagemap.find(1, here, WRITTEN) == bytes((0, 255, 255, 0, 0, 0, 0, 0, 255))
 
 
 def test_no_other_bit_is_taken_for_a_mark(make):
     pagemap = make([~MARK & (1 << 64) - 1, MARK])
-    assert pagemap.written(0, b"\xff\xff") == b"\xff\0"
+    assert pagemap.find(0, b"\xff\xff", WRITTEN) == b"\xff\0"
 
 
 def bits(bitmap):
@@ -95,9 +104,9 @@ def drained(monkeypatch):
 
 
 def test_the_bitmap_tracker_marks_the_frames_of_present_pages(pagemap, bitmap, drained):
-    BitmapTracker(pagemap, str(bitmap)).mark_idle([(0, 2), (4, 1)])
+    BitmapTracker(pagemap, str(bitmap)).mark_idle(0, b"\xff\xff\0\1\xff")
     assert bits(bitmap) == {100, 107, 128}
-    BitmapTracker(pagemap, str(bitmap)).mark_idle([(3, 1)])
+    BitmapTracker(pagemap, str(bitmap)).mark_idle(3, b"\xff")
     assert bits(bitmap) == {100, 107, 128}
 
 
@@ -109,28 +118,29 @@ def test_the_lru_batches_are_drained_before_pages_are_marked(pagemap, bitmap, dr
         return real(fd, pack("=Q", *(word & ~hidden for word in unpack("=Q", words))), offset)
 
     monkeypatch.setattr(page_idle.os, "pwrite", pwrite)
-    BitmapTracker(pagemap, str(bitmap)).mark_idle([(0, 3)])
+    BitmapTracker(pagemap, str(bitmap)).mark_idle(0, b"\xff\xff\xff")
     assert bits(bitmap) == {100, 107, 114} and drained == [1]
-    BitmapTracker(pagemap, str(bitmap)).mark_idle([])
+    BitmapTracker(pagemap, str(bitmap)).mark_idle(0, b"\0\1")
     assert drained == [1], "that takes long, also for no pages"
 
 
 def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap, drained):
     tracker = BitmapTracker(pagemap, str(bitmap))
-    tracker.mark_idle([(0, 10)])
-    assert tracker.idle([(0, 10)]) == set(range(10)) - {3}
+    tracker.mark_idle(0, b"\xff" * 10)
+    assert tracker.used(0, b"\xff" * 10) == b"\0\0\0\xff" + bytes(6)
     words = list(unpack_from("=64Q", bitmap.read_bytes()))
     words[107 // 64] &= ~(1 << 107 % 64)  # the kernel saw page 1 touched
     bitmap.write_bytes(pack("=64Q", *words))
-    assert tracker.idle([(0, 5)]) == {0, 2, 4}
+    assert tracker.used(0, b"\xff" * 5) == b"\0\xff\0\xff\0"
+    assert tracker.used(0, b"\xff\0\xff\1") == b"\0\0\0\1", "of those that are asked about"
 
 
 def test_the_unmap_tracker_unmaps_to_mark_and_a_page_that_is_not_present_is_idle(pagemap):
     unmapped = []
-    tracker = UnmapTracker(pagemap, unmapped.append)
-    tracker.mark_idle([(2, 3)])
-    assert unmapped == [[(2, 3)]]
-    assert tracker.idle([(2, 3), (7, 1)]) == {3}
+    tracker = UnmapTracker(pagemap, lambda *pages: unmapped.append(pages))
+    tracker.mark_idle(2, b"\xff\xff\xff")
+    assert unmapped == [(2, b"\xff\xff\xff")]
+    assert tracker.used(2, b"\xff\xff\xff\0\0\xff") == b"\xff\0\xff\0\0\xff"
 
 
 def test_pages_in_runs():

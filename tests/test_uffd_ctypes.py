@@ -15,7 +15,7 @@ import pytest
 from conftest import needs_userfaultfd, wait_for
 
 from edm import uffd_ctypes as u
-from edm.page_idle import Pagemap
+from edm.page_idle import WRITTEN, Pagemap
 from edm.uffd_ctypes import PAGE_SIZE
 
 HEADER = "/usr/include/linux/userfaultfd.h"
@@ -230,7 +230,7 @@ def marked(make):
     memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE, write_protect=True)
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         pagemap = Pagemap(file.fileno(), memory.address)
-        memory.written = lambda: pagemap.written(0, b"\xff") == b"\xff"
+        memory.written = lambda: pagemap.find(0, b"\xff", WRITTEN) == b"\xff"
         yield memory
 
 

@@ -14,7 +14,8 @@ import time
 
 from edm import address_space, lpet, pager
 from edm.edm import Config
-from edm.lpet import Lpet
+from edm.lpet import CHOSEN_RUN, Lpet
+from edm.page_idle import WRITTEN
 from edm.page_store import PageStore
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -31,21 +32,22 @@ MOMENT = 1e-3  # seconds: on a machine with much to do, the threads hardly run i
 
 
 class BytesFirst(Lpet):
-    def _moved(self, spans, dirty):
-        return False
-
-    def _empty_pipe(self, spans):
-        pass
-
-    def _fill_pipe(self, spans):
-        for first, content in spans:
+    def _move_out(self, claimed):
+        for first, content in self._content_of(claimed.page, claimed.chosen, CHOSEN_RUN):
             assert os.preadv(self._memfd, [content], first * PAGE_SIZE) == len(content)
+        self.early = bytes(self._bytes)
         time.sleep(MOMENT)
+        return super()._move_out(claimed)
+
+    def _moved(self, spans, dirty):
+        self._empty_pipe(spans)
+        self._bytes[:] = self.early
+        return False
 
 
 class MarksFirst(Lpet):
     def _move_out(self, claimed):
-        written = self._pagemap.written(claimed.page, claimed.chosen)
+        written = self._pagemap.find(claimed.page, claimed.chosen, WRITTEN)
         time.sleep(MOMENT)
         spans, _ = super()._move_out(claimed)
         return spans, written
