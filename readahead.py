@@ -52,9 +52,8 @@ NEAR = 16
 class Stream:
     def __init__(self, place: int, window: int, stride: int) -> None:
         self.stride = stride  # bytes from one fault to the next; -PAGE_SIZE: downward
-        self.is_of_neighbours = abs(stride) == PAGE_SIZE
         # What counts of a fault's place: of a stream of neighbours, where its page begins.
-        self.mask = -PAGE_SIZE if self.is_of_neighbours else -1
+        self.mask = -PAGE_SIZE if abs(stride) == PAGE_SIZE else -1
         self.fault_at(place & self.mask, window)
 
     def fault_at(self, place: int, window: int) -> None:
@@ -113,7 +112,7 @@ class Readahead:
         step = stream.stride // PAGE_SIZE
         pages = range(stream.place // PAGE_SIZE, at // PAGE_SIZE, step)
         pages = pages[stream.window :] or pages[-1:]
-        return stream.is_of_neighbours and self._is_missing(pages if step > 0 else pages[::-1])
+        return stream.mask == -PAGE_SIZE and self._is_missing(pages if step > 0 else pages[::-1])
 
     def _begin(self, place: int) -> Stream | None:
         recent, page = self._recent, place // PAGE_SIZE
