@@ -60,8 +60,8 @@ BRING = 0.1  # seconds from one look to the next whether this thread still runs
 SPIN = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
 FIRST_PIECE, PIECE = 16, min(64, PAGES_AT_ONCE)  # pages of a run that are installed at once
-WAITS = ("waited", "waited_for_store", "waited_for_room")  # of figures(), in seconds
-FAULTS, STORE, ROOM = range(3)  # their places
+# What the application waited for: figures(), in seconds.
+WAITS = FAULTS, STORE, ROOM = "waited", "waited_for_store", "waited_for_room"
 
 
 class DmHandler:
@@ -79,12 +79,11 @@ class DmHandler:
         self._log, self._banner, self._info = log.of_box("DmHandler")
         # The source of a zero page that gets the uffd-wp bit, which UFFDIO_ZEROPAGE can't set.
         self._zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
-        self._figures = lspt.figures
         self._called: deque[tuple[range, bool, Event]] = deque()  # what bring was called for
         self._advised: deque[range] = deque()  # what prefetch was called for
         # Nanoseconds. A wait subtracts the clock when it begins, and adds it when it ends. So a negative sum
         # means that a wait is under way.
-        self._waited = [0, 0, 0]
+        self._waited = dict.fromkeys(WAITS, 0)
         self._latencies: Counter[int] = Counter()  # see latencies()
 
     def figures(self) -> dict[str, object]:
@@ -95,12 +94,12 @@ class DmHandler:
         return {
             "latency_median": self._latency(0.5),
             "latency_99th": self._latency(0.99),
-            **{name: round(ns / 1e9, 3) for name, ns in zip(WAITS, self._waits(), strict=True)},
+            **{name: round(ns / 1e9, 3) for name, ns in self._waits().items()},
         }
 
-    def _waits(self) -> list[int]:
+    def _waits(self) -> dict[str, int]:
         """Nanoseconds, with the wait that is under way: it may be a long one."""
-        return [ns if ns >= 0 else ns + time.monotonic_ns() for ns in self._waited]
+        return {name: ns + (ns < 0 and time.monotonic_ns()) for name, ns in self._waited.items()}
 
     def _latency(self, share: float) -> int:
         """The µs that this share of the faults did not exceed."""
@@ -173,7 +172,7 @@ class DmHandler:
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each
         time; then sleep. If pages are advised, don't wait."""
-        figures, until = self._figures, time.monotonic() + SPIN
+        figures, until = self._lspt.figures, time.monotonic() + SPIN
         while True:
             if self.children.uffds:
                 self._serve_children()
@@ -215,7 +214,7 @@ class DmHandler:
         if flags & u.UFFD_PAGEFAULT_FLAG_WP:
             # In any state of the page: without the bit, it counts as written.
             self._uffd.writeprotect(address & -PAGE_SIZE, PAGE_SIZE, False)
-            self._figures[l.WRITE_PROTECT] += 1
+            self._lspt.figures[l.WRITE_PROTECT] += 1
         else:
             self._bring_missing(address, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
         if self._info:
@@ -233,11 +232,10 @@ class DmHandler:
             self._await_wakeup()
             self._waited[ROOM] += time.monotonic_ns()
         if state >= l.LOST:
-            self._figures[l.OTHER] += 1
             if state != l.LEAVING:  # else who has claimed it wakes the application
                 self._uffd.wake(address & -PAGE_SIZE, PAGE_SIZE)
             return
-        self._figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
+        self._lspt.figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
         if stream := self._readahead.stream(address - self._start):
             wanted = stream.wanted(self._lspt.area(page))
             runs = [run for part in wanted for run in self._lspt.expect_more(part)]
@@ -250,7 +248,7 @@ class DmHandler:
 
     def _bring_advised(self) -> None:
         """Bring those of the next PIECE advised pages that are AWAY. If there is room for fewer, look at so many."""
-        runs, most = [], min(PIECE, self._lspt.high - self._figures[l.RESIDENT])
+        runs, most = [], min(PIECE, self._lspt.high - self._lspt.figures[l.RESIDENT])
         if not most:
             with self._lspt.lock:
                 self._lspt.want_room()
@@ -315,7 +313,7 @@ class DmHandler:
             self._log.info("copying %s to address : %#x", what, address)
         wp = self._track_clean and not write
         if source:  # counted first: the application may ask as soon as it is woken
-            self._figures[l.RECEIVED] += len(pages) * PAGE_SIZE
+            self._lspt.figures[l.RECEIVED] += len(pages) * PAGE_SIZE
         at, at_once = 0, pages.step == 1
         while left := len(pages) * PAGE_SIZE - at:
             dst, length = address + at * pages.step, left if at_once else PAGE_SIZE

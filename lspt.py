@@ -33,7 +33,7 @@ them.) Every page state is named here, and only the methods of LSPT change one:
 
 Whether a page is clean is not stored here: the page table knows.
 
-Generations: a new one begins when a quarter of high_threshold has come. The byte of a page that is HERE
+Generations: a new one begins when a quarter of high_threshold pages has come. The byte of a page that is HERE
 includes the generation in which the page came, modulo GENERATIONS. A page that
 faults again SOON after it has left gets a generation that is LONGER ahead of the current one (arrived).
 So pages that are used all the time stay, while a program passes through other memory once.
@@ -72,7 +72,6 @@ from edm.uffd_ctypes import MAP_NORESERVE, PAGE_SIZE, Userfaultfd, semaphore
 NEW, AWAY, AWAYS, LOST, COMING, LEAVING, HERE, GENERATIONS = 0, 1, 64, 65, 66, 67, 128, 128
 
 PART = 4096  # pages: their bytes are one page of memory, which the first access allocates
-QUARTERS = 4  # generations in one turnover of high_threshold pages
 # Generations. With these values, zipf's accesses fetch one sixth fewer pages (simulated), and pandas'
 # sort_values by a random key fetches a third as many. With a LONGER of 2 or less, there is no gain.
 SOON, LONGER = 2, 8
@@ -112,13 +111,12 @@ Claimed = namedtuple("Claimed", "page before chosen leaving")
 # when the DM-Handler began to wait for room (nanoseconds of the clock), NEVER if only advice wants some; or 0.
 FIGURES = (
     "resident", "peak_resident", "faults_first_access", "faults_refetch", "faults_write_protect",
-    "faults_other", "fetched", "bytes_received", "evicted_dirty", "evicted_clean", "refused",
-    "bytes_sent",
+    "fetched", "bytes_received", "evicted_dirty", "evicted_clean", "refused", "bytes_sent",
 )  # fmt: skip
 (
-    RESIDENT, PEAK, FIRST_ACCESS, REFETCH, WRITE_PROTECT, OTHER, FETCHED, RECEIVED, EVICTED_DIRTY,
-    EVICTED_CLEAN, REFUSED, SENT, ROOM_WANTED, STOPPED,
-) = range(14)  # fmt: skip
+    RESIDENT, PEAK, FIRST_ACCESS, REFETCH, WRITE_PROTECT, FETCHED, RECEIVED, EVICTED_DIRTY, EVICTED_CLEAN,
+    REFUSED, SENT, ROOM_WANTED, STOPPED,
+) = range(13)  # fmt: skip
 
 
 def runs(page: int, states: bytes, which: re.Pattern[bytes]) -> Iterator[Run]:
@@ -190,7 +188,7 @@ class LSPT(ByteTable):
         self.areas: list[Run] = []  # the application's areas, sorted
         self._plain, self.as_the_wiki_does = plain, plain or high <= SMALL
         self._wake_at = self.high + 1 if self.as_the_wiki_does else (self.high + self.low + 1) // 2
-        self.quarter = max(1, high // QUARTERS)  # pages
+        self.quarter = max(1, high // 4)  # pages that come in a generation
 
     # ------------------------------------------------------------ the DM-Handler's transitions
 
@@ -250,7 +248,6 @@ class LSPT(ByteTable):
         """COMING → AWAY: the pages have not come; the store has them as before. Or → LOST."""
         with self.lock:
             self.set(pages, state)
-            self.figures[FETCHED] -= len(pages)
             self._room(len(pages), not self._plain)
 
     # ------------------------------------------------------------ LEAVING

@@ -21,9 +21,9 @@ switches this off for the application's children. From then on they get a SIGBUS
 memory.
 
 The figures that Space.figures() returns, counted since the start:
-    faults_first_access, faults_refetch, faults_write_protect, faults_other   faults; the last: of
-                                   pages that had come meanwhile, or were being evicted
-    fetched                        pages that came or are coming: by those faults, readahead, or
+    faults_first_access, faults_refetch, faults_write_protect   faults; not counted: those of pages
+                                   that had come meanwhile, or were being evicted
+    fetched                        pages that were to come: for those faults, readahead, or
                                    edm.prefetch
     latency_median, latency_99th   of the faults, in µs
     waited                         their sum, in seconds; the waits of several threads may overlap

@@ -32,7 +32,6 @@ from edm.lspt import (
     ONE_AWAY,
     PART,
     PEAK,
-    QUARTERS,
     RESIDENT,
     ROOM_WANTED,
     SETTLED,
@@ -226,7 +225,7 @@ def test_arrived_gives_a_page_the_generation_in_which_it_came(make):
     lspt = make(high=40)
     for page in range(15):
         come(lspt, page)
-    assert lspt.quarter == 40 // QUARTERS == 10
+    assert lspt.quarter == 40 // 4 == 10
     assert lspt.state[:15] == bytes((*[HERE] * 9, *[HERE + 1] * 6)) and lspt.generation() == 1
 
 

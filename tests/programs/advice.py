@@ -20,7 +20,7 @@ def wait_for(what, why):
 
 def faults(space):
     figures = space.figures()
-    return figures["faults_refetch"] + figures["faults_first_access"] + figures["faults_other"]
+    return figures["faults_refetch"] + figures["faults_first_access"]
 
 
 def many(space, a):
