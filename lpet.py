@@ -101,8 +101,8 @@ class Lpet:
 
     def run(self) -> None:
         """Evict whenever woken, until LSPT.stop. Raises OSError when a fault has waited for GRACE seconds."""
-        while self._lspt.wait_to_evict():
-            if not self._evict_until_low_threshold():
+        while needed := self._lspt.wait_to_evict():
+            if not self._evict_until_low_threshold(needed):
                 # Short, to see LSPT.stop soon.
                 time.sleep(REST / 2 if time.monotonic() < self._again_at else l.SETTLE)
 
@@ -191,13 +191,10 @@ class Lpet:
 
     # ------------------------------------------------------------ which pages
 
-    def _evict_until_low_threshold(self) -> bool:
-        """One run. Returns whether any page has left."""
-        # Counted once: the pages that come from here on are for the next run. It may be none: LPET was woken twice,
-        # or pages were freed meanwhile.
-        needed = self._needed = self._lspt.figures[l.RESIDENT] - self._lspt.low
-        if needed <= 0:
-            return False
+    def _evict_until_low_threshold(self, needed: int) -> bool:
+        """One run, of so many pages: those that come from here on are for the next run. Returns whether any page
+        has left."""
+        self._needed = needed
         self._banner.info("\n-----------------START LPET-----------------\n")
         for claimed in self._clock():
             self._needed -= self._evict(claimed)

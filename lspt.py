@@ -374,17 +374,17 @@ class LSPT(ByteTable):
 
     # ------------------------------------------------------------ waiting
 
-    def wait_to_evict(self) -> bool:
-        """For LPET, which has evicted what it could: sleep until there is something to evict. Returns False
-        once stop was called."""
+    def wait_to_evict(self) -> int:
+        """For LPET, which has evicted what it could: sleep until there is something to evict. Returns how many pages
+        are to leave; 0 once stop was called."""
         while not self.stopped():
             with self.lock:
                 self._room(0, True)
-            if self.figures[RESIDENT] >= self._wake_at or self.figures[ROOM_WANTED]:
-                return True
+                if self.figures[RESIDENT] >= self._wake_at or self.figures[ROOM_WANTED]:
+                    return self.figures[RESIDENT] - self.low
             # It returns at once if there was a wake-up since the last read.
             os.read(self.for_lpet, 8)  # unlike os.eventfd_read, this goes on after a signal
-        return False
+        return 0
 
     def stopped(self) -> bool:
         return bool(self.figures[STOPPED])

@@ -187,8 +187,11 @@ class Instance:
     def evict_once(self):
         """As LPET does when it is woken; which pages left, in order?"""
         before = len(self.gone)
-        self.lpet._evict_until_low_threshold()
+        self.lpet._evict_until_low_threshold(self.needed())
         return self.gone[before:]
+
+    def needed(self):
+        return self.figure(l.RESIDENT) - self.lspt.low
 
     def may_try_again(self):
         """The rest after a refusal is over."""
@@ -518,7 +521,7 @@ def test_grace_begins_anew_when_a_fault_has_got_its_room(make, clock, how):
     instance.lpet._tracker = FakeTracker()
     instance.store.refuses = refuse_all
     instance.lspt.expect(20)
-    instance.lpet._evict_until_low_threshold()
+    instance.evict_once()
     clock.now += 0.9 * lpet_module.GRACE
     assert instance.evict_once() == []
     if how == "evicted":
@@ -621,7 +624,7 @@ def test_a_table_that_is_used_all_the_time_stays_while_other_pages_pass_once(mak
 
     def touch(page, kind):
         if (state := lspt.expect(page)) is None:
-            instance.lpet._evict_until_low_threshold()
+            instance.evict_once()
             state = lspt.expect(page)
         if state < LOST:
             os.pwrite(instance.memory.memfd, b".", page * PAGE_SIZE)
@@ -698,7 +701,13 @@ def test_nothing_leaves_when_it_is_woken_without_need(make, high, here):
     instance.lspt.figures[l.FETCHED] += 3 * instance.lspt.quarter
     tracker = instance.lpet._tracker = FakeTracker()
     tracker.idle_pages = set(range(here))
-    assert instance.evict_once() == [] and tracker.marked == []
+    thread, ended = start(instance.lpet.run)
+    os.eventfd_write(instance.lspt.for_lpet, 1)
+    thread.join(0.05)
+    assert thread.is_alive() and instance.gone == tracker.marked == []
+    instance.lspt.stop()
+    thread.join(10)
+    assert ended == [None]
 
 
 # ---------------------------------------------------------------- which pages: the wiki's algorithm
