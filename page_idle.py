@@ -36,15 +36,14 @@ from edm.uffd_ctypes import PAGE_SIZE
 BITMAP = "/sys/kernel/mm/page_idle/bitmap"
 HUGE = 2 << 20  # bytes
 
-_PFN = (1 << 55) - 1
-_TOP_BYTE = slice(7, None, 8)  # of little-endian words: so are all machines that EDM knows
-# For Pagemap.find, by that byte: bit 57, the uffd-wp bit, is not set; bit 63 is: it is in the page table.
+# For Pagemap.find, by an entry's top byte: bit 57, the uffd-wp bit, is not set; bit 63 is: the page is in the page table.
 WRITTEN = bytes(0 if byte & 0x02 else 255 for byte in range(256))
 PRESENT = bytes(255 if byte & 0x80 else 0 for byte in range(256))
 
 
 class Pagemap:
-    """/proc/PID/pagemap of the application, opened by it: 8 bytes a page of its address space."""
+    """/proc/PID/pagemap of the application, opened by it: 8 bytes a page of its address space, little-endian, as are
+    all machines that EDM knows."""
 
     def __init__(self, fd: int, start_addr: int) -> None:
         """Pages are numbered from start_addr (bytes)."""
@@ -61,14 +60,14 @@ class Pagemap:
         The bit of shared memory stays in the page table when the page has gone. A page without it counts as
         written: so do all, once the process has ended.
         """
-        found = self._read(page, len(chosen))[_TOP_BYTE].translate(which)
+        found = self._read(page, len(chosen))[7::8].translate(which)  # the top bytes
         both = int.from_bytes(found, "big") & int.from_bytes(chosen, "big")
         return both.to_bytes(len(chosen), "big")
 
     def pfns(self, page: int, count: int) -> list[int]:
         """For each page: its page frame number; 0 if it has none, or this process may not know it."""
         entries = memoryview(self._read(page, count)).cast("Q")
-        return [e & _PFN if e >> 63 else 0 for e in entries]
+        return [e & (1 << 55) - 1 if e >> 63 else 0 for e in entries]  # bits 0 to 54
 
     def is_gone(self) -> bool:
         """Has the process ended, or replaced itself by another program?"""
