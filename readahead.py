@@ -51,17 +51,14 @@ NEAR = 16
 
 class Stream:
     def __init__(self, place: int, window: int, stride: int) -> None:
+        """A fault at this place brings so many pages. Only a fault in these continues the stream, which is a new Stream
+        then, or one behind them or near: pages that are here do not fault."""
         self.stride = stride  # bytes from one fault to the next; -PAGE_SIZE: downward
         # What counts of a fault's place: of a stream of neighbours, where its page begins.
         self.mask = -PAGE_SIZE if abs(stride) == PAGE_SIZE else -1
-        self.fault_at(place & self.mask, window)
-
-    def fault_at(self, place: int, window: int) -> None:
-        """A fault at this place brings so many pages. Only a fault in these continues the stream, or one behind
-        them or near: pages that are here do not fault."""
-        self.place, self.window = place, window
-        self.end = place + window * self.stride
-        self.reach = range(place + self.stride, self.end + NEAR * self.stride, self.stride)
+        self.place, self.window = place & self.mask, window
+        self.end = self.place + window * stride
+        self.reach = range(self.place + stride, self.end + NEAR * stride, stride)
 
     def wanted(self, area: range) -> list[range]:
         """The pages of this area to fetch now, in the order of need: first the one that has faulted. They are
@@ -99,9 +96,9 @@ class Readahead:
             if (at := place & stream.mask) in stream.reach:
                 self._streams.remove(stream)
                 if not self._passed_over(stream, at):
+                    stream = Stream(at, min(2 * stream.window, self.max_window), stream.stride)
                     self._streams.insert(0, stream)
                     self._rows = max(self._rows - PROBE, 0)
-                    stream.fault_at(at, min(2 * stream.window, self.max_window))
                     return stream
                 break
         return self._begin(place) if self.max_window > 1 else None
