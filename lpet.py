@@ -7,7 +7,7 @@ DM-Handler but the LSPT and the store.
 
 Interface: run() is LPET. forget() evicts what the application does not need (advice.py), and store()
 sends the store what it does not have yet, without evicting it. Both are called by another thread, which
-has an Lpet of its own. What it counts is in LSPT.figures.
+has an Lpet of its own. used() and mark_idle() are the tracker `unmap` (page_idle.py). What it counts is in LSPT.figures.
 
 It sleeps until the resident pages reach a number between the thresholds, or a fault finds no room
 (LSPT.wait_to_evict). Then it evicts down to low_threshold.
@@ -59,7 +59,7 @@ from contextlib import suppress
 from edm import log
 from edm import lspt as l
 from edm.lspt import CHOSEN_RUN, LSPT, Claimed, Run, runs
-from edm.page_idle import WRITTEN, BitmapTracker, Pagemap, UnmapTracker, pages_in
+from edm.page_idle import PRESENT, WRITTEN, BitmapTracker, Pagemap, pages_in
 from edm.page_store import Bytes, PageStore, write_all
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
 
@@ -90,8 +90,7 @@ class Lpet:
         size = fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ)
         self._batch = min(batch, size // PAGE_SIZE)
         self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the claimed pages
-        by_bitmap = tracker == "bitmap"
-        self._tracker = BitmapTracker(pagemap) if by_bitmap else UnmapTracker(pagemap, self._unmap)
+        self._tracker = BitmapTracker(pagemap) if tracker == "bitmap" else self
         self._hand = 0  # the page where the clock goes on
         # The generation of the clock's last whole turn. Another turn in it would find no page that is AGE old.
         self._turned = -1
@@ -249,9 +248,12 @@ class Lpet:
             ]
             self._banner.info(log.lspt_table(rows))
 
-    def _unmap(self, page: int, chosen: bytes) -> None:
-        """UnmapTracker's mark_idle: take pages, which may be evicted at once, out of the page table, and put them back
-        into the memfd."""
+    def used(self, page: int, chosen: bytes) -> bytes:
+        """As a BitmapTracker's, for the tracker `unmap`."""
+        return self._pagemap.find(page, chosen, PRESENT)
+
+    def mark_idle(self, page: int, chosen: bytes) -> None:
+        """Take these pages, which may be evicted at once, out of the page table, and put them back into the memfd."""
         for run in runs(page, chosen, CHOSEN_RUN):
             claimed = self._lspt.claim(*run, l.ANY_HERE)
             spans, _ = self._move_out(claimed)

@@ -4,7 +4,7 @@ In the picture: what LPET reads before it decides.
 
 Interface:
     Pagemap(fd, start_addr)      /proc/PID/pagemap: uffd-wp bits, presence, page frame numbers
-    BitmapTracker, UnmapTracker  mark_idle(page, chosen), then later used(page, chosen)
+    BitmapTracker                mark_idle(page, chosen), then later used(page, chosen)
     choose_tracker(wanted)       the name of the one that Config asks for, or of the best that works here
     bitmap_missing()             why the bitmap can't be used here, for doctor.py
     pages_in(runs)               the pages of these runs
@@ -12,15 +12,15 @@ Interface:
 A page is idle if nothing has read or written it since it was last marked idle. Neighbours are named by the first
 page, and a byte for each, which is 255 for those that are meant. An answer is of such bytes, too.
 
-BitmapTracker is the wiki's way, by /sys/kernel/mm/page_idle/bitmap. It needs root and
+`bitmap`, BitmapTracker, is the wiki's way, by /sys/kernel/mm/page_idle/bitmap. It needs root and
 CONFIG_IDLE_PAGE_TRACKING.
   * A page that is still in a per-CPU LRU batch can't be marked idle. So the batches are drained first. That
     takes as long as to read 16 words of the bitmap.
   * A page frame number is good only at the moment when it is read, so it is read anew each time.
 
-UnmapTracker needs neither root nor a kernel option. It takes a page out of the page table and puts
-it back into the memfd; the next touch maps it again inside the kernel, without an event, and "present" in
-pagemap shows that.
+`unmap`, which is Lpet itself, needs neither root nor a kernel option. It takes a page out of the page table and
+puts it back into the memfd; the next touch maps it again inside the kernel, without an event, and "present"
+in pagemap shows that.
 
 Rules: any thread may use a Pagemap. A tracker belongs to one Lpet.
 
@@ -28,7 +28,7 @@ Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, .../mm/pagemap.rst
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from edm.lspt import Run
 from edm.uffd_ctypes import PAGE_SIZE
@@ -116,13 +116,6 @@ def drain_lru_batches() -> None:
         os.posix_fadvise(mapped.fileno(), 0, PAGE_SIZE, os.POSIX_FADV_DONTNEED)
 
 
-class UnmapTracker:
-    def __init__(self, pagemap: Pagemap, unmap: Callable[[int, bytes], None]) -> None:
-        """unmap takes pages out of the page table, and puts them back into the memfd."""
-        self.mark_idle = unmap
-        self.used = lambda page, chosen: pagemap.find(page, chosen, PRESENT)
-
-
 def bitmap_missing() -> str:
     """Why this process can't use the kernel's idle bitmap; "" if it can."""
     try:
@@ -137,9 +130,9 @@ def bitmap_missing() -> str:
 def choose_tracker(wanted: str) -> str:
     """The name of the tracker to use for Config.idle_tracker, bitmap, unmap or auto.
 
-    Raises ValueError when it can't be had, or if pages can't be written back into a memfd here. UnmapTracker does
-    that, and LPET when the store has refused some. A kernel that makes huge pages of a memfd would put pages of
-    zeros where nothing is to be. Source: Documentation/admin-guide/mm/transhuge.rst.
+    Raises ValueError when it can't be had, or if pages can't be written back into a memfd here. LPET does that
+    to mark pages idle without the bitmap, and when the store has refused some. A kernel that makes huge pages of a
+    memfd would put pages of zeros where nothing is to be. Source: Documentation/admin-guide/mm/transhuge.rst.
     """
     missing = bitmap_missing() if wanted != "unmap" else "it is not wanted"
     if wanted == "bitmap" and missing:

@@ -14,7 +14,6 @@ from edm.page_idle import (
     WRITTEN,
     BitmapTracker,
     Pagemap,
-    UnmapTracker,
     choose_tracker,
     pages_in,
 )
@@ -56,7 +55,9 @@ def bitmap(tmp_path):
 
 
 def test_pagemap_tells_what_is_present_and_in_which_frame(pagemap):
-    assert pagemap.find(2, b"\xff\xff\xff\0\xff", PRESENT) == b"\xff\0\xff\0\xff"
+    assert pagemap.find(2, b"\xff\xff\xff\0\xff", PRESENT) == b"\xff\0\xff\0\xff", (
+        "of those asked for"
+    )
     assert pagemap.pfns(2, 3) == [114, 0, 128]
 
 
@@ -133,14 +134,6 @@ def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap, drained):
     bitmap.write_bytes(pack("=64Q", *words))
     assert tracker.used(0, b"\xff" * 5) == b"\0\xff\0\xff\0"
     assert tracker.used(0, b"\xff\0\xff\1") == b"\0\0\0\1", "of those that are asked about"
-
-
-def test_the_unmap_tracker_unmaps_to_mark_and_a_page_that_is_not_present_is_idle(pagemap):
-    unmapped = []
-    tracker = UnmapTracker(pagemap, lambda *pages: unmapped.append(pages))
-    tracker.mark_idle(2, b"\xff\xff\xff")
-    assert unmapped == [(2, b"\xff\xff\xff")]
-    assert tracker.used(2, b"\xff\xff\xff\0\0\xff") == b"\xff\0\xff\0\0\xff"
 
 
 def test_pages_in_runs():
