@@ -75,9 +75,9 @@ class Pagemap:
 
 
 class BitmapTracker:
-    def __init__(self, pagemap: Pagemap, path: str = BITMAP) -> None:
+    def __init__(self, pagemap: Pagemap) -> None:
         self._pagemap = pagemap
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._fd = os.open(BITMAP, os.O_RDWR | os.O_CLOEXEC)
 
     def mark_idle(self, page: int, chosen: bytes) -> None:
         """Mark these pages idle."""

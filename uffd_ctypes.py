@@ -92,7 +92,6 @@ _libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
 _libc.mmap.restype = c_long  # an address of a process, or -1
 # Keeps the GIL: for calls that take less time than to get it back from another thread.
 WITH_GIL = ctypes.PyDLL(None, use_errno=True)
-_libc.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 
 _NR_userfaultfd, _NR_futex, _NR_seccomp, _NR_tgkill = _NUMBERS[_machine]
 _NR_close_range, _NR_pidfd_getfd = 436, 438  # on every machine
@@ -310,7 +309,7 @@ def tgkill(process: int, thread: int, number: int) -> None:
 
 def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
-    _checked("prctl", _libc.prctl(option, value, 0, 0, 0))
+    _checked("prctl", _libc.prctl(option, c_ulong(value), c_ulong(0), c_ulong(0), c_ulong(0)))
 
 
 # <linux/seccomp.h>. The flags are TSYNC, NEW_LISTENER, TSYNC_ESRCH, and the youngest: WAIT_KILLABLE_RECV, Linux 5.19.

@@ -48,9 +48,10 @@ def pagemap(make):
 
 
 @pytest.fixture
-def bitmap(tmp_path):
+def bitmap(tmp_path, monkeypatch):
     file = tmp_path / "bitmap"
     file.write_bytes(bytes(8 * 64))
+    monkeypatch.setattr(page_idle, "BITMAP", str(file))
     return file
 
 
@@ -105,9 +106,9 @@ def drained(monkeypatch):
 
 
 def test_the_bitmap_tracker_marks_the_frames_of_present_pages(pagemap, bitmap, drained):
-    BitmapTracker(pagemap, str(bitmap)).mark_idle(0, b"\xff\xff\0\1\xff")
+    BitmapTracker(pagemap).mark_idle(0, b"\xff\xff\0\1\xff")
     assert bits(bitmap) == {100, 107, 128}
-    BitmapTracker(pagemap, str(bitmap)).mark_idle(3, b"\xff")
+    BitmapTracker(pagemap).mark_idle(3, b"\xff")
     assert bits(bitmap) == {100, 107, 128}
 
 
@@ -119,14 +120,14 @@ def test_the_lru_batches_are_drained_before_pages_are_marked(pagemap, bitmap, dr
         return real(fd, pack("=Q", *(word & ~hidden for word in unpack("=Q", words))), offset)
 
     monkeypatch.setattr(page_idle.os, "pwrite", pwrite)
-    BitmapTracker(pagemap, str(bitmap)).mark_idle(0, b"\xff\xff\xff")
+    BitmapTracker(pagemap).mark_idle(0, b"\xff\xff\xff")
     assert bits(bitmap) == {100, 107, 114} and drained == [1]
-    BitmapTracker(pagemap, str(bitmap)).mark_idle(0, b"\0\1")
+    BitmapTracker(pagemap).mark_idle(0, b"\0\1")
     assert drained == [1], "that takes long, also for no pages"
 
 
 def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap, drained):
-    tracker = BitmapTracker(pagemap, str(bitmap))
+    tracker = BitmapTracker(pagemap)
     tracker.mark_idle(0, b"\xff" * 10)
     assert tracker.used(0, b"\xff" * 10) == b"\0\0\0\xff" + bytes(6)
     words = list(unpack_from("=64Q", bitmap.read_bytes()))
