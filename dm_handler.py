@@ -90,21 +90,16 @@ class DmHandler:
 
         Latency: from the message's arrival to the woken application, as this thread sees it.
         """
-        return {
-            "latency_median": self._latency(0.5),
-            "latency_99th": self._latency(0.99),
-            **{name: round(ns / 1e9, 3) for name, ns in self._waits().items()},
-        }
+        bounds, counts = zip(*self.latencies() or [(0, 0)], strict=True)
+        seen = list(itertools.accumulate(counts))
+        # µs that half of the faults, and all but a hundredth, did not exceed.
+        median, long = (bounds[bisect.bisect_left(seen, part * seen[-1])] for part in (0.5, 0.99))
+        waits = {name: round(ns / 1e9, 3) for name, ns in self._waits().items()}
+        return {"latency_median": median, "latency_99th": long, **waits}
 
     def _waits(self) -> dict[str, int]:
         """Nanoseconds, with the wait that is under way: it may be a long one."""
         return {name: ns + (ns < 0 and time.monotonic_ns()) for name, ns in self._waited.items()}
-
-    def _latency(self, share: float) -> int:
-        """The µs that this share of the faults did not exceed."""
-        at_most, counts = zip(*self.latencies() or [(0, 0)], strict=True)
-        seen = list(itertools.accumulate(counts))
-        return at_most[bisect.bisect_left(seen, share * seen[-1])]
 
     def latencies(self) -> list[tuple[int, int]]:
         """(at most this many µs, how many faults), ascending. From a millisecond on, these are whole ones.
