@@ -82,7 +82,11 @@ class BitmapTracker:
     def mark_idle(self, page: int, chosen: bytes) -> None:
         """Mark these pages idle."""
         if 255 in chosen:
-            drain_lru_batches()
+            # Have every CPU put the pages of its LRU batches on the LRU lists. Asking for a mapped page of a file to be
+            # dropped from the page cache does that: it can't be dropped, and the kernel thinks that a batch may
+            # hold it (mm/fadvise.c, lru_add_drain_all).
+            with open("/proc/self/exe", "rb") as mapped:
+                os.posix_fadvise(mapped.fileno(), 0, PAGE_SIZE, os.POSIX_FADV_DONTNEED)
         words: dict[int, int] = {}
         for _, at, bit in self._bits(page, chosen):
             words[at] = words.get(at, 0) | bit
@@ -104,16 +108,6 @@ class BitmapTracker:
         for place, pfn in enumerate(self._pagemap.pfns(page, len(chosen))):
             if pfn and chosen[place] == 255:
                 yield place, pfn // 64 * 8, 1 << pfn % 64
-
-
-def drain_lru_batches() -> None:
-    """Have every CPU put the pages of its LRU batches on the LRU lists.
-
-    Asking for a mapped page of a file to be dropped from the page cache does that: it can't be
-    dropped, and the kernel thinks that a batch may hold it (mm/fadvise.c, lru_add_drain_all).
-    """
-    with open("/proc/self/exe", "rb") as mapped:
-        os.posix_fadvise(mapped.fileno(), 0, PAGE_SIZE, os.POSIX_FADV_DONTNEED)
 
 
 def bitmap_missing() -> str:
