@@ -118,7 +118,13 @@ class Lpet:
         self._say("[LPET] sending eviction request for page in addr %#x", page, chosen)
         spans, written = self._move_out(claimed)  # 2, 3, 4
         pages, dirty = chosen.count(255), written.count(255)
-        if not self._moved(spans, dirty):  # 5
+        (first, content), *others = spans
+        # 5. Of neighbours that are all dirty: pipe → disk, without a copy. If that is not possible, or fails, the
+        # bytes are in _bytes then.
+        at_once = self._store.takes_pipes and not others and len(content) == dirty * PAGE_SIZE
+        if not at_once:
+            self._empty_pipe(spans)
+        if not (at_once and self._store.put_from_pipe(self._out, first, content)):
             try:
                 self._store.put(leaving, self._content_of(page, written, CHOSEN_RUN))
             except OSError as error:
@@ -149,15 +155,6 @@ class Lpet:
         parts = [content for _, content in spans]
         if os.readv(self._out, parts) < sum(map(len, parts)):
             raise RuntimeError("readv: the pipe has less than was put into it")
-
-    def _moved(self, spans: list[Bytes], dirty: int) -> bool:
-        """Step 5 for neighbours that are all dirty: pipe → disk, without a copy. False if that is not possible:
-        then the bytes are in _bytes."""
-        (first, content), *others = spans
-        if self._store.takes_pipes and not others and len(content) == dirty * PAGE_SIZE:
-            return self._store.put_from_pipe(self._out, first, content)
-        self._empty_pipe(spans)
-        return False
 
     def _content_of(self, page: int, chosen: bytes, which: re.Pattern[bytes]) -> list[Bytes]:
         """The runs of pages whose bytes match, with the places in _bytes for their content. page: the first

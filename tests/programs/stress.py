@@ -37,12 +37,12 @@ class BytesFirst(Lpet):
             assert os.preadv(self._memfd, [content], first * PAGE_SIZE) == len(content)
         self.early = bytes(self._bytes)
         time.sleep(MOMENT)
+        self._store.takes_pipes = False
         return super()._move_out(claimed)
 
-    def _moved(self, spans, dirty):
-        self._empty_pipe(spans)
+    def _empty_pipe(self, spans):
+        super()._empty_pipe(spans)
         self._bytes[:] = self.early
-        return False
 
 
 class MarksFirst(Lpet):
