@@ -135,11 +135,13 @@ class ByteTable:
         self._ever_set = mmap.mmap(-1, -(-pages // PART))  # 1 for each part that was ever set
 
     def ever_set(self, page: int, count: int) -> Iterator[Run]:
-        """Runs that have all of these pages that were ever set. A run has at most PART pages."""
+        """Runs that have all of these pages that were ever set. A run has at most PART pages, not all of them 0."""
         part, end = page // PART, -(-(page + count) // PART)
         while (part := self._ever_set.find(b"\1", part, end)) >= 0:
             first, part = max(page, part * PART), part + 1
-            yield first, min(page + count, part * PART) - first
+            many = min(page + count, part * PART) - first
+            if self.state[first : first + many] != bytes(many):
+                yield first, many
 
     def read(self, page: int, count: int) -> bytes:
         """The bytes of count pages from page; fewer at the table's end."""
