@@ -40,9 +40,10 @@ that was not enough, they leave in order in a second turn. And no more leave tha
 call of an ordinary user is about to touch is always passed (pins.py).
 
 When the store refuses, because its disk is full or fails, LPET passes dirty pages for REST seconds
-(until _again_at). Then it tries again, for REST seconds page by page, as some may fit. If a fault has waited for
-room, and the store has refused, both for GRACE seconds (since _refused_since), LPET raises the store's reason,
-which ends the job.
+(until _again_at). Then it tries again, for GRACE seconds page by page, whatever their age, as some may fit: those
+that have a place on the disk already. While a fault waits, it goes on to the next page at once. If a fault has
+waited for room, and the store has refused, both for GRACE seconds (since _refused_since), LPET raises the store's
+reason, which ends the job.
 
 Rules: an Lpet belongs to one thread. It never takes the LSPT's lock itself.
 """
@@ -179,9 +180,10 @@ class Lpet:
         """Raises OSError, with the store's errno, when a fault has waited for too long."""
         now, wanted_since = time.monotonic(), self._lspt.figures[l.ROOM_WANTED] / 1e9
         self._refused_since = min(self._refused_since, now)
-        self._again_at = now + REST
         self._lspt.figures[l.REFUSED] += pages
-        if wanted_since and now - max(wanted_since, self._refused_since) > GRACE:
+        waits = 0 < wanted_since <= now  # a fault, and not only advice
+        self._again_at = now + (REST if pages > 1 or not waits else 0)
+        if waits and now - max(wanted_since, self._refused_since) > GRACE:
             words = "no page can be evicted, and the application needs another one"
             raise OSError(error.errno, f"{words}: {error.strerror}")
 
@@ -210,11 +212,13 @@ class Lpet:
             by_bitmap = isinstance(self._tracker, BitmapTracker)
             turns = [(AGE, by_bitmap), (0, False), (-l.LONGER, False)][now == self._turned :]
             look = self._lspt.occupied
+        if 0 <= time.monotonic() - self._again_at < GRACE:
+            turns = turns[-1:]
         for age, asks in turns:
             for page, count in look(self._hand):
                 end = page + count
                 while page < end:
-                    most = 1 if 0 <= time.monotonic() - self._again_at < REST else self._batch
+                    most = 1 if 0 <= time.monotonic() - self._again_at < GRACE else self._batch
                     part = page, min(end - page, most, self._needed if by_the_wiki else most)
                     page = self._hand = sum(part)
                     yield self._claim(*part, age, asks)
@@ -253,8 +257,7 @@ class Lpet:
         """Take these pages, which may be evicted at once, out of the page table, and put them back into the memfd."""
         for run in runs(page, chosen, CHOSEN_RUN):
             claimed = self._lspt.claim(*run, l.ANY_HERE)
-            spans, _ = self._move_out(claimed)
-            self._empty_pipe(spans)
+            self._empty_pipe(self._move_out(claimed)[0])
             self._put_back(claimed)
 
     def forget(self, advised: list[Run]) -> None:

@@ -407,9 +407,41 @@ def test_after_a_refusal_pages_leave_one_by_one_as_far_as_they_fit_and_then_in_b
     assert sizes(instance)[1:7] == [1] * 6
     instance.store.tries.clear()
     room = 100
-    clock.now += 2.5 * lpet_module.REST
+    clock.now += lpet_module.GRACE + lpet_module.REST
     assert len(instance.evict_once()) == 27 and sizes(instance)[:1] == [16]
     assert all(instance.store.pages[page] == content(page) for page in instance.gone)
+
+
+@pytest.mark.parametrize("high", [64, 2 * SMALL])
+def test_a_fault_gets_room_as_long_as_any_page_fits_also_if_those_that_are_due_do_not(
+    make, clock, high
+):
+    instance = make(pages=2 * high, high=high, low=high - 4, batch=16)
+    instance.lpet._tracker = FakeTracker()
+    instance.come((0, high))
+    instance.make_of(instance.lspt.generation() + l.LONGER, 0, high)  # they came back soon
+    instance.make_of(instance.lspt.generation() - 2, 20, 1)  # this one is due
+    has_a_place = {17, high - 9}
+    instance.store.refuses = lambda runs: not {*pages_in(runs)} <= has_a_place
+    gone = []
+    for page in (high, high + 1):
+        assert instance.lspt.expect(page) is None
+        for _ in range(5):
+            gone += instance.evict_once()
+            clock.now += lpet_module.REST
+        assert instance.lspt.expect(page) is not None
+        has_a_place.discard(gone[0])
+    assert sorted(gone) == [17, high - 9]
+
+
+def test_a_page_that_does_not_fit_is_tried_once_a_rest_while_no_fault_waits(make, clock):
+    instance = make(low=32, batch=16)
+    instance.come((0, 64))
+    instance.store.refuses = refuse_all
+    for tries in range(1, 6):
+        assert instance.evict_once() == [] and instance.evict_once() == []
+        assert len([runs for runs in instance.store.tries if runs]) == tries
+        clock.now += lpet_module.REST
 
 
 def test_while_the_store_refuses_only_clean_pages_leave_and_then_it_is_tried_again(make, clock):
