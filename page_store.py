@@ -354,9 +354,8 @@ class PageStore:
         """
         place, done = self._place(page, FIRST), 0
         with suppress(OSError):
-            while done < len(content):
-                part = min(WRITE_SIZE, len(content) - done)
-                done += os.splice(pipe, self.fd, part, offset_dst=place + done)
+            while done < len(content):  # the pipe has no more
+                done += os.splice(pipe, self.fd, WRITE_SIZE, offset_dst=place + done)
         if done == len(content):
             self.spt.set(range(page, page + done // PAGE_SIZE), DISK | FIRST)
             return True
