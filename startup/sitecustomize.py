@@ -32,8 +32,7 @@ def start():
     del os.environ["PYTHONPATH"]
     if settings["PYTHONPATH"] is not None:
         os.environ["PYTHONPATH"] = settings["PYTHONPATH"]
-    init = os.path.join(EDM, "__init__.py")
-    spec = spec_from_file_location("edm", init, submodule_search_locations=[EDM])
+    spec = spec_from_file_location("edm", f"{EDM}/__init__.py", submodule_search_locations=[EDM])
     sys.modules["edm"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["edm"])
     import edm.edm
