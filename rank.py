@@ -188,12 +188,13 @@ def _page(comm: Any, dms: int, application: int, control: Any) -> int:
     from edm.pager import page_for
 
     def open_store(hello: Any) -> MpiStore:
-        _thread.start_new_thread(_pass_on, (application, pidfd, hello.ended_by))
         _begin_with_all(comm, None, application)
+        hello.ended_by = ended_by
         return MpiStore(comm, dms, hello)
 
     control.send(b"%d" % (comm.rank - dms))
-    pidfd = os.pidfd_open(application)
+    ended_by: list[str] = []
+    _thread.start_new_thread(_pass_on, (application, os.pidfd_open(application), ended_by))
     failed = page_for(control, open_store)
     if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)
