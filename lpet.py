@@ -54,7 +54,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 
 from edm import log
@@ -102,8 +102,10 @@ class Lpet:
     def run(self) -> None:
         """Evict whenever woken, until LSPT.stop. Raises OSError when a fault has waited for GRACE seconds."""
         while needed := self._lspt.wait_to_evict():
-            if not self._evict_until_low_threshold(needed):
-                # Short, to see LSPT.stop soon.
+            self._banner.info("\n-----------------START LPET-----------------\n")
+            left = self._evict_until_low_threshold(needed)
+            self._banner.info("\n-----------------END LPET-----------------\n")
+            if left == needed:  # short, to see LSPT.stop soon
                 time.sleep(REST / 2 if time.monotonic() < self._again_at else l.SETTLE)
 
     # ------------------------------------------------------------ one eviction
@@ -189,21 +191,12 @@ class Lpet:
 
     # ------------------------------------------------------------ which pages
 
-    def _evict_until_low_threshold(self, needed: int) -> bool:
-        """One run, of so many pages: those that come from here on are for the next run. Returns whether any page
-        has left."""
-        self._needed = needed
-        self._banner.info("\n-----------------START LPET-----------------\n")
-        for claimed in self._clock():
-            self._needed -= self._evict(claimed)
-            if self._needed <= 0 or self._lspt.stopped():
-                break
-        self._banner.info("\n-----------------END LPET-----------------\n")
-        return self._needed < needed
+    def _evict_until_low_threshold(self, needed: int) -> int:
+        """One run of LPET, which is the clock's turns: of each part, what may be evicted leaves at once, until `needed`
+        pages have left. Those that come meanwhile are for the next run. Returns how many are still needed.
 
-    def _clock(self) -> Iterator[Claimed]:
-        """The clock's turns: what is claimed of each part that may be evicted at once. The wiki's parts have no more
-        pages than are still needed."""
+        The wiki's parts have no more pages than are still needed.
+        """
         now, by_the_wiki = self._lspt.generation(), self._lspt.as_the_wiki_does
         if by_the_wiki:
             turns, look = [(-l.LONGER, True), (-l.LONGER, False)], self._lspt.runs_here
@@ -219,10 +212,13 @@ class Lpet:
                 end = page + count
                 while page < end:
                     most = 1 if 0 <= time.monotonic() - self._again_at < GRACE else self._batch
-                    part = page, min(end - page, most, self._needed if by_the_wiki else most)
+                    part = page, min(end - page, most, needed if by_the_wiki else most)
                     page = self._hand = sum(part)
-                    yield self._claim(*part, age, asks)
+                    needed -= self._evict(self._claim(*part, age, asks))
+                    if needed <= 0 or self._lspt.stopped():
+                        return needed
             self._turned = now
+        return needed
 
     def _claim(self, page: int, count: int, age: int, asks: bool) -> Claimed:
         """Claim those of these pages that came at least `age` generations ago, but for those that may not leave now:
