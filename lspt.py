@@ -56,7 +56,6 @@ Rules:
 """
 
 import bisect
-import itertools
 import mmap
 import os
 import re
@@ -344,10 +343,10 @@ class LSPT(ByteTable):
     def occupied(self, start: int = 0) -> Iterator[Run]:
         """As ever_set, of all pages, from this one on and then round to it. Without the parts that have no page
         that is HERE."""
-        behind, before = self.ever_set(start, self.pages - start), self.ever_set(0, start)
-        for first, many in itertools.chain(behind, before):
-            if not self.state[first : first + many].isascii():  # HERE is 128 and more
-                yield first, many
+        for run in ((start, self.pages - start), (0, start)):
+            for first, many in self.ever_set(*run):
+                if not self.state[first : first + many].isascii():  # HERE is 128 and more
+                    yield first, many
 
     def runs_here(self, start: int = 0) -> Iterator[Run]:
         """The runs of pages that are HERE, in the order of occupied. Each part is read when the iteration gets
