@@ -23,7 +23,6 @@ Documentation/admin-guide/mm/userfaultfd.rst.
 """
 
 import ctypes
-import errno
 import os
 import time
 from _multiprocessing import SemLock
@@ -145,10 +144,10 @@ class Userfaultfd:
         try:
             ioctl(self.fd, request, self._block)
             return True
-        except OSError as error:
-            if error.errno != errno.EAGAIN:
-                raise OSError(error.errno, f"{name}: {error.strerror}") from None
+        except BlockingIOError:
             return False
+        except OSError as error:
+            raise OSError(error.errno, f"{name}: {error.strerror}") from None
 
     def api(self, features: int) -> int:
         """The handshake, once per descriptor: ask for features, get those that there are.
