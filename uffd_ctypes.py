@@ -24,7 +24,6 @@ Documentation/admin-guide/mm/userfaultfd.rst.
 
 import ctypes
 import os
-import time
 from _multiprocessing import SemLock
 from _signal import SIG_BLOCK, SIG_SETMASK
 from _thread import _local as local
@@ -270,7 +269,7 @@ def futex_wake(address: int) -> None:
 def semaphore() -> SemLock:
     """A lock for threads and forked processes: a semaphore of one, sem_overview(7), whose name is gone
     at once. It is what multiprocessing.Lock wraps; that takes long to import."""
-    kind, name = 1, f"/edm-{os.getpid()}-{time.monotonic_ns()}"
+    kind, name = 1, f"/edm-{os.urandom(16).hex()}"
     try:
         return SemLock(kind, 1, 1, name, True)
     except OSError as error:  # that is full, or can't be written
