@@ -280,32 +280,29 @@ class Lpet:
         pages, had_ended = 0, self._lspt.stopped()
         everything = [(0, self._lspt.pages)]
         for claimed in self._lspt.claims(everything, l.NO_HOLES, self._batch, had_ended):
-            pages += self._store_run(claimed, track_clean)
+            written = self._pagemap.find(claimed.page, claimed.chosen, WRITTEN)
+            dirty = self._content_of(claimed.page, written, CHOSEN_RUN)
+            try:
+                for at, content in dirty:
+                    if track_clean:
+                        self._protect(at, len(content), True)
+                    if os.preadv(self._memfd, [content], at * PAGE_SIZE) < len(content):
+                        raise OSError(errno.EIO, "preadv: a page of the memfd can't be read")
+                if dirty:
+                    self._store.put([], dirty)
+            except OSError:
+                for at, content in dirty if track_clean else ():
+                    self._protect(at, len(content), False)
+                raise
+            finally:
+                self._lspt.stays(claimed)
+            pages += written.count(255)
+            self._lspt.figures[l.SENT] += written.count(255) * PAGE_SIZE
             if had_ended and l.LEAVING in claimed.before:  # what is COMING has not come
                 raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
         if self._lspt.stopped() != had_ended:  # then claims may have left out some
             raise OSError(errno.EIO, "the application has ended")
         return pages
-
-    def _store_run(self, claimed: Claimed, track_clean: bool) -> int:
-        written = self._pagemap.find(claimed.page, claimed.chosen, WRITTEN)
-        dirty = self._content_of(claimed.page, written, CHOSEN_RUN)
-        try:
-            for at, content in dirty:
-                if track_clean:
-                    self._protect(at, len(content), True)
-                if os.preadv(self._memfd, [content], at * PAGE_SIZE) < len(content):
-                    raise OSError(errno.EIO, "preadv: a page of the memfd can't be read")
-            if dirty:
-                self._store.put([], dirty)
-        except OSError:
-            for at, content in dirty if track_clean else ():
-                self._protect(at, len(content), False)
-            raise
-        finally:
-            self._lspt.stays(claimed)
-        self._lspt.figures[l.SENT] += written.count(255) * PAGE_SIZE
-        return written.count(255)
 
     def _protect(self, page: int, length: int, protect: bool) -> None:
         """length: bytes."""
