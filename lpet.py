@@ -274,12 +274,11 @@ class Lpet:
 
         track_clean: clean pages have the uffd-wp bit. Then each dirty page is write-protected before it is read. So a
         later write makes it dirty again, for the next sync. Without, all pages count as written.
-        Raises OSError if the store refuses a page, if the application ends meanwhile, or if LPET has ended in the
-        midst of an eviction.
+        When the application ends, this leaves out the rest; but if the disk is kept, it goes on. Raises OSError if the
+        store refuses a page, or LPET has one at the end.
         """
-        pages, had_ended = 0, self._lspt.stopped()
-        everything = [(0, self._lspt.pages)]
-        for claimed in self._lspt.claims(everything, l.NO_HOLES, self._batch, had_ended):
+        pages, everything = 0, [(0, self._lspt.pages)]
+        for claimed in self._lspt.claims(everything, l.NO_HOLES, self._batch, self._store.kept):
             written = self._pagemap.find(claimed.page, claimed.chosen, WRITTEN)
             dirty = self._content_of(claimed.page, written, CHOSEN_RUN)
             try:
@@ -298,10 +297,8 @@ class Lpet:
                 self._lspt.stays(claimed)
             pages += written.count(255)
             self._lspt.figures[l.SENT] += written.count(255) * PAGE_SIZE
-            if had_ended and l.LEAVING in claimed.before:  # what is COMING has not come
+            if self._lspt.stopped() and l.LEAVING in claimed.before:  # what is COMING has not come
                 raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
-        if self._lspt.stopped() != had_ended:  # then claims may have left out some
-            raise OSError(errno.EIO, "the application has ended")
         return pages
 
     def _protect(self, page: int, length: int, protect: bool) -> None:

@@ -286,9 +286,10 @@ class LSPT(ByteTable):
         were COMING or LEAVING, until none is: other threads have a page for no longer than a batch takes. The
         caller ends each claim, by gone, stays or freed, before it asks for the next.
 
-        It ends when stop is called. to_end: it goes on, but not with pages that other threads have."""
+        It ends when stop is called. to_end: it goes on, but tries pages that other threads have only once more."""
         while pages:
             later: list[Run] = []
+            stopped = self.stopped()
             for page, count in (part for run in pages for part in self.ever_set(*run)):
                 for at in range(page, page + count, most):
                     if self.stopped() and not to_end:
@@ -296,7 +297,7 @@ class LSPT(ByteTable):
                     claimed = self.claim(at, min(most, page + count - at), which)
                     later += runs(at, claimed.before, UNSETTLED)
                     yield claimed
-            pages = [] if self.stopped() else later
+            pages = [] if stopped else later
             if pages:
                 time.sleep(SETTLE)
 

@@ -62,6 +62,7 @@ class Store:
         self.stayed = []  # of every put: was it with stay?
         self.refuses = lambda runs: False
         self.meanwhile = lambda: None  # called in the midst of a put
+        self.kept = True
         self.takes_pipes = False
         self.taken = []  # the runs that it took
 
@@ -994,15 +995,33 @@ def test_storing_does_not_wait_when_everything_has_ended_but_misses_no_page(make
             instance.lpet.store(False)
 
 
-def test_storing_ends_when_the_application_does(make):
+@pytest.mark.parametrize("kept", [True, False])
+def test_when_the_application_ends_storing_goes_on_if_the_disk_is_kept(make, kept):
     instance = make()
     instance.come((10, 1), (40, 1))  # in two batches
-    instance.store.meanwhile = instance.lspt.stop
-    with pytest.raises(OSError, match="the application has ended"):
-        instance.lpet.store(False)
-    assert instance.store.pages == {10: content(10)}
-    instance.store.meanwhile = lambda: None
-    assert instance.lpet.store(False) == 2  # at the end
+    instance.store.kept, instance.store.meanwhile = kept, instance.lspt.stop
+    assert instance.lpet.store(False) == (2 if kept else 1)
+    assert [*instance.store.pages] == ([10, 40] if kept else [10])
+
+
+@pytest.mark.parametrize("lpet_ends", [True, False])
+def test_no_page_is_missed_that_lpet_has_when_the_application_ends(make, monkeypatch, lpet_ends):
+    instance = make()
+    instance.come((10, 2))
+    theirs = instance.lspt.claim(11, 1, ANY_HERE)
+
+    def sleep(seconds):  # storing waits for page 11
+        if lpet_ends:
+            instance.lspt.stays(theirs)
+        instance.lspt.stop()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    if lpet_ends:
+        assert instance.lpet.store(False) == 2
+        assert instance.store.pages == {page: content(page) for page in (10, 11)}
+    else:
+        with pytest.raises(OSError, match="LPET has ended in the midst"):
+            instance.lpet.store(False)
 
 
 @pytest.fixture
