@@ -133,20 +133,21 @@ class ByteTable:
         self.state = mmap.mmap(-1, pages, mmap.MAP_SHARED | MAP_NORESERVE)
         self._ever_set = mmap.mmap(-1, -(-pages // PART))  # 1 for each part that was ever set
 
-    def ever_set(self, page: int, count: int) -> Iterator[Run]:
-        """Runs that have all of these pages that were ever set. A run has at most PART pages, not all of them 0."""
+    def ever_set(self, page: int, count: int) -> Iterator[tuple[int, bytes]]:
+        """(first page, bytes) of runs that have all of these pages that were ever set. A run has at most PART pages,
+        not all of them 0, and is read when the iteration gets there."""
         part, end = page // PART, -(-(page + count) // PART)
         while (part := self._ever_set.find(b"\1", part, end)) >= 0:
             first, part = max(page, part * PART), part + 1
-            many = min(page + count, part * PART) - first
-            if self.state[first : first + many] != bytes(many):
-                yield first, many
+            states = self.state[first : min(page + count, part * PART)]
+            if states != bytes(len(states)):
+                yield first, states
 
     def read(self, page: int, count: int) -> bytes:
         """The bytes of count pages from page; fewer at the table's end."""
         states = bytearray(min(count, self.pages - page))
-        for first, many in self.ever_set(page, len(states)):
-            states[first - page : first - page + many] = self.state[first : first + many]
+        for first, part in self.ever_set(page, len(states)):
+            states[first - page : first - page + len(part)] = part
         return bytes(states)
 
     def set(self, pages: range, byte: int) -> None:
@@ -290,11 +291,12 @@ class LSPT(ByteTable):
         while pages:
             later: list[Run] = []
             stopped = self.stopped()
-            for page, count in (part for run in pages for part in self.ever_set(*run)):
-                for at in range(page, page + count, most):
+            for page, part in (each for run in pages for each in self.ever_set(*run)):
+                end = page + len(part)
+                for at in range(page, end, most):
                     if self.stopped() and not to_end:
                         return
-                    claimed = self.claim(at, min(most, page + count - at), which)
+                    claimed = self.claim(at, min(most, end - at), which)
                     later += runs(at, claimed.before, UNSETTLED)
                     yield claimed
             pages = [] if stopped else later
@@ -342,12 +344,12 @@ class LSPT(ByteTable):
     # ------------------------------------------------------------ looking
 
     def occupied(self, start: int = 0) -> Iterator[Run]:
-        """As ever_set, of all pages, from this one on and then round to it. Without the parts that have no page
+        """The runs of ever_set, of all pages, from this one on and then round to it. Without those that have no page
         that is HERE."""
         for run in ((start, self.pages - start), (0, start)):
-            for first, many in self.ever_set(*run):
-                if not self.state[first : first + many].isascii():  # HERE is 128 and more
-                    yield first, many
+            for first, states in self.ever_set(*run):
+                if not states.isascii():  # HERE is 128 and more
+                    yield first, len(states)
 
     def runs_here(self, start: int = 0) -> Iterator[Run]:
         """The runs of pages that are HERE, in the order of occupied. Each part is read when the iteration gets
@@ -369,10 +371,8 @@ class LSPT(ByteTable):
 
     def count_away(self) -> int:
         """How many pages are AWAY. The count is not a snapshot: the parts are read one after the other."""
-        return sum(
-            self.state[first : first + count].translate(ONE_AWAY).count(AWAY)
-            for first, count in self.ever_set(0, self.pages)
-        )
+        everything = self.ever_set(0, self.pages)
+        return sum(states.translate(ONE_AWAY).count(AWAY) for _, states in everything)
 
     # ------------------------------------------------------------ waiting
 

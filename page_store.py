@@ -409,8 +409,8 @@ class PageStore:
     def free(self, page: int, count: int) -> None:
         """Forget these pages: they are NEW."""
         with self._lock:
-            for first, many in self.spt.ever_set(page, count):
-                before = self.spt.state[first : first + many]
+            for first, before in self.spt.ever_set(page, count):
+                many = len(before)
                 self.spt.set(range(first, first + many), NEW)
                 for block in self._blocks_of(first, many):
                     self._changed[block] = self._changed[block] and WRITE_TWICE
@@ -435,15 +435,15 @@ class PageStore:
 
     def runs_on_disk(self) -> Iterator[Run]:
         """The runs of pages whose bytes are on the disk."""
-        for first, count in self.spt.ever_set(0, self.spt.pages):
-            yield from runs(first, self.locations(first, count), ON_DISK)
+        for first, states in self.spt.ever_set(0, self.spt.pages):
+            yield from runs(first, states.translate(_LOCATION), ON_DISK)
 
     def table(self) -> str:
         """The SPT as the wiki prints it: a line for each page that was ever accessed."""
         return log.spt_table(
             (self._start + at * PAGE_SIZE, self._instance if byte & INSTANCE else "DISK")
-            for first, count in self.spt.ever_set(0, self.spt.pages)
-            for at, byte in enumerate(self.locations(first, count), first)
+            for first, states in self.spt.ever_set(0, self.spt.pages)
+            for at, byte in enumerate(states.translate(_LOCATION), first)
             if byte
         )
 

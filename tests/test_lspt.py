@@ -103,9 +103,16 @@ def others(*claims):
     return [run for each in claims for run in runs(each.page, each.before, UNSETTLED)]
 
 
+def ever_set(lspt, page, count):
+    """The runs that LSPT.ever_set finds; their bytes are those of the table."""
+    found = list(lspt.ever_set(page, count))
+    assert all(states == lspt.state[first : first + len(states)] for first, states in found)
+    return [(first, len(states)) for first, states in found]
+
+
 def freeing(lspt, page, count):
     """What is claimed at first when these pages are freed."""
-    return [lspt.claim(*part, SETTLED) for part in lspt.ever_set(page, count)]
+    return [lspt.claim(*part, SETTLED) for part in ever_set(lspt, page, count)]
 
 
 def free(lspt, claims):
@@ -513,15 +520,15 @@ def test_only_parts_that_have_pages_here_are_occupied_from_a_page_on_and_round_t
 
 def test_only_the_parts_that_pages_were_ever_in_are_looked_at(make):
     lspt = make(10 * PART)
-    assert list(lspt.ever_set(0, 10 * PART)) == list(lspt.runs_here()) == []
+    assert ever_set(lspt, 0, 10 * PART) == list(lspt.runs_here()) == []
     come(lspt, 3 * PART + 5, 2)
     expect(lspt, range(6 * PART - 1, 6 * PART + 1))
     lspt.found_on_disk(9 * PART, 1)
-    assert list(lspt.ever_set(0, 10 * PART)) == [(n * PART, PART) for n in (3, 5, 6, 9)]
-    assert list(lspt.ever_set(3 * PART + 10, 3 * PART)) == [
+    assert ever_set(lspt, 0, 10 * PART) == [(n * PART, PART) for n in (3, 5, 6, 9)]
+    assert ever_set(lspt, 3 * PART + 10, 3 * PART) == [
         (5 * PART, PART), (6 * PART, 10),
     ]  # fmt: skip
-    assert list(lspt.ever_set(4 * PART, PART)) == []
+    assert ever_set(lspt, 4 * PART, PART) == []
     assert list(lspt.runs_here()) == [(3 * PART + 5, 2)]
     come(lspt, 3 * PART + 10)
     come(lspt, 4 * PART - 1, 2)
