@@ -28,7 +28,7 @@ TRIES, PIN_AGAIN = 300, 1e-3  # to find room, and seconds between two
 
 # One run of a pin's pages: first page, count of pages, thread, and the call: its number and six arguments.
 PIN = Struct("=10Q")
-Pin, Call = tuple[int, ...], list[int]
+Pin = tuple[int, ...]
 
 
 class Pins:
@@ -43,7 +43,7 @@ class Pins:
         room = self.most - sum(pin[1] for pin in self._pins())
         return min(max(least, room // 4), self.most)
 
-    def pin(self, pages: list[range], thread: int, call: Call) -> None:
+    def pin(self, pages: list[range], thread: int, call: list[int]) -> None:
         """Pin these pages, which are one share. The thread's earlier pin ends.
 
         If there is no room, wait until other calls have ended. If calls that wait, such as recv_into, keep all

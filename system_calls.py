@@ -71,7 +71,6 @@ from types import SimpleNamespace
 
 from edm import uffd_ctypes as u
 from edm.address_space import UNFILTERED
-from edm.pins import Call
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits
@@ -167,8 +166,7 @@ class SystemCalls:
         and DmHandler, which the application does not import."""
         self._listener, self._ended = listener, ended
         self._application, self._pidfd = hello.pid, hello.pidfd
-        self._lspt, self._handler, self._start = lspt, handler, hello.start_addr
-        self._uffd = u.Userfaultfd(hello.fds[0])
+        self._lspt, self._handler, self._uffd = lspt, handler, u.Userfaultfd(lspt.uffd)
         # The uffd-wp bit of a page that a call writes has to be cleared here.
         self._clear_wp = hello.clean_tracking == "events"
         # By inode: a few files may share one.
@@ -220,7 +218,7 @@ class SystemCalls:
         answer = seccomp_notif_resp.pack(number, done, 0, flags)
         ioctl(self._listener, SECCOMP_IOCTL_NOTIF_SEND, answer)
 
-    def _pin_and_bring(self, thread: int, call: Call, done: int = 0) -> bool:
+    def _pin_and_bring(self, thread: int, call: list[int], done: int = 0) -> bool:
         """Pin the first pages of the call's buffers, behind `done` bytes, and bring them. Returns whether
         these are all pages of a call that has one buffer."""
         writes, kind = CALLS[call[0]]
@@ -231,7 +229,7 @@ class SystemCalls:
         for run in pages:
             self._handler.bring(run, writes)
             if writes and self._clear_wp:
-                start = self._start + run.start * PAGE_SIZE
+                start = self._lspt.start + run.start * PAGE_SIZE
                 # ENOENT, ESRCH: the application is ending.
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                     self._uffd.writeprotect(start, len(run) * PAGE_SIZE, False)
@@ -243,7 +241,7 @@ class SystemCalls:
         runs: list[range] = []
         left = min(PAGES_AT_ONCE, self._lspt.pins.share(least))
         for address, length in buffers:
-            begin = address - self._start
+            begin = address - self._lspt.start
             first, stop = begin // PAGE_SIZE, -(-(begin + length) // PAGE_SIZE)
             if runs and first == runs[-1][-1]:  # a page that both have
                 first += 1
@@ -255,7 +253,7 @@ class SystemCalls:
 
     # ------------------------------------------------------------ large writes
 
-    def _write(self, number: int, thread: int, call: Call) -> None:
+    def _write(self, number: int, thread: int, call: list[int]) -> None:
         """A thread, as it may wait: make a call of write(2) or pwrite64(2), and answer.
 
         Whatever fails, the answer is what is written by then. If that is nothing, the kernel makes the call,
@@ -291,7 +289,7 @@ class SystemCalls:
         with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
             self._answer(number, done)
 
-    def _read(self, thread: int, call: Call, done: int, memory: int) -> memoryview:
+    def _read(self, thread: int, call: list[int], done: int, memory: int) -> memoryview:
         """The bytes that the call has behind the first `done` ones, PAGES_AT_ONCE at most. Raises OSError: EIO if
         the first page is lost, or has left again, as it may if there was no room to pin it."""
         self._pin_and_bring(thread, call, done)

@@ -410,7 +410,7 @@ def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction(hi
     lspt, brought = LSPT(100, high, 0, False, -1, 0), []
     handler = SimpleNamespace(bring=lambda pages, write: brought.append(pages))
     calls = object.__new__(s.SystemCalls)
-    calls._lspt, calls._handler, calls._start, calls._clear_wp = lspt, handler, 0, False
+    calls._lspt, calls._handler, calls._clear_wp = lspt, handler, False
     calls._pin_and_bring(1, (s.WRITE, 1, 0, 50 * PAGE_SIZE, 0, 0, 0))
     assert brought == [range(max(1, (high - 2) // 2))]
     lspt.state[:] = bytes([HERE]) * 100
