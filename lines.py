@@ -58,14 +58,13 @@ class Lines:
         self._its_end = f"/proc/{process}/fd/{its_end}"
         self._silent: set[int] = set()  # threads that did not answer
         self._took = [0] * ARRAYS  # nanoseconds: the mean duration of the last faults
-        self._faults = self._skip = 0  # since the last sample, and until the next one
+        self._faults = self._next = 0  # since the last sample, and how many until the next one
         self._asked, self._when = 0, time.monotonic_ns()  # the thread that was asked, or 0
 
     def begins(self, thread: int, page: int) -> int:
         """This thread waits for a page. Returns how many nanoseconds a sample took here, or 0."""
         self._area = self._lspt.area(page)
-        if self._skip:
-            self._skip -= 1
+        if self._faults < self._next:
             return 0
         now = time.monotonic_ns()
         if not self._asked:
@@ -83,7 +82,7 @@ class Lines:
     def _sample(self, thread: int, now: int) -> None:
         """Ask the thread for its line, unless it must not get the signal."""
         mean = min(MOST, self._faults * INTERVAL // (now - self._when))
-        self._skip = random.randrange(2 * mean + 2)
+        self._next = random.randrange(1, 2 * mean + 3)
         self._of_sample = self._area, self._faults, self._took[self._area.start % ARRAYS]
         self._when, self._faults = now, 0
         of_thread = f"/proc/{self._process}/task/{thread}"
