@@ -142,8 +142,7 @@ class MemHandler:
         numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
         self.thresholds = [sys.maxsize]  # bytes; the last one counts
-        self._space: Space | None = None
-        self._lengths: dict[int, int] = {}  # its areas: address → length
+        self._space = space()
         self._kept: dict[int, int] = {}  # address → length, of areas for the next malloc
         self._libraries = os.path.dirname(sys.modules["numpy"].__path__[0]), __file__
         kinds = PyDataMemAllocator._fields_[1:]
@@ -161,11 +160,11 @@ class MemHandler:
         arrays of this space, at the same addresses.
         """
         if self._space is not space:
-            if self._space and self._space.arrays() > len(self._kept):
+            if self._space.arrays() > len(self._kept):
                 raise RuntimeError("numpy_allocator: delete the arrays of the earlier space first")
-            self._space, self._lengths, self._kept = space, space.lengths, {}
-            if space.user_mode:
-                _replace_fromfile()
+            self._space, self._kept = space, {}
+        if space.user_mode:
+            _replace_fromfile()
         return self
 
     # Every array of this process passes through these: each attribute counts.
@@ -191,8 +190,8 @@ class MemHandler:
         return self._space.allocate(count * size, name, grows)
 
     def realloc(self, done: list[int], ctx: int, old: int, size: int) -> int:
-        inside = old in self._lengths
-        before = self._lengths[old] if inside else _usable_size(old)
+        inside = old in self._space.lengths
+        before = self._space.lengths[old] if inside else _usable_size(old)
         grows = size > before
         if inside and not grows and before // 2 < size:
             return old
@@ -207,10 +206,10 @@ class MemHandler:
 
     def free(self, done: list[int], ctx: int, address: int, size: int) -> int:
         done += [0]  # first: an area may get lost, but is not given to two arrays
-        if address in self._lengths:
+        if address in self._space.lengths:
             # Keep the area for the next array of its size, if it is small: its pages are already here. With a limit
             # of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
-            self._kept[address] = self._lengths[address]
+            self._kept[address] = self._space.lengths[address]
             if self._space.can_be_called():
                 self._release()
         else:
