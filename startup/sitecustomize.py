@@ -32,7 +32,7 @@ def start():
     del os.environ["PYTHONPATH"]
     if settings["PYTHONPATH"] is not None:
         os.environ["PYTHONPATH"] = settings["PYTHONPATH"]
-    spec = spec_from_file_location("edm", f"{EDM}/__init__.py", submodule_search_locations=[EDM])
+    spec = spec_from_file_location("edm", f"{EDM}/__init__.py")
     sys.modules["edm"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["edm"])
     import edm.edm
@@ -55,13 +55,12 @@ def start():
     def find_spec(name, path=None, target=None):
         if name.startswith("numpy."):  # NumPy imports many of its modules when it has arrays
             use_numpy()
-        if name != "edm":
-            return None
-        # None: only the launcher's path has EDM. Its folder is compared, as a Python that was started there
-        # finds edm.py instead of __init__.py.
-        found = PathFinder.find_spec(name)
-        is_ours = found is None or os.path.realpath(os.path.dirname(found.origin or "")) == EDM
-        return spec if is_ours else None
+        if name == "edm":
+            # None: only the launcher's path has EDM. Its folder is compared, as a Python that was started there
+            # finds edm.py instead of __init__.py.
+            found = PathFinder.find_spec(name)
+            if found is None or os.path.realpath(os.path.dirname(found.origin or "")) == EDM:
+                return spec
 
     use_numpy()
     imported = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
