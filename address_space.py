@@ -131,7 +131,11 @@ class Space:
             _in_child.callback(at_the_end.close)
             self._at_close.callback(control.close)
             memfd = closed(os.memfd_create("edm"))
-            self._map(memfd)
+            # The mailbox is behind the space. The pager sets the size of the memfd.
+            length = self.end_addr - self.start_addr + mailbox.SIZE
+            self._map(length, u.PROT_READ | u.PROT_WRITE, u.MAP_SHARED, memfd)
+            self._at_close.callback(u.munmap, self.start_addr, length)
+            self._mailbox = mailbox.Mailbox(self.end_addr)
             uffd, how = u.open_userfaultfd()
             lines = _tell_lines(self._at_close) if config.report else []
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking)
@@ -301,20 +305,14 @@ class Space:
 
     # ------------------------------------------------------------ beginning and end
 
-    def _map(self, memfd: int) -> None:
-        """Map the space, and the mailbox behind it. The pager sets the size of the memfd."""
-        length = self.end_addr - self.start_addr + mailbox.SIZE
+    def _map(self, length: int, prot: int, flags: int, memfd: int) -> None:
+        """Map so many bytes of the memfd at start_addr. Raises ValueError if they can't be there."""
         try:
-            self._map_memory(length, u.PROT_READ | u.PROT_WRITE, u.MAP_SHARED, memfd)
+            u.mmap(self.start_addr, length, prot, flags | u.MAP_FIXED_NOREPLACE, memfd)
         except (FileExistsError, PermissionError) as error:  # the latter: below vm.mmap_min_addr
             where = f"start_addr, end_addr: {self.start_addr:#x}-{self.start_addr + length:#x}"
             why = f"overlaps what is mapped, or can't be mapped: {error.strerror}"
             raise ValueError(f"{where} {why}; choose other addresses") from None
-        self._at_close.callback(u.munmap, self.start_addr, length)
-        self._mailbox = mailbox.Mailbox(self.end_addr)
-
-    def _map_memory(self, length: int, prot: int, flags: int, memfd: int) -> None:
-        u.mmap(self.start_addr, length, prot, flags | u.MAP_FIXED_NOREPLACE, memfd)
         u.madvise(self.start_addr, length, u.MADV_DONTFORK)
         u.madvise(self.start_addr, length, u.MADV_DONTDUMP)
         # Punching a part of a huge page clears bytes that a pipe refers to. EINVAL: this kernel makes none.
@@ -394,7 +392,7 @@ class Space:
             _closed_by(if_it_fails, ours)
             # PROT_NONE: reading a page before it is registered, in a signal handler, would fill the
             # memfd.
-            self._map_memory(length, u.PROT_NONE, u.MAP_PRIVATE | u.MAP_NORESERVE, memfd)
+            self._map(length, u.PROT_NONE, u.MAP_PRIVATE | u.MAP_NORESERVE, memfd)
             self._register(u.Userfaultfd(uffd), "none")
             # The userfaultfd and the lifeline stay open: the pager may die before it reads this.
             send(control, b"child", [process, uffd, ours, pagers_end])
