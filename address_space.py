@@ -145,7 +145,12 @@ class Space:
                 "instance": instance, "pid": os.getpid(), "lines": lines,
                 "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
             }  # fmt: skip
-            self._pager = _say_hello(control, hello, [uffd, memfd, pagemap, *lines])
+            with contextlib.suppress(BrokenPipeError):  # the pager has refused already
+                send(control, _pickle.dumps(hello), [uffd, memfd, pagemap, *lines])
+            # The answer stays in the socket, with two descriptors for forked children.
+            if not (answer := control.recv(MAX_HELLO, _socket.MSG_PEEK)):
+                raise ConnectionError("the pager has ended before it began")
+            self._pager = mailbox.result(answer)  # its process id
             self._at_close = self._at_close.pop_all()  # it has not failed
             # The pager reads /proc/PID/syscall and mem. EINVAL: there is no Yama.
             with contextlib.suppress(OSError):
@@ -602,22 +607,6 @@ def receive(control: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
         with contextlib.suppress(ConnectionResetError):
             content, sent, _, _ = control.recvmsg(MAX_HELLO, space, flags)
             return content, memoryview(sent[0][2]).cast("i").tolist() if sent else []
-
-
-def _say_hello(control: _socket.socket, hello: dict[str, object], fds: list[int]) -> int:
-    """Send Space's first message. Returns what is answered: the pager's process id.
-
-    The answer stays in the socket, with the descriptors for forked children. Raises the ValueError
-    or OSError that the pager has answered.
-    """
-    with contextlib.suppress(BrokenPipeError):  # the pager has refused already
-        send(control, _pickle.dumps(hello), fds)
-    if not (packet := control.recv(MAX_HELLO, _socket.MSG_PEEK)):
-        raise ConnectionError("the pager has ended before it began")
-    answer = _pickle.loads(packet)
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def send_answer(control: _socket.socket, answer: int | Exception, *fds: int) -> None:

@@ -6,6 +6,7 @@ a descriptor in a program that knows nothing of it, and may close it: this has n
 Interface: Mailbox(address), made by both ends of the same memory.
     the application     ask(what, ...); call(what, ...) waits for the answer;
                         is_done and wait_until_done say which requests the pager has done
+                        result(answer), also of the answer to HELLO, which comes by the socket
     the pager           requests() in a thread of its own, which sleeps until there is one; answer()
                         while it does one
 
@@ -41,6 +42,14 @@ RUNS = 32  # (first page, count of pages) in a request
 _ASKED, _DONE = range(2)
 
 
+def result(answer: bytes | memoryview) -> object:
+    """What the pager has answered, unpickled. If that is an exception, raises it."""
+    content = _pickle.loads(answer)
+    if isinstance(content, Exception):
+        raise content
+    return content
+
+
 class Mailbox:
     def __init__(self, address: int) -> None:
         """address: in this process, of SIZE bytes that both ends share."""
@@ -62,12 +71,9 @@ class Mailbox:
         return number
 
     def call(self, what: str, *arguments: object) -> object:
-        """Send a request and wait for the answer. If that is an OSError, raises it."""
+        """Send a request and wait for the answer. See result."""
         self.wait_until_done(self.ask(what, *arguments))
-        answer = _pickle.loads(self._memory[ANSWER_AT:])
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
+        return result(self._memory[ANSWER_AT:])
 
     def is_done(self, number: int) -> bool:
         """Has the pager done this request?"""

@@ -8,7 +8,7 @@ import sys
 import time
 
 import edm
-from edm import address_space
+from edm import mailbox
 
 
 class Interrupt(Exception):
@@ -42,7 +42,7 @@ def second(space):
 where, disk = sys.argv[1:]
 config = edm.Config(high_threshold=16, disk=disk, keep=True, log_level="error")
 if where == "start":
-    interrupt(address_space, "_say_hello")
+    interrupt(mailbox, "result")  # of HELLO
 try:
     edm.run(first, config)
 except Interrupt:
