@@ -70,9 +70,8 @@ from edm import mailbox
 from edm import uffd_ctypes as u
 from edm.uffd_ctypes import PAGE_SIZE
 
-MAX_COMMAND = 200  # words of the command line, and characters of a word, that a report shows
-MAX_HELLO = 1 << 18  # bytes of a message: the command has MAX_COMMAND * MAX_COMMAND * 4 at most
-MAX_FDS = 6  # descriptors that come with a message
+MAX_COMMAND = 1000  # characters of the command line that a report shows
+MAX_HELLO = 1 << 18  # bytes of a message at most, and of its descriptors
 HIGH = 512  # the lowest number of a descriptor that stays open: programs use the low ones
 # Flags of sendmsg(2) that no program uses: MSG_CONFIRM has no effect here. See system_calls.py.
 UNFILTERED = _socket.MSG_NOSIGNAL | _socket.MSG_CONFIRM
@@ -143,7 +142,7 @@ class Space:
             hello = {
                 **vars(config), "clean_tracking": tracks,  # the way that was found, not what is wanted
                 "instance": instance, "pid": os.getpid(), "lines": lines,
-                "command": [word[:MAX_COMMAND] for word in sys.orig_argv[1:MAX_COMMAND]],
+                "command": " ".join(sys.orig_argv[1:])[:MAX_COMMAND],
             }  # fmt: skip
             with contextlib.suppress(BrokenPipeError):  # the pager has refused already
                 send(control, _pickle.dumps(hello), [uffd, memfd, pagemap, *lines])
@@ -601,11 +600,11 @@ def send(control: _socket.socket, content: bytes, fds: list[int]) -> None:
 
 def receive(control: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """A message and its descriptors. Both are empty if the other end is closed."""
-    space, flags = _socket.CMSG_LEN(4 * MAX_FDS), flags | _socket.MSG_CMSG_CLOEXEC
+    flags |= _socket.MSG_CMSG_CLOEXEC
     while True:
         # The other end was closed with messages unread: this error comes once, before its messages.
         with contextlib.suppress(ConnectionResetError):
-            content, sent, _, _ = control.recvmsg(MAX_HELLO, space, flags)
+            content, sent, _, _ = control.recvmsg(MAX_HELLO, MAX_HELLO, flags)
             return content, memoryview(sent[0][2]).cast("i").tolist() if sent else []
 
 

@@ -88,7 +88,7 @@ class Pager:
         uffd, self._memfd, pagemap, *lines = hello.fds
         self._hello, self._store, start = hello, store, hello.start_addr
         over_mpi = not isinstance(store, PageStore)  # then this process is a rank
-        self._title = f"EDM, INSTANCE_{hello.instance}: {' '.join(hello.command)}"
+        self._title = f"EDM, INSTANCE_{hello.instance}: {hello.command}"
         hello.idle_tracker = choose_tracker(hello.idle_tracker)  # now the one that was found
         self._control = control  # for forked children
         hello.pidfd = os.pidfd_open(hello.pid)  # readable when it has ended
