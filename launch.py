@@ -32,7 +32,6 @@ from edm import limits
 from edm.edm import CHOICES, PAGE_SIZE, PRINTING, Config, launched, tell
 
 PROG = "python -m edm run"
-SPACE = 256 << 30  # bytes
 # The default of --resident: DEFAULT_PERCENT of the free memory. But OTHERS bytes are left to the pager, the
 # interpreter and small arrays, unless that makes it less than LEAST_PERCENT of the free memory.
 DEFAULT_PERCENT, OTHERS, LEAST_PERCENT = 80, 128 << 20, 25
@@ -116,7 +115,7 @@ def _config(args: Namespace) -> Config:
         part = min(free * DEFAULT_PERCENT // 100, free - OTHERS)
         args.high_threshold = max(part, free * LEAST_PERCENT // 100) // PAGE_SIZE
     if args.end_addr is None:
-        size, limit = limits.space_size(SPACE)
+        size, limit = limits.space_size()
         args.end_addr = args.start_addr + size
         if limit:
             tell(f"{PROG}: {limit} leaves {size >> 20} MiB for the space")

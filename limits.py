@@ -4,7 +4,7 @@ In the picture: nothing. The limits are the program's; the pager and the DMS inh
 
 Interface:
     lift()               raise the soft limits of a process of EDM's own
-    space_size(most)     how large a space may be, and the limit that makes it smaller
+    space_size()         how large the space of `edm run` is, and the limit that makes it smaller
     explain(error)       add the limit that an error comes from, and what helps
 
 Rules: an application's process never changes a limit.
@@ -34,16 +34,16 @@ def lift() -> None:
         resource.setrlimit(limit, (hard, hard))
 
 
-def space_size(most: int) -> tuple[int, str]:
-    """How many bytes (whole pages) a space may have, at most `most`, and the limit that says so, or
-    "".
+def space_size() -> tuple[int, str]:
+    """How many bytes (whole pages) the space of `edm run` has, and the limit that makes it smaller than
+    256 GiB, or "".
 
     It gets half of the addresses: the program needs others. A kept disk has two places for each
     page and a table, so the space gets a third of the largest file.
     """
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     _, files = resource.getrlimit(resource.RLIMIT_FSIZE)
-    allowed = (most, ""), (addresses // 2, "ulimit -v"), (files // 3, "ulimit -f")
+    allowed = (256 << 30, ""), (addresses // 2, "ulimit -v"), (files // 3, "ulimit -f")
     size, limit = min(each for each in allowed if each[0] >= 0)  # RLIM_INFINITY is -1
     return max(size // PAGE_SIZE, 1) * PAGE_SIZE, limit
 
