@@ -32,10 +32,9 @@ from edm.uffd_ctypes import PAGE_SIZE, futex_wait, futex_wake
 
 ENTRY = 1 << 10  # bytes of a request, a pickle
 ENTRIES = 128
-RING_AT = PAGE_SIZE  # where it begins
-ANSWER_AT = RING_AT + ENTRIES * ENTRY  # where the answer is, a pickle
+ANSWER_AT = PAGE_SIZE + ENTRIES * ENTRY  # where the answer is, a pickle; the ring begins at a page
 MAX_ANSWER = 1 << 16  # bytes that an answer may be, and as many more for the pickle
-SIZE = -(-(ANSWER_AT + 2 * MAX_ANSWER) // PAGE_SIZE) * PAGE_SIZE  # bytes of the memory
+SIZE = ANSWER_AT + 2 * MAX_ANSWER  # bytes of the memory
 MAX_NAME = 200  # characters of an area's name, in a request: the last ones
 RUNS = 32  # (first page, count of pages) in a request
 
@@ -56,7 +55,7 @@ class Mailbox:
         self._address = address
         memory = self._memory = memoryview((ctypes.c_ubyte * SIZE).from_address(address)).cast("B")
         self._words = memory[:16].cast("Q")
-        self._ring = [memory[at : at + ENTRY] for at in range(RING_AT, ANSWER_AT, ENTRY)]
+        self._ring = [memory[at : at + ENTRY] for at in range(PAGE_SIZE, ANSWER_AT, ENTRY)]
 
     # ------------------------------------------------------------ the application's end
 
