@@ -45,15 +45,14 @@ NAPS, LONGEST_NAP = 16, 2e-3
 
 
 class DMS:
-    def __init__(self, comm: MPI.Comm, dms: int, path: str | None, config: object) -> None:
-        """The server of all ranks of comm that are not DMSs. dms: how many ranks, the first ones, are DMSs. path: of
-        this one's disk. config: an edm.Config.
+    def __init__(self, comm: MPI.Comm, dms: int, config: object) -> None:
+        """The server of all ranks of comm that are not DMSs. dms: how many ranks, the first ones, are DMSs. config: an
+        edm.Config, with the path of this one's disk.
 
         Raises OSError when a disk can't be made, ValueError when one may not be used.
         """
         self._comm, self._first = comm, dms  # the first rank that is an instance
-        space, own = (config.start_addr, config.end_addr, config.keep), (comm.rank, dms)
-        self._stores = [PageStore(path, *space, n, own) for n in range(comm.size - dms)]
+        self._stores = [PageStore(config, n, (comm.rank, dms)) for n in range(comm.size - dms)]
         self._unused: list[m.MessageBuffer] = []
         self._log = log.logger("DMS")
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes). A method gets the

@@ -4,7 +4,7 @@ In the picture: the box on the right. On one machine it is in the pager's own pr
 DMS (dms.py) has one for each instance, and the pager has an MpiStore (mpi_client.py), which has the
 same methods.
 
-Interface: PageStore(path, start_addr, end_addr, ...)
+Interface: PageStore(config, ...)
     ask_get, take_get    pages come to the instance, for a pager: ask starts, take reads them
     stripe               ask_get asks for pages of one stripe: this many neighbours; the first one begins at page 0
     get                  ask and take in one step, for the DMS
@@ -212,17 +212,15 @@ def data(fd: int, begin: int, end: int, unit: int = 1) -> Iterator[Run]:
 class PageStore:
     stripe = ONE_STRIPE
 
-    def __init__(
-        self, path: str | None, start_addr: int, end_addr: int, keep: bool = False, instance: int = 0,
-        dms: tuple[int, int] = (0, 1),
-    ) -> None:  # fmt: skip
-        """Without a path, the disk is a file without a name in disk_folder().
+    def __init__(self, config: object, instance: int, dms: tuple[int, int] = (0, 1)) -> None:
+        """config: an edm.Config. Without a path as disk, that is a file without a name in disk_folder(). With keep, it
+        outlives the job, which resumes from the last sync of an earlier one.
 
-        keep: the disk outlives the job, which resumes from the last sync of an earlier one. instance: its
-        number, which the path of every instance but the first, 0, has added. dms: the number of its DMS, and
-        how many there are; a kept disk of several waits for start(). Raises ValueError, which names the
+        instance: its number, which the path of every instance but the first, 0, has added. dms: the number of its
+        DMS, and how many there are; a kept disk of several waits for start(). Raises ValueError, which names the
         file, if the file can't be used; OSError if it can't be made.
         """
+        path, keep, start, end = config.disk, config.keep, config.start_addr, config.end_addr
         if path and instance:
             path += f".{instance}"
         if path:
@@ -230,9 +228,9 @@ class PageStore:
         else:
             self.fd, name = tempfile.mkstemp(prefix="edm-", dir=disk_folder())
             os.unlink(name)
-        self.kept, self._start, self._dmss = keep, start_addr, dms[1]
-        self._geometry = *(dms if keep else (0, 0)), STRIPE, PAGE_SIZE, start_addr, end_addr
-        pages = (end_addr - start_addr) // PAGE_SIZE
+        self.kept, self._start, self._dmss = keep, start, dms[1]
+        self._geometry = *(dms if keep else (0, 0)), STRIPE, PAGE_SIZE, start, end
+        pages = (end - start) // PAGE_SIZE
         self._blocks = -(-pages // BLOCK_PAGES) if keep else 0  # in a copy of the table
         self._data = -(-self._block_place(2, 0) // HEADER_COPY) * HEADER_COPY  # the first places
         self._synced = ByteTable(pages)  # the places at the last sync; 0 if the disk is not kept

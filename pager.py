@@ -409,11 +409,8 @@ def spawned() -> None:
         address_space.send_answer(control, error)
         os._exit(0)
     os.setsid()
-    os._exit(_status_of(partial(page_for, control, _open_disk)) or 0)
-
-
-def _open_disk(hello: SimpleNamespace) -> PageStore:
-    return PageStore(hello.disk, hello.start_addr, hello.end_addr, hello.keep, hello.instance)
+    page = partial(page_for, control, lambda hello: PageStore(hello, hello.instance))
+    os._exit(_status_of(page) or 0)
 
 
 def _status_of(body: Callable[[], int | None]) -> int | None:

@@ -159,13 +159,13 @@ def _serve_pages(
     from edm.dms import DMS
 
     log.start(config.log_level)
-    dms, wrong, path, here = None, None, config.disk, hosts[comm.rank]
-    if path and here in hosts[: comm.rank]:
-        path += f".dms{comm.rank}"
+    dms, wrong, here = None, None, hosts[comm.rank]
+    if config.disk and here in hosts[: comm.rank]:  # an earlier DMS has the path itself
+        config = config.__replace__(disk=f"{config.disk}.dms{comm.rank}")
     among_dmss = comm.Create_group(comm.group.Incl(range(len(hosts))))
     try:
         try:
-            dms = DMS(comm, len(hosts), path, config)
+            dms = DMS(comm, len(hosts), config)
         finally:  # the other DMSs wait for this one's offers
             offers = among_dmss.allgather(dms and dms.offers)
         if all(offers):

@@ -87,7 +87,7 @@ class Striped:
         try:
             for rank in range(count):
                 comm, own = SimpleNamespace(size=count + 1, rank=rank), f"{path}.dms{rank}"
-                self.dms.append(DMS(comm, count, own, CONFIG))
+                self.dms.append(DMS(comm, count, CONFIG.__replace__(disk=own)))
             offers = [dms.offers for dms in self.dms]
             for dms in machine.dice.sample(self.dms, count):
                 dms.start(offers)

@@ -28,12 +28,12 @@ class TwoRanks:
     rank, size = 0, 2
 
 
-def settings(pages=PAGES, keep=False):
-    return Config(START, START + pages * PAGE_SIZE, keep=keep, disk="of another path")
+def settings(path, pages=PAGES, keep=False):
+    return Config(START, START + pages * PAGE_SIZE, keep=keep, disk=path)
 
 
 def served(path, keep):
-    return DMS(TwoRanks(), 1, str(path), settings(keep=keep))
+    return DMS(TwoRanks(), 1, settings(path, keep=keep))
 
 
 @pytest.fixture(params=[False, True], ids=["scratch", "kept"])
@@ -189,7 +189,7 @@ def test_kept_disks_of_several_dmss_start_from_the_oldest_sync_that_all_of_them_
         (range(1, 3), range(2, 4), 2),
         (range(2, 4), range(2), None),
     ):
-        dms = DMS(ranks, 3, str(tmp_path / "disk"), settings(100, keep=True))
+        dms = DMS(ranks, 3, settings(tmp_path / "disk", 100, keep=True))
         assert dms.offers == [own, range(1)]
         offers = [[own, range(1)], [other, range(1)], [range(9), range(1)]]
         if start is None:
@@ -341,7 +341,7 @@ def test_random_bytes_never_end_the_dms(dms):
 
 def test_a_dms_that_has_no_page_of_a_small_space_takes_part_in_what_all_are_asked(tmp_path):
     ranks = SimpleNamespace(rank=2, size=4)
-    dms = DMS(ranks, 3, str(tmp_path / "disk"), settings(100, keep=True))
+    dms = DMS(ranks, 3, settings(tmp_path / "disk", 100, keep=True))
     dms.start([dms.offers] * 3)
     for phase in SYNC_PHASES:
         assert handle(dms, m.HEADER.pack(m.SYNC, phase, 0, 0), 3)[0] == m.OK
@@ -370,7 +370,7 @@ def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
 def test_an_instance_with_any_number_has_a_store(tmp_path):
     """More than 256 of them, and with any rank."""
     many = SimpleNamespace(rank=0, size=1 + 300)
-    dms = DMS(many, 1, str(tmp_path / "disk"), settings())
+    dms = DMS(many, 1, settings(tmp_path / "disk"))
     for rank in (1, 257, 300):
         body = eviction(7, 1, (7, content(rank)))["body"]
         handle(dms, m.HEADER.pack(m.PUT, 0, 1, 7) + body, rank)

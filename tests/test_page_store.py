@@ -17,6 +17,7 @@ import traceback
 import zlib
 from pathlib import Path
 from struct import Struct
+from types import SimpleNamespace
 
 import pytest
 from conftest import shared_memory
@@ -50,6 +51,11 @@ END = START + PAGES * PAGE_SIZE
 BOTH = pytest.mark.parametrize("keep", [False, True], ids=["scratch", "kept"])
 
 
+def open_store(path, start=START, end=END, keep=False, instance=0, dms=(0, 1)):
+    config = SimpleNamespace(disk=path, start_addr=start, end_addr=end, keep=keep)
+    return PageStore(config, instance, dms)
+
+
 @functools.lru_cache(maxsize=4096)
 def content(seed, pages=1):
     return random.Random(seed).randbytes(pages * PAGE_SIZE)
@@ -81,7 +87,7 @@ class Kept:
 
     def __init__(self, path, start=START, end=END):
         self.range = start, end
-        self.store = PageStore(str(path), start, end, keep=True)
+        self.store = open_store(str(path), start, end, keep=True)
         self.fd = self.store.fd
         self.free, self.sync, self.close = self.store.free, self.store.sync, self.store.close
 
@@ -150,7 +156,7 @@ def small_files():
 
 @BOTH
 def test_the_first_access_of_a_page_gives_new_and_is_noted(path, keep):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     store.ask_get(range(7, 9))
     asked = store.ask_get(range(7, 9))
     assert store.locations(6, 4) == bytes((NEW, NEW, NEW, NEW))
@@ -160,7 +166,7 @@ def test_the_first_access_of_a_page_gives_new_and_is_noted(path, keep):
 
 @BOTH
 def test_what_was_put_is_in_the_file_and_comes_back(path, keep):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     put(store, 7, 84, (7, content(1, 2)), (90, content(2)))
     assert store.locations(7, 2) == bytes((DISK, DISK))
     assert all(page in path.read_bytes() for page in (part(content(1, 2), 1), content(2)))
@@ -169,7 +175,7 @@ def test_what_was_put_is_in_the_file_and_comes_back(path, keep):
 
 
 def test_a_disk_that_is_not_kept_has_a_pages_bytes_at_its_own_place_and_nothing_else(path):
-    store = PageStore(str(path), START, END)
+    store = open_store(str(path), START, END)
     header = path.read_bytes()[:TABLE]
     assert path.stat().st_size == TABLE + PAGES * PAGE_SIZE
     write(store, 5, content(1, 2))
@@ -179,7 +185,7 @@ def test_a_disk_that_is_not_kept_has_a_pages_bytes_at_its_own_place_and_nothing_
 
 @BOTH
 def test_one_put_carries_clean_and_dirty_pages_and_only_the_dirty_ones_are_written(path, keep):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     first, at_3, at_204 = content(1, 100), content(2, 2), content(3, 2)
     write(store, 0, first)
     assert get(store, range(101)) == (CONTENT, first)
@@ -200,7 +206,7 @@ def test_one_put_carries_clean_and_dirty_pages_and_only_the_dirty_ones_are_writt
 
 @BOTH
 def test_what_is_stored_to_stay_is_on_the_disk_and_in_the_instance(path, keep):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     assert get(store, range(7, 10)) == (NEW_PAGES, 3)
     put(store, 7, 3, (7, content(1, 2)), stay=True)
     assert store.locations(7, 3) == bytes((INSTANCE | DISK, INSTANCE | DISK, INSTANCE))
@@ -211,7 +217,7 @@ def test_what_is_stored_to_stay_is_on_the_disk_and_in_the_instance(path, keep):
 
 @BOTH
 def test_a_get_is_for_the_first_pages_that_are_in_the_same_place(path, keep):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     write(store, 2, content(1, 2))
     for _ in range(2):  # whether they are in the instance
         assert get(store, range(8)) == (NEW_PAGES, 2)
@@ -222,7 +228,7 @@ def test_a_get_is_for_the_first_pages_that_are_in_the_same_place(path, keep):
 
 @BOTH
 def test_a_get_of_every_so_maniest_page_gives_those(path, keep):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     write(store, 0, content(1, 30))
     pages = b"".join(part(content(1, 30), page) for page in (3, 10, 17, 24))
     assert get(store, range(3, 45, 7)) == (CONTENT, pages)
@@ -233,7 +239,7 @@ def test_a_get_of_every_so_maniest_page_gives_those(path, keep):
 
 @BOTH
 def test_what_was_given_is_given_again_and_is_the_instances_until_it_is_put(path, keep):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     write(store, 0, content(1, 4))
     for _ in range(2):
         assert get(store, range(4)) == (CONTENT, content(1, 4))
@@ -246,7 +252,7 @@ def test_what_was_given_is_given_again_and_is_the_instances_until_it_is_put(path
 
 @BOTH
 def test_a_put_that_is_refused_midway_tells_the_errno_and_moves_no_page(path, keep, small_files):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     write(store, 0, content(1, 20))
     put(store, 180, 20, (180, content(3, 2)), (190, content(4, 10)))
     store.sync()
@@ -273,12 +279,12 @@ def test_a_put_that_is_refused_midway_tells_the_errno_and_moves_no_page(path, ke
 
 
 def test_only_a_disk_without_checksums_takes_pages_from_a_pipe(path):
-    assert not PageStore(str(path), START, END, keep=True).takes_pipes
+    assert not open_store(str(path), START, END, keep=True).takes_pipes
 
 
 @pytest.mark.parametrize("fits", [10.0, 4.0, 4.5, 0.0], ids="pages {}".format)
 def test_what_is_in_a_pipe_is_written_or_is_there_to_be_put(path, small_files, fits):
-    store = PageStore(str(path), START, END)
+    store = open_store(str(path), START, END)
     assert store.takes_pipes
     write(store, 20, content(1, 10))
     get(store, range(20, 30))
@@ -303,7 +309,7 @@ def test_what_is_in_a_pipe_is_written_or_is_there_to_be_put(path, small_files, f
 
 @BOTH
 def test_a_put_that_a_full_file_system_refuses_leaves_its_room_to_others(small_file_system, keep):
-    store = PageStore(str(small_file_system / "disk"), START, START + 3000 * PAGE_SIZE, keep)
+    store = open_store(str(small_file_system / "disk"), START, START + 3000 * PAGE_SIZE, keep)
 
     def room():
         return os.statvfs(small_file_system).f_bfree
@@ -337,7 +343,7 @@ def test_a_put_that_a_full_file_system_refuses_leaves_its_room_to_others(small_f
 def test_a_page_that_the_file_system_can_not_read_is_told_and_its_neighbours_are_read(
     path, monkeypatch, keep
 ):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     write(store, 0, content(1, 4))
     real = os.preadv
 
@@ -412,7 +418,7 @@ class Child:
 
 
 def test_what_a_forked_process_puts_its_parent_gets_and_the_other_way_round():
-    store = PageStore(None, START, END)
+    store = open_store(None, START, END)
 
     def find_what_the_parent_has_done():
         assert get(store, range(9, 10)) == (CONTENT, content(3))
@@ -594,7 +600,7 @@ def test_a_sync_of_few_pages_in_a_large_space_takes_milliseconds(path, monkeypat
 
 @pytest.mark.undisturbed
 def test_a_huge_range_is_freed_and_looked_at_at_once_and_costs_no_memory():
-    store = PageStore(None, START, START + (256 << 30))
+    store = open_store(None, START, START + (256 << 30))
     pages = (256 << 30) // PAGE_SIZE
     before, began = shared_memory(), time.monotonic()
     store.free(0, pages)
@@ -627,7 +633,7 @@ def test_everything_that_a_store_opened_is_closed_and_for_no_program_that_it_sta
     gc.collect()  # or what other tests have left is closed meanwhile
     before = set(os.listdir("/proc/self/fd"))
     for keep in (False, True):
-        store = PageStore(str(path) if keep else None, START, END, keep)
+        store = open_store(str(path) if keep else None, START, END, keep)
         opened = set(os.listdir("/proc/self/fd")) - before
         assert opened
         for fd in map(int, opened):
@@ -644,7 +650,7 @@ def test_everything_that_a_store_opened_is_closed_and_for_no_program_that_it_sta
 
 def test_the_log_has_the_wikis_lines_in_the_wikis_order(caplog):
     caplog.set_level("DEBUG", "edm")
-    store = PageStore(None, START, END, instance=3)
+    store = open_store(None, START, END, instance=3)
     where = f"{START + 7 * PAGE_SIZE:#x}"
 
     def lines():
@@ -684,7 +690,7 @@ def test_the_log_has_the_wikis_lines_in_the_wikis_order(caplog):
 
 
 def test_the_spt_is_printed_as_the_wiki_prints_it():
-    store = PageStore(None, 0x1D4A000, 0x1D4A000 + PAGES * PAGE_SIZE)
+    store = open_store(None, 0x1D4A000, 0x1D4A000 + PAGES * PAGE_SIZE)
     get(store, range(2, 3))
     write(store, 4, content(1))
     assert store.table() == (
@@ -701,7 +707,7 @@ def test_the_spt_is_printed_as_the_wiki_prints_it():
 
 def test_a_disk_without_a_path_leaves_no_file_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    store = PageStore(None, START, END)
+    store = open_store(None, START, END)
     write(store, 9, content(1))
     assert get(store, range(9, 10)) == (CONTENT, content(1))
     assert list(tmp_path.iterdir()) == []
@@ -711,13 +717,13 @@ def test_a_disk_without_a_path_leaves_no_file_behind(tmp_path, monkeypatch):
 @BOTH
 def test_the_disk_file_is_for_its_owner_only(path, keep):
     path.touch(0o666)
-    PageStore(str(path), START, END, keep).close()
+    open_store(str(path), START, END, keep).close()
     assert path.stat().st_mode & 0o777 == 0o600
 
 
 @BOTH
 def test_freed_pages_give_their_blocks_back(path, keep):
-    store = PageStore(str(path) if keep else None, START, END, keep)
+    store = open_store(str(path) if keep else None, START, END, keep)
     write(store, 0, content(1, 200))
     if keep:
         store.sync()
@@ -734,7 +740,7 @@ def test_a_file_system_that_punches_no_holes_does_not_keep_pages_from_being_free
     path, keep, monkeypatch
 ):
     monkeypatch.setattr("edm.page_store.punch_hole", failing(errno.EOPNOTSUPP))
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     write(store, 0, content(1, 2))
     store.sync()
     store.free(0, 1)
@@ -847,7 +853,7 @@ def test_one_damaged_header_of_several_disks_is_no_loss_whatever_became_of_the_n
     path, copy, then
 ):
     def begin():
-        stores = [PageStore(f"{path}{n}", START, END, True, 0, (n, 2)) for n in range(2)]
+        stores = [open_store(f"{path}{n}", START, END, True, 0, (n, 2)) for n in range(2)]
         epoch = min(set.intersection(*(set(store.offers) for store in stores)))
         for store in stores:
             store.start(epoch)
@@ -1039,7 +1045,7 @@ def test_a_full_disk_that_is_not_kept_can_be_synced_and_freeing_makes_room(
     small_file_system, monkeypatch
 ):
     monkeypatch.setenv("TMPDIR", str(small_file_system))
-    store, page = PageStore(None, START, START + 3000 * PAGE_SIZE), 0
+    store, page = open_store(None, START, START + 3000 * PAGE_SIZE), 0
     with pytest.raises(OSError, match="No space left"):
         for page in range(3000):
             write(store, page, content(page))
@@ -1403,7 +1409,7 @@ def test_a_new_disk_for_which_there_is_no_room_is_named(small_file_system):
         os.posix_fallocate(other.fileno(), 0, 4 << 20)
     path = str(small_file_system / "disk")
     with pytest.raises(OSError, match=path) as caught:
-        PageStore(path, START, END)
+        open_store(path, START, END)
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -1411,7 +1417,7 @@ def test_a_new_disk_for_which_there_is_no_room_is_named(small_file_system):
 
 
 def made(path, keep=True):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     write(store, 0, content(1))
     store.sync()
     store.close()
@@ -1421,13 +1427,13 @@ def refused(path, match, start=START, end=END, keep=True):
     """Refused with these words, and left as it is."""
     before = path.read_bytes(), path.stat().st_mode
     with pytest.raises(ValueError, match=f"^disk: (the header of )?{path} {match}"):
-        PageStore(str(path), start, end, keep)
+        open_store(str(path), start, end, keep)
     assert (path.read_bytes(), path.stat().st_mode) == before
 
 
 @BOTH
 def test_a_disk_in_use_is_refused(path, keep):
-    store = PageStore(str(path), START, END, keep)
+    store = open_store(str(path), START, END, keep)
     for other in (True, False):
         refused(path, "is in use by another job", keep=other)
     store.close()
@@ -1454,7 +1460,7 @@ def test_what_is_no_regular_file_is_refused_and_left_as_it_is(path, kind, keep):
         pytest.skip("only root can make a device")
     before = path.stat()
     with pytest.raises(ValueError, match=f"^disk: {path} is not a regular file"):
-        PageStore(str(path), START, END, keep)
+        open_store(str(path), START, END, keep)
     assert path.stat().st_mode == before.st_mode
 
 
@@ -1516,15 +1522,15 @@ def test_a_disk_that_is_not_kept_is_empty_when_its_job_has_ended(path):
     made(path, keep=False)
     assert path.stat().st_size == 0
     made(path)
-    PageStore(str(path), START, END, keep=True).close()
+    open_store(str(path), START, END, keep=True).close()
 
 
 def test_a_killed_jobs_disk_that_was_not_kept_is_refused_for_keeping_and_else_begins_anew(path):
-    killed = PageStore(str(path), START, END)
+    killed = open_store(str(path), START, END)
     write(killed, 0, content(1))
     os.close(killed.fd)
     refused(path, "is of a job with keep=False; take that, or remove")
-    store = PageStore(str(path), START, END + PAGE_SIZE)
+    store = open_store(str(path), START, END + PAGE_SIZE)
     assert content(1)[:100] not in path.read_bytes()
     assert get(store, range(PAGES)) == (NEW_PAGES, PAGES)
     store.close()

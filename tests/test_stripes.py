@@ -142,8 +142,8 @@ def test_each_dms_has_a_disk_of_its_own_with_the_path_itself_on_a_machine_of_its
 ):
     made = []
 
-    def dms(comm, dms, path, config):
-        made.append(path)
+    def dms(comm, dms, config):
+        made.append(config.disk)
         raise SystemExit
 
     monkeypatch.setattr("edm.dms.DMS", dms)

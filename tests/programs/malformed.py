@@ -100,7 +100,7 @@ def malform():
 
 
 if comm.rank == 0:
-    DMS(comm, 1, None, Config(START, START + PAGES * PAGE_SIZE)).serve()
+    DMS(comm, 1, Config(START, START + PAGES * PAGE_SIZE)).serve()
 else:
     try:
         malform()

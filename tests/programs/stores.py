@@ -94,7 +94,7 @@ def one_operation(dice, first, pages):
 def same(store):
     """The same as PageStore, operation by operation."""
     dice = random.Random(1)
-    other = PageStore(disk and f"{disk}.other", START, END, bool(disk))
+    other = PageStore(config.__replace__(disk=disk and f"{disk}.other"), 0)
     assert store.kept == other.kept == bool(disk)
     for index in range(400):
         do = one_operation(dice, 0, PAGES)
@@ -112,7 +112,7 @@ def threads(store):
     failed = []
 
     def work(first, pages):
-        dice, other = random.Random(first), PageStore(None, START, END)
+        dice, other = random.Random(first), PageStore(Config(START, END), 0)
         try:
             for _ in range(150):
                 do = one_operation(dice, first, pages)
@@ -209,8 +209,8 @@ config = Config(START, END, disk=disk, keep=bool(disk))
 if comm.rank < DMSS:
     if comm.rank == 0:
         comm.isend(os.getpid(), DMSS, ASIDE)
-    own = disk and f"{disk}{comm.rank or ''}"
-    server = DMS(comm, DMSS, own, config)
+    own = config.__replace__(disk=disk and f"{disk}{comm.rank or ''}")
+    server = DMS(comm, DMSS, own)
     server.start(comm.Create_group(comm.group.Incl(range(DMSS))).allgather(server.offers))
     server.serve()
 else:

@@ -76,5 +76,5 @@ if os.fork() == 0:
     application(ours)
     sys.exit()
 ours.close()
-pager.page_for(theirs, lambda hello: PageStore(None, hello.start_addr, hello.end_addr))
+pager.page_for(theirs, lambda hello: PageStore(hello, 0))
 os.wait()
