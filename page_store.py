@@ -82,8 +82,8 @@ that, and then all have prepared it. If none has, the older one is whole everywh
 the last committed sync needs. So if one disk can't prepare a sync, all go on as before.
 
 A block is damaged if its crc32 is wrong, its number is not its own, its epoch is later than the header's, or
-it is zeros although the other copy has it from an earlier sync. Its pages can't be read until they are written
-or freed.
+it is zeros although the other copy has it from an earlier sync. Its pages count as pages with a checksum of 0,
+which is wrong. So they can't be read until they are written or freed.
 
 A page whose put has failed is TORN: the bytes at its new place are undefined. No sync succeeds until
 the page is written or freed.
@@ -113,7 +113,7 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, punch_hole, semaphore
 # A byte of the SPT. INSTANCE | DISK: the instance has the page, and the disk has its bytes, unless the
 # application has written it since.
 NEW, INSTANCE, DISK = 0, 1, 2
-FIRST, SECOND = 4, 8  # with DISK: the place. Both: in a damaged block, so it can't be read
+FIRST, SECOND = 4, 8  # with DISK: the place. Both: in a damaged block, with a crc32 of 0
 TORN = 128  # a put of the page has failed. No other byte is beyond ASCII
 UNREADABLE = DISK | FIRST | SECOND
 
@@ -312,8 +312,6 @@ class PageStore:
     def _read(self, pages: range, byte: int, into: memoryview) -> None:
         """Read these pages, which have this SPT byte, one behind the other. Raises OSError unless all can
         be read and have the right checksums."""
-        if byte & UNREADABLE == UNREADABLE:
-            raise OSError(errno.EIO, "its entry in the disk's table is damaged")
         place = self._place(pages.start, byte)
         length = (len(pages) if pages.step == 1 else 1) * PAGE_SIZE  # bytes in one read
         for at in range(0, len(pages) * PAGE_SIZE, length):

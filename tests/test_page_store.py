@@ -917,7 +917,7 @@ def test_a_block_of_the_table_that_can_not_be_read_costs_its_own_pages_only(path
     make_unreadable(monkeypatch, kept.store._block_place(1, 1))
     kept = Kept(path, START, end)
     assert kept.read(0) == content(0)
-    with pytest.raises(OSError, match="table is damaged"):
+    with pytest.raises(OSError, match="the checksum is wrong"):
         kept.read(BLOCK_PAGES)
     kept.close()
 
@@ -992,7 +992,7 @@ def test_a_block_of_the_table_that_has_become_zeros_is_damaged_and_not_new(path,
     os.pwrite(kept.fd, bytes(BLOCK_SIZE), kept.store._block_place(epoch % 2, 0))
     kept.close()
     again = Kept(path, START, START + 2 * BLOCK_PAGES * PAGE_SIZE)
-    with pytest.raises(OSError, match="damaged"):
+    with pytest.raises(OSError, match="the checksum is wrong"):
         again.read(0)
     assert again.read(BLOCK_PAGES) == content(2)
     again.write(0, 3)
@@ -1014,7 +1014,7 @@ def test_a_block_that_was_damaged_and_written_again_and_becomes_zeros_is_not_new
     assert kept.read(0) == read_after_a_crash(kept, 0) == content(3)
     os.pwrite(kept.fd, bytes(BLOCK_SIZE), block_at(kept, 0))
     for page in (0, 1):
-        with pytest.raises(OSError, match="damaged"):
+        with pytest.raises(OSError, match="the checksum is wrong"):
             read_after_a_crash(kept, page)
 
 
@@ -1162,7 +1162,7 @@ def block_at(kept, page, current=True):
     return kept.store._block_place((epoch + (not current)) % 2, page // page_store.BLOCK_PAGES)
 
 
-DAMAGED = "its entry in the disk's table is damaged"
+DAMAGED = "the checksum is wrong"
 
 
 @pytest.mark.parametrize(("times", "since"), HISTORIES.values(), ids=HISTORIES.keys())
@@ -1271,7 +1271,7 @@ def test_a_page_whose_block_in_the_table_is_damaged_is_whole_again_when_it_is_wr
         kept.write(3, *range(seed, seed + 40, 10))
         kept.sync()
     os.pwrite(kept.fd, b"damage", block_at(kept, 5) + 2)
-    with pytest.raises(OSError, match="damaged"):
+    with pytest.raises(OSError, match=DAMAGED):
         read_after_a_crash(kept, 5)
     kept.close()
     kept = Kept(path)
@@ -1283,7 +1283,7 @@ def test_a_page_whose_block_in_the_table_is_damaged_is_whole_again_when_it_is_wr
         kept.write(5, 3)
     else:
         kept.free(5, 1)
-    with pytest.raises(OSError, match="damaged"):  # a crash goes back to it, not to what was before
+    with pytest.raises(OSError, match=DAMAGED):  # a crash goes back to it, not to what was before
         read_after_a_crash(kept, 5)
     kept.sync()
     expected = content(3) if then == "write" else None

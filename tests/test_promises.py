@@ -576,7 +576,7 @@ def test_a_flipped_bit_in_the_table_of_a_kept_disk_is_a_sigbus_for_the_next_job(
     flip_a_bit_of_the_first_pages_entry_in_the_table(tmp_path / "disk")
     again = way.run(PROGRAMS / "kept.py", tmp_path / "disk", "find")
     assert "page in address 0x1000000000 can't be brought back: " in again.stdout, again.stdout
-    assert "table is damaged" in again.stdout
+    assert "the checksum is wrong" in again.stdout
     assert again.returncode == way.killed_by(signal.SIGBUS), again.stdout
 
 
