@@ -527,14 +527,12 @@ class PageStore:
             raise ValueError(f"disk: the header of {path} is damaged; no job can use it")
         _, version, *geometry, epoch = whole[0]  # in all but the epoch, the other one is the same
         size, right, kept = os.fstat(self.fd).st_size, self._size, geometry[1] > 0
-        other = (
-            "is of another geometry: DMS {} of {}, stripes of {} pages, pages of {} bytes, "
-            "start_addr {:#x}, end_addr {:#x}"
-        )
+        fields = "DMS, DMSs, stripe, page size, start_addr, end_addr"
+        other = f"is of another geometry ({fields}): {geometry}"
         for wrong, how in (
             (version != FORMAT, f"has version {version} of the format; this EDM knows {FORMAT}"),
             (kept != self.kept, f"is of a job with keep={kept}; take that, or remove the file"),
-            (kept and tuple(geometry) != self._geometry, other.format(*geometry)),
+            (kept and tuple(geometry) != self._geometry, other),
             (kept and size != right, f"is damaged: it has {size} bytes, and should have {right}"),
         ):
             if wrong:
