@@ -156,9 +156,8 @@ class DMS:
             step = more if kind == m.GET else 1
             pages = range(page, page + count * step, step)
             if not fits or pages and pages[-1] >= store.spt.pages:
-                has = f"kind {kind}, a count of {count} from page {page} on, `more` of {more}"
-                limits = f"at most {most}, in a space of {store.spt.pages} pages"
-                raise ValueError(f"{has}, a body of {len(body)} bytes: {limits}")
+                fields = kind, more, count, page, len(body)
+                raise ValueError(f"wrong kind, `more`, count, page or length of body: {fields}")
             return action(store, pages, answer, more, body) or answer.message(m.OK)
         except (ValueError, struct.error, OSError, MemoryError) as error:
             number = getattr(error, "errno", 0) or errno.EINVAL
