@@ -94,12 +94,11 @@ class DmHandler:
         seen = list(itertools.accumulate(counts))
         # µs that half of the faults, and all but a hundredth, did not exceed.
         median, long = (bounds[bisect.bisect_left(seen, part * seen[-1])] for part in (0.5, 0.99))
-        waits = {name: round(ns / 1e9, 3) for name, ns in self._waits().items()}
+        # A wait that is under way counts, as it may be a long one: until now, or LSPT.stop.
+        now = self._lspt.figures[l.STOPPED] or time.monotonic_ns()
+        sums = {name: ns + (ns < 0 and now) for name, ns in self._waited.items()}
+        waits = {name: round(ns / 1e9, 3) for name, ns in sums.items()}
         return {"latency_median": median, "latency_99th": long, **waits}
-
-    def _waits(self) -> dict[str, int]:
-        """Nanoseconds, with the wait that is under way: it may be a long one."""
-        return {name: ns + (ns < 0 and time.monotonic_ns()) for name, ns in self._waited.items()}
 
     def latencies(self) -> list[tuple[int, int]]:
         """(at most this many µs, how many faults), ascending. From a millisecond on, these are whole ones.
@@ -131,37 +130,30 @@ class DmHandler:
     # ------------------------------------------------------------ the thread
 
     def run(self) -> None:
-        """Resolve faults. Raises ProcessLookupError after LSPT.stop, and when the application has ended; else the
+        """Do what bring was called for, and resolve the faults that wait. If there are none, bring some of the pages
+        that are advised. Raises ProcessLookupError after LSPT.stop, and when the application has ended; else the
         OSError of an ioctl that has failed."""
-        try:
-            while True:
-                self._serve()
-        finally:
-            self._waited = self._waits()
-
-    def _serve(self) -> None:
-        """Do what bring was called for, and resolve the faults that wait. If there are none, bring some of
-        the pages that are advised."""
-        while self._called:
-            pages, write, done = self._called.popleft()
-            for page in pages:
-                if self._lspt.state[page] < l.HERE:
-                    self._bring_missing(self._start + page * PAGE_SIZE, write)
-            done.set()
-        if not (faults := self._next_faults()) and self._advised:
-            self._bring_advised()
-        began = time.monotonic_ns()
-        for _, flags, address, thread in faults:
-            if self.lines:  # that does not count as latency
-                began += self.lines.begins(thread, (address - self._start) // PAGE_SIZE)
-            self._waited[FAULTS] -= began
-            self._resolve(flags, address)
-            ended = time.monotonic_ns()
-            self._waited[FAULTS] += ended
-            unit = 1 if ended - began < 1_000_000 else 1000  # µs
-            self._latencies[((ended - began) // (1000 * unit) + 1) * unit] += 1
-            if self.lines:
-                self.lines.ended(ended - began)
+        while True:
+            while self._called:
+                pages, write, done = self._called.popleft()
+                for page in pages:
+                    if self._lspt.state[page] < l.HERE:
+                        self._bring_missing(self._start + page * PAGE_SIZE, write)
+                done.set()
+            if not (faults := self._next_faults()) and self._advised:
+                self._bring_advised()
+            began = time.monotonic_ns()
+            for _, flags, address, thread in faults:
+                if self.lines:  # that does not count as latency
+                    began += self.lines.begins(thread, (address - self._start) // PAGE_SIZE)
+                self._waited[FAULTS] -= began
+                self._resolve(flags, address)
+                ended = time.monotonic_ns()
+                self._waited[FAULTS] += ended
+                unit = 1 if ended - began < 1_000_000 else 1000  # µs
+                self._latencies[((ended - began) // (1000 * unit) + 1) * unit] += 1
+                if self.lines:
+                    self.lines.ended(ended - began)
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each

@@ -108,6 +108,7 @@ Claimed = namedtuple("Claimed", "page before chosen leaving")
 
 # Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own. ROOM_WANTED:
 # when the DM-Handler began to wait for room (nanoseconds of the clock), NEVER if only advice wants some; or 0.
+# STOPPED: when stop was called; or 0.
 FIGURES = (
     "resident", "peak_resident", "faults_first_access", "faults_refetch", "faults_write_protect",
     "fetched", "bytes_received", "evicted_dirty", "evicted_clean", "refused", "bytes_sent",
@@ -393,6 +394,6 @@ class LSPT(ByteTable):
 
     def stop(self) -> None:
         """Make the DM-Handler and LPET stop waiting, for good."""
-        self.figures[STOPPED] = 1
+        self.figures[STOPPED] = time.monotonic_ns()
         os.eventfd_write(self.for_handler, 1)
         os.eventfd_write(self.for_lpet, 1)
