@@ -1,4 +1,4 @@
-"""The log: Python's logging, with the lines, the tables and the levels of the wiki.
+"""The log: Python's logging, with the lines and the levels of the wiki.
 
     [Thu Sep 01 2022 12:53:54.328]:[Debug]-[DMS] - page accessed first time, set info - new_page
 
@@ -8,7 +8,6 @@ Interface:
     start(level)             called by edm.run: lines of at least this level go to stderr
     logger(name)             the logger of a box: lines of logger("DMS") begin with [DMS]
     of_box(name)             that, and what else a box needs that writes banners and tables
-    spt_table, lspt_table    the two tables, as the wiki prints them
 
 Rules: a box asks its logger once, at its start, whether a level is on, and keeps the answer. So a silent
 log costs a fault one test of a boolean, and formats nothing. Each call is one write, so that the lines of
@@ -21,7 +20,6 @@ the original's tests_output/simple_eviction_page_test_debug.txt. Spelling mistak
 """
 
 import logging
-from collections.abc import Iterable
 
 
 class _WikiFormatter(logging.Formatter):
@@ -50,18 +48,3 @@ def start(level: str) -> None:
     edm = logger()
     edm.handlers, edm.propagate = [handler], False
     edm.setLevel(level.upper())
-
-
-def spt_table(rows: Iterable[tuple[int, str]]) -> str:
-    """The SPT as the wiki prints it. rows: (address, location) of every page that was accessed."""
-    lines = [f"address : {address:#x}  location : {location}" for address, location in rows]
-    return "\n".join(["DMS- Print SPT STATE", "-----START SPT ----", *lines, "------END SPT-----"])
-
-
-def lspt_table(rows: Iterable[tuple[int, int, bool]]) -> str:
-    """The LSPT as the wiki prints it. rows: (address, page frame number, idle) of every page.
-
-    The page frame number is 0 without CAP_SYS_ADMIN: pagemap does not show it then.
-    """
-    lines = [f"address : {a:#x}  pfn : {pfn}  is_idle: {int(idle)}" for a, pfn, idle in rows]
-    return "\n".join(["page list state: ", "-----START LSPT ----", *lines, "-----END LSPT ----"])

@@ -235,15 +235,16 @@ class Lpet:
         return self._lspt.claim(page, count, which, runs(page, passed, CHOSEN_RUN))
 
     def _show_lspt(self) -> None:
-        """Tell the log of all pages that are HERE."""
+        """Tell the log of all pages that are HERE, as the wiki prints the LSPT. The page frame number is 0 without
+        CAP_SYS_ADMIN: pagemap does not show it then."""
         if self._info and (here := list(self._lspt.runs_here(self._hand))):
             self._log.info("start address: %#x", self._start + here[0][0] * PAGE_SIZE)
-            pfns, used = self._pagemap.pfns, self._tracker.used
-            rows = [
-                (self._start + at * PAGE_SIZE, pfns(at, 1)[0], used(at, b"\xff") != b"\xff")
-                for at in sorted(pages_in(here))
-            ]
-            self._banner.info(log.lspt_table(rows))
+            lines = ["page list state: ", "-----START LSPT ----"]
+            for at in sorted(pages_in(here)):
+                address, [pfn] = self._start + at * PAGE_SIZE, self._pagemap.pfns(at, 1)
+                idle = self._tracker.used(at, b"\xff") != b"\xff"
+                lines.append(f"address : {address:#x}  pfn : {pfn}  is_idle: {idle:d}")
+            self._banner.info("\n".join([*lines, "-----END LSPT ----"]))
 
     def used(self, page: int, chosen: bytes) -> bytes:
         """As a BitmapTracker's, for the tracker `unmap`."""

@@ -436,12 +436,13 @@ class PageStore:
 
     def table(self) -> str:
         """The SPT as the wiki prints it: a line for each page that was ever accessed."""
-        return log.spt_table(
-            (self._start + at * PAGE_SIZE, self._instance if byte & INSTANCE else "DISK")
-            for first, states in self.spt.ever_set(0, self.spt.pages)
-            for at, byte in enumerate(states.translate(_LOCATION), first)
-            if byte
-        )
+        lines = ["DMS- Print SPT STATE", "-----START SPT ----"]
+        for first, states in self.spt.ever_set(0, self.spt.pages):
+            for at, byte in enumerate(states.translate(_LOCATION), first):
+                if byte:
+                    where = self._instance if byte & INSTANCE else "DISK"
+                    lines.append(f"address : {self._start + at * PAGE_SIZE:#x}  location : {where}")
+        return "\n".join([*lines, "------END SPT-----"])
 
     def close(self) -> None:
         """Close the disk. If it is not kept, it is empty, or gone if it has no name."""

@@ -174,15 +174,6 @@ def test_log_lines_have_the_wikis_format(capsys):
         assert re.fullmatch(stamp + pattern, line)
 
 
-def test_the_lspt_is_printed_as_the_wiki_prints_it():
-    assert log.lspt_table([(0x1D4C000, 45052, False)]) == (
-        "page list state: \n"
-        "-----START LSPT ----\n"
-        "address : 0x1d4c000  pfn : 45052  is_idle: 0\n"
-        "-----END LSPT ----"
-    )
-
-
 def test_the_log_is_silent_below_warning_by_default(capsys):
     log.start(Config().log_level)
     log.logger("DMS").info("no")

@@ -240,6 +240,26 @@ def refuse_nothing(runs):
     return False
 
 
+def test_the_lspt_is_printed_as_the_wiki_prints_it(make, caplog):
+    caplog.set_level("INFO", "edm")
+    instance = make()
+    instance.lpet._pagemap.pfns = lambda page, count: [45052]
+    instance.lpet._tracker = FakeTracker()
+    instance.lpet._tracker.idle_pages = {7}
+    instance.come((3, 1), (7, 1))
+    instance.lpet._show_lspt()
+    used, idle = (f"{instance.memory.address + page * PAGE_SIZE:#x}" for page in (3, 7))
+    start, table = caplog.messages
+    assert start == f"start address: {used}"
+    assert table == (
+        "page list state: \n"
+        "-----START LSPT ----\n"
+        f"address : {used}  pfn : 45052  is_idle: 0\n"
+        f"address : {idle}  pfn : 45052  is_idle: 1\n"
+        "-----END LSPT ----"
+    )
+
+
 # ---------------------------------------------------------------- one eviction
 
 
