@@ -74,24 +74,19 @@ _SPAN = re.compile(rb"[\x80-\xff]+(?:[^\x80-\xff]{1,4}[\x80-\xff]+)*")
 
 
 class Lpet:
-    def __init__(
-        self, lspt: LSPT, store: PageStore, memfd: int, pagemap: Pagemap, batch: int, tracker: str
-    ) -> None:
-        """memfd: the application's memory. tracker: the idle tracker's name.
-
-        batch: pages at most that are looked at, or evicted, at once.
-        """
+    def __init__(self, lspt: LSPT, store: PageStore, pagemap: Pagemap, hello: object) -> None:
+        """hello: see page_for in pager.py. Its idle_tracker is the one that was found."""
         self._lspt, self._store = lspt, store
         self._uffd, self._pagemap = Userfaultfd(lspt.uffd), pagemap
-        self._memfd, self._start = memfd, lspt.start
+        self._memfd, self._start = hello.fds[1], lspt.start
         self._out, self._in = os.pipe2(os.O_CLOEXEC)
         # A user may have a limited number of such pipes: pipe(7), pipe-user-pages-soft.
         with suppress(PermissionError):
             fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, PAGES_AT_ONCE * PAGE_SIZE)
         size = fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ)
-        self._batch = min(batch, size // PAGE_SIZE)
+        self._batch = min(hello.evict_batch, size // PAGE_SIZE)  # looked at, or evicted, at once
         self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the claimed pages
-        self._tracker = BitmapTracker(pagemap) if tracker == "bitmap" else self
+        self._tracker = BitmapTracker(pagemap) if hello.idle_tracker == "bitmap" else self
         self._hand = 0  # the page where the clock goes on
         # The generation of the clock's last whole turn. Another turn in it would find no page that is AGE old.
         self._turned = -1

@@ -109,8 +109,7 @@ class Pager:
             from edm.lines import Lines  # its imports take long
 
             self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._report.lines)
-        of_memory = lspt, store, self._memfd, self._pagemap
-        self._new_lpet = partial(Lpet, *of_memory, hello.evict_batch, hello.idle_tracker)
+        self._new_lpet = partial(Lpet, lspt, store, self._pagemap, hello)
         self._threads: list[threading.Thread] = []
         self._lpet_pid = os.getpid()
         self._status = 0  # print_error's of the first thread that has failed

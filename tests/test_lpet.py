@@ -150,7 +150,9 @@ class Instance:
         self.store = Store()
         self.pagemap_fd = os.open("/proc/self/pagemap", os.O_RDONLY)
         self.pagemap = FakePagemap(Pagemap(self.pagemap_fd, self.memory.address))
-        self.lpet = Lpet(self.lspt, self.store, self.memory.memfd, self.pagemap, batch, "unmap")
+        settings = {"evict_batch": batch, "idle_tracker": "unmap"}
+        hello = types.SimpleNamespace(fds=[None, self.memory.memfd], **settings)
+        self.lpet = Lpet(self.lspt, self.store, self.pagemap, hello)
         self.lpet._uffd = self.uffd
         self.gone, self._gone = [], self.lspt.gone  # the pages that have left, in order
         self.lspt.gone = self._note_gone
