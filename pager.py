@@ -167,7 +167,12 @@ class Pager:
             LOG.error("what was written since the last sync is not on the disk: %s", error)
             self._status = self._status or 2
         self._store.close()
-        self._let_go_of_children()
+        # The application's children live on without its memory. One that is forked now gets none.
+        self._control.shutdown(_socket.SHUT_RD)
+        while self._hear_child():
+            pass
+        os.ftruncate(self._memfd, 0)
+        self._handler.children.let_go(self._lspt.start, self._lspt.pages * PAGE_SIZE)
         # Or closing the lifeline would kill an application that has only closed its space.
         fcntl.fcntl(self._lifeline, fcntl.F_SETFL, 0)
         if listener:
@@ -223,8 +228,6 @@ class Pager:
                 if self._report and not self._printed:
                     self._report.sample(self.figures())
 
-    # ------------------------------------------------------------ forked children
-
     def _hear_child(self) -> bool:
         """Receive the descriptors that a forked child has sent.
 
@@ -233,14 +236,6 @@ class Pager:
         content, fds = address_space.receive(self._control)
         self._handler.children.adopt(fds)
         return bool(content)
-
-    def _let_go_of_children(self) -> None:
-        """The application has ended: let its children live on without its memory."""
-        self._control.shutdown(_socket.SHUT_RD)  # a child that is forked now gets no memory
-        while self._hear_child():
-            pass
-        os.ftruncate(self._memfd, 0)
-        self._handler.children.let_go(self._lspt.start, self._lspt.pages * PAGE_SIZE)
 
     # ------------------------------------------------------------ the application's calls
 
