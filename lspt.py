@@ -359,7 +359,8 @@ class LSPT(ByteTable):
             yield from runs(first, self.state[first : first + count], HERE_RUN)
 
     def is_missing(self, pages: range) -> bool:
-        """Whether any of these pages is NEW, AWAY, COMING or LEAVING. pages: ascending, may have a step."""
+        """Whether any of these pages is NEW, AWAY, COMING or LEAVING. pages: may have a step; downward, their
+        stop is a page, too."""
         return 1 in self.state[pages.start : pages.stop : pages.step].translate(_IS_MISSING)
 
     def area(self, page: int) -> range:

@@ -57,18 +57,17 @@ class Stream:
         # What counts of a fault's place: of a stream of neighbours, where its page begins.
         self.mask = -PAGE_SIZE if abs(stride) == PAGE_SIZE else -1
         self.place, self.window = place & self.mask, window
-        self.end = self.place + window * stride
-        self.reach = range(self.place + stride, self.end + NEAR * stride, stride)
+        self.reach = range(self.place + stride, self.place + (window + NEAR) * stride, stride)
 
     def wanted(self, area: range) -> list[range]:
         """The pages of this area to fetch now, in the order of need: first the one that has faulted. They are
         in runs of equal distances, as the store and the LSPT want them."""
         page, step = self.place // PAGE_SIZE, self.stride // PAGE_SIZE
         if self.stride % PAGE_SIZE == 0:
-            stop = self.end // PAGE_SIZE
+            stop = page + self.window * step
             stop = min(stop, area.stop) if step > 0 else max(stop, area.start - 1)
             return [range(page, stop, step)]
-        stop = min(self.end, area.stop * PAGE_SIZE)
+        stop = min(self.place + self.window * self.stride, area.stop * PAGE_SIZE)
         runs = [range(page, page + 1)]
         for place in range(self.place + self.stride, stop, self.stride):
             page, run = place // PAGE_SIZE, runs[-1]
@@ -106,10 +105,9 @@ class Readahead:
     def _passed_over(self, stream: Stream, at: int) -> bool:
         """Is any page missing that a stream of neighbours would have reached before this place? A column may well
         pass over pages."""
-        step = stream.stride // PAGE_SIZE
-        pages = range(stream.place // PAGE_SIZE, at // PAGE_SIZE, step)
+        pages = range(stream.place // PAGE_SIZE, at // PAGE_SIZE, stream.stride // PAGE_SIZE)
         pages = pages[stream.window :] or pages[-1:]
-        return stream.mask == -PAGE_SIZE and self._is_missing(pages if step > 0 else pages[::-1])
+        return stream.mask == -PAGE_SIZE and self._is_missing(pages)
 
     def _begin(self, place: int) -> Stream | None:
         recent, page = self._recent, place // PAGE_SIZE
