@@ -56,6 +56,7 @@ from edm.page_store import CONTENT, PageStore
 from edm.readahead import Readahead
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, Userfaultfd
 
+BRING = 0.1  # seconds from one look to the next whether this thread still runs
 SPIN = 30e-6  # seconds: random reads take 33 µs without, 21 with it, and no less with a millisecond
 WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshold
 FIRST_PIECE, PIECE = 16, min(64, PAGES_AT_ONCE)  # pages of a run that are installed at once
@@ -114,7 +115,7 @@ class DmHandler:
             done = Event()
             self._called.append((pages, write, done))
             os.eventfd_write(self._lspt.for_handler, 1)
-            done.wait(0.1)  # seconds: the DM-Handler may have ended
+            done.wait(BRING)
             if self._lspt.is_missing(pages):  # a page that was LEAVING
                 time.sleep(l.SETTLE)
 
