@@ -60,7 +60,7 @@ from contextlib import suppress
 from edm import log
 from edm import lspt as l
 from edm.lspt import CHOSEN_RUN, LSPT, Claimed, Run, runs
-from edm.page_idle import PRESENT, WRITTEN, BitmapTracker, Pagemap, pages_in
+from edm.page_idle import PRESENT, WRITTEN, BitmapTracker, Pagemap
 from edm.page_store import Bytes, PageStore, write_all
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, WITH_GIL, Userfaultfd, punch_hole
 
@@ -168,8 +168,9 @@ class Lpet:
 
     def _say(self, words: str, page: int, chosen: bytes) -> None:
         """Tell the log of each of these pages, from `page` on, that is chosen."""
-        for at in pages_in(runs(page, chosen, CHOSEN_RUN)) if self._info else ():
-            self._banner.info(words, self._start + at * PAGE_SIZE)
+        for first, count in runs(page, chosen, CHOSEN_RUN) if self._info else ():
+            for at in range(first, first + count):
+                self._banner.info(words, self._start + at * PAGE_SIZE)
 
     # ------------------------------------------------------------ refusals
 
@@ -235,10 +236,11 @@ class Lpet:
         if self._info and (here := list(self._lspt.runs_here(self._hand))):
             self._log.info("start address: %#x", self._start + here[0][0] * PAGE_SIZE)
             lines = ["page list state: ", "-----START LSPT ----"]
-            for at in sorted(pages_in(here)):
-                address, [pfn] = self._start + at * PAGE_SIZE, self._pagemap.pfns(at, 1)
-                idle = self._tracker.used(at, b"\xff") != b"\xff"
-                lines.append(f"address : {address:#x}  pfn : {pfn}  is_idle: {idle:d}")
+            for page, count in sorted(here):
+                for at in range(page, page + count):
+                    address, [pfn] = self._start + at * PAGE_SIZE, self._pagemap.pfns(at, 1)
+                    idle = self._tracker.used(at, b"\xff") != b"\xff"
+                    lines.append(f"address : {address:#x}  pfn : {pfn}  is_idle: {idle:d}")
             self._banner.info("\n".join([*lines, "-----END LSPT ----"]))
 
     def used(self, page: int, chosen: bytes) -> bytes:

@@ -89,7 +89,7 @@ _RUN = re.compile(rb"\xff(?:[\x01\xff]*\xff)?")  # claimed pages, and the holes 
 # For `expect_more`: pages that are NEW or AWAY, behind the first one, if that is COMING; and those that are AWAY.
 MISSING_RUN = re.compile(rb"\A\x42[\0-\x40]*|[\0-\x40]+")
 AWAY_RUN = re.compile(rb"[\1-\x40]+")
-HERE_RUN, LOST_RUN = re.compile(rb"[\x80-\xff]+"), re.compile(rb"\x41+")
+HERE_RUN, LOST_PAGE = re.compile(rb"[\x80-\xff]+"), re.compile(rb"\x41")
 UNSETTLED, CHOSEN_RUN = re.compile(rb"[\x42\x43]+"), re.compile(rb"\xff+")
 # For bytes.translate: without the generations of pages that are AWAY.
 ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))

@@ -7,7 +7,6 @@ Interface:
     BitmapTracker                mark_idle(page, chosen), then later used(page, chosen)
     choose_tracker(wanted)       the name of the one that Config asks for, or of the best that works here
     bitmap_missing()             why the bitmap can't be used here, for doctor.py
-    pages_in(runs)               the pages of these runs
 
 A page is idle if nothing has read or written it since it was last marked idle. Neighbours are named by the first
 page, and a byte for each, which is 255 for those that are meant. An answer is of such bytes, too.
@@ -28,9 +27,8 @@ Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, .../mm/pagemap.rst
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from edm.lspt import Run
 from edm.uffd_ctypes import PAGE_SIZE
 
 BITMAP = "/sys/kernel/mm/page_idle/bitmap"
@@ -141,9 +139,3 @@ def choose_tracker(wanted: str) -> str:
             why = f"this kernel makes huge pages of memory files: echo advise | tee {files}"
             raise ValueError(f"pages can't be written back into memory here: {why}")
     return "unmap" if missing else "bitmap"
-
-
-def pages_in(runs: Iterable[Run]) -> Iterator[int]:
-    """The pages of these runs."""
-    for page, count in runs:
-        yield from range(page, page + count)

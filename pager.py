@@ -65,7 +65,7 @@ from edm import uffd_ctypes as u
 from edm.dm_handler import DmHandler
 from edm.edm import tell
 from edm.lpet import Lpet
-from edm.page_idle import Pagemap, choose_tracker, pages_in
+from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
 from edm.report import SAMPLE, Report, table
 from edm.system_calls import SystemCalls
@@ -268,7 +268,7 @@ class Pager:
             try:
                 # Installing a page removes the poison. Punching the hole then removes the page.
                 # One by one: the program may have split the mapping there.
-                for lost in pages_in(l.runs(claimed.page, claimed.before, l.LOST_RUN)):
+                for lost, _ in l.runs(claimed.page, claimed.before, l.LOST_PAGE):
                     while not self._uffd.zeropage(self._lspt.start + lost * PAGE_SIZE, PAGE_SIZE):
                         pass  # nothing is installed yet, see there
                 for first, many in claimed.leaving:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -466,6 +466,12 @@ def shared_memory():
 def close(lspt: LSPT) -> None:
     os.close(lspt.for_handler)
     os.close(lspt.for_lpet)
+
+
+def pages_in(runs: Iterable[tuple[int, int]]) -> Iterator[int]:
+    """The pages of these runs."""
+    for page, count in runs:
+        yield from range(page, page + count)
 
 
 def lpet_is_first(lspt: LSPT, page: int, count: int) -> list[Claimed]:

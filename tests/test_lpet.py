@@ -15,14 +15,14 @@ import time
 import types
 
 import pytest
-from conftest import close, lpet_is_first, needs_userfaultfd, wait_for
+from conftest import close, lpet_is_first, needs_userfaultfd, pages_in, wait_for
 
 from edm import lpet as lpet_module
 from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.lpet import AGE, Lpet
 from edm.lspt import ANY_HERE, AWAY, COMING, HERE, LEAVING, LOST, LSPT, NEW, NO_HOLES, SMALL
-from edm.page_idle import PRESENT, WRITTEN, BitmapTracker, Pagemap, pages_in
+from edm.page_idle import PRESENT, WRITTEN, BitmapTracker, Pagemap
 from edm.uffd_ctypes import PAGE_SIZE
 
 

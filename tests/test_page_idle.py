@@ -9,14 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from edm import page_idle
-from edm.page_idle import (
-    PRESENT,
-    WRITTEN,
-    BitmapTracker,
-    Pagemap,
-    choose_tracker,
-    pages_in,
-)
+from edm.page_idle import PRESENT, WRITTEN, BitmapTracker, Pagemap, choose_tracker
 from edm.uffd_ctypes import PAGE_SIZE
 
 START = 0x10000
@@ -135,10 +128,6 @@ def test_a_page_is_idle_while_its_frames_bit_stands(pagemap, bitmap, drained):
     bitmap.write_bytes(pack("=64Q", *words))
     assert tracker.used(0, b"\xff" * 5) == b"\0\xff\0\xff\0"
     assert tracker.used(0, b"\xff\0\xff\1") == b"\0\0\0\1", "of those that are asked about"
-
-
-def test_pages_in_runs():
-    assert list(pages_in([])) == [] and list(pages_in([(3, 2), (7, 1)])) == [3, 4, 7]
 
 
 def test_a_forced_bitmap_that_is_not_there_is_an_error_that_names_the_remedy(monkeypatch):

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import close, lpet_is_first
+from conftest import close, lpet_is_first, pages_in
 
 from edm.dm_handler import DmHandler
 from edm.lspt import (
@@ -27,7 +27,6 @@ from edm.lspt import (
     SOON,
     STOPPED,
 )
-from edm.page_idle import pages_in
 from edm.page_store import CONTENT, ONE_STRIPE
 from edm.readahead import (
     FIRST_WINDOW,
