@@ -293,12 +293,11 @@ class LSPT(ByteTable):
             later: list[Run] = []
             stopped = self.stopped()
             for page, part in (each for run in pages for each in self.ever_set(*run)):
-                end = page + len(part)
-                for at in range(page, end, most):
+                for at in range(0, len(part), most):
                     if self.stopped() and not to_end:
                         return
-                    claimed = self.claim(at, min(most, end - at), which)
-                    later += runs(at, claimed.before, UNSETTLED)
+                    claimed = self.claim(page + at, len(part[at : at + most]), which)
+                    later += runs(page + at, claimed.before, UNSETTLED)
                     yield claimed
             pages = [] if stopped else later
             if pages:
