@@ -283,9 +283,8 @@ class SystemCalls:
                     part = content if to_file else content[:PAGE_SIZE]
                     n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
                     done, content = done + n, content[n:]
-            except BrokenPipeError:
-                if done:  # the kernel sends this, too, behind a part that was written
-                    u.tgkill(self._application, thread, SIGPIPE)
+            except BrokenPipeError:  # the kernel sends this, too, even behind what was written
+                u.tgkill(self._application, thread, SIGPIPE)
         with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
             self._answer(number, done)
 

@@ -152,7 +152,9 @@ def large_writes(space):
     reader.start()
     assert 0 < os.write(into, source) < LENGTH and signals == [signal.SIGPIPE]
     reader.join()
+    refused(errno.EPIPE, os.write, into, source)
     os.close(into)
+    assert signals == [signal.SIGPIPE] * 2, "one for each write"
     signal.signal(signal.SIGPIPE, before)
 
     terminal, into = pty.openpty()  # that takes no more: a signal ends the write
