@@ -164,11 +164,8 @@ class SystemCalls:
     ) -> None:
         """ended: an eventfd; writing it ends run(). hello: see page_for in pager.py. lspt, handler: the pager's LSPT
         and DmHandler, which the application does not import."""
-        self._listener, self._ended = listener, ended
-        self._application, self._pidfd = hello.pid, hello.pidfd
+        self._listener, self._ended, self._hello = listener, ended, hello
         self._lspt, self._handler, self._uffd = lspt, handler, u.Userfaultfd(lspt.uffd)
-        # The uffd-wp bit of a page that a call writes has to be cleared here.
-        self._clear_wp = hello.clean_tracking == "events"
         # By inode: a few files may share one.
         self._file_locks = [_thread.allocate_lock() for _ in range(64)]
         with contextlib.suppress(OSError):  # EINVAL: this kernel does not know it
@@ -228,7 +225,8 @@ class SystemCalls:
             self._lspt.pins.pin(pages, thread, call)
         for run in pages:
             self._handler.bring(run, writes)
-            if writes and self._clear_wp:
+            if writes and self._hello.clean_tracking == "events":
+                # The uffd-wp bit of a page that a call writes has to be cleared here.
                 start = self._lspt.start + run.start * PAGE_SIZE
                 # ENOENT, ESRCH: the application is ending.
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -265,16 +263,16 @@ class SystemCalls:
             import resource  # the application does without
 
             # Of a thread of the application only: a forked child has descriptors of its own.
-            its_memory = f"/proc/{self._application}/task/{thread}/mem"
+            its_memory = f"/proc/{self._hello.pid}/task/{thread}/mem"
             memory = at_end.enter_context(open(its_memory, "rb", 0)).fileno()
-            fd = u.pidfd_getfd(self._pidfd, its_fd)
+            fd = u.pidfd_getfd(self._hello.pidfd, its_fd)
             at_end.callback(os.close, fd)
             mode, inode = os.fstat(fd)[:2]
             if to_file := stat.S_ISREG(mode):  # no other write that is made here comes in between
                 at_end.enter_context(self._file_locks[inode % len(self._file_locks)])
             # Not to a socket, where a part would be a message of its own, and not to a terminal, where a write
             # may block that a signal has to end. And not to a file that is to end at the program's own limit.
-            limit, _ = resource.prlimit(self._application, resource.RLIMIT_FSIZE)
+            limit, _ = resource.prlimit(self._hello.pid, resource.RLIMIT_FSIZE)
             possible = stat.S_ISFIFO(mode) or to_file and limit == resource.RLIM_INFINITY
             try:
                 while possible and (content := content or self._read(thread, call, done, memory)):
@@ -284,7 +282,7 @@ class SystemCalls:
                     n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
                     done, content = done + n, content[n:]
             except BrokenPipeError:  # the kernel sends this, too, even behind what was written
-                u.tgkill(self._application, thread, SIGPIPE)
+                u.tgkill(self._hello.pid, thread, SIGPIPE)
         with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
             self._answer(number, done)
 

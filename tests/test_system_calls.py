@@ -152,7 +152,7 @@ def test_calls_of_processes_that_outlive_the_application_go_on_and_nothing_stays
 @pytest.mark.parametrize("done", [0, 3])
 def test_a_large_write_for_which_the_pager_has_no_memory_is_answered(tmp_path, monkeypatch, done):
     calls, answers, this = object.__new__(s.SystemCalls), [], os.getpid()
-    calls._listener, calls._application, calls._pidfd = -1, this, os.pidfd_open(this)
+    calls._listener, calls._hello = -1, SimpleNamespace(pid=this, pidfd=os.pidfd_open(this))
     calls._file_locks = [threading.Lock()]
     monkeypatch.setattr(s, "ioctl", lambda fd, request, answer: answers.append(answer))
 
@@ -167,7 +167,7 @@ def test_a_large_write_for_which_the_pager_has_no_memory_is_answered(tmp_path, m
     flags = 0 if done else s.SECCOMP_USER_NOTIF_FLAG_CONTINUE  # the kernel does what it can
     assert answers == [s.seccomp_notif_resp.pack(7, done, 0, flags)]
     os.close(fd)
-    os.close(calls._pidfd)
+    os.close(calls._hello.pidfd)
 
 
 # ---------------------------------------------------------------- the filter
@@ -410,7 +410,7 @@ def test_a_small_lspt_has_a_pin_too_and_two_pages_are_left_for_an_instruction(hi
     lspt, brought = LSPT(100, high, 0, False, -1, 0), []
     handler = SimpleNamespace(bring=lambda pages, write: brought.append(pages))
     calls = object.__new__(s.SystemCalls)
-    calls._lspt, calls._handler, calls._clear_wp = lspt, handler, False
+    calls._lspt, calls._handler, calls._hello = lspt, handler, SimpleNamespace(clean_tracking="")
     calls._pin_and_bring(1, (s.WRITE, 1, 0, 50 * PAGE_SIZE, 0, 0, 0))
     assert brought == [range(max(1, (high - 2) // 2))]
     lspt.state[:] = bytes([HERE]) * 100
