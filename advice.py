@@ -54,9 +54,8 @@ def _ranges(array: object, rows: object) -> list[tuple[int, int]]:
     if not a.size or not indexes.size:
         return []
     np.broadcast_to(0, len(a))[indexes]  # IndexError for what is no row; all of these are one zero
-    if indexes.dtype == bool:
-        indexes = np.flatnonzero(indexes)
-    indexes = indexes.ravel().astype(np.int64) % len(a)
+    (indexes,) = np.ix_(indexes.ravel())  # of a mask, the numbers of its rows
+    indexes = indexes.astype(np.int64) % len(a)
     starts = np.sort(a.__array_interface__["data"][0] + indexes * a.strides[0])
     reach = [(n - 1) * stride for n, stride in zip(a.shape[1:], a.strides[1:], strict=True)]
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize - 1
