@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> tuple[Namespace, Config, list[str]]:
-    """The options, the settings they make, and the program with its arguments."""
+    """The options, the settings they make, and the program with its arguments: of a command, the path."""
     parser = ArgumentParser(
         prog=PROG,
         usage=f"{PROG} [option ...] (SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]",
@@ -88,10 +88,20 @@ def parse(arguments: list[str]) -> tuple[Namespace, Config, list[str]]:
     words = [re.sub("^-(?=[mc])", "\0", word) for word in arguments]
     args, config = parse_arguments(parser, words, high_threshold=None, end_addr=None, dms=0)
     program = arguments[len(arguments) - len(args.program) :]
-    try:
-        return args, config, _as_python_takes_it(program)
-    except (ValueError, OSError) as error:
-        refuse(parser, error)
+    if not program[0].startswith("-") and not os.path.exists(program[0]):
+        import shutil  # takes longer than all the rest here
+
+        folders = os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)
+        program[0] = shutil.which(program[0], path=os.pathsep.join(folders)) or program[0]
+        try:
+            with open(program[0], "rb") as file:
+                begin = file.read(4096)
+        except OSError as error:
+            refuse(parser, error)
+        # The second form is pip's, if the interpreter's path is too long for a first line.
+        if not re.match(rb"#!.*python|#!/bin/sh\n'''exec' .*python", begin):
+            refuse(parser, f"{program[0]} is not written in Python: its first line names no python")
+    return args, config, program
 
 
 def size_in_bytes(text: str) -> int:
@@ -120,23 +130,6 @@ def _config(args: Namespace) -> Config:
         if limit:
             tell(f"{PROG}: {limit} leaves {size >> 20} MiB for the space")
     return Config(**{name: getattr(args, name) for name in Config.__annotations__})
-
-
-def _as_python_takes_it(program: list[str]) -> list[str]:
-    """The program, with the path of a command instead of its name. Raises ValueError or OSError if there is none."""
-    name, *arguments = program
-    if name.startswith("-") or os.path.exists(name):
-        return program
-    import shutil  # takes longer than all the rest here
-
-    own = os.path.dirname(sys.executable)
-    path = shutil.which(name, path=own + os.pathsep + os.environ.get("PATH", os.defpath)) or name
-    with open(path, "rb") as file:
-        begin = file.read(4096)
-    # The second form is pip's, if the interpreter's path is too long for a first line.
-    if not re.match(rb"#!.*python|#!/bin/sh\n'''exec' .*python", begin):
-        raise ValueError(f"{path} is not written in Python: its first line names no python")
-    return [path, *arguments]
 
 
 def _interpreter_options() -> list[str]:
