@@ -123,6 +123,7 @@ def _run(config: Config, application: int, control: Any) -> NoReturn:
         time.sleep(PRINTING if launched()[0] else 0)  # rank 0 prints it
         os._exit(2 if launched()[0] else print_error(OSError(f"MPI: {error}; see edm doctor")))
 
+    log.start(config.log_level)
     sys.setswitchinterval(SWITCH_INTERVAL)  # in a DMS, faults would wait for a sync that computes
     comm, dms, status = MPI.COMM_WORLD, config.dms or 1, 0
     settings = VERSION, PAGE_SIZE, config.start_addr, config.end_addr, config.keep, dms
@@ -137,7 +138,7 @@ def _run(config: Config, application: int, control: Any) -> NoReturn:
         if comm.rank < dms:
             _serve_pages(comm, config, hosts[:dms], processes, application, control)
         else:
-            status = _page(comm, dms, application, control)
+            status = _page(comm, dms, config, application, control)
     except BaseException as error:  # noqa: BLE001 - it ends this process
         _abort(comm, print_error(error))  # the other ranks may be waiting for this one
     _end(status)
@@ -158,7 +159,6 @@ def _serve_pages(
     """Be a DMS. hosts: of each DMS. processes: of each rank, as (_pids_are_of(), pid)."""
     from edm.dms import DMS
 
-    log.start(config.log_level)
     dms, wrong, here = None, None, hosts[comm.rank]
     if config.disk and here in hosts[: comm.rank]:  # an earlier DMS has the path itself
         config = config.__replace__(disk=f"{config.disk}.dms{comm.rank}")
@@ -182,19 +182,21 @@ def _serve_pages(
     os.kill(watching, signal.SIGKILL)
 
 
-def _page(comm: Any, dms: int, application: int, control: Any) -> int:
+def _page(comm: Any, dms: int, config: Config, application: int, control: Any) -> int:
     """Be the pager of an instance. Returns its exit status if it fails, else the application's."""
     from edm.mpi_client import MpiStore
     from edm.pager import page_for
 
     def open_store(hello: Any) -> MpiStore:
-        _begin_with_all(comm, None, application)
         hello.ended_by = ended_by
-        return MpiStore(comm, dms, hello)
+        _begin_with_all(comm, None, application)
+        return store
 
-    control.send(b"%d" % (comm.rank - dms))
+    # What may fail is first: then this rank ends the job, and the application does not begin.
+    store = MpiStore(comm, dms, config)
     ended_by: list[str] = []
     _thread.start_new_thread(_pass_on, (application, os.pidfd_open(application), ended_by))
+    control.send(b"%d" % (comm.rank - dms))
     failed = page_for(control, open_store)
     if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)

@@ -168,6 +168,21 @@ edm.main(print, edm.Config())
     assert ended.stdout.count("\n") == 1 and "File too large" in ended.stdout, ended.stdout
 
 
+def test_a_rank_without_memory_for_its_messages_ends_the_job_before_an_application_starts(mpirun):
+    code = """
+import edm, errno, os
+from edm import edm as core, messages
+def fail(buffer):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+if core.launched()[0] == 1:
+    messages.MessageBuffer.__init__ = fail
+edm.main(lambda space: print("an application"), edm.Config())
+"""
+    ended = mpirun("-c", code, ranks=3)
+    assert ended.returncode == 2 and "an application" not in ended.stdout, ended.stdout
+    assert re.findall("edm: error: (.*?);", ended.stdout) == ["Cannot allocate memory"]
+
+
 def test_a_dms_needs_two_ranks_and_the_message_says_how_to_start_them(mpirun, run):
     example = ("-m", "edm.examples.eviction", "--dms", "1")
     for ended in (mpirun(*example, ranks=1), run(sys.executable, *example)):
