@@ -152,13 +152,12 @@ class Config(SimpleNamespace):
         start, end, most = self.start_addr, self.end_addr, PAGES_AT_ONCE
         high, low = self.high_threshold, self.low_threshold
         has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()  # threads share a NumPy callback
-        starts = range(PAGE_SIZE, 1 << 62, PAGE_SIZE)  # no address space has so much
-        ends = range(start + PAGE_SIZE, 1 << 62, PAGE_SIZE)
+        places = range(PAGE_SIZE, 1 << 62, PAGE_SIZE)  # no address space has more
         report = self.report or ""
         there, folder = os.path.exists(report), os.path.dirname(report) or "."
         yield not has_gil, "edm: this Python runs without the GIL; PYTHON_GIL=1 turns it on"
-        yield start not in starts, f"start_addr: {start:#x}; whole pages, from {PAGE_SIZE:#x} on"
-        yield end not in ends, f"end_addr: {end:#x}; whole pages, behind start_addr, {start:#x}"
+        wrong = start >= end or start not in places or end not in places
+        yield wrong, f"start_addr, end_addr: {start:#x}-{end:#x}; a page or more, but not the first"
         yield high < 2, f"high_threshold, resident: {high} pages; at least 2, for one instruction"
         yield not 0 <= low < high, f"low_threshold: {low} pages; less than high_threshold, {high}"
         yield "\0" in f"{self.disk}{report}", "disk, report: a path has no null byte"

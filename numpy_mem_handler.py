@@ -181,13 +181,12 @@ class MemHandler:
         return self.calloc(done, ctx, 1, size)
 
     def calloc(self, done: list[int], ctx: int, count: int, size: int, grows: bool = False) -> int:
-        # An array that is larger than the space is in NumPy's memory: a limit may have made the space small.
-        fits = self.thresholds[-1] <= count * size <= self._space.end_addr - self._space.start_addr
-        if not fits or not self._space.can_be_called():
+        if count * size < self.thresholds[-1] or not self._space.can_be_called():
             return self._calloc(ctx, count, size)
         self._release()  # what was freed in the midst of a call
         name = self._made_in() if self._space.config.report else ""
-        return self._space.allocate(count * size, name, grows)
+        # Without a gap of this size it is in NumPy's memory: a limit may have made the space small.
+        return self._space.allocate(count * size, name, grows) or self._calloc(ctx, count, size)
 
     def realloc(self, done: list[int], ctx: int, old: int, size: int) -> int:
         inside = old in self._space.lengths

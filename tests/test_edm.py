@@ -18,14 +18,12 @@ from edm.edm import Config
 from edm.uffd_ctypes import PAGES_AT_ONCE
 
 WRONG = {
-    "start_addr": [
+    "end_addr": [{"end_addr": "0x2000000000"}],
+    "start_addr, end_addr": [
         {"start_addr": 0x1001},
         {"start_addr": 0},
         {"start_addr": -edm.PAGE_SIZE},
         {"start_addr": 1 << 64, "end_addr": (1 << 64) + 0x2000},
-    ],
-    "end_addr": [
-        {"end_addr": "0x2000000000"},
         {"start_addr": 0x2000, "end_addr": 0x2000},
         {"end_addr": 0x20_0000_0001},
         {"end_addr": 1 << 64},
