@@ -40,7 +40,7 @@ import os
 import sys
 from _thread import get_ident, get_native_id
 from collections.abc import Callable, Iterator
-from ctypes import c_char, c_char_p, c_int, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
+from ctypes import c_char, c_char_p, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
 from functools import cache, partial, wraps
 from itertools import starmap
 from operator import index
@@ -298,8 +298,7 @@ class Callback:
                 return self._work(done, *arguments)
             answer = Answer(done[0] if done else self._work(done, *arguments) if tries > 0 else 0)
             later = [] if came is None else _raising(came)
-            if was_set:
-                later.append(partial(_restore, *was_set))
+            later.append(partial(_restore, *was_set) if was_set else _LAST)
             calls = []
             answer.after = _array(calls)
             calls += later
@@ -324,9 +323,9 @@ def _raising(came: BaseException) -> list[Callable[[], object]]:
 
 
 def _array(calls: list[Callable[[], object]]) -> object:
-    """An array; when it is freed, C code makes these calls."""
+    """An array. When it is freed, C code makes these calls, until one returns true, or raises."""
     empty, dtype, set_handler, _ = _numpys()
-    call = partial(list, map(partial.__call__, calls))
+    call = partial(next, filter(partial.__call__, calls))  # this passes on StopIteration, too
     # Its memory is labs(ctx), which is ctx: nobody reads it.
     allocator = PyDataMemAllocator(id(call), _TWO(_LABS), free=_FREE(_CALL))
     handler = PyDataMem_Handler(b"after a callback", 1, allocator)
@@ -364,13 +363,14 @@ def _function(name: str, result: type | None, *arguments: type) -> Callable[...,
 
 _pointer = _function("PyCapsule_GetPointer", c_void_p, py_object, c_char_p)
 _new_capsule = _function("PyCapsule_New", py_object, c_void_p, c_char_p, c_void_p)
-_raise_soon = _function("PyThreadState_SetAsyncExc", c_int, c_ulong, py_object)
-_call_soon = _function("Py_AddPendingCall", c_int, c_void_p, py_object)
+_raise_soon = _function("PyThreadState_SetAsyncExc", None, c_ulong, py_object)
+_call_soon = _function("Py_AddPendingCall", None, c_void_p, py_object)
 _ASK = ctypes.cast(ctypes.pythonapi.PyObject_AsFileDescriptor, c_void_p)
 _set_error = _function("PyErr_SetObject", None, py_object, py_object)
 _restore = _function("PyErr_Restore", None, c_void_p, c_void_p, c_void_p)
 _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
 _OWN = os.path.dirname(__file__)
+_LAST = partial(bool, True)
 _CALL, _LABS = ("PyObject_CallNoArgs", ctypes.pythonapi), ("labs", ctypes.pythonapi)
 
 _came: list[tuple[type, BaseException]] = []  # exceptions that are to be raised
