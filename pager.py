@@ -56,7 +56,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from types import SimpleNamespace
 
 from edm import address_space, limits, log, mailbox
@@ -109,7 +109,10 @@ class Pager:
             from edm.lines import Lines  # its imports take long
 
             self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._report.lines)
+        # Each thread that evicts or stores has an Lpet of its own. This one is for forget and sync.
         self._new_lpet = partial(Lpet, lspt, store, self._pagemap, hello)
+        self._lpet = self._new_lpet()
+        self.prefetch, self.forget = self._handler.prefetch, self._lpet.forget
         self._threads: list[threading.Thread] = []
         self._lpet_pid = os.getpid()
         self._status = 0  # print_error's of the first thread that has failed
@@ -117,11 +120,9 @@ class Pager:
         self._printed = False  # was the table printed, and the report written?
 
         sys.setswitchinterval(SWITCH_INTERVAL)
-        if store.kept:  # later, forked children may have taken all descriptors
-            _ = self._lpet
-        # See that there is room for the lifeline, for two descriptors of a sync or a system call, and over MPI for
-        # LPET's pipe. They are high ones, so that the table of descriptors grows now: once there are threads,
-        # that takes 15 ms.
+        # See that there is room for the lifeline, for two descriptors of a system call, and over MPI for LPET's
+        # pipe. They are high ones, so that the table of descriptors grows now: once there are threads, that
+        # takes 15 ms.
         for fd in [address_space.high(fd) for _ in range(2 + over_mpi) for fd in os.pipe()]:
             os.close(fd)
         lpet = self._new_lpet().run if over_mpi else self._fork_lpet()
@@ -240,15 +241,15 @@ class Pager:
     # ------------------------------------------------------------ the application's calls
 
     def _answer(self) -> None:
-        """A thread: do what the application asks, in order. A request names one of the methods below."""
+        """A thread: do what the application asks, in order. A request names one of the methods below,
+        or prefetch or forget."""
         while not self._lspt.stopped():
             for what, arguments in self._mailbox.requests():
                 try:
                     self._mailbox.answer(getattr(self, what)(*arguments))
                 except OSError as error:
-                    # The application does not wait for `forget`, nor mostly for `free`, so their errors end the
-                    # job. But not if `forget` lacks descriptors for its Lpet: this is only advice.
-                    if what == "free" or what == "forget" and "_lpet" in vars(self):
+                    # The application does not wait for `forget`, nor mostly for `free`: their errors end the job.
+                    if what in ("free", "forget"):
                         raise
                     self._mailbox.answer(error)
 
@@ -277,14 +278,6 @@ class Pager:
             finally:  # after an error the job ends, and no page may stay LEAVING
                 self._lspt.freed(claimed)
 
-    def prefetch(self, runs: list[l.Run]) -> None:
-        """See DmHandler.prefetch."""
-        self._handler.prefetch(runs)
-
-    def forget(self, runs: list[l.Run]) -> None:
-        """Evict these pages."""
-        self._lpet.forget(runs)
-
     def locations(self, page: int, count: int) -> bytes:
         """PageStore.locations of these pages, with INSTANCE for those that are HERE. The store sets it for
         all pages that it has sent, also for those that are still COMING.
@@ -300,11 +293,6 @@ class Pager:
     def close(self) -> None:
         """The space has ended."""
         os.eventfd_write(self._ended, 1)
-
-    @cached_property
-    def _lpet(self) -> Lpet:
-        """For forget and sync. The LPET that runs has an Lpet of its own."""
-        return self._new_lpet()
 
     def _area(self, page: int) -> slice:
         """The place in LSPT.areas of the area that begins at this page; empty if there is none."""

@@ -44,7 +44,7 @@ NOTED = "python -m edm run: {} leaves {} MiB for the space\n"
         ({"DATA": 1 << 30}, ""),
         ({"STACK": 1 << 20}, ""),
         ({"MEMLOCK": 0}, ""),
-        ({"NOFILE": 16}, ""),
+        ({"NOFILE": 18}, ""),
         ({"FSIZE": 300 << 20}, NOTED.format("ulimit -f", 100)),
     ],
 )
@@ -53,7 +53,7 @@ def test_with_a_limit_a_program_runs_and_is_told_of_a_smaller_space(run, set_lim
     assert (ended.returncode, ended.stdout) == (0, noted + DONE)
 
 
-@pytest.mark.parametrize("way", [{}, {"FSIZE": (1 << 20, -1)}, {"NOFILE": (16, 1024)}])
+@pytest.mark.parametrize("way", [{}, {"FSIZE": (1 << 20, -1)}, {"NOFILE": (18, 1024)}])
 def test_a_soft_limit_is_the_programs_alone(run, way):
     code = f"{WORK}; import resource as r; print(r.getrlimit(r.RLIMIT_FSIZE)[0])"
     ended = run(*EDM_RUN, "-c", code, preexec_fn=limited(**way))

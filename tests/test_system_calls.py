@@ -70,8 +70,8 @@ def succeeds(as_user):
 
 
 @needs_userfaultfd
-def test_sixteen_descriptors_are_enough(succeeds):
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (16, 16))
+def test_eighteen_descriptors_are_enough(succeeds):
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (18, 18))
     succeeds("pickles", preexec_fn=limit)
 
 
