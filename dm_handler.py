@@ -146,15 +146,14 @@ class DmHandler:
             began = time.monotonic_ns()
             for _, flags, address, thread in faults:
                 if self.lines:  # that does not count as latency
-                    began += self.lines.begins(thread, (address - self._start) // PAGE_SIZE)
+                    page = (address - self._start) // PAGE_SIZE
+                    began += self.lines.begins(thread, page, self._waited[FAULTS])
                 self._waited[FAULTS] -= began
                 self._resolve(flags, address)
                 ended = time.monotonic_ns()
                 self._waited[FAULTS] += ended
                 unit = 1 if ended - began < 1_000_000 else 1000  # µs
                 self._latencies[((ended - began) // (1000 * unit) + 1) * unit] += 1
-                if self.lines:
-                    self.lines.ended(ended - began)
 
     def _next_faults(self) -> list[tuple[int, int, int, int]]:
         """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each

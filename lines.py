@@ -4,8 +4,8 @@ In the picture: in the pager, beside the DM-Handler. It sends SIGURG to a thread
 The handler in the application is the C code of Python's faulthandler (address_space.py registers it). It
 runs no Python code and needs no GIL: it writes the thread's frames to a memfd, which is read here.
 
-Interface: begins(thread, page) and ended(took) are called before and after a fault is resolved. `found`,
-the report's, becomes the table: {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
+Interface: begins(thread, page, waited) is called before a fault is resolved. `found`, the report's, becomes
+the table: {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
 
 A sample is a random fault, about one per INTERVAL. It stands for all faults since the sample before. Each
 of them counts with the mean duration of the last faults of the same array, as the sampled fault itself
@@ -58,12 +58,18 @@ class Lines:
         self._its_end = f"/proc/{process}/fd/{its_end}"
         self._silent: set[int] = set()  # threads that did not answer
         self._took = [0] * ARRAYS  # nanoseconds: the mean duration of the last faults
-        self._faults = self._next = 0  # since the last sample, and how many until the next one
+        self._area, self._waited = range(1), 0  # of the last fault: its array; waited, see begins
+        self._faults, self._next = -1, 0  # since the last sample, and how many until the next one
         self._asked, self._when = 0, time.monotonic_ns()  # the thread that was asked, or 0
 
-    def begins(self, thread: int, page: int) -> int:
-        """This thread waits for a page. Returns how many nanoseconds a sample took here, or 0."""
-        self._area = self._lspt.area(page)
+    def begins(self, thread: int, page: int, waited: int) -> int:
+        """This thread waits for a page. waited: the nanoseconds of all faults before. Returns how many a sample took
+        here, or 0."""
+        took, at = waited - self._waited, self._area.start % ARRAYS  # of the last fault
+        mean = self._took[at] or took
+        self._took[at] = mean + (took - mean) // MEAN_OF
+        self._area, self._waited = self._lspt.area(page), waited
+        self._faults += 1
         if self._faults < self._next:
             return 0
         now = time.monotonic_ns()
@@ -72,12 +78,6 @@ class Lines:
         elif thread == self._asked or now - self._when > INTERVAL:
             self._hear(thread)
         return time.monotonic_ns() - now
-
-    def ended(self, took: int) -> None:
-        """The page has come, in so many nanoseconds."""
-        self._faults += 1
-        mean = self._took[self._area.start % ARRAYS] or took
-        self._took[self._area.start % ARRAYS] = mean + (took - mean) // MEAN_OF
 
     def _sample(self, thread: int, now: int) -> None:
         """Ask the thread for its line, unless it must not get the signal."""
