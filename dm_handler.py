@@ -14,7 +14,7 @@ while no fault waits.
 
 One fault, from the message to the woken application:
 
-    run             reads the messages that wait.
+    run             reads the messages that wait, and calls _resolve.
     _bring_missing  calls LSPT.expect: NEW or AWAY → COMING. If high_threshold pages are here, sleeps until LPET
                     has made room ("avoid memory flood"), and calls it again. For a page that is LEAVING it
                     does nothing: the thread that has claimed the page wakes the application. If readahead.py
@@ -132,43 +132,27 @@ class DmHandler:
 
     def run(self) -> None:
         """Do what bring was called for, and resolve the faults that wait. If there are none, bring some of the pages
-        that are advised. Raises ProcessLookupError after LSPT.stop, and when the application has ended; else the
-        OSError of an ioctl that has failed."""
+        that are advised. If there is nothing to do, look again for SPIN seconds, and yield the core each time; then
+        sleep. Raises ProcessLookupError after LSPT.stop, and when the application has ended; else the OSError of
+        an ioctl that has failed."""
+        figures, until = self._lspt.figures, 0.0
         while True:
+            if self.children.uffds:
+                self._serve_children()
+            # Only now: _await_wakeup may have read the wake-up, while a child's page waited for room.
             while self._called:
                 pages, write, done = self._called.popleft()
                 for page in pages:
                     if self._lspt.state[page] < l.HERE:
                         self._bring_missing(self._start + page * PAGE_SIZE, write)
                 done.set()
-            if not (faults := self._next_faults()) and self._advised:
-                self._bring_advised()
-            began = time.monotonic_ns()
-            for _, flags, address, thread in faults:
-                if self.lines:  # that does not count as latency
-                    page = (address - self._start) // PAGE_SIZE
-                    began += self.lines.begins(thread, page, self._waited[FAULTS])
-                self._waited[FAULTS] -= began
-                self._resolve(flags, address)
-                ended = time.monotonic_ns()
-                self._waited[FAULTS] += ended
-                unit = 1 if ended - began < 1_000_000 else 1000  # µs
-                self._latencies[((ended - began) // (1000 * unit) + 1) * unit] += 1
-
-    def _next_faults(self) -> list[tuple[int, int, int, int]]:
-        """The faults that wait. If there are none, look again for SPIN seconds, and yield the core each
-        time; then sleep. If pages are advised, don't wait."""
-        figures, until = self._lspt.figures, time.monotonic() + SPIN
-        while True:
-            if self.children.uffds:
-                self._serve_children()
             if faults := self._uffd.read_faults():
-                return faults
-            # If advice waits for room, LPET wakes this thread. After LSPT.stop, no advised page comes. bring may
-            # have been called while a child's page waited for room: _await_wakeup has read that wake-up.
-            if self._called or self._advised and not (figures[l.ROOM_WANTED] or figures[l.STOPPED]):
-                return []
-            if time.monotonic() < until:
+                self._resolve(faults)
+                until = time.monotonic() + SPIN
+            # If advice waits for room, LPET wakes this thread. After LSPT.stop, no advised page comes.
+            elif self._advised and not (figures[l.ROOM_WANTED] or figures[l.STOPPED]):
+                self._bring_advised()
+            elif time.monotonic() < until:
                 os.sched_yield()
             elif (self._lspt.for_handler, select.EPOLLIN) in self._epoll.poll():
                 self._await_wakeup()
@@ -192,19 +176,29 @@ class DmHandler:
         if self._lspt.stopped():
             raise ProcessLookupError
 
-    def _resolve(self, flags: int, address: int) -> None:
-        """Resolve one fault."""
-        if self._info:
-            self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
-            self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address & -PAGE_SIZE)
-        if flags & u.UFFD_PAGEFAULT_FLAG_WP:
-            # In any state of the page: without the bit, it counts as written.
-            self._uffd.writeprotect(address & -PAGE_SIZE, PAGE_SIZE, False)
-            self._lspt.figures[l.WRITE_PROTECT] += 1
-        else:
-            self._bring_missing(address, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
-        if self._info:
-            self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n\n")
+    def _resolve(self, faults: list[tuple[int, int, int, int]]) -> None:
+        """Resolve the faults that were read."""
+        began = time.monotonic_ns()
+        for _, flags, address, thread in faults:
+            if self.lines:  # that does not count as latency
+                page = (address - self._start) // PAGE_SIZE
+                began += self.lines.begins(thread, page, self._waited[FAULTS])
+            self._waited[FAULTS] -= began
+            if self._info:
+                self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")
+                self._log.info("UFFD_EVENT_PAGEFAULT in address = %#x", address & -PAGE_SIZE)
+            if flags & u.UFFD_PAGEFAULT_FLAG_WP:
+                # In any state of the page: without the bit, it counts as written.
+                self._uffd.writeprotect(address & -PAGE_SIZE, PAGE_SIZE, False)
+                self._lspt.figures[l.WRITE_PROTECT] += 1
+            else:
+                self._bring_missing(address, bool(flags & u.UFFD_PAGEFAULT_FLAG_WRITE))
+            if self._info:
+                self._banner.info("\n--------------FINISH HANDLING PAGE FAULT--------------\n\n")
+            ended = time.monotonic_ns()
+            self._waited[FAULTS] += ended
+            unit = 1 if ended - began < 1_000_000 else 1000  # µs
+            self._latencies[((ended - began) // (1000 * unit) + 1) * unit] += 1
 
     def _bring_missing(self, address: int, write: bool) -> None:
         """Bring the page that has this address, and what readahead adds, if it is NEW or AWAY. If it is HERE or

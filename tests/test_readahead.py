@@ -1,5 +1,6 @@
 """readahead.py: which faults are a stream, how its window grows, and what comes with a fault."""
 
+import contextlib
 import errno
 import os
 import random
@@ -7,8 +8,9 @@ import threading
 import time
 
 import pytest
-from conftest import close, lpet_is_first, pages_in
+from conftest import close, lpet_is_first, pages_in, wait_for
 
+from edm import dm_handler
 from edm.dm_handler import DmHandler
 from edm.lspt import (
     ANY_HERE,
@@ -25,7 +27,6 @@ from edm.lspt import (
     RESIDENT,
     ROOM_WANTED,
     SOON,
-    STOPPED,
 )
 from edm.page_store import CONTENT, ONE_STRIPE
 from edm.readahead import (
@@ -368,6 +369,22 @@ def touch(handler, pages):
     return faults
 
 
+@contextlib.contextmanager
+def running(handler):
+    def until_stopped():
+        with pytest.raises(ProcessLookupError):
+            handler.run()
+
+    thread = threading.Thread(target=until_stopped)
+    thread.start()
+    try:
+        yield
+    finally:
+        handler._lspt.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def here(handler):
     return list(pages_in(handler._lspt.runs_here()))
 
@@ -432,27 +449,26 @@ def test_pages_that_were_asked_for_come_many_at_once_and_those_that_are_here_are
 def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them(handler):
     lspt = handler._lspt
     lspt.high = 60
+    faults, resolved = [], []
+    handler._uffd.read_faults = lambda: [faults.pop()] if faults else []
+    handler._resolve = resolved.extend
     handler.prefetch([(100, 100)])
-    assert handler._next_faults() == []
-    handler._bring_advised()
-    assert here(handler) == [*range(100, 160)]
-    handler._await_wakeup()  # as prefetch has written
-    handler._bring_advised()
-    assert here(handler) == [*range(100, 160)] and lspt.figures[ROOM_WANTED] == NEVER
-    handler._uffd.faults = [(0, 0, 0, 0)]
-    assert handler._next_faults() == handler._uffd.faults
-    handler._uffd.faults = []
-    lspt.gone(lspt.claim(100, 20, ANY_HERE))
-    assert handler._next_faults() == []  # it has heard that there is room
-    handler._bring_advised()
-    assert here(handler) == [*range(120, 180)]
+    with running(handler):
+        wait_for(lambda: lspt.figures[ROOM_WANTED] == NEVER)
+        assert here(handler) == [*range(100, 160)]
+        faults.append((0, 0, 0, 0))
+        wait_for(lambda: resolved)
+        assert here(handler) == [*range(100, 160)] and lspt.figures[ROOM_WANTED] == NEVER
+        lspt.gone(lspt.claim(100, 20, ANY_HERE))
+        wait_for(lambda: lspt.figures[ROOM_WANTED] == NEVER)  # it has heard that there is room
+        assert here(handler) == [*range(120, 180)]
 
 
 def test_nothing_that_was_asked_for_comes_when_the_space_ends(handler):
     handler.prefetch([(100, 100)])
     handler._lspt.stop()
     with pytest.raises(ProcessLookupError):
-        handler._next_faults()
+        handler.run()
     assert here(handler) == []
 
 
@@ -507,22 +523,22 @@ def test_where_a_copy_was_interrupted_the_next_one_goes_on(handler):
     assert copied == [(100 * PAGE_SIZE, copied[0][1], 5 * PAGE_SIZE), rest]
 
 
-def test_a_call_that_came_while_it_waited_for_a_childs_page_is_seen_before_it_sleeps(handler):
+def test_a_call_that_came_while_it_waited_for_a_childs_page_is_seen_before_it_sleeps(
+    handler, monkeypatch
+):
+    monkeypatch.setattr(dm_handler, "BRING", 10)  # or the caller would write again
     caller = threading.Thread(target=handler.bring, args=(range(5, 6), False))
     caller.start()
-    os.eventfd_read(handler._lspt.for_handler)  # as _await_wakeup may have done, in _serve_children
-    handler._lspt.figures[STOPPED] = 1  # or the caller would write again
-    thread = threading.Thread(target=handler._next_faults, daemon=True)
-    thread.start()
-    thread.join(10)
-    assert not thread.is_alive()
-    caller.join(10)
-    assert not caller.is_alive()
+    handler.children.uffds = {0: None}
 
+    def serve_children():  # it may read the wake-up, in _await_wakeup
+        os.eventfd_read(handler._lspt.for_handler)
+        handler.children.uffds = {}
 
-def until_stopped(handler):
-    with pytest.raises(ProcessLookupError):
-        handler.run()
+    handler._serve_children = serve_children
+    with running(handler):
+        caller.join(5)
+        assert not caller.is_alive() and here(handler) == [5]
 
 
 def test_after_a_page_that_came_too_late_the_next_ones_are_waited_for(handler):
@@ -530,17 +546,12 @@ def test_after_a_page_that_came_too_late_the_next_ones_are_waited_for(handler):
     late.start()
     late.join(0.2)  # nobody serves it
     assert late.is_alive() and handler._lspt.state[100] < COMING
-    thread = threading.Thread(target=until_stopped, args=(handler,))
-    thread.start()
-    try:
+    with running(handler):
         late.join(10)
         assert not late.is_alive() and handler._lspt.state[100] >= HERE
         for page in (300, 500, 700):
             handler.bring(range(page, page + 1), False)
             assert handler._lspt.state[page] >= HERE
-    finally:
-        handler._lspt.stop()
-        thread.join()
 
 
 @pytest.mark.parametrize("stride", [1, -1])
