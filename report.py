@@ -15,7 +15,7 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
                    first, which is the start: the figures of pager.py; away: at that time
     latencies      [µs at most, faults], ascending
     areas          the largest AREAS; page: the first, in the space; count; name; mapped, unmapped: when, or
-                   null; ended_up: pages, by where they were in the end. The others were here
+                   null
     lines          [line, its array's first page, count of pages, faults, nanoseconds], see lines.py
 
 Rules: one thread at a time calls sample or write; one calls mapped, unmapped or write. The DM-Handler
@@ -30,7 +30,7 @@ from collections import Counter, deque
 
 from edm.dm_handler import WAITS, DmHandler
 from edm.edm import tell
-from edm.lspt import AWAY, LOST, LSPT, NEW, ONE_AWAY
+from edm.lspt import LSPT
 from edm.uffd_ctypes import PAGE_SIZE
 
 COLUMNS = 192  # samples
@@ -41,7 +41,6 @@ SAMPLE = 100  # milliseconds from one sample to the next
 
 FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
-WHERE = {NEW: "new", AWAY: "away", LOST: "lost"}
 
 
 def size(pages: float) -> str:
@@ -97,7 +96,7 @@ class Report:
         """Before the area's pages are freed."""
         if area := self._here.pop(page, None):  # None: this was called before
             area["unmapped"] = time.monotonic()
-            self._gone = _largest([*self._gone, self._ended(area)])
+            self._gone = _largest([*self._gone, area])
 
     def sample(self, figures: dict[str, object]) -> None:
         """Note what has happened since the last call."""
@@ -136,7 +135,7 @@ class Report:
             "place": 1 << self._shift,
             "latencies": self._handler.latencies(),
             "lines": [[*key, *found] for key, found in self.lines.copy().items()],
-            "areas": _largest([*map(self._ended, self._here.values()), *self._gone]),
+            "areas": _largest([*self._here.values(), *self._gone]),
         }
         import json  # both take long to import
         from pathlib import Path
@@ -144,11 +143,6 @@ class Report:
         text = json.dumps(content).replace("<", "\\u003c")  # a name can't end the script
         page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
         Path(path).write_text(page.replace("REPORT_AS_JSON", text), encoding="utf-8")
-
-    def _ended(self, area: dict) -> dict:
-        """The area, and where its pages are now."""
-        states = self._lspt.read(area["page"], area["count"]).translate(ONE_AWAY)
-        return {**area, "ended_up": {name: states.count(byte) for byte, name in WHERE.items()}}
 
 
 def _line(before: dict, now: dict) -> str:

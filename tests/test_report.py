@@ -15,7 +15,6 @@ import pytest
 from conftest import needs_userfaultfd
 
 from edm import report
-from edm.lspt import AWAY, GENERATIONS, HERE, LEAVING, LOST, NEW
 from edm.report import AREAS, CELLS, COLUMNS, EVICTIONS, FAULTS, Report
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -42,19 +41,13 @@ class Table:
 
     start, away = START, 0
 
-    def __init__(self, state):
-        self.state = state
-
-    def read(self, page, count):
-        return self.state[page : page + count]
-
     def count_away(self):
         return self.away
 
 
-def begun(title="a title", state=bytes(1000), live=False):
+def begun(title="a title", live=False):
     """A report that has no samples yet."""
-    return Report(title, Table(state), SimpleNamespace(), live)
+    return Report(title, Table(), SimpleNamespace(), live)
 
 
 def sampled(clock, samples, places=1, faults=3, **options):
@@ -162,8 +155,7 @@ def test_of_very_many_areas_the_largest_are_remembered(clock, tmp_path):
 
 
 def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
-    states = (NEW, AWAY, AWAY, LOST, HERE, HERE + GENERATIONS - 1, LEAVING, 255)
-    made = sampled(clock, 20, places=3, state=bytes(states) * 200)
+    made = sampled(clock, 20, places=3)
     made.mapped(0, 512, "program.py:12")
     made.mapped(600, 4, "ended")
     clock[0] += 1
@@ -179,11 +171,11 @@ def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
     assert page["areas"] == [
         {
             "page": 0, "count": 512, "name": "program.py:12", "mapped": BEGAN + 20,
-            "unmapped": None, "ended_up": {"new": 64, "away": 128, "lost": 64},
+            "unmapped": None,
         },
         {
             "page": 600, "count": 4, "name": "ended", "mapped": BEGAN + 20,
-            "unmapped": BEGAN + 21, "ended_up": {"new": 1, "away": 2, "lost": 1},
+            "unmapped": BEGAN + 21,
         },
     ]  # fmt: skip
     assert page["summary"] == report.summary(FIGURES)
@@ -195,8 +187,7 @@ def test_the_page_is_whole_by_itself_and_knows_the_names_of_the_object(clock, tm
     assert not re.search(r"(?:src|href)=|url\(|@import|fetch\(|innerHTML|document\.write", text)
     assert set(re.findall(r"\breport\.(\w+)", text)) - {"py"} == page.keys()
     drawn = set(re.findall(r'^  \["(\w+)"', text, re.MULTILINE))
-    states = {*report.WHERE.values(), "here"}
-    assert drawn == {*FAULTS, *EVICTIONS, "resident", "away"} | states
+    assert drawn == {*FAULTS, *EVICTIONS, "resident", "away"}
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "\u2028 \udc80 \0", "REPORT_AS_JSON"])
@@ -211,8 +202,7 @@ def test_no_name_can_end_the_script_or_change_the_object(clock, tmp_path, name):
 @pytest.mark.skipif(not BROWSER, reason="neither chromium nor google-chrome is on PATH")
 @pytest.mark.parametrize("idle", [False, True])
 def test_a_browser_draws_it(clock, public_path, run, idle):
-    state = bytes((NEW, AWAY, LOST, HERE)) * 200
-    made = sampled(clock, 1 if idle else 20, places=3, title=HOSTILE, state=state)
+    made = sampled(clock, 1 if idle else 20, places=3, title=HOSTILE)
     if idle:
         made._samples[1]["came"].clear()
     made.mapped(0, 512, HOSTILE)
@@ -237,7 +227,6 @@ def test_a_browser_draws_it(clock, public_path, run, idle):
     rows = [html.unescape(re.sub("<[^>]*>", "|", r)) for r in re.findall(r"<tr>.*?</tr>", dom)]
     row = next(row for row in rows if "0x1000000000" in row and " s to " in row)
     assert HOSTILE in row and f"{len(made._samples) - 1}.00 s to the end" in row
-    assert "here 512 KiB, in the store 512 KiB, never accessed 512 KiB, lost 512 KiB" in row
     assert any("|ended|" in row and "0x1000258000" in row and "16 KiB" in row for row in rows)
     assert any("30 µs median" in row for row in rows)
     sentences = "There was no fault." in dom, "No page came." in dom
@@ -265,8 +254,7 @@ def test_a_job_writes_it(run, tmp_path):
     content = json.loads(Scripts(page.read_text(encoding="utf-8")).found[0][1])
     assert "17" in [area["name"] for area in content["areas"]]
     area = next(area for area in content["areas"] if area["name"] == "my data")
-    here = area["count"] - sum(area["ended_up"].values())
-    assert area["count"] * PAGE_SIZE == 8 << 20 and area["ended_up"]["away"] > here > 0
+    assert area["count"] * PAGE_SIZE == 8 << 20
     assert sum(sum(sample["came"].values()) for sample in content["samples"]) >= area["count"]
     last = content["samples"][-1]
     assert last["resident"] <= 256 and last["evicted_dirty"] > 1000
