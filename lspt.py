@@ -91,8 +91,6 @@ MISSING_RUN = re.compile(rb"\A\x42[\0-\x40]*|[\0-\x40]+")
 AWAY_RUN = re.compile(rb"[\1-\x40]+")
 HERE_RUN, LOST_PAGE = re.compile(rb"[\x80-\xff]+"), re.compile(rb"\x41")
 UNSETTLED, CHOSEN_RUN = re.compile(rb"[\x42\x43]+"), re.compile(rb"\xff+")
-# For bytes.translate: without the generations of pages that are AWAY.
-ONE_AWAY = bytes(AWAY if AWAY <= byte < LOST else byte for byte in range(256))
 
 # How several pages are written, in all modules. Neighbours have numbers that follow each other.
 #     range      Python's: pages at equal distances, in the order of need
@@ -369,11 +367,6 @@ class LSPT(ByteTable):
             if first <= page < first + count:
                 return range(first, first + count)
         return range(page, page + 1)
-
-    def count_away(self) -> int:
-        """How many pages are AWAY. The count is not a snapshot: the parts are read one after the other."""
-        everything = self.ever_set(0, self.pages)
-        return sum(states.translate(ONE_AWAY).count(AWAY) for _, states in everything)
 
     # ------------------------------------------------------------ waiting
 

@@ -12,7 +12,8 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
     title, page_size (bytes), start_addr, summary (what summary() returns)
     place          the size of a place: a part of the address space, by its number from start_addr on
     samples        until: when it was taken; came: pages since the sample before, by place. And all but the
-                   first, which is the start: the figures of pager.py; away: at that time
+                   first, which is the start: the figures of pager.py; away: pages of the
+                   areas of that time that were not here
     latencies      [µs at most, faults], ascending
     areas          the largest AREAS; page: the first, in the space; count; name; mapped, unmapped: when, or
                    null
@@ -102,7 +103,8 @@ class Report:
         """Note what has happened since the last call."""
         came = Counter(self._came.popleft() >> self._shift for _ in range(len(self._came)))
         samples = self._samples
-        now = figures | {"until": time.monotonic(), "came": came, "away": self._lspt.count_away()}
+        away = max(0, sum(count for _, count in self._lspt.areas) - figures["resident"])
+        now = figures | {"until": time.monotonic(), "came": came, "away": away}
         samples.append(now)
         second = 1000 // SAMPLE  # so many samples
         if self._live:
@@ -155,7 +157,7 @@ def _line(before: dict, now: dict) -> str:
     waits, store, room = (f"{max(0, rate(name)):.0%}" for name in WAITS)
     return (
         f"waits {waits} (reading {store}, for room {room}), resident {size(now['resident'])}, "
-        f"in the store {size(now['away'])}, {rate(*FAULTS):.0f} faults/s, "
+        f"not here {size(now['away'])}, {rate(*FAULTS):.0f} faults/s, "
         f"{rate(*EVICTIONS):.0f} evictions/s"
     )
 

@@ -39,10 +39,10 @@ def clock(monkeypatch):
 class Table:
     """The LSPT, as a report sees it."""
 
-    start, away = START, 0
+    start = START
 
-    def count_away(self):
-        return self.away
+    def __init__(self):
+        self.areas = []
 
 
 def begun(title="a title", live=False):
@@ -56,7 +56,7 @@ def sampled(clock, samples, places=1, faults=3, **options):
     for n in range(1, samples + 1):
         clock[0] += 1
         made._came.extend([n * 256 % (places * 256)] * 5)
-        made._lspt.away = n
+        made._lspt.areas = [(0, 4), (100, n + 6)]
         made.sample(FIGURES | {"faults_refetch": faults * n})
     return made
 
@@ -275,7 +275,7 @@ def test_the_template_is_package_data():
 def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd, monkeypatch):
     monkeypatch.setattr(report, "SAMPLE", 500)
     made = begun(live=True)
-    made._lspt.away = 256
+    made._lspt.areas = [(0, 266)]
     for faults in (10, 40, 45, 50):
         clock[0] += 0.5
         waited = faults / 100
@@ -287,7 +287,7 @@ def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd
     made.write(None, FIGURES)
     begin, *lines, end = capfd.readouterr().err.split("\r\x1b[K")
     assert begin == end == ""
-    memory = "resident 40 KiB, in the store 1.0 MiB"
+    memory = "resident 40 KiB, not here 1.0 MiB"
     assert [re.sub(r"\x1b\[\?7[lh]", "", line) for line in lines] == [
         f"waits 20% (reading 10%, for room 4%), {memory}, 20 faults/s, 40 evictions/s",
         f"waits 40% (reading 20%, for room 8%), {memory}, 40 faults/s, 80 evictions/s",
