@@ -279,14 +279,14 @@ class Pager:
                 self._lspt.freed(claimed)
 
     def locations(self, page: int, count: int) -> bytes:
-        """PageStore.locations of these pages, with INSTANCE for those that are HERE. The store sets it for
-        all pages that it has sent, also for those that are still COMING.
+        """PageStore.locations of these pages, with INSTANCE for those that are HERE, COMING or LEAVING. The store sets
+        it for all pages that it has sent.
 
         The states are read first. So a page that leaves in between is here or on the disk, never nowhere.
         """
         states = self._lspt.read(page, count)
         return bytes(
-            byte if l.COMING <= state <= l.LEAVING else byte & ~1 | (state >= l.HERE)
+            byte & ~1 | (state >= l.COMING)
             for state, byte in zip(states, self._store.locations(page, count), strict=True)
         )
 

@@ -567,9 +567,9 @@ def test_what_is_here_is_located_here_whatever_the_store_has_sent(make):
     states = (NEW, AWAY, HERE, LOST, COMING, LEAVING)
     lspt.write(range(10, 16), bytes(states))
     right = {
-        0: (0, 0, INSTANCE, 0, 0, 0),
+        0: (0, 0, INSTANCE, 0, INSTANCE, INSTANCE),
         INSTANCE: (0, 0, INSTANCE, 0, INSTANCE, INSTANCE),  # sent: asked for ahead, perhaps
-        DISK: (DISK, DISK, DISK | INSTANCE, DISK, DISK, DISK),
+        DISK: (DISK, DISK, DISK | INSTANCE, DISK, DISK | INSTANCE, DISK | INSTANCE),
         DISK | INSTANCE: (DISK, DISK, DISK | INSTANCE, DISK, DISK | INSTANCE, DISK | INSTANCE),
     }
     for byte, expected in right.items():
