@@ -477,13 +477,12 @@ class PageStore:
                     punch_hole(self.fd, self._place(first, place), many * PAGE_SIZE)
 
     def _begin(self, path: str) -> None:
-        if not os.path.isfile(path):  # root could make /dev/null its own
-            raise ValueError(f"disk: {path} is not a regular file; choose another path")
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"disk: {path} is in use by another job, or just was") from None
-        # Without data, the file is new, or a job was killed before it wrote the header.
+        # Without data, the file is new, or a job was killed before it wrote the header. A pipe can't be asked;
+        # a device can't be either, or has no header.
         self.offers = self._read_header(path) if any(data(self.fd, 0, 1 << 62)) else range(1)
         os.fchmod(self.fd, 0o600)
         os.ftruncate(self.fd, self._size if self.kept else 0)
