@@ -89,9 +89,9 @@ A page whose put has failed is TORN: the bytes at its new place are undefined. N
 the page is written or freed.
 
 Disk space: free punches the places that the last sync does not use, and the next sync punches the others.
-Before a page is written, the file gets room for the page's block in both copies of the table. When the
-file system is full, put punches every place that neither the last sync nor the SPT uses, once an epoch, and
-tries again.
+Before a page is written, the file gets room for the page's block in both copies of the table. When a write
+to a kept disk fails, put punches every place that neither the last sync nor the SPT uses, once an epoch, and
+tries again. What a failed put has written keeps its room until the page is written again or freed.
 """
 
 import ctypes
@@ -361,18 +361,16 @@ class PageStore:
         return False
 
     def _write(self, dirty: Sequence[Bytes]) -> None:
-        """Write these pages. If one write fails, all pages are TORN: a part of them may be written. That is given
-        back. If the file system is full, this makes room, once an epoch, and tries again."""
+        """Write these pages. If one write fails, all pages are TORN: a part of them may be written. On a kept disk,
+        this makes room, once an epoch, and tries again."""
         try:
             for page, content in dirty:
                 self._write_run(page, content)
-        except OSError as error:
+        except OSError:
             for page, content in dirty:
-                count = len(content) // PAGE_SIZE
-                self.spt.change(range(page, page + count), _TORN)
-                self._punch_spare(page, count)
-            full, epoch = error.errno in (errno.ENOSPC, errno.EDQUOT), self._words[EPOCH]
-            if not (self.kept and full) or self._words[ROOM_MADE] > epoch:
+                self.spt.change(range(page, page + len(content) // PAGE_SIZE), _TORN)
+            epoch = self._words[EPOCH]
+            if not self.kept or self._words[ROOM_MADE] > epoch:
                 raise
             self._words[ROOM_MADE] = epoch + 1
             # All pages that the file has: also what a killed job wrote after its sync.
