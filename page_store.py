@@ -523,18 +523,13 @@ class PageStore:
         whole = [HEADER.unpack(copy[:-CRC]) for copy in ours if copy == _sealed(copy[:-CRC])]
         if not whole:
             raise ValueError(f"disk: the header of {path} is damaged; no job can use it")
-        _, version, *geometry, epoch = whole[0]  # in all but the epoch, the other one is the same
-        size, right, kept = os.fstat(self.fd).st_size, self._size, geometry[1] > 0
-        fields = "DMS, DMSs, stripe, page size, start_addr, end_addr"
-        other = f"is of another geometry ({fields}): {geometry}"
-        for wrong, how in (
-            (version != FORMAT, f"has version {version} of the format; this EDM knows {FORMAT}"),
-            (kept != self.kept, f"is of a job with keep={kept}; take that, or remove the file"),
-            (kept and tuple(geometry) != self._geometry, other),
-            (kept and size != right, f"is damaged: it has {size} bytes, and should have {right}"),
-        ):
-            if wrong:
-                raise ValueError(f"disk: {path} {how}")
+        _, *found, epoch = whole[0]  # in all but the epoch, the other one is the same
+        found, right = (*found, os.fstat(self.fd).st_size), (FORMAT, *self._geometry, self._size)
+        compared = len(right) if self.kept else 3  # a disk that is not kept begins anew
+        if found[:compared] != right[:compared]:
+            fields = "version, DMS, DMSs or 0 without keep, stripe, page size, start_addr, end_addr, bytes"
+            how = f"is of another version, geometry or size: {found}, not {right} ({fields})"
+            raise ValueError(f"disk: {path} {how}; take its settings, or remove it")
         epochs = [fields[-1] for fields in whole]
         if len(whole) < 2 and epoch:  # at epoch 0, the job that made the disk may have been killed
             self._log.warning("%s: one of the two copies of its header is damaged", path)

@@ -98,7 +98,7 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edm.page_store import BLOCK_PAGES, BLOCK_SIZE, HEADER, TABLE
+from edm.page_store import BLOCK_PAGES, BLOCK_SIZE, FORMAT, HEADER, TABLE
 
 pytestmark = needs_userfaultfd
 
@@ -505,8 +505,8 @@ def test_killed_at_any_moment_two_instances_find_what_their_last_sync_had_on_two
         ended = run(*mpirun_command(PROGRAMS / "crashes.py", disk, dms, ranks=ranks))
         told = re.findall("edm: error: .*", ended.stdout)
         assert ended.returncode == 2 and len(told) == 1, ended.stdout
-        assert f"{disk} is of another geometry (DMS, DMSs, stripe," in told[0]
-        assert "): [0, 2, 64, " in told[0]
+        assert f"{disk} is of another version, geometry or size: ({FORMAT}, 0, 2, 64, " in told[0]
+        assert f", not ({FORMAT}, 0, {dms}, 64, " in told[0]
 
 
 def kill_everything_of_edms(job, dice):
