@@ -15,12 +15,12 @@ Every rank forks a child, with a socket pair between them, and sends it one mess
 the instance's number, if the child is an application; words to print and the pagers to kill, if the rank
 is a DMS. None comes if the rank ends before: then the child ends, too.
 
-The child that a DMS's rank forks is no application. It prints a line when its parent, the DMS, has been
-killed. It is in the parent's process group. A launcher kills that as a whole, so a DMS that the launcher
-ends is not reported. Nor is one that has exited: either it has printed why, or its MPI has, as Open MPI does
-when another rank has died. MPICH's launcher waits for the end of this process, too. So its line is there
-before the job ends. Should the launcher do nothing, the child then kills the pagers on this machine, which
-would wait for the DMS forever. Of pagers on other machines only the launcher knows.
+The child that a DMS's rank forks is no application. It prints a line when its parent, the DMS, has died. It is
+in the parent's process group. A launcher kills that as a whole, so a DMS that the launcher ends is not reported.
+One that has exited may be, after the words of EDM or of MPI that say why. MPICH's launcher waits for the end of
+this process, too. So its line is there before the job ends. Should the launcher do nothing, the child then kills
+the pagers on this machine, which would wait for the DMS forever. Of pagers on other machines only the
+launcher knows.
 """
 
 import _thread
@@ -75,11 +75,9 @@ def fork_application(config: Config) -> tuple[Any, int]:
 
 
 def _watch(rank: Any) -> NoReturn:
-    """Outlive the DMS, our parent, which has the other end of this socket. If it is killed, print the words that
-    it has sent. However it has died, kill the pagers that it has named. When it ends in order, it kills this
-    process first."""
+    """Outlive the DMS, our parent, which has the other end of this socket. If it dies, print the words that it has
+    sent, and kill the pagers that it has named. When it ends in order, it kills this process first."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    parent = os.getppid()
     # Nothing comes if it can't begin, and has printed why.
     words, *pids = rank.recv(1 << 16).decode().split("\n")
     pagers = []  # pidfds: a pager may have ended by then, and its number be another process's
@@ -87,26 +85,13 @@ def _watch(rank: Any) -> NoReturn:
         with contextlib.suppress(ProcessLookupError):
             pagers.append(os.pidfd_open(int(pid)))
     rank.recv(1)
-    if words and _was_killed(parent):
+    if words:
         tell(f"edm: error: {words}")
-    time.sleep(PRINTING if words else 0)
+        time.sleep(PRINTING)
     for pager in pagers:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pager, signal.SIGKILL)
     os._exit(0)
-
-
-def _was_killed(pid: int) -> bool:
-    """Was this process, which has closed its files, killed by a signal? True also if that is unknown, because the
-    launcher has waited for it already.
-
-    Source: exit_code in proc_pid_stat(5).
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().split()[-1]) & 0x7F != 0
-    except OSError:
-        return True
 
 
 def _run(config: Config, application: int, control: Any) -> NoReturn:
