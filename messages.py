@@ -30,7 +30,7 @@ is never sent those, so to it they stay NEW.
 Instead of any of these answers the DMS may send ERROR: `more` is an errno, and words in UTF-8 follow. Then every
 page is where it was. ERROR to a GET says that the first page can't be read.
 
-That both ends have the same VERSION and settings is seen before the first message (rank.py).
+That both ends have the same VERSION (rank.py) and settings is seen before the first message.
 
 A question and its answer have the same MPI tag. No other question has that tag until the answer is there.
 Messages of different tags have no order.
@@ -41,7 +41,6 @@ from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-VERSION = 8
 MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS: no application asks for more, see mailbox.py
 
 GET, PUT, FREE, LOCATIONS, SYNC, BYE = range(1, 7)

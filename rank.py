@@ -37,12 +37,12 @@ from edm import log
 from edm.address_space import socket_pair
 from edm.edm import PRINTING, Config, launched, tell
 from edm.limits import explain, lift
-from edm.messages import VERSION
 from edm.uffd_ctypes import PAGE_SIZE
 
 # What a launcher sends to a rank, which passes it on to the application. Every rank has these blocked.
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
 PASSED_ON = *ENDING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+VERSION = 8  # of the messages (messages.py)
 TERM_TO_KILL = 3  # seconds from one that is to end the application until this is killed
 
 

@@ -205,14 +205,14 @@ def test_without_a_dms_every_rank_has_a_pager_of_its_own(mpirun):
         "settings['end_addr'] += rank << 32",
         "settings['keep'] = not rank",
         "settings['dms'] += rank % 2",
-        "messages.VERSION += rank",
+        "import edm.rank; edm.rank.VERSION += rank",
         "uffd_ctypes.PAGE_SIZE <<= rank",
     ],
 )
 def test_ranks_that_differ_in_their_geometry_end_and_say_so(mpirun, tmp_path, other):
     code = f"""
 import edm
-from edm import messages, uffd_ctypes
+from edm import uffd_ctypes
 from edm.edm import launched
 rank = launched()[0]
 settings = {{"start_addr": 1 << 40, "end_addr": 3 << 40, "dms": 1, "disk": {str(tmp_path / "disk")!r}}}
