@@ -180,7 +180,7 @@ def _page(comm: Any, dms: int, config: Config, application: int, control: Any) -
     # What may fail is first: then this rank ends the job, and the application does not begin.
     store = MpiStore(comm, dms, config)
     ended_by: list[str] = []
-    _thread.start_new_thread(_pass_on, (application, os.pidfd_open(application), ended_by))
+    _thread.start_new_thread(_pass_on, (application, ended_by))
     control.send(b"%d" % (comm.rank - dms))
     failed = page_for(control, open_store)
     if failed is None:  # the application has ended, and has printed why
@@ -193,19 +193,16 @@ def _page(comm: Any, dms: int, config: Config, application: int, control: Any) -
     return failed or status
 
 
-def _pass_on(application: int, pidfd: int, ended_by: list[str]) -> NoReturn:
-    """A thread: pass the launcher's signals on to the application. After one of ENDING, whose name ended_by gets,
-    the next of these kills it. After TERM_TO_KILL seconds this is SIGALRM."""
+def _pass_on(application: int, ended_by: list[str]) -> NoReturn:
+    """A thread: pass the launcher's signals on to the application, and to its subprocesses, as a terminal does. After
+    one of ENDING, whose name ended_by gets, the next one kills them. After TERM_TO_KILL seconds this is SIGALRM."""
     while True:
         number = signal.sigwait(PASSED_ON)
+        if number in ENDING:
+            ended_by.append(signal.Signals(number).name)
+            signal.alarm(TERM_TO_KILL)
         with contextlib.suppress(ProcessLookupError):  # it has ended
-            if number in ENDING:
-                if ended_by:
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    continue
-                ended_by.append(signal.Signals(number).name)
-                signal.alarm(TERM_TO_KILL)
-            os.killpg(application, number)  # its subprocesses too, as a terminal does
+            os.killpg(application, signal.SIGKILL if len(ended_by) > 1 else number)
 
 
 def _begin_with_all(comm: Any, wrong: str | None, child: int) -> None:

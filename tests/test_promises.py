@@ -47,6 +47,7 @@ SIGTERM or Ctrl-C
     test_after_a_signal_on_one_machine_what_was_never_synced_is_on_the_disk_too
     test_a_signal_writes_everything_back_and_the_next_job_goes_on
     test_sigterm_to_the_launcher_writes_everything_back_too
+    test_over_mpi_an_application_that_ignores_sigterm_is_killed_with_its_subprocesses
 kill -9 of everything, at any moment
     test_killed_at_any_moment_the_disk_has_what_the_last_sync_had
     test_killed_at_any_moment_two_instances_find_what_their_last_sync_had_on_two_dmss
@@ -407,6 +408,27 @@ except ValueError:
     os.kill(job.parts()["pager"], signal.SIGTERM)
     job.communicate(timeout=10)
     assert job.returncode != 0
+    wait_until_gone(job)
+
+
+def test_over_mpi_an_application_that_ignores_sigterm_is_killed_with_its_subprocesses(
+    start, mpirun_command
+):
+    code = """
+import signal, subprocess, edm
+def app(space):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with subprocess.Popen(["sleep", "60"]):
+        print("waits", flush=True)
+edm.run(app)
+"""
+    job = start(*mpirun_command("-c", code))
+    read_until(job, "waits")
+    began = time.monotonic()
+    os.kill(job.parts()["pager"], signal.SIGTERM)
+    rest, _ = job.communicate(timeout=20)
+    assert job.returncode == 128 + signal.SIGKILL, rest
+    assert "killed by signal 9" in rest and time.monotonic() - began > 2
     wait_until_gone(job)
 
 
