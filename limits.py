@@ -5,7 +5,7 @@ In the picture: nothing. The limits are the program's; the pager and the DMS inh
 Interface:
     lift()               raise the soft limits of a process of EDM's own
     space_size()         how large the space of `edm run` is, and the limit that makes it smaller
-    explain(error)       add the limit that an error comes from, and what helps
+    explain(error)       add the limit that an error comes from
 
 Rules: an application's process never changes a limit.
 
@@ -49,11 +49,9 @@ def space_size() -> tuple[int, str]:
 
 
 def explain(error: Exception) -> None:
-    """Add to an OSError's words, in place: each limit that is set, and that it may come from; and what helps."""
+    """Add to an OSError's words, in place: each limit that is set, and that it may come from."""
     if isinstance(error, OSError) and error.strerror:
         for name, letter in _ABOUT.get(error.errno, {}).items():
             value, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
             if value != resource.RLIM_INFINITY:
                 error.strerror += f"; RLIMIT_{name} (ulimit -{letter}) is {value}"
-        if error.errno in (errno.EFBIG, errno.ENOMEM):  # of the disk, or of a table of its pages
-            error.strerror += "; a smaller end_addr needs less"
