@@ -48,11 +48,6 @@ def main(arguments: list[str]) -> None:
         os.environ["EDM_RUN"] = marshal.dumps(settings).hex()
         startup = os.path.join(os.path.dirname(os.path.abspath(__file__)), "startup")
         os.environ["PYTHONPATH"] = f"{startup}{os.pathsep}{before}" if before else startup
-        # In the C locale, Python has set LC_CTYPE, and the next one would find no C locale. With C, it sets
-        # it again (PEP 538, PEP 540).
-        coerced = os.environ.get("LC_CTYPE") == "C.UTF-8" and not os.environ.get("LC_ALL")
-        if coerced and sys.flags.utf8_mode:
-            os.environ["LC_CTYPE"] = "C"
     # Without a name, which execv refuses, Python's is python3.
     os.execv(sys.executable, [sys.orig_argv[0] or "python3", *_interpreter_options(), *program])
 

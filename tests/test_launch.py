@@ -734,8 +734,9 @@ def test_what_numpy_was_imported_by_can_be_pickled():
 def test_the_locale_is_as_the_user_has_it(locale):
     env = {name: os.environ[name] for name in os.environ if not re.match("LC_|LANG$", name)}
     code = """
-import os, sys
-print(sys.flags.utf8_mode, sys.stdout.encoding, sys.stdin.errors, os.environ.get("LC_CTYPE"))
+import locale, os, sys
+print(sys.stdout.encoding, sys.stdin.errors, sys.getfilesystemencoding(), os.environ.get("LC_CTYPE"))
+print(locale.getlocale(), locale.getpreferredencoding().lower())
 """
     plain, within = both(["-c", code], env=env | locale)
     assert within == plain and plain[0] == 0
