@@ -11,8 +11,8 @@ Interface: main(arguments) is the command. For kernel.py: parse(arguments) check
 options of its own, as edm.parse_arguments: parse_arguments(parser) has an option for each setting.
 
 Rules: a mistake is reported in one line, with exit status 2, before anything is started. Python itself reports a
-mistake in what follows EDM's options. Settings are passed to startup/sitecustomize.py in one environment variable,
-which is removed there.
+mistake in what follows EDM's options, and that a script is not there. Settings are passed to
+startup/sitecustomize.py in one environment variable, which is removed there.
 
 Sources: "Command line and environment" in Python's documentation; proc_meminfo(5); Documentation/
 admin-guide/cgroup-v2.rst.
@@ -23,6 +23,7 @@ import contextlib
 import marshal
 import os
 import re
+import shutil
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -63,8 +64,6 @@ def parse(arguments: list[str]) -> tuple[Namespace, Config, list[str]]:
         description="Run a Python program with more memory than this machine has. COMMAND is one that is "
         "written in Python, such as pytest.",
         allow_abbrev=False,
-        # Without a width, argparse asks for the terminal's at each option.
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
     )
     add = parser.add_argument
     add("program", nargs=argparse.PARSER, help=argparse.SUPPRESS)  # one word, and all behind it
@@ -84,18 +83,15 @@ def parse(arguments: list[str]) -> tuple[Namespace, Config, list[str]]:
     args, config = parse_arguments(parser, words, high_threshold=None, end_addr=None, dms=0)
     program = arguments[len(arguments) - len(args.program) :]
     if not program[0].startswith("-") and not os.path.exists(program[0]):
-        import shutil  # takes longer than all the rest here
-
         folders = os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)
-        program[0] = shutil.which(program[0], path=os.pathsep.join(folders)) or program[0]
-        try:
-            with open(program[0], "rb") as file:
+        path = shutil.which(program[0], os.R_OK | os.X_OK, os.pathsep.join(folders))
+        if path:  # else Python says that it is not there
+            with open(path, "rb") as file:
                 begin = file.read(4096)
-        except OSError as error:
-            refuse(parser, error)
-        # The second form is pip's, if the interpreter's path is too long for a first line.
-        if not re.match(rb"#!.*python|#!/bin/sh\n'''exec' .*python", begin):
-            refuse(parser, f"{program[0]} is not written in Python: its first line names no python")
+            # The second form is pip's, if the interpreter's path is too long for a first line.
+            if not re.match(rb"#!.*python|#!/bin/sh\n'''exec' .*python", begin):
+                refuse(parser, f"{path} is not written in Python: its first line names no python")
+            program[0] = path
     return args, config, program
 
 
