@@ -14,7 +14,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib.util import find_spec
 
 from edm import uffd_ctypes as u
@@ -128,17 +127,15 @@ def two_ranks() -> Finding:
 def _run(*command: str) -> tuple[int, list[str]]:
     """Run a command: (its exit status, the lines that it printed). If it printed none, one says how it
     ended."""
-    # A file, as children of the command could keep a pipe open.
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        # The current folder is the first on the path, and may have modules of the standard library's names.
-        folder = os.path.dirname(os.path.abspath(__file__))
-        try:
-            done = subprocess.run(command, cwd=folder, timeout=DEADLINE, check=False, **streams)
-        except subprocess.TimeoutExpired:
-            return 1, [f"nothing happened within {DEADLINE} s"]
-        output.seek(0)
-        lines = [line.strip() for line in output if line.strip(" -\t\n")]
+    # The current folder is the first on the path, and may have modules of the standard library's names.
+    folder = os.path.dirname(os.path.abspath(__file__))
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        done = subprocess.run(command, cwd=folder, timeout=DEADLINE, check=False, **streams)
+    except subprocess.TimeoutExpired:
+        return 1, [f"nothing happened within {DEADLINE} s"]
+    output = done.stdout.decode(errors="replace")
+    lines = [line.strip() for line in output.splitlines() if line.strip(" -\t")]
     return done.returncode, lines or [f"exit status {done.returncode}"]
 
 
