@@ -40,6 +40,8 @@ first writes are events, a sync in the moment of a call that writes memory may s
 
 A filter is inherited, and can't be removed. Nobody asks whether a process has the space: a forked child
 has it, and what another program has at these addresses (EDM in EDM) makes pages come that nobody needs.
+Nor does the filter ask whether a program is a 32-bit one, where these numbers are other calls (lseek). They
+go on as well: the answer is CONTINUE for all but large writes of the application's own threads.
 Without the pager nobody would read the listener, and matching calls would fail with ENOSYS. So if
 processes with the filter are left when the application has ended, or has become another program, the
 pager forks a process that lets their calls go on until the last of them has ended (SystemCalls.close).
@@ -51,8 +53,7 @@ listener would wait for itself.
 Rules: the filter needs PR_SET_NO_NEW_PRIVS, so sudo and the like can't work in the program. A process
 and its children have one listener at most (EBUSY): EDM in EDM does without.
 
-Sources: seccomp(2), seccomp_unotify(2), <linux/seccomp.h>, <linux/bpf_common.h>, <linux/audit.h>,
-proc_pid_mem(5).
+Sources: seccomp(2), seccomp_unotify(2), <linux/seccomp.h>, <linux/bpf_common.h>, proc_pid_mem(5).
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ _CALLS = {
     "preadv2": (327, 286, True, VECTOR), "pwritev2": (328, 287, False, VECTOR),
     "recvmsg": (47, 212, True, MESSAGE), "sendmsg": (46, 211, False, MESSAGE),
 }  # fmt: skip
-AUDIT_ARCH, _COLUMN = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}[os.uname().machine]
+_COLUMN = ("x86_64", "aarch64").index(os.uname().machine)
 CALLS = {call[_COLUMN]: call[2:] for call in _CALLS.values()}  # by number
 WRITE, PWRITE = _CALLS["write"][_COLUMN], _CALLS["pwrite64"][_COLUMN]
 
@@ -114,7 +115,7 @@ SECCOMP_RET_USER_NOTIF, SECCOMP_RET_ALLOW = 0x7FC00000, 0x7FFF0000
 
 sock_filter = Struct("=HBBI")  # code, jump if true, jump if false, k
 _LOAD, _IF_EQUAL, _IF_GREATER, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x06
-_NR, _ARCH, _ARGS = 0, 4, 16  # where they are in struct seccomp_data
+_NR, _ARGS = 0, 16  # where they are in struct seccomp_data
 
 
 def listener(start: int, end: int, lasts: bool = False) -> int:
@@ -130,9 +131,6 @@ def listener(start: int, end: int, lasts: bool = False) -> int:
 
 def _filter(start: int, end: int, lasts: bool) -> Iterator[tuple[int, int, int, int]]:
     allow, notify = (_RETURN, 0, 0, SECCOMP_RET_ALLOW), (_RETURN, 0, 0, SECCOMP_RET_USER_NOTIF)
-    yield _LOAD, 0, 0, _ARCH
-    yield _IF_EQUAL, 1, 0, AUDIT_ARCH
-    yield allow
     yield _LOAD, 0, 0, _NR
     for number, (_, kind) in CALLS.items():
         call = [notify if lasts else allow]
