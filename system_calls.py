@@ -171,10 +171,10 @@ class SystemCalls:
 
     def run(self) -> None:
         """Serve system calls, until no process has the filter any more, or `ended` is written."""
-        poll = select.poll()
+        self._poll = select.poll()
         for fd in (self._listener, self._ended):
-            poll.register(fd, select.POLLIN)
-        while poll.poll() == [(self._listener, select.POLLIN)]:
+            self._poll.register(fd, select.POLLIN)
+        while self._poll.poll() == [(self._listener, select.POLLIN)]:
             with contextlib.suppress(FileNotFoundError):  # ENOENT: the thread was killed
                 self._serve()
 
@@ -184,9 +184,7 @@ class SystemCalls:
         leave: the space lasts as long as the application. If other processes have the filter, a process
         is forked that lets their calls go on.
         """
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        if leave and (self._listener, select.POLLHUP) not in poll.poll(0) and not os.fork():
+        if leave and (self._listener, select.POLLHUP) not in self._poll.poll(0) and not os.fork():
             try:
                 os.dup2(self._listener, 0)
                 u.close_from(1)
