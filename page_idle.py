@@ -110,12 +110,11 @@ class BitmapTracker:
 
 def bitmap_missing() -> str:
     """Why this process can't use the kernel's idle bitmap; "" if it can."""
-    try:
-        with open(BITMAP, "r+b", 0), open("/proc/self/pagemap", "rb") as pagemap:
-            # Of the page that has this object: CPython's id is an address.
-            [pfn] = Pagemap(pagemap.fileno(), 0).pfns(id(pagemap) // PAGE_SIZE, 1)
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
+    if not os.access(BITMAP, os.R_OK | os.W_OK):
+        return f"{BITMAP}: it is not there, or only for root"
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        # Of the page that has this object: CPython's id is an address.
+        [pfn] = Pagemap(pagemap.fileno(), 0).pfns(id(pagemap) // PAGE_SIZE, 1)
     return "" if pfn else "/proc/PID/pagemap hides page frame numbers: CAP_SYS_ADMIN shows them"
 
 
