@@ -138,13 +138,12 @@ class Userfaultfd:
         self.fd = fd
         self._block = bytearray(64)
 
-    def _call(self, name: str, request: int) -> bool:
-        """The ioctl, with what was packed into the block. False if it was interrupted (EAGAIN)."""
+    def _call(self, name: str, request: int) -> None:
+        """The ioctl, with what was packed into the block. It may be interrupted (EAGAIN)."""
         try:
             ioctl(self.fd, request, self._block)
-            return True
         except BlockingIOError:
-            return False
+            pass
         except OSError as error:
             raise OSError(error.errno, f"{name}: {error.strerror}") from None
 
@@ -173,14 +172,14 @@ class Userfaultfd:
         """
         mode = UFFDIO_COPY_MODE_WP if write_protect else 0
         uffdio_copy.pack_into(self._block, 0, dst, src, length, mode, 0)
-        all_of_it = self._call("UFFDIO_COPY", UFFDIO_COPY)
-        return length if all_of_it else max(0, uffdio_copy.unpack_from(self._block)[-1])
+        self._call("UFFDIO_COPY", UFFDIO_COPY)
+        return max(0, uffdio_copy.unpack_from(self._block)[-1])
 
     def zeropage(self, start: int, length: int) -> int:
         """Install zeroed, writable pages in this range (bytes), and wake. Returns and raises as copy does."""
         uffdio_zeropage.pack_into(self._block, 0, start, length, 0, 0)
-        all_of_it = self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE)
-        return length if all_of_it else max(0, uffdio_zeropage.unpack_from(self._block)[-1])
+        self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE)
+        return max(0, uffdio_zeropage.unpack_from(self._block)[-1])
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
         """Set the uffd-wp bit of these pages (bytes); or, protect=False, clear it and wake."""
