@@ -142,7 +142,7 @@ class Space:
             hello = {
                 **vars(config), "clean_tracking": tracks,  # the way that was found, not what is wanted
                 "instance": instance, "pid": os.getpid(), "lines": lines,
-                "command": " ".join(sys.orig_argv[1:])[:MAX_COMMAND],
+                "title": f"EDM, INSTANCE_{instance}: {' '.join(sys.orig_argv[1:])[:MAX_COMMAND]}",
             }  # fmt: skip
             with contextlib.suppress(BrokenPipeError):  # the pager has refused already
                 send(control, _pickle.dumps(hello), [uffd, memfd, pagemap, *lines])

@@ -88,7 +88,6 @@ class Pager:
         uffd, self._memfd, pagemap, *lines = hello.fds
         self._hello, self._store, start = hello, store, hello.start_addr
         over_mpi = not isinstance(store, PageStore)  # then this process is a rank
-        self._title = f"EDM, INSTANCE_{hello.instance}: {hello.command}"
         hello.idle_tracker = choose_tracker(hello.idle_tracker)  # now the one that was found
         self._control = control  # for forked children
         hello.pidfd = os.pidfd_open(hello.pid)  # readable when it has ended
@@ -104,7 +103,7 @@ class Pager:
         self._handler = DmHandler(store, lspt, hello.readahead, bool(hello.clean_tracking))
         live = hello.progress and sys.stderr.isatty()
         wanted = live or hello.report
-        self._report = Report(self._title, lspt, self._handler, live) if wanted else None
+        self._report = Report(hello.title, lspt, self._handler, live) if wanted else None
         if lines:
             from edm.lines import Lines  # its imports take long
 
@@ -332,7 +331,7 @@ class Pager:
             except OSError as error:
                 LOG.error("report: %s", error)
         if hello.stats:
-            tell(table(figures, self._title))
+            tell(table(figures, hello.title))
 
     def figures(self) -> dict[str, object]:
         """See the top of this file."""
