@@ -64,9 +64,7 @@ class Stream:
         in runs of equal distances, as the store and the LSPT want them."""
         page, step = self.place // PAGE_SIZE, self.stride // PAGE_SIZE
         if self.stride % PAGE_SIZE == 0:
-            stop = page + self.window * step
-            stop = min(stop, area.stop) if step > 0 else max(stop, area.start - 1)
-            return [range(page, stop, step)]
+            return [area[page - area.start :: step][: self.window]]
         stop = min(self.place + self.window * self.stride, area.stop * PAGE_SIZE)
         runs = [range(page, page + 1)]
         for place in range(self.place + self.stride, stop, self.stride):
