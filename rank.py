@@ -104,6 +104,9 @@ def _run(config: Config, application: int, control: Any) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in spawn_pager
     try:
         from mpi4py import MPI  # this initialises MPI: not before the fork
+
+        if MPI.COMM_WORLD.size != launched()[1]:  # each rank is alone
+            raise RuntimeError("mpirun and mpi4py's MPI library are not of the same kind")
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no library
         time.sleep(PRINTING if launched()[0] else 0)  # rank 0 prints it
         os._exit(2 if launched()[0] else print_error(OSError(f"MPI: {error}; see edm doctor")))

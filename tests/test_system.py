@@ -11,6 +11,7 @@ from conftest import (
     PROGRAMS,
     TRACKERS,
     TRACKINGS,
+    has_mpich,
     needs_userfaultfd,
     read_until,
     wait_for,
@@ -222,6 +223,17 @@ edm.main(print, edm.Config(**settings))
     ended = mpirun("-c", code, ranks=3)
     assert ended.returncode == 2 and "instance and DMS differ in" in ended.stdout, ended.stdout
     assert ended.stdout.count("\n") == 1 and not list(tmp_path.iterdir()), ended.stdout
+
+
+def test_ranks_of_another_mpis_launcher_are_told_so_in_one_line(run):
+    """Each has the launcher's variables, and is alone in its own MPI."""
+    name = "OMPI_COMM_WORLD" if has_mpich() else "PMI"
+    for rank, lines in ((0, 1), (1, 0)):  # rank 0 prints it
+        ranks = f"{name}_RANK={rank}", f"{name}_SIZE=2"
+        ended = run("env", *ranks, sys.executable, "-c", "import edm; edm.run(print)")
+        told = "edm: error: MPI: mpirun and mpi4py's MPI library are not of the same kind"
+        assert ended.returncode == 2 and ended.stdout.count(told) == lines, ended.stdout
+        assert ended.stdout.count("error") == lines, ended.stdout  # mpi4py may warn
 
 
 def test_a_signal_handler_that_calls_the_space_in_the_midst_of_a_call_is_told_so(way):
