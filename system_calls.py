@@ -24,7 +24,8 @@ Not every program calls write(2) again for the rest of a file or a pipe (`python
 buffer is larger than what was pinned, the pager makes the call itself: it reads the bytes from
 /proc/TID/mem, and writes them to the program's descriptor, which pidfd_getfd(2) duplicates. The call
 returns when all is written, or at an error or a signal with what was written before. If that is nothing,
-the kernel makes the call: so it is the kernel that says what is wrong.
+the kernel makes the call: so it is the kernel that says what is wrong, and sends SIGPIPE or SIGXFSZ. The
+pager has the program's hard limit of a file's size, and not its soft one.
 
 readv, writev, sendmsg, recvmsg and their kin keep the addresses of their buffers in memory, where the
 filter can't look. So all of these calls are stopped, in every process that has the filter, and each
@@ -64,7 +65,6 @@ import os
 import select
 import stat
 import struct
-from _signal import SIGPIPE
 from collections.abc import Iterator
 from fcntl import ioctl
 from struct import Struct
@@ -256,8 +256,6 @@ class SystemCalls:
         done, content, (nr, its_fd, _, _, offset, *_) = 0, memoryview(b""), call
         wrong = OSError, MemoryError, OverflowError  # the last of pwrite: a negative offset
         with contextlib.suppress(*wrong), contextlib.ExitStack() as at_end:
-            import resource  # the application does without
-
             # Of a thread of the application only: a forked child has descriptors of its own.
             its_memory = f"/proc/{self._hello.pid}/task/{thread}/mem"
             memory = at_end.enter_context(open(its_memory, "rb", 0)).fileno()
@@ -267,18 +265,14 @@ class SystemCalls:
             if to_file := stat.S_ISREG(mode):  # no other write that is made here comes in between
                 at_end.enter_context(self._file_locks[inode % len(self._file_locks)])
             # Not to a socket, where a part would be a message of its own, and not to a terminal, where a write
-            # may block that a signal has to end. And not to a file that is to end at the program's own limit.
-            limit, _ = resource.prlimit(self._hello.pid, resource.RLIMIT_FSIZE)
-            possible = stat.S_ISFIFO(mode) or to_file and limit == resource.RLIM_INFINITY
-            try:
-                while possible and (content := content or self._read(thread, call, done, memory)):
-                    if not to_file and os.get_blocking(fd):
-                        _wait_for_room(fd, thread)
-                    part = content if to_file else content[:PAGE_SIZE]
-                    n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
-                    done, content = done + n, content[n:]
-            except BrokenPipeError:  # the kernel sends this, too, even behind what was written
-                u.tgkill(self._hello.pid, thread, SIGPIPE)
+            # may block that a signal has to end.
+            possible = to_file or stat.S_ISFIFO(mode)
+            while possible and (content := content or self._read(thread, call, done, memory)):
+                if not to_file and os.get_blocking(fd):
+                    _wait_for_room(fd, thread)
+                part = content if to_file else content[:PAGE_SIZE]
+                n = os.pwrite(fd, part, offset + done) if nr == PWRITE else os.write(fd, part)
+                done, content = done + n, content[n:]
         with contextlib.suppress(OSError):  # ENOENT: the thread was killed. EBADF: close
             self._answer(number, done)
 
