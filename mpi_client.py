@@ -131,7 +131,7 @@ class MpiStore:
         """See PageStore."""
         for at in range(0, self._pages if self.kept else 0, m.MAX_LOCATIONS):
             states = self.locations(at, min(m.MAX_LOCATIONS, self._pages - at))
-            yield from runs(at, states, ON_DISK)
+            yield from runs(at, states.rstrip(b"\0\1"), ON_DISK)  # quick where there are none
 
     def close(self) -> None:
         """Say BYE: this instance has ended. Nothing else may be called after that."""
