@@ -13,9 +13,9 @@ that the instance does not have: the DMS does not check this, as only the instan
 
 Nobody waits for another instance's messages. One thread receives, answers and sends. A message that is
 under way does not block it: it is a generator (_exchange), which is continued at each look, while others
-are served. Only the disk blocks it, for one batch. A sync may take seconds, so each has a thread of its
-own, which calls no MPI. It has the store's lock: a PUT or FREE of the same instance would block the DMS
-meanwhile, but MpiStore sends none.
+are served. Only the disk blocks it, for one batch. A sync may take seconds, so another thread
+does them, one after the other. It calls no MPI. It has the store's lock: a PUT or FREE of the same instance would
+block the DMS meanwhile, but MpiStore sends none.
 
 Waiting: MPI has no wait that sleeps. After a message the DMS looks for the next one without pause
 for a moment, offering its core at every look. Then it naps between looks, the longer the silence.
@@ -24,10 +24,10 @@ for a moment, offering its core at every look. Then it naps between looks, the l
 import errno
 import os
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from mpi4py import MPI
 
@@ -49,11 +49,14 @@ class DMS:
         """The server of all ranks of comm that are not DMSs. dms: how many ranks, the first ones, are DMSs. config: an
         edm.Config, with the path of this one's disk.
 
-        Raises OSError when a disk can't be made, ValueError when one may not be used.
+        Raises OSError when a disk can't be made, ValueError when one may not be used, RuntimeError when there can't be
+        another thread.
         """
         self._comm, self._first = comm, dms  # the first rank that is an instance
         self._stores = [PageStore(config, n, (comm.rank, dms)) for n in range(comm.size - dms)]
         self._unused: list[m.MessageBuffer] = []
+        self._syncs = ThreadPoolExecutor(1)
+        self._syncs.submit(int)  # starts its thread now
         self._log = log.logger("DMS")
         # Of each kind: the method; the most pages; the largest `more`; the longest body (bytes). A method gets the
         # instance's store, the pages that the question is about, memory for the answer, `more`, and the body.
@@ -121,21 +124,14 @@ class DMS:
         receiving = found.Irecv([question, MPI.BYTE])
         while not receiving.Test():
             yield
-        replies: list[memoryview] = []
-
-        def handle() -> None:
-            replies.append(self._handle(source, question[:length], buffer))
-
         kind, *_ = m.HEADER.unpack_from(question)
+        handle = partial(self._handle, source, question[:length], buffer)
         if kind == m.SYNC:
-            thread = threading.Thread(target=handle)
-            with suppress(RuntimeError):  # no thread can be started: handle it here
-                thread.start()
-            while thread.is_alive():
+            sync = self._syncs.submit(handle)
+            while not sync.done():
                 yield
-        if not replies:  # also if the thread has failed: this then fails here, and ends the DMS
-            handle()
-        sending = self._comm.Isend([replies[0], MPI.BYTE], source, tag)
+            handle = sync.result  # if the thread has failed, this fails here, and ends the DMS
+        sending = self._comm.Isend([handle(), MPI.BYTE], source, tag)
         while not sending.Test():
             yield
         self._unused.append(buffer)

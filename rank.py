@@ -158,7 +158,7 @@ def _serve_pages(
             offers = among_dmss.allgather(dms and dms.offers)
         if all(offers):
             dms.start(offers)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of a thread
         explain(error)
         wrong = str(error)
     _begin_with_all(comm, wrong, watching)

@@ -305,7 +305,7 @@ def sync_alone(dms):
     return m.HEADER.unpack_from(dms._comm.answered)[0]
 
 
-def test_a_sync_has_a_thread_of_its_own_or_does_without_where_there_can_be_none(dms, monkeypatch):
+def test_syncs_have_a_thread_of_their_own(dms):
     threads = []
     real = dms._requests[m.SYNC]
 
@@ -314,12 +314,16 @@ def test_a_sync_has_a_thread_of_its_own_or_does_without_where_there_can_be_none(
         return real[0](*asked)
 
     dms._requests[m.SYNC] = sync, *real[1:]
-    assert sync_alone(dms) == m.OK and threads[0] is not threading.main_thread()
-    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError))
-    assert sync_alone(dms) == m.OK and threads[1] is threading.main_thread()
+    assert sync_alone(dms) == sync_alone(dms) == m.OK
+    assert threads[0] is threads[1] is not threading.main_thread()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dms_that_can_have_no_thread_does_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("no thread")))
+    with pytest.raises(RuntimeError, match="no thread"):
+        DMS(SimpleNamespace(size=2, rank=0), 1, Config())
+
+
 def test_a_mistake_in_a_sync_ends_the_dms_and_is_no_answer(dms):
     dms._stores[0].sync = mock.Mock(side_effect=TypeError("a mistake"))
     with pytest.raises(TypeError, match="a mistake"):
