@@ -43,7 +43,7 @@ LINES = 10_000
 MEAN_OF = 16  # the last faults of an array, about
 ARRAYS = 1021  # with a mean of their own; if there are more, some share one
 ANSWER = 1 << 16  # bytes; faulthandler writes at most 100 frames
-NO_LINE = "a thread whose line is unknown"
+NO_LINE = "a system call, or a thread whose line is unknown"
 
 # A frame of a file whose name has one of LIBRARIES in it is not the program's.
 FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)\n')
@@ -92,9 +92,7 @@ class Lines:
                 return
             with open(f"{of_thread}/syscall") as call, open(f"{of_thread}/status", "rb") as status:
                 number, blocked = call.read(3), re.search(rb"SigBlk:\t(\w+)", status.read())[1]
-            if number != "-1 ":
-                self._count("a system call")
-            elif thread in self._silent or int(blocked, 16) >> SIGURG - 1 & 1:
+            if number != "-1 " or thread in self._silent or int(blocked, 16) >> SIGURG - 1 & 1:
                 self._count(NO_LINE)
             else:
                 os.ftruncate(self._memfd, 0)  # a late answer may be there
