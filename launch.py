@@ -11,7 +11,7 @@ Interface: main(arguments) is the command. For kernel.py: parse(arguments) check
 options of its own, as edm.parse_arguments: parse_arguments(parser) has an option for each setting.
 
 Rules: a mistake is reported in one line, with exit status 2, before anything is started. Python itself reports a
-mistake in what follows EDM's options, and that a script is not there. Settings are passed to
+mistake in what follows EDM's options, and a program that is not there or not in Python. Settings are passed to
 startup/sitecustomize.py in one environment variable, which is removed there.
 
 Sources: "Command line and environment" in Python's documentation; proc_meminfo(5); Documentation/
@@ -84,14 +84,7 @@ def parse(arguments: list[str]) -> tuple[Namespace, Config, list[str]]:
     program = arguments[len(arguments) - len(args.program) :]
     if not program[0].startswith("-") and not os.path.exists(program[0]):
         folders = os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)
-        path = shutil.which(program[0], os.R_OK | os.X_OK, os.pathsep.join(folders))
-        if path:  # else Python says that it is not there
-            with open(path, "rb") as file:
-                begin = file.read(4096)
-            # The second form is pip's, if the interpreter's path is too long for a first line.
-            if not re.match(rb"#!.*python|#!/bin/sh\n'''exec' .*python", begin):
-                refuse(parser, f"{path} is not written in Python: its first line names no python")
-            program[0] = path
+        program[0] = shutil.which(program[0], path=os.pathsep.join(folders)) or program[0]
     return args, config, program
 
 

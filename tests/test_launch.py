@@ -803,7 +803,6 @@ def test_edm_that_is_not_installed_is_found_as_the_launcher_was(tmp_path):
         (["--readahead"], "--readahead"),
         (["--no-such", "x.py"], "--no-such"),
         (["-O", "x.py"], "-O"),
-        (["ls"], "is not written in Python"),
         ([], "required: program"),
         (["--stats"], "required: program"),
         (["--disk", "-m", "x"], "disk, report: a path has no null byte"),
@@ -828,6 +827,17 @@ def test_a_report_in_a_folder_that_was_removed_is_refused_in_one_line(run, tmp_p
     ended = run(sys.executable, "-c", code, *command, cwd=folder)
     words = "python -m edm run: error: [Errno 2] No such file or directory\n"
     assert (ended.returncode, ended.stdout) == (2, words)
+
+
+def test_what_python_says_of_a_command_that_is_not_written_in_python(tmp_path):
+    command = tmp_path / "command"
+    command.write_text("#!/bin/sh\necho $1\n")
+    command.chmod(0o755)
+    search = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for name, path in (("command", command), ("ls", shutil.which("ls"))):
+        plain, _ = both([path], env=search)
+        _, within = both([name], env=search)
+        assert within == plain and "SyntaxError: " in plain[2] and str(path) in plain[2], plain
 
 
 def test_options_end_where_the_program_begins(capfd, monkeypatch):
