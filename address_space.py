@@ -234,7 +234,8 @@ class Space:
 
     @_locked
     def locations(self, addr: int, length: int) -> list[str]:
-        """Where each page of a range (bytes, whole pages) is: NEW, INSTANCE_n or DISK.
+        """Where each page of a range (bytes, whole pages) is: NEW, INSTANCE_n or DISK. A page that was only read is
+        DISK when it has left.
 
         Raises ValueError for a range that is not of whole pages, or leaves the space.
         """

@@ -84,6 +84,8 @@ SMALL = 1024  # pages: up to this high_threshold, LPET follows the wiki's algori
 ANY_HERE = bytes(255 if byte >= HERE else byte < LOST for byte in range(256))
 NO_HOLES = bytes(255 if byte >= HERE else 0 for byte in range(256))
 SETTLED = bytes(0 if byte in (COMING, LEAVING) else 255 for byte in range(256))
+# A page that is HERE, COMING or LEAVING is located here, 1; one that is AWAY or LOST on the disk, 2.
+LOCATION = bytes(1 if byte >= COMING else 2 if byte > NEW else 0 for byte in range(256))
 _IS_MISSING = bytes(byte < HERE and byte != LOST for byte in range(256))
 _RUN = re.compile(rb"\xff(?:[\x01\xff]*\xff)?")  # claimed pages, and the holes between them
 # For `expect_more`: pages that are NEW or AWAY, behind the first one, if that is COMING; and those that are AWAY.

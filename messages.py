@@ -41,7 +41,7 @@ from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS: no application asks for more, see mailbox.py
+MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS
 
 GET, PUT, FREE, LOCATIONS, SYNC, BYE = range(1, 7)
 OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18

@@ -102,7 +102,7 @@ class MpiStore:
 
     def put(self, gone: Sequence[Run], dirty: Sequence[Bytes]) -> None:
         """See PageStore. The pages between the ranges go, too: this only changes where the SPT says that
-        they are, and Pager.locations knows better."""
+        they are."""
         ends = list(gone) or [(first, len(part) // PAGE_SIZE) for first, part in dirty]
         page, count = ends[0][0], sum(ends[-1]) - ends[0][0]
         address = self._start + page * PAGE_SIZE

@@ -278,16 +278,8 @@ class Pager:
                 self._lspt.freed(claimed)
 
     def locations(self, page: int, count: int) -> bytes:
-        """PageStore.locations of these pages, with INSTANCE for those that are HERE, COMING or LEAVING. The store sets
-        it for all pages that it has sent.
-
-        The states are read first. So a page that leaves in between is here or on the disk, never nowhere.
-        """
-        states = self._lspt.read(page, count)
-        return bytes(
-            byte & ~1 | (state >= l.COMING)
-            for state, byte in zip(states, self._store.locations(page, count), strict=True)
-        )
+        """A byte for each of these pages, as PageStore.locations has them, but 1 for all that are here."""
+        return self._lspt.read(page, count).translate(l.LOCATION)
 
     def close(self) -> None:
         """The space has ended."""

@@ -555,39 +555,12 @@ def test_away_counts_the_pages_that_only_the_store_has(make):
     assert count_away(lspt) == 2
 
 
-def located(lspt, count, locations):
-    """What the pager says of this many pages from page 10 on, with these locations of its store."""
-    pager = SimpleNamespace(_lspt=lspt, _store=SimpleNamespace(locations=locations))
-    return Pager.locations(pager, 10, count)
-
-
-def test_what_is_here_is_located_here_whatever_the_store_has_sent(make):
+def test_what_is_here_comes_or_leaves_is_located_here_and_what_was_here_on_the_disk(make):
     INSTANCE, DISK = 1, 2
     lspt = make()
-    states = (NEW, AWAY, HERE, LOST, COMING, LEAVING)
-    lspt.write(range(10, 16), bytes(states))
-    right = {
-        0: (0, 0, INSTANCE, 0, INSTANCE, INSTANCE),
-        INSTANCE: (0, 0, INSTANCE, 0, INSTANCE, INSTANCE),  # sent: asked for ahead, perhaps
-        DISK: (DISK, DISK, DISK | INSTANCE, DISK, DISK | INSTANCE, DISK | INSTANCE),
-        DISK | INSTANCE: (DISK, DISK, DISK | INSTANCE, DISK, DISK | INSTANCE, DISK | INSTANCE),
-    }
-    for byte, expected in right.items():
-        found = located(lspt, len(states), lambda page, count: bytes((byte,)) * count)  # noqa: B023
-        assert found == bytes(expected)
-
-
-def test_a_page_that_leaves_while_it_is_located_is_here_or_on_the_disk(make):
-    INSTANCE, DISK = 1, 2
-    lspt = make()
-    come(lspt, 10)
-
-    def locations(page, count):
-        evict(lspt, page, count)
-        return bytes((DISK,)) * count
-
-    assert located(lspt, 1, locations) == bytes((DISK | INSTANCE,))
-    assert located(lspt, 1, locations) == bytes((DISK,))
+    lspt.write(range(10, 16), bytes((NEW, AWAY, HERE, LOST, COMING, LEAVING)))
+    found = Pager.locations(SimpleNamespace(_lspt=lspt), 10, 6)
+    assert found == bytes((0, DISK, INSTANCE, DISK, INSTANCE, INSTANCE))
 
 
 def test_the_area_of_a_page_is_known(make):
