@@ -269,7 +269,8 @@ class Pager:
                 # Installing a page removes the poison. Punching the hole then removes the page.
                 # One by one: the program may have split the mapping there.
                 for lost, _ in l.runs(claimed.page, claimed.before, l.LOST_PAGE):
-                    while not self._uffd.zeropage(self._lspt.start + lost * PAGE_SIZE, PAGE_SIZE):
+                    address = self._lspt.start + lost * PAGE_SIZE
+                    while not self._uffd.copy(address, self._handler.zeros, PAGE_SIZE):
                         pass  # nothing is installed yet, see there
                 for first, many in claimed.leaving:
                     self._store.free(first, many)

@@ -5,7 +5,7 @@ In the picture: every arrow between EDM and the kernel.
 Interface:
     open_userfaultfd()      make one, in the most capable way that this process is permitted
     supported_features()    what this kernel's userfaultfd can do
-    Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
+    Userfaultfd(fd)         its ioctls: api, register, copy, writeprotect, wake, poison;
                             and read_faults, which reads the messages
     mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, block_signals,
     restore_signals, tgkill, prctl, close_from, pidfd_getfd, seccomp
@@ -47,7 +47,6 @@ uffdio_api, UFFDIO_API = Struct("=QQQ"), 0xC018AA3F  # api, features, ioctls
 uffdio_register, UFFDIO_REGISTER = Struct("=QQQQ"), 0xC020AA00  # range, mode, ioctls
 uffdio_range, UFFDIO_WAKE = Struct("=QQ"), 0x8010AA02  # start, len
 uffdio_copy, UFFDIO_COPY = Struct("=QQQQq"), 0xC028AA03  # dst, src, len, mode, copy
-uffdio_zeropage, UFFDIO_ZEROPAGE = Struct("=QQQq"), 0xC020AA04  # range, mode, zeropage
 uffdio_writeprotect, UFFDIO_WRITEPROTECT = Struct("=QQQ"), 0xC018AA06  # range, mode
 uffdio_poison, UFFDIO_POISON = Struct("=QQQq"), 0xC020AA08  # range, mode, updated
 uffd_msg = Struct("=B7xQQI4x")  # event; of a page fault: flags, address, thread
@@ -174,12 +173,6 @@ class Userfaultfd:
         uffdio_copy.pack_into(self._block, 0, dst, src, length, mode, 0)
         self._call("UFFDIO_COPY", UFFDIO_COPY)
         return max(0, uffdio_copy.unpack_from(self._block)[-1])
-
-    def zeropage(self, start: int, length: int) -> int:
-        """Install zeroed, writable pages in this range (bytes), and wake. Returns and raises as copy does."""
-        uffdio_zeropage.pack_into(self._block, 0, start, length, 0, 0)
-        self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE)
-        return max(0, uffdio_zeropage.unpack_from(self._block)[-1])
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
         """Set the uffd-wp bit of these pages (bytes); or, protect=False, clear it and wake."""

@@ -52,7 +52,6 @@ def test_a_failed_call_raises_oserror_with_errno_and_the_calls_name():
         "UFFDIO_API": lambda: closed.api(0),
         "UFFDIO_REGISTER": lambda: closed.register(0, PAGE_SIZE),
         "UFFDIO_COPY": lambda: closed.copy(0, 0, PAGE_SIZE),
-        "UFFDIO_ZEROPAGE": lambda: closed.zeropage(0, PAGE_SIZE),
         "UFFDIO_WRITEPROTECT": lambda: closed.writeprotect(0, PAGE_SIZE, True),
         "UFFDIO_WAKE": lambda: closed.wake(0, PAGE_SIZE),
         "UFFDIO_POISON": lambda: closed.poison(0, PAGE_SIZE),
@@ -256,13 +255,13 @@ def test_the_mark_stays_when_the_page_has_gone_and_a_page_that_was_written_has_n
 
 
 @needs_userfaultfd
-def test_a_write_fault_is_resolved_by_zeropage(memory):
+def test_a_write_fault_is_resolved_by_copy(memory):
     writer = write(memory, 7)
     [(_, flags, _, _)] = memory.fault()
     assert flags & u.UFFD_PAGEFAULT_FLAG_WRITE
-    memory.uffd.zeropage(memory.address, PAGE_SIZE)
+    memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE)
     writer.join(10)
-    assert memory.map[:2] == b"\x07\0"
+    assert memory.map[:3] == b"\7DM"
 
 
 @needs_userfaultfd
@@ -277,7 +276,7 @@ def test_with_its_feature_a_fault_tells_the_thread_which_can_be_signalled(make):
         u.tgkill(os.getpid(), thread, signal.SIGURG)
         [(_, _, address, again)] = memory.fault()
         assert (address, again) == (memory.address, thread), "it has not tried again"
-        memory.uffd.zeropage(memory.address, PAGE_SIZE)
+        memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE)
         toucher.join(10)
         assert came, "no handler ran"
     finally:
@@ -294,7 +293,7 @@ def test_wake_lets_the_fault_be_tried_again(memory):
     memory.uffd.wake(memory.address, PAGE_SIZE)
     [(_, _, again, _)] = memory.fault()
     assert again == memory.address
-    memory.uffd.zeropage(memory.address, PAGE_SIZE)
+    memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE)
     writer.join(10)
 
 
@@ -321,22 +320,20 @@ def test_copying_over_a_page_that_is_there_raises_eexist(memory):
 
 
 @needs_userfaultfd
-@pytest.mark.parametrize("call", ["copy", "zeropage"])
-def test_a_page_in_the_midst_that_is_there_already_does_not_keep_those_before_it_out(memory, call):
+def test_a_page_in_the_midst_that_is_there_already_does_not_keep_those_before_it_out(memory):
     page = ctypes.create_string_buffer(b"EDM", 2 * PAGE_SIZE)
     memory.uffd.copy(memory.address + PAGE_SIZE, ctypes.addressof(page), PAGE_SIZE)
 
     def install(at):
-        arguments = [memory.address + at, 2 * PAGE_SIZE - at]
-        if call == "copy":
-            arguments.insert(1, ctypes.addressof(page) + at)
-        return getattr(memory.uffd, call)(*arguments)
+        return memory.uffd.copy(
+            memory.address + at, ctypes.addressof(page) + at, 2 * PAGE_SIZE - at
+        )
 
     assert install(0) == PAGE_SIZE
     with pytest.raises(FileExistsError, match="UFFDIO_"):
         install(PAGE_SIZE)
     assert os.fstat(memory.memfd).st_blocks * 512 == 2 * PAGE_SIZE
-    assert memory.map[:3] == (b"EDM" if call == "copy" else b"\0\0\0")
+    assert memory.map[:3] == b"EDM"
 
 
 @needs_userfaultfd
