@@ -113,6 +113,7 @@ def _replace_fromfile() -> None:
         simple = dtype.itemsize and not (sep or like or dtype.subdtype or dtype.hasobject)
         with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
             if simple and hasattr(opened, "readinto") and opened.readable() and opened.seekable():
+                opened.flush()  # what the program has written to it, as numpy.fromfile does
                 fd, begin = opened.fileno(), opened.tell() + index(offset)
                 size, count, done = fstat(fd).st_size, index(count), 0
                 there = (size - begin) // dtype.itemsize
@@ -327,7 +328,7 @@ def _array(calls: list[Callable[[], object]]) -> object:
     empty, dtype, set_handler, _ = _numpys()
     call = partial(next, filter(partial.__call__, calls))  # this passes on StopIteration, too
     # Its memory is labs(ctx), which is ctx: nobody reads it.
-    allocator = PyDataMemAllocator(id(call), _TWO(_LABS), free=_FREE(_CALL))
+    allocator = PyDataMemAllocator(id(call), _LABS_OF_TWO, free=_CALL_OF)
     handler = PyDataMem_Handler(b"after a callback", 1, allocator)
     capsule = _new_capsule(ctypes.addressof(handler), HANDLER_NAME, None)
     keeps = dtype("B", metadata={"kept": (handler, call)})
@@ -372,6 +373,8 @@ _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
 _OWN = os.path.dirname(__file__)
 _LAST = partial(bool, True)
 _CALL, _LABS = ("PyObject_CallNoArgs", ctypes.pythonapi), ("labs", ctypes.pythonapi)
+# Made once: each has a reference to itself, and would be garbage, which a program may collect and count, or never.
+_LABS_OF_TWO, _CALL_OF = _TWO(_LABS), _FREE(_CALL)  # made once: each refers to itself
 
 _came: list[tuple[type, BaseException]] = []  # exceptions that are to be raised
 # Asking it for its descriptor raises the exception that was noted last. In C code only, so no traceback, debugger or

@@ -326,6 +326,22 @@ def test_no_exception_is_lost_if_garbage_is_collected_while_an_array_is_freed(ru
     assert (ended.returncode, ended.stdout) == (0, "350\n")
 
 
+def test_numpys_fromfile_reads_what_the_program_has_not_flushed(tmp_path, monkeypatch):
+    import numpy as np
+
+    from edm.numpy_mem_handler import _replace_fromfile
+
+    monkeypatch.setattr(np, "fromfile", np.fromfile)
+    _replace_fromfile.__wrapped__()
+    with open(tmp_path / "written", "w+b") as file:
+        file.write(bytes(80))
+        file.seek(0)
+        file.read(8)
+        file.write(b"\1" * 24)
+        file.seek(0)  # in what is in the buffer: Python does not flush it
+        assert np.fromfile(file, np.uint8).tolist() == [0] * 8 + [1] * 24 + [0] * 48
+
+
 @pytest.mark.parametrize("count", [-1, 0, 1, 2, 1000])
 def test_a_file_is_left_where_numpys_fromfile_leaves_it(tmp_path, count, monkeypatch):
     import numpy as np

@@ -150,6 +150,15 @@ try:
     np.ones(10) + next(iter(()))
 except StopIteration:  # C code often takes it for an end
     pass
+gc.collect()
+gc.disable()
+for _ in range(1000):
+    try:
+        np.ones(10) + next(iter(()))
+    except StopIteration:
+        pass
+gc.enable()
+check("an array that is freed with an exception set leaves garbage", gc.collect() < 1000)
 
 
 def fail(array=None):
