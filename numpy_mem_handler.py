@@ -143,11 +143,11 @@ class MemHandler:
         numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
         self.thresholds = [sys.maxsize]  # bytes; the last one counts
-        self._space = space()
+        self.space = space()
         self._kept: dict[int, int] = {}  # address → length, of areas for the next malloc
         self._libraries = os.path.dirname(sys.modules["numpy"].__path__[0]), __file__
         kinds = PyDataMemAllocator._fields_[1:]
-        callbacks = [kind(Callback(getattr(self, name)).call) for name, kind in kinds]
+        callbacks = [kind(Callback(self, name, getattr(numpys, name)).call) for name, kind in kinds]
         handler.allocator = self._callbacks = PyDataMemAllocator(0, *callbacks)
         # No callback works while the interpreter finalizes. From then on, realloc and free are the C
         # library's labs, of ctx, which is 0: free does nothing, and realloc returns NULL, so it fails.
@@ -160,10 +160,10 @@ class MemHandler:
         Raises RuntimeError if arrays of an earlier one are left: what frees them can't distinguish them from
         arrays of this space, at the same addresses.
         """
-        if self._space is not space:
-            if self._space.arrays() > len(self._kept):
+        if self.space is not space:
+            if self.space.arrays() > len(self._kept):
                 raise RuntimeError("numpy_allocator: delete the arrays of the earlier space first")
-            self._space, self._kept = space, {}
+            self.space, self._kept = space, {}
         if space.user_mode:
             _replace_fromfile()
         return self
@@ -172,7 +172,7 @@ class MemHandler:
 
     def malloc(self, done: list[int], ctx: int, size: int) -> int:
         """A kept area, if there is one of this size. Its bytes are undefined."""
-        if size < self.thresholds[-1] or self._space.is_over:
+        if size < self.thresholds[-1] or self.space.is_over:
             return self._malloc(ctx, size)
         wanted = whole_pages(size)
         for address, length in self._kept.copy().items():
@@ -182,20 +182,20 @@ class MemHandler:
         return self.calloc(done, ctx, 1, size)
 
     def calloc(self, done: list[int], ctx: int, count: int, size: int, grows: bool = False) -> int:
-        if count * size < self.thresholds[-1] or not self._space.can_be_called():
+        if count * size < self.thresholds[-1] or not self.space.can_be_called():
             return self._calloc(ctx, count, size)
         self._release()  # what was freed in the midst of a call
-        name = self._made_in() if self._space.config.report else ""
+        name = self._made_in() if self.space.config.report else ""
         # Without a gap of this size it is in NumPy's memory: a limit may have made the space small.
-        return self._space.allocate(count * size, name, grows) or self._calloc(ctx, count, size)
+        return self.space.allocate(count * size, name, grows) or self._calloc(ctx, count, size)
 
     def realloc(self, done: list[int], ctx: int, old: int, size: int) -> int:
-        inside = old in self._space.lengths
-        before = self._space.lengths[old] if inside else _usable_size(old)
+        inside = old in self.space.lengths
+        before = self.space.lengths[old] if inside else _usable_size(old)
         grows = size > before
         if inside and not grows and before // 2 < size:
             return old
-        if inside and grows and self._space.can_be_called() and self._space.grow(old, size):
+        if inside and grows and self.space.can_be_called() and self.space.grow(old, size):
             return old
         new = self.calloc(done, ctx, 1, size, True) if grows else self.malloc(done, ctx, size)
         if new and old:
@@ -206,11 +206,11 @@ class MemHandler:
 
     def free(self, done: list[int], ctx: int, address: int, size: int) -> int:
         done += [0]  # first: an area may get lost, but is not given to two arrays
-        if address in self._space.lengths:
+        if address in self.space.lengths:
             # Keep the area for the next array of its size, if it is small: its pages are already here. With a limit
             # of 256 MiB, this makes arithmetic on arrays of 1 to 8 MiB three to five times as fast.
-            self._kept[address] = self._space.lengths[address]
-            if self._space.can_be_called():
+            self._kept[address] = self.space.lengths[address]
+            if self.space.can_be_called():
                 self._release()
         else:
             self._free(ctx, address, size)
@@ -218,12 +218,12 @@ class MemHandler:
 
     def _release(self) -> None:
         """Release what is kept and too much."""
-        most = self._space.config.high_threshold * PAGE_SIZE // KEPT_PART
+        most = self.space.config.high_threshold * PAGE_SIZE // KEPT_PART
         while len(kept := self._kept.copy()) > KEPT_AREAS or sum(kept.values()) > most:
             # One that is too large, if there is any; or the oldest.
             address = max(kept, key=lambda address: kept[address] > most)
             if self._kept.pop(address, 0):
-                self._space.release(address)
+                self.space.release(address)
 
     def _made_in(self) -> str:
         """file:line of the innermost frame whose file is not installed beside NumPy."""
@@ -273,14 +273,23 @@ class Callback:
           ▼
         NumPy goes on
 
+    With no exception set, NumPy's own function serves small arrays, and those in its memory. It is reached by operators
+    alone, which run no signal handler and no other thread, from Python 3.11 on. NumPy relies on that while it
+    reads a list.
+
     Python runs signal handlers after calls, after backward jumps and at the start of a function, but not
     after operators. So what must not be interrupted is written with operators: self[...] is a call, and
     `calls += later` is the last step before the return. What is done again goes on with the answer in `done`,
     if there is one.
     """
 
-    def __init__(self, work: Callable[..., int]) -> None:
-        self._work = work
+    def __init__(self, handler: MemHandler, name: str, numpys: Callable[..., int]) -> None:
+        """name: of the handler's method to call. numpys: NumPy's own function of that name."""
+        self._handler, self._work = handler, getattr(handler, name)
+        self._frees, self._counts = name == "free", name == "calloc"
+        self._least = [0] if name == "realloc" else handler.thresholds  # bytes; the last one counts
+        self._queue: list[tuple[int, ...]] = []  # arguments for the next step of _numpys
+        self._numpys = starmap(numpys, iter(self._queue.pop, None))
         self._set = (c_size_t * 3)()  # type, value and traceback of the exception that is set
         fetch = _function("PyErr_Fetch", None)
         fetch.errcheck = self.__getitem__
@@ -296,6 +305,14 @@ class Callback:
                 state = arguments[3:], [], was_set, None, TRIES
             arguments, done, was_set, came, tries = state
             if came is None and not was_set:
+                if (
+                    arguments[1] not in self._handler.space.lengths
+                    if self._frees
+                    else arguments[-1] * (arguments[1] if self._counts else 1) < self._least[-1]
+                ):
+                    self._queue += (arguments,)
+                    for answer in self._numpys:
+                        return answer
                 return self._work(done, *arguments)
             answer = Answer(done[0] if done else self._work(done, *arguments) if tries > 0 else 0)
             later = [] if came is None else _raising(came)

@@ -258,6 +258,24 @@ check("after the alarms", np.array_equal(np.arange(MIB) - np.arange(MIB), np.zer
 
 # ---------------------------------------------------------------- forked, and in threads
 
+
+def grows_and_shrinks():
+    while not stop:
+        rows.append(2.0)
+        rows.pop()
+
+
+rows, stop, interval = [1.0] * 100, False, sys.getswitchinterval()
+thread = threading.Thread(target=grows_and_shrinks)
+thread.start()
+sys.setswitchinterval(1e-5)
+deadline = time.monotonic() + (sys.version_info >= (3, 11))  # 3.10 runs threads at jumps, too
+while time.monotonic() < deadline:
+    np.array(rows)  # RuntimeError, if the other thread runs between its length and its numbers
+sys.setswitchinterval(interval)
+stop = True
+thread.join()
+
 inherited = np.ones(MIB)
 child = os.fork()
 if child == 0:  # it touches nothing of its parent's
