@@ -13,8 +13,8 @@ read end before it ends: the child goes on if it does not touch the memory. A ch
 another program is killed with the pager, too.
 
 Interface: Children(epoll) is the DM-Handler's, whose epoll wakes it when a child faults or ends.
-adopt(fds) takes a new child, faulting() returns those that have faults, let_go() is for the end.
-`uffds` is empty if there are no children.
+adopt(fds) takes a new child, faulting() returns the userfaultfds of those that have faults, let_go() is
+for the end. `sent` is empty if there are no children.
 
 Rules: the DM-Handler's thread calls faulting. The main thread calls adopt, and let_go when the DM-Handler
 has ended.
@@ -32,8 +32,7 @@ from edm.uffd_ctypes import Userfaultfd
 class Children:
     def __init__(self, epoll: select.epoll) -> None:
         self._epoll = epoll  # which other threads may add to
-        self.uffds: dict[int, Userfaultfd] = {}  # by descriptor
-        self._sent: dict[int, list[int]] = {}  # what each has sent; by pidfd
+        self.sent: dict[int, list[int]] = {}  # by pidfd: the descriptors that each child has sent
 
     def adopt(self, fds: list[int]) -> None:
         """Take a child that has sent these descriptors. If this process had no room for all of them,
@@ -42,24 +41,23 @@ class Children:
             for fd in fds:
                 os.close(fd)
             return
-        process, uffd = fds[:2]
-        self._sent[process], self.uffds[uffd] = fds, Userfaultfd(uffd)
+        process, uffd, _, _ = fds
+        self.sent[process] = fds
         for fd in (uffd, process):  # the pidfd last: the child may have ended
             self._epoll.register(fd, select.EPOLLIN)
 
     def faulting(self) -> list[Userfaultfd]:
         """The userfaultfds that have messages. Children that have ended are forgotten."""
-        ready = [fd for fd, _ in self._epoll.poll(0)]
-        for process in self._sent.keys() & set(ready):
-            fds = self._sent.pop(process)
-            del self.uffds[fds[1]]
-            for fd in fds:
+        ready = {fd for fd, _ in self._epoll.poll(0)}
+        for process in self.sent.keys() & ready:
+            for fd in self.sent.pop(process):
                 os.close(fd)
-        return [self.uffds[fd] for fd in ready if fd in self.uffds]
+        # A copy: adopt may add a child meanwhile.
+        return [Userfaultfd(uffd) for _, uffd, _, _ in self.sent.copy().values() if uffd in ready]
 
     def let_go(self, start: int, length: int) -> None:
         """No page comes any more: wake the faults in this range (bytes), and let the children
         live."""
-        for _, uffd, lifeline, _ in self._sent.values():
+        for _, uffd, lifeline, _ in self.sent.values():
             fcntl.fcntl(lifeline, fcntl.F_SETFL, 0)  # as in lifeline of address_space.py
-            self.uffds[uffd].wake(start, length)
+            Userfaultfd(uffd).wake(start, length)

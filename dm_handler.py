@@ -137,7 +137,7 @@ class DmHandler:
         an ioctl that has failed."""
         figures, until = self._lspt.figures, 0.0
         while True:
-            if self.children.uffds:
+            if self.children.sent:
                 self._serve_children()
             # Only now: _await_wakeup may have read the wake-up, while a child's page waited for room.
             while self._called:

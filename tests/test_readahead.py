@@ -526,11 +526,11 @@ def test_a_call_that_came_while_it_waited_for_a_childs_page_is_seen_before_it_sl
     monkeypatch.setattr(dm_handler, "BRING", 10)  # or the caller would write again
     caller = threading.Thread(target=handler.bring, args=(range(5, 6), False))
     caller.start()
-    handler.children.uffds = {0: None}
+    handler.children.sent = {0: []}
 
     def serve_children():  # it may read the wake-up, in _await_wakeup
         os.eventfd_read(handler._lspt.for_handler)
-        handler.children.uffds = {}
+        handler.children.sent = {}
 
     handler._serve_children = serve_children
     with running(handler):
