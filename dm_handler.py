@@ -22,7 +22,7 @@ One fault, from the message to the woken application:
     _fetch          asks the store for all of these, in pieces. The first piece of a run is small: the
                     application works on it while the others come.
     _take           takes a piece from the store. If the store returns fewer pages, asks for the rest.
-    _install        makes the pages by UFFDIO_COPY, which wakes the application. Then
+    _install        makes the pages by UFFDIO_COPY or UFFDIO_ZEROPAGE, which wakes the application. Then
                     LSPT.arrived: COMING → HERE. The application may be running already.
 
 A page that a read fault brings gets the uffd-wp bit, in the page table. Its first write clears the bit, so LPET
@@ -77,8 +77,8 @@ class DmHandler:
         self.came: deque[int] | None = None  # gets the pages that are installed
         self.lines = None  # a lines.Lines, which samples the faults
         self._log, self._banner, self._info = log.of_box("DmHandler")
-        # The source of zero pages. UFFDIO_ZEROPAGE takes as long (measured), and can't set the uffd-wp bit.
-        self.zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
+        # The source of a zero page that gets the uffd-wp bit, which UFFDIO_ZEROPAGE can't set.
+        self._zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
         self._called: deque[tuple[range, bool, Event]] = deque()  # what bring was called for
         self._advised: deque[range] = deque()  # what prefetch was called for
         # Nanoseconds. A wait subtracts the clock when it begins, and adds it when it ends. So a negative sum
@@ -298,7 +298,10 @@ class DmHandler:
         while left := len(pages) * PAGE_SIZE - at:
             dst, length = address + at * pages.step, left if at_once else PAGE_SIZE
             try:
-                at += self._uffd.copy(dst, (source or self.zeros) + at, length, wp)
+                if source or wp:
+                    at += self._uffd.copy(dst, (source or self._zeros) + at, length, wp)
+                else:
+                    at += self._uffd.zeropage(dst, length)
             except FileNotFoundError:  # the program has split the mapping, as by madvise(2)
                 if not at_once:  # or Space.close has unmapped it: nobody waits for these
                     self._lspt.not_coming(pages[at // PAGE_SIZE :])

@@ -269,8 +269,7 @@ class Pager:
                 # Installing a page removes the poison. Punching the hole then removes the page.
                 # One by one: the program may have split the mapping there.
                 for lost, _ in l.runs(claimed.page, claimed.before, l.LOST_PAGE):
-                    address = self._lspt.start + lost * PAGE_SIZE
-                    while not self._uffd.copy(address, self._handler.zeros, PAGE_SIZE):
+                    while not self._uffd.zeropage(self._lspt.start + lost * PAGE_SIZE, PAGE_SIZE):
                         pass  # nothing is installed yet, see there
                 for first, many in claimed.leaving:
                     self._store.free(first, many)
