@@ -32,6 +32,7 @@ pytestmark = needs_userfaultfd
 
 RUN = ("-m", "edm", "run", "--resident", "16M")
 EDM_COMMAND = Path(sys.executable).parent / "edm"
+EDM_PTH = [file for folder in site.getsitepackages() for file in Path(folder).glob("edm.pth")]
 
 
 def both(program, python=(), feed=b"", run=RUN, **options):
@@ -581,14 +582,43 @@ def test_modules_of_the_current_folder_are_not_edms(tmp_path):
     assert within == plain and plain[0] == 0
 
 
-@pytest.mark.skipif(not EDM_COMMAND.exists(), reason="not installed: edm")
-def test_edm_itself_is_not_looked_for_in_the_current_folder_by_its_command(tmp_path):
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(
+            [str(EDM_COMMAND), "run"],
+            marks=pytest.mark.skipif(not EDM_COMMAND.exists(), reason="not installed: edm"),
+        ),
+        *(
+            pytest.param(
+                run, marks=pytest.mark.skipif(not EDM_PTH, reason="not installed: edm.pth")
+            )
+            for run in (["-m", "edm", "run"], ["-Omedm", "run"])
+        ),
+    ],
+    ids=" ".join,
+)
+def test_edm_itself_is_not_looked_for_in_the_current_folder(tmp_path, run):
     (tmp_path / "edm").mkdir()
-    for module in ("edm/__init__.py", "types.py", "contextlib.py"):
-        (tmp_path / module).write_text("raise SystemExit('the current folder has it')")
-    plain, _ = both(["-c", "print(1)"], cwd=tmp_path)
-    _, within = both(["-c", "print(1)"], run=[str(EDM_COMMAND), "run"], cwd=tmp_path)
+    (tmp_path / "edm" / "__init__.py").write_text("raise SystemExit('the current folder has edm')")
+    plain, _ = both(["-c", ABOUT], ["-O"] if "-O" in run[0] else [], cwd=tmp_path)
+    _, within = both(["-c", ABOUT], run=run, cwd=tmp_path)
     assert within == plain and plain[0] == 0
+
+
+@pytest.mark.skipif(not EDM_PTH, reason="not installed: edm.pth")
+@pytest.mark.parametrize("name", ["types", "contextlib", "pkgutil"])
+def test_what_python_imports_for_its_m_is_not_looked_for_in_the_current_folder(tmp_path, run, name):
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    [packages] = bare.glob("lib/python*/site-packages")
+    (packages / "edm").symlink_to(Path(edm.__file__).parent)
+    shutil.copy(EDM_PTH[0], packages)
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('the current folder has it')")
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "script.py").write_text("print('started')")
+    ended = run(bare / "bin" / "python", *RUN, "program/script.py", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (0, "started\n")
 
 
 def test_of_two_ranks_without_a_gil_one_says_so(run, tmp_path):
@@ -602,6 +632,14 @@ def test_of_two_ranks_without_a_gil_one_says_so(run, tmp_path):
         ended = run("env", *variables, bare / "bin" / "python", *RUN, "-c", "pass")
         assert (ended.returncode, ended.stdout.count("\n")) == (2, 1 - rank), ended.stdout
         assert rank or "PYTHON_GIL=1 turns it on" in ended.stdout
+
+
+@pytest.mark.skipif(not EDM_PTH, reason="not installed: edm.pth")
+@pytest.mark.parametrize("program", [["-m", "other", "-m", "edm"], ["other", "edm"], ["-mother"]])
+def test_other_programs_do_not_get_edm(tmp_path, program):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__main__.py").write_text("import sys; print('edm' in sys.modules)")
+    assert both(program, run=(), cwd=tmp_path)[0] == (0, "False\n", "")
 
 
 def test_a_module_called_numpy_is_not_taken_for_numpy(tmp_path):
