@@ -9,8 +9,7 @@ Interface:
     for the application        Space: mmap, munmap, sync, areas, locations, figures
     for advice.py              Space: advise
     for numpy_mem_handler.py   Space: config, can_be_called, allocate, lengths, arrays, grow, release
-    for edm.py                 Space begins when it is made and ends with close; spawn_pager
-    for the pager, rank.py     receive, send_answer, lifeline, high; socket_pair
+    for edm.py                 Space begins when it is made and ends with close
 
 The memory: one memfd as long as the space, mapped shared, whole, at start_addr, and registered once
 with userfaultfd. Areas are bookkeeping of this process (Gaps). The pager gets a list of them only
@@ -38,12 +37,6 @@ A core dump leaves the space out (MADV_DONTDUMP): the kernel would try each page
 
 This module and its imports are all that a program under `edm run` has to carry, so it imports
 little.
-
-One socket pair connects application and pager. The first message carries the descriptors, and
-HELLO's dictionary: the settings, and more. The pager answers, and the second message carries the listener of
-system_calls.py, if there is one. After that calls go by the mailbox, and only forked children use
-the socket. The answer stays in it with two descriptors, and children peek at them: the memfd, and
-the read end of the lifeline, a pipe.
 """
 
 from __future__ import annotations
@@ -68,13 +61,10 @@ from functools import cached_property, partial, wraps
 
 from edm import mailbox
 from edm import uffd_ctypes as u
+from edm.lifeline import MAX_HELLO, closed_by, high, is_open, receive, send, tie
 from edm.uffd_ctypes import PAGE_SIZE
 
 MAX_COMMAND = 1000  # characters of the command line that a report shows
-MAX_HELLO = 1 << 18  # bytes of a message at most, and of its descriptors
-HIGH = 512  # the lowest number of a descriptor that stays open: programs use the low ones
-# Flags of sendmsg(2) that no program uses: MSG_CONFIRM has no effect here. See system_calls.py.
-UNFILTERED = _socket.MSG_NOSIGNAL | _socket.MSG_CONFIRM
 
 
 def whole_pages(length: int) -> int:
@@ -124,7 +114,7 @@ class Space:
         # (number of the FREE, address, length): not a gap yet.
         self._freeing: deque[tuple[int, int, int]] = deque()
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as self._at_close:
-            closed = partial(_closed_by, at_the_end)
+            closed = partial(closed_by, at_the_end)
             _in_child.pop_all()  # of an earlier space
             # For a child that another thread forks meanwhile. Later the stack is empty.
             _in_child.callback(at_the_end.close)
@@ -166,7 +156,7 @@ class Space:
                 if "PMI_RANK" in os.environ:
                     os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
             send(control, b"listener", listener)  # system calls may be waiting for it already
-        self._socket = _closed_by(self._at_close, high(control.detach()))
+        self._socket = closed_by(self._at_close, high(control.detach()))
         self._socket_is = os.fstat(self._socket).st_ino
         _in_child.callback(self._forked)
         atexit.register(self._end)
@@ -366,7 +356,7 @@ class Space:
             finally:
                 self.is_over = True
                 self._mailbox.ask("close")
-                while _is_open(self._socket, self._socket_is) and os.read(self._socket, 1):
+                while is_open(self._socket, self._socket_is) and os.read(self._socket, 1):
                     pass  # the answer to HELLO; then nothing, as the pager has ended
 
     # ------------------------------------------------------------ forked children
@@ -375,7 +365,7 @@ class Space:
         """In a process that the application has forked: map its memory, if possible."""
         self.is_over = True
         self._lock = _thread.RLock()  # the thread that had it is not in this process
-        if _is_open(self._socket, self._socket_is):
+        if is_open(self._socket, self._socket_is):
             control = _socket.socket(fileno=self._socket)
             control.settimeout(None)  # the program may have set a default
             with contextlib.closing(control), contextlib.suppress(OSError, ValueError):
@@ -389,12 +379,12 @@ class Space:
         """
         length = self.end_addr - self.start_addr
         with contextlib.ExitStack() as at_the_end, contextlib.ExitStack() as if_it_fails:
-            memfd, _ = (_closed_by(at_the_end, fd) for fd in receive(control, _socket.MSG_PEEK)[1])
-            process = _closed_by(at_the_end, posix.pidfd_open(posix.getpid()))
-            uffd = _closed_by(if_it_fails, high(u.open_userfaultfd()[0]))
-            ours, pagers_end = lifeline(posix.getpid())
-            _closed_by(at_the_end, pagers_end)
-            _closed_by(if_it_fails, ours)
+            memfd, _ = (closed_by(at_the_end, fd) for fd in receive(control, _socket.MSG_PEEK)[1])
+            process = closed_by(at_the_end, posix.pidfd_open(posix.getpid()))
+            uffd = closed_by(if_it_fails, high(u.open_userfaultfd()[0]))
+            ours, pagers_end = tie(posix.getpid())
+            closed_by(at_the_end, pagers_end)
+            closed_by(if_it_fails, ours)
             # PROT_NONE: reading a page before it is registered, in a signal handler, would fill the
             # memfd.
             self._map(length, u.PROT_NONE, u.MAP_PRIVATE | u.MAP_NORESERVE, memfd)
@@ -494,38 +484,6 @@ os.register_at_fork(before=u.block_signals, after_in_child=_in_child.close)
 os.register_at_fork(after_in_parent=u.restore_signals, after_in_child=u.restore_signals)
 
 
-def _closed_by(stack: contextlib.ExitStack, fd: int) -> int:
-    """Have the stack close this descriptor, unless the program has, and return it."""
-    inode = posix.fstat(fd).st_ino
-    stack.callback(lambda: _is_open(fd, inode) and posix.close(fd))
-    return fd
-
-
-def _is_open(fd: int, inode: int) -> bool:
-    """False if the program has closed this descriptor. Its number may be another file's now."""
-    with contextlib.suppress(OSError):  # EBADF
-        return posix.fstat(fd).st_ino == inode
-    return False
-
-
-def high(fd: int) -> int:
-    """Move the descriptor to a number of at least HIGH, if RLIMIT_NOFILE allows that."""
-    with contextlib.suppress(OSError):
-        low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
-        posix.close(low)
-    return fd
-
-
-def lifeline(pid: int) -> tuple[int, int]:
-    """The read end of a pipe, and the write end, which only the pager may keep. The kernel kills the
-    process pid when the write end is closed, as long as the read end is open in any process."""
-    read, write = map(high, posix.pipe2(os.O_CLOEXEC))
-    fcntl.fcntl(read, fcntl.F_SETOWN, pid)
-    fcntl.fcntl(read, fcntl.F_SETSIG, _signal.SIGKILL)
-    fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)
-    return read, write
-
-
 def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:
     """Have threads that get SIGURG write their frames to the end of a memfd, see lines.py.
 
@@ -538,7 +496,7 @@ def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:
 
     if is_handled():
         return []
-    memfd = _closed_by(at_close, high(os.memfd_create("edm lines")))
+    memfd = closed_by(at_close, high(os.memfd_create("edm lines")))
     fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
     faulthandler.register(_signal.SIGURG, memfd, all_threads=False)
     at_close.callback(lambda: is_handled() or faulthandler.unregister(_signal.SIGURG))
@@ -548,71 +506,3 @@ def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:
 def _users(view: memoryview) -> int:
     """The reference count of what this view shares with its slices and arrays, in CPython."""
     return sys.getrefcount(gc.get_referents(view)[0])
-
-
-# ---------------------------------------------------------------- a pager on this machine
-
-# What the spawned interpreter runs. It finds edm.py, which is the package then, in the folder where that was
-# found here. With -I -S, neither the environment nor the current folder can change that.
-_BOOT = "import sys; sys.path.append(sys.argv[1]); from edm.pager import spawned; spawned()"
-
-
-def spawn_pager() -> _socket.socket:
-    """Start a pager that is not a child of this process; the socket that connects to it, for Space.
-
-    Descriptor 2 must be open: the pager inherits it. Raises OSError if there can't be another process.
-    """
-    ours, theirs = socket_pair()
-    command = [sys.executable, "-I", "-S", "-c", _BOOT, os.path.dirname(os.path.abspath(__file__))]
-    environment = {name: os.environ[name] for name in os.environ if name}  # not "": it is refused
-    # Its standard output is standard error, too. dup2(2, 2) clears close-on-exec: posix_spawn(3).
-    actions = [(os.POSIX_SPAWN_DUP2, fd, its) for fd, its in ((theirs.fileno(), 0), (2, 1), (2, 2))]
-    # All signals are blocked: it ends when the application does, and may be sent what is meant for that. None is
-    # ignored, as the program may ignore SIGCHLD: the pager waits for LPET.
-    how = dict.fromkeys(("setsigmask", "setsigdef"), _signal.valid_signals())
-    pending = _signal.sigpending()
-    pid = os.posix_spawn(sys.executable, command, environment, file_actions=actions, **how)
-    theirs.close()
-    # ECHILD: the program ignores SIGCHLD, or another of its threads waits for any child.
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)
-    # The program has blocked it, and expects none.
-    if _signal.SIGCHLD in _signal.sigpending() - pending:
-        _signal.sigtimedwait([_signal.SIGCHLD], 0)
-    return ours
-
-
-# ---------------------------------------------------------------- messages
-
-
-def socket_pair() -> tuple[_socket.socket, _socket.socket]:
-    """The two ends of a connection between an application and its pager."""
-    ends = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-    for end in ends:
-        end.settimeout(None)  # the program may have set a default
-    return ends
-
-
-def send(control: _socket.socket, content: bytes, fds: list[int]) -> None:
-    """Send a message with descriptors."""
-    ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, (ctypes.c_int * len(fds))(*fds))]
-    control.sendmsg([content], ancillary, UNFILTERED)
-
-
-def receive(control: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
-    """A message and its descriptors. Both are empty if the other end is closed."""
-    flags |= _socket.MSG_CMSG_CLOEXEC
-    while True:
-        # The other end was closed with messages unread: this error comes once, before its messages.
-        with contextlib.suppress(ConnectionResetError):
-            content, sent, _, _ = control.recvmsg(MAX_HELLO, MAX_HELLO, flags)
-            return content, memoryview(sent[0][2]).cast("i").tolist() if sent else []
-
-
-def send_answer(control: _socket.socket, answer: int | Exception, *fds: int) -> None:
-    """The pager's answer to Space: its process id when it serves, or the OSError or ValueError why not.
-
-    fds: the memfd and the lifeline, for forked children.
-    """
-    with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
-        send(control, _pickle.dumps(answer), [*fds])

@@ -19,13 +19,13 @@ for the end. `sent` is empty if there are no children.
 Rules: the DM-Handler's thread calls faulting. The main thread calls adopt, and let_go when the DM-Handler
 has ended.
 
-Sources: userfaultfd(2), pidfd_open(2), fcntl(2) on F_SETSIG and O_ASYNC.
+Sources: userfaultfd(2), pidfd_open(2).
 """
 
-import fcntl
 import os
 import select
 
+from edm.lifeline import untie
 from edm.uffd_ctypes import Userfaultfd
 
 
@@ -59,5 +59,5 @@ class Children:
         """No page comes any more: wake the faults in this range (bytes), and let the children
         live."""
         for _, uffd, lifeline, _ in self.sent.values():
-            fcntl.fcntl(lifeline, fcntl.F_SETFL, 0)  # as in lifeline of address_space.py
+            untie(lifeline)
             Userfaultfd(uffd).wake(start, length)

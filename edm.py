@@ -10,7 +10,7 @@
        address_space.py                  └──────────────────────┘            page_store.py
        numpy_mem_handler.py                pager.py, lspt.py
        advice.py                           dm_handler.py, readahead.py, children.py
-       (calls: mailbox.py)                 lpet.py, page_idle.py, system_calls.py, pins.py
+       (calls: mailbox.py, lifeline.py)    lpet.py, page_idle.py, system_calls.py, pins.py
 
      many machines               mpirun -n 4 python -m edm run --dms 2 script.py
 
@@ -52,12 +52,13 @@ from types import SimpleNamespace
 
 if __name__ == "edm":
     # Python looks for modules in this folder, and found this file before the package of the same name: it was
-    # started here, or it is a pager's (address_space.py).
+    # started here, or it is a pager's (lifeline.py).
     __path__ = [os.path.dirname(os.path.abspath(__file__))]
     sys.modules["edm.edm"] = sys.modules["edm"]
     from edm.__init__ import __getattr__  # noqa: F401
 
-from edm.address_space import Space, spawn_pager
+from edm.address_space import Space
+from edm.lifeline import spawn_pager
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 # Seconds that a launcher gets to read what a rank has printed. A rank waits so long before it ends with an

@@ -10,15 +10,8 @@ In the picture: the box in the middle. Its threads:
     the main one   starts the others, and ends everything when the application has ended
 
 Interface: page_for(control, open_store) pages for an application until it has ended. On
-one machine address_space.py spawns a process that runs spawned(). Over MPI the rank is the pager
+one machine lifeline.py spawns a process that runs spawned(). Over MPI the rank is the pager
 (rank.py). print_error(error) prints why a process or a thread of EDM ends.
-
-Application and pager each notice the end of the other. The pager polls a pidfd. It has the only write
-end of a pipe, the lifeline, and has asked the kernel to kill the application when that end is closed
-(fcntl(2), F_SETSIG): its next fault would hang forever. Each process that the application forks makes
-one of its own (children.py). When the application has ended, the pager truncates the memfd, and
-switches this off for the application's children. From then on they get a SIGBUS when they touch its
-memory.
 
 The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect   faults; not counted: those of pages
@@ -48,7 +41,6 @@ import _socket
 import bisect
 import contextlib
 import errno
-import fcntl
 import os
 import select
 import signal
@@ -59,7 +51,7 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
-from edm import address_space, limits, log, mailbox
+from edm import lifeline, limits, log, mailbox
 from edm import lspt as l
 from edm import uffd_ctypes as u
 from edm.dm_handler import DmHandler
@@ -122,7 +114,7 @@ class Pager:
         # See that there is room for the lifeline, for two descriptors of a system call, and over MPI for LPET's
         # pipe. They are high ones, so that the table of descriptors grows now: once there are threads, that
         # takes 15 ms.
-        for fd in [address_space.high(fd) for _ in range(2 + over_mpi) for fd in os.pipe()]:
+        for fd in [lifeline.high(fd) for _ in range(2 + over_mpi) for fd in os.pipe()]:
             os.close(fd)
         lpet = self._new_lpet().run if over_mpi else self._fork_lpet()
         for body in (self._handler.run, lpet, self._answer):
@@ -131,7 +123,7 @@ class Pager:
         # from the highest one down. Once it has closed the userfaultfd, missing pages read as zeros. So the
         # write end has a higher number: then the application is dying by then. From here on nothing may fail.
         # The lifeline is made after LPET is forked, which must not have the write end.
-        self._lifeline, _ = address_space.lifeline(hello.pid)  # its read end
+        self._lifeline, _ = lifeline.tie(hello.pid)  # its read end
 
     # ------------------------------------------------------------ from start to end
 
@@ -149,8 +141,8 @@ class Pager:
         Returns an exit status: not 0 if a thread, or LPET, has failed and has printed why, or if the last sync
         has failed. The process must end then: most descriptors stay open.
         """
-        address_space.send_answer(self._control, os.getpid(), self._memfd, self._lifeline)
-        begins, listener = address_space.receive(self._control)
+        lifeline.send_answer(self._control, os.getpid(), self._memfd, self._lifeline)
+        begins, listener = lifeline.receive(self._control)
         if listener:
             calls = SystemCalls(*listener, self._ended, self._hello, self._lspt, self._handler)
             self._start_thread(calls.run)
@@ -174,7 +166,7 @@ class Pager:
         os.ftruncate(self._memfd, 0)
         self._handler.children.let_go(self._lspt.start, self._lspt.pages * PAGE_SIZE)
         # Or closing the lifeline would kill an application that has only closed its space.
-        fcntl.fcntl(self._lifeline, fcntl.F_SETFL, 0)
+        lifeline.untie(self._lifeline)
         if listener:
             calls.close(leave=os.eventfd_read(self._ended) == 1)
         LOG.debug("SHUTDOWN!")
@@ -233,7 +225,7 @@ class Pager:
 
         Returns False if every process has closed its end of the socket: no other child can come.
         """
-        content, fds = address_space.receive(self._control)
+        content, fds = lifeline.receive(self._control)
         self._handler.children.adopt(fds)
         return bool(content)
 
@@ -349,7 +341,7 @@ def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> i
     Returns an exit status: 0, or print_error's if the pager has failed. None: the application has ended
     before it began.
     """
-    packet, fds = address_space.receive(control)
+    packet, fds = lifeline.receive(control)
     if not fds:
         return None
     hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds, ended_by=[]), None
@@ -363,7 +355,7 @@ def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> i
         os.chdir("/")  # the program may unmount its folder, once it has left it
         pager = Pager(control, hello, store)
     except (ValueError, OSError) as error:
-        address_space.send_answer(control, error)
+        lifeline.send_answer(control, error)
         if store:
             store.close()
         return 0
@@ -379,7 +371,7 @@ def spawned() -> None:
         if os.fork():
             os._exit(0)  # the application's os.wait must not see the pager
     except OSError as error:
-        address_space.send_answer(control, error)
+        lifeline.send_answer(control, error)
         os._exit(0)
     os.setsid()
     page = partial(page_for, control, lambda hello: PageStore(hello, hello.instance))

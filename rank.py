@@ -34,8 +34,8 @@ import time
 from typing import Any, NoReturn
 
 from edm import log
-from edm.address_space import socket_pair
 from edm.edm import PRINTING, Config, launched, tell
+from edm.lifeline import socket_pair
 from edm.limits import explain, lift
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -101,7 +101,7 @@ def _run(config: Config, application: int, control: Any) -> NoReturn:
 
     # In MPI's threads, too.
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in spawn_pager
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in spawn_pager of lifeline.py
     try:
         from mpi4py import MPI  # this initialises MPI: not before the fork
 

@@ -71,7 +71,7 @@ from struct import Struct
 from types import SimpleNamespace
 
 from edm import uffd_ctypes as u
-from edm.address_space import UNFILTERED
+from edm.lifeline import UNFILTERED
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 SIGNAL_LOOK = 50  # milliseconds between two looks for a signal, while a write waits

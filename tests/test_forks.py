@@ -45,7 +45,7 @@ edm.run(app)
 
 FORKED_MEANWHILE = """
 import edm, os, threading
-from edm.address_space import HIGH
+from edm.lifeline import HIGH
 children, done = [], []
 def forks():
     while not done:

@@ -11,15 +11,15 @@ import signal
 import time
 from pathlib import Path
 
-from edm import address_space, lpet, lspt, page_store, uffd_ctypes
+from edm import lifeline, lpet, lspt, page_store, uffd_ctypes
 
 
 def everywhere(name, *arguments):
     """Call this function of this module here, and in the pager that this process spawns."""
-    *boot, begin = address_space._BOOT.split("; ")
+    *boot, begin = lifeline._BOOT.split("; ")
     boot.append(f"sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})")
     boot.append(f"import failing; failing.{name}(*{arguments!r})")
-    address_space._BOOT = "; ".join([*boot, "del sys.path[0]", begin])
+    lifeline._BOOT = "; ".join([*boot, "del sys.path[0]", begin])
     globals()[name](*arguments)
 
 
