@@ -156,7 +156,7 @@ class Space:
                 if "PMI_RANK" in os.environ:
                     os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
             send(control, b"listener", listener)  # system calls may be waiting for it already
-        self._socket = closed_by(self._at_close, high(control.detach()))
+        self._socket = closed_by(self._at_close, control.detach())
         self._socket_is = os.fstat(self._socket).st_ino
         _in_child.callback(self._forked)
         atexit.register(self._end)
@@ -367,7 +367,6 @@ class Space:
         self._lock = _thread.RLock()  # the thread that had it is not in this process
         if is_open(self._socket, self._socket_is):
             control = _socket.socket(fileno=self._socket)
-            control.settimeout(None)  # the program may have set a default
             with contextlib.closing(control), contextlib.suppress(OSError, ValueError):
                 self._map_privately(control)
                 u.prctl(u.PR_SET_PTRACER, self._pager)  # as in __init__

@@ -75,19 +75,19 @@ def spawn_pager() -> _socket.socket:
 def socket_pair() -> tuple[_socket.socket, _socket.socket]:
     """The two ends of a connection between an application and its pager."""
     ends = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-    for end in ends:
-        end.settimeout(None)  # the program may have set a default
-    return ends
+    return tuple(_socket.socket(fileno=high(end.detach())) for end in ends)
 
 
 def send(control: _socket.socket, content: bytes, fds: list[int]) -> None:
     """Send a message with descriptors."""
+    control.settimeout(None)  # the program may have set a default
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, (ctypes.c_int * len(fds))(*fds))]
     control.sendmsg([content], ancillary, UNFILTERED)
 
 
 def receive(control: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """A message and its descriptors. Both are empty if the other end is closed."""
+    control.settimeout(None)  # as in send
     flags |= _socket.MSG_CMSG_CLOEXEC
     while True:
         # The other end was closed with messages unread: this error comes once, before its messages.

@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 
 from edm import log
 from edm.edm import PRINTING, Config, launched, tell
-from edm.lifeline import socket_pair
+from edm.lifeline import receive, send, socket_pair
 from edm.limits import explain, lift
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -65,7 +65,7 @@ def fork_application(config: Config) -> tuple[Any, int]:
     if launched()[0] < (config.dms or 1):
         _watch(ours)
     os.setpgid(0, 0)
-    if not (number := ours.recv(1000)):
+    if not (number := receive(ours)[0]):
         os._exit(0)  # the rank has printed why it can't begin
     # The application is no rank: it may use MPI by itself, and so may its children.
     of_rank = re.compile("(?!.*ALLOW_RUN_AS_ROOT)(PMI|OMPI_|PRTE|HYDI|MPI_LOCAL)")
@@ -79,12 +79,12 @@ def _watch(rank: Any) -> NoReturn:
     sent, and kill the pagers that it has named. When it ends in order, it kills this process first."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     # Nothing comes if it can't begin, and has printed why.
-    words, *pids = rank.recv(1 << 16).decode().split("\n")
+    words, *pids = receive(rank)[0].decode().split("\n")
     pagers = []  # pidfds: a pager may have ended by then, and its number be another process's
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             pagers.append(os.pidfd_open(int(pid)))
-    rank.recv(1)
+    receive(rank)
     if words:
         tell(f"edm: error: {words}")
         time.sleep(PRINTING)
@@ -165,7 +165,7 @@ def _serve_pages(
     ours, _ = processes[comm.rank]
     pagers = [str(pid) for there, pid in processes[len(hosts) :] if there == ours]
     words = f"the DMS of rank {comm.rank} on host {here} has died"
-    control.send("\n".join([words, *pagers]).encode())
+    send(control, "\n".join([words, *pagers]).encode(), [])
     dms.serve()
     os.kill(watching, signal.SIGKILL)
 
@@ -184,7 +184,7 @@ def _page(comm: Any, dms: int, config: Config, application: int, control: Any) -
     store = MpiStore(comm, dms, config)
     ended_by: list[str] = []
     _thread.start_new_thread(_pass_on, (application, ended_by))
-    control.send(b"%d" % (comm.rank - dms))
+    send(control, b"%d" % (comm.rank - dms), [])
     failed = page_for(control, open_store)
     if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)
