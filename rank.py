@@ -12,15 +12,16 @@ application (edm.py), which gets it from its pager, or a rank. The launcher's si
 rank, which passes them on. So the application has a process group of its own.
 
 Every rank forks a child, with a socket pair between them, and sends it one message when MPI is initialised:
-the instance's number, if the child is an application; words to print and the pagers to kill, if the rank
-is a DMS. None comes if the rank ends before: then the child ends, too.
+the instance's number, if the child is an application; words to print, if the rank is a DMS. None comes if the
+rank ends before: then the child ends, too.
 
 The child that a DMS's rank forks is no application. It prints a line when its parent, the DMS, has died. It is
 in the parent's process group. A launcher kills that as a whole, so a DMS that the launcher ends is not reported.
 One that has exited may be, after the words of EDM or of MPI that say why. MPICH's launcher waits for the end of
-this process, too. So its line is there before the job ends. Should the launcher do nothing, the child then kills
-the pagers on this machine, which would wait for the DMS forever. Of pagers on other machines only the
-launcher knows.
+this process, too. So its line is there before the job ends.
+
+A DMS has a lifeline for each pager on its machine. When it dies, the kernel kills these pagers, which would wait
+for it forever should the launcher do nothing. Of pagers on other machines only the launcher knows.
 """
 
 import _thread
@@ -35,7 +36,7 @@ from typing import Any, NoReturn
 
 from edm import log
 from edm.edm import PRINTING, Config, launched, tell
-from edm.lifeline import receive, send, socket_pair
+from edm.lifeline import receive, send, socket_pair, tie, untie
 from edm.limits import explain, lift
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -75,22 +76,13 @@ def fork_application(config: Config) -> tuple[Any, int]:
 
 
 def _watch(rank: Any) -> NoReturn:
-    """Outlive the DMS, our parent, which has the other end of this socket. If it dies, print the words that it has
-    sent, and kill the pagers that it has named. When it ends in order, it kills this process first."""
+    """Outlive the DMS, our parent, which has the other end of this socket, and print a line if it dies. When it ends
+    in order, it kills this process first."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     # Nothing comes if it can't begin, and has printed why.
-    words, *pids = receive(rank)[0].decode().split("\n")
-    pagers = []  # pidfds: a pager may have ended by then, and its number be another process's
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            pagers.append(os.pidfd_open(int(pid)))
-    receive(rank)
-    if words:
-        tell(f"edm: error: {words}")
-        time.sleep(PRINTING)
-    for pager in pagers:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pager, signal.SIGKILL)
+    if (words := receive(rank)[0]) and not receive(rank)[0]:
+        tell(f"edm: error: {words.decode()}")
+        time.sleep(PRINTING)  # MPICH's launcher waits for this process
     os._exit(0)
 
 
@@ -163,10 +155,11 @@ def _serve_pages(
         wrong = str(error)
     _begin_with_all(comm, wrong, watching)
     ours, _ = processes[comm.rank]
-    pagers = [str(pid) for there, pid in processes[len(hosts) :] if there == ours]
-    words = f"the DMS of rank {comm.rank} on host {here} has died"
-    send(control, "\n".join([words, *pagers]).encode(), [])
+    pagers = [tie(pid) for there, pid in processes[len(hosts) :] if there == ours]
+    send(control, f"the DMS of rank {comm.rank} on host {here} has died".encode(), [])
     dms.serve()
+    for read, _ in pagers:
+        untie(read)
     os.kill(watching, signal.SIGKILL)
 
 

@@ -279,7 +279,8 @@ def test_when_the_dms_dies_and_the_launcher_does_nothing_the_instance_is_killed_
     for pid in set(launcher) - set(parts.values()):
         os.kill(pid, signal.SIGSTOP)
     os.kill(parts["DMS"], signal.SIGKILL)
-    wait_for(lambda: has_ended(parts["pager"]) and has_ended(parts["application"]), 1)
+    ended = [parts["pager"], parts["application"]]
+    wait_for(lambda: all(map(has_ended, ended)) and "has died" in errors.read_text(), 1)
     told = errors.read_text()
     assert len(re.findall("edm: error: the DMS of rank 0 on host .* has died", told)) == 1, told
     assert told.count("error") == 1 and "Traceback" not in told, told
