@@ -42,14 +42,12 @@ little.
 from __future__ import annotations
 
 import _pickle
-import _signal
 import _socket
 import _thread
 import atexit
 import bisect
 import contextlib
 import ctypes
-import fcntl
 import gc
 import operator
 import os
@@ -126,7 +124,11 @@ class Space:
             self._at_close.callback(u.munmap, self.start_addr, length)
             self._mailbox = mailbox.Mailbox(self.end_addr)
             uffd, how = u.open_userfaultfd()
-            lines = _tell_lines(self._at_close) if config.report else []
+            lines = []
+            if config.report:
+                from edm.lines import tell_lines
+
+                lines = tell_lines(self._at_close)
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking)
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
             hello = {
@@ -481,25 +483,6 @@ _in_child = contextlib.ExitStack()  # what a forked process does first
 # no Python code, so what a handler raises then comes to the program.
 os.register_at_fork(before=u.block_signals, after_in_child=_in_child.close)
 os.register_at_fork(after_in_parent=u.restore_signals, after_in_child=u.restore_signals)
-
-
-def _tell_lines(at_close: contextlib.ExitStack) -> list[int]:
-    """Have threads that get SIGURG write their frames to the end of a memfd, see lines.py.
-
-    Returns the memfd's descriptor, or nothing if the program handles SIGURG. at_close: undoes it.
-    """
-    import faulthandler
-
-    def is_handled() -> bool:  # by the program
-        return _signal.getsignal(_signal.SIGURG) != _signal.SIG_DFL
-
-    if is_handled():
-        return []
-    memfd = closed_by(at_close, high(os.memfd_create("edm lines")))
-    fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
-    faulthandler.register(_signal.SIGURG, memfd, all_threads=False)
-    at_close.callback(lambda: is_handled() or faulthandler.unregister(_signal.SIGURG))
-    return [memfd]
 
 
 def _users(view: memoryview) -> int:

@@ -1,11 +1,12 @@
 """Which Python lines fault: samples of the application's frames, for --report.
 
 In the picture: in the pager, beside the DM-Handler. It sends SIGURG to a thread that sleeps in a fault.
-The handler in the application is the C code of Python's faulthandler (address_space.py registers it). It
-runs no Python code and needs no GIL: it writes the thread's frames to a memfd, which is read here.
+The handler in the application is the C code of Python's faulthandler. It runs no Python code and needs
+no GIL: it writes the thread's frames to a memfd, which the pager reads.
 
-Interface: begins(thread, page, waited) is called before a fault is resolved. `found`, the report's, becomes
-the table: {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
+Interface: tell_lines(at_close) is the application's. Lines is the pager's: begins(thread, page, waited) is called
+before a fault is resolved. `found`, the report's, becomes the table:
+{(line, the array's first page, its count of pages): [faults, nanoseconds]}.
 
 A sample is a random fault, about one per INTERVAL. It stands for all faults since the sample before. Each
 of them counts with the mean duration of the last faults of the same array, as the sampled fault itself
@@ -27,14 +28,15 @@ Sources: faulthandler in Python's documentation, signal(7), proc_pid_syscall(5),
 UFFD_FEATURE_THREAD_ID.
 """
 
+import faulthandler
+import fcntl
 import os
-import random
 import re
 import time
-from contextlib import suppress
-from signal import SIGURG
+from _signal import SIG_DFL, SIGURG, getsignal
+from contextlib import ExitStack, suppress
 
-from edm.lspt import LSPT
+from edm.lifeline import closed_by, high
 from edm.uffd_ctypes import tgkill
 
 INTERVAL = 10_000_000  # nanoseconds from one sample to the next, about
@@ -51,9 +53,28 @@ STANDARD_LIBRARY, HERE = os.path.dirname(os.__file__), os.path.dirname(__file__)
 LIBRARIES = STANDARD_LIBRARY, f"{HERE}/numpy_mem_handler", "-packages/", "<frozen ", "<__array_"
 
 
+def tell_lines(at_close: ExitStack) -> list[int]:
+    """Have threads that get SIGURG write their frames to the end of a memfd.
+
+    Returns the memfd's descriptor, or nothing if the program handles SIGURG. at_close: undoes it.
+    """
+
+    def is_handled() -> bool:  # by the program
+        return getsignal(SIGURG) != SIG_DFL
+
+    if is_handled():
+        return []
+    memfd = closed_by(at_close, high(os.memfd_create("edm lines")))
+    fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
+    faulthandler.register(SIGURG, memfd, all_threads=False)
+    at_close.callback(lambda: is_handled() or faulthandler.unregister(SIGURG))
+    return [memfd]
+
+
 class Lines:
-    def __init__(self, process: int, its_end: int, memfd: int, lspt: LSPT, found: dict) -> None:
-        """process: the application. its_end: the number of the memfd's descriptor there. found: gets the table."""
+    def __init__(self, process: int, its_end: int, memfd: int, lspt: object, found: dict) -> None:
+        """process: the application. its_end: the number of the memfd's descriptor there. lspt: an LSPT, which the
+        application does not import. found: gets the table."""
         self._process, self._memfd, self._lspt, self._found = process, memfd, lspt, found
         self._its_end = f"/proc/{process}/fd/{its_end}"
         self._silent: set[int] = set()  # threads that did not answer
@@ -82,7 +103,7 @@ class Lines:
     def _sample(self, thread: int, now: int) -> None:
         """Ask the thread for its line, unless it must not get the signal."""
         mean = min(MOST, self._faults * INTERVAL // (now - self._when))
-        self._next = random.randrange(1, 2 * mean + 3)
+        self._next = 1 + now % (2 * mean + 2)  # the clock's nanoseconds are random enough
         self._of_sample = self._area, self._faults, self._took[self._area.start % ARRAYS]
         self._when, self._faults = now, 0
         of_thread = f"/proc/{self._process}/task/{thread}"

@@ -97,7 +97,7 @@ class Pager:
         wanted = live or hello.report
         self._report = Report(hello.title, lspt, self._handler, live) if wanted else None
         if lines:
-            from edm.lines import Lines  # its imports take long
+            from edm.lines import Lines  # few jobs need it
 
             self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._report.lines)
         # Each thread that evicts or stores has an Lpet of its own. This one is for forget and sync.
