@@ -17,7 +17,7 @@ Each end notices the end of the other. The pager polls a pidfd. It has the only 
 the kernel kills the application when that is closed: its next fault would hang forever. Each process that the
 application forks makes a lifeline of its own, and sends the pager both ends of it (children.py). When the
 application has ended, the pager truncates the memfd, and unties the application's children. From then on they get
-a SIGBUS when they touch its memory.
+a SIGBUS when they touch its memory. Over MPI a DMS has a lifeline for each pager on its machine (rank.py).
 
 Rules: the application, and what it forks, imports this module, so it imports little. No function here is called
 while a page fault is resolved.

@@ -11,7 +11,8 @@ In the picture: the box in the middle. Its threads:
 
 Interface: page_for(control, open_store) pages for an application until it has ended. On
 one machine lifeline.py spawns a process that runs spawned(). Over MPI the rank is the pager
-(rank.py). print_error(error) prints why a process or a thread of EDM ends.
+(rank.py). print_error(error) prints why a process or a thread of EDM ends. How application and pager notice each
+other's end is in lifeline.py.
 
 The figures that Space.figures() returns, counted since the start:
     faults_first_access, faults_refetch, faults_write_protect   faults; not counted: those of pages

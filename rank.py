@@ -55,8 +55,7 @@ def fork_application(config: Config) -> tuple[Any, int]:
     if "mpi4py.MPI" in sys.modules:
         raise ValueError("edm: mpi4py.MPI is imported; do that after edm.run, which a job has once")
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()  # else both processes would write what is buffered
+        print(end="", file=stream, flush=True)  # else both processes would write what is buffered
     ours, theirs = socket_pair()
     application = os.fork()
     if application:
