@@ -80,6 +80,7 @@ def _watch(rank: Any) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     # Nothing comes if it can't begin, and has printed why.
     if (words := receive(rank)[0]) and not receive(rank)[0]:
+        os.setpgid(0, 0)  # the launcher may kill the DMS's group before the line is told
         tell(f"edm: error: {words.decode()}")
         time.sleep(PRINTING)  # MPICH's launcher waits for this process
     os._exit(0)
