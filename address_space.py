@@ -41,7 +41,6 @@ little.
 
 from __future__ import annotations
 
-import _pickle
 import _socket
 import _thread
 import atexit
@@ -137,7 +136,7 @@ class Space:
                 "title": f"EDM, INSTANCE_{instance}: {' '.join(sys.orig_argv[1:])[:MAX_COMMAND]}",
             }  # fmt: skip
             with contextlib.suppress(BrokenPipeError):  # the pager has refused already
-                send(control, _pickle.dumps(hello), [uffd, memfd, pagemap, *lines])
+                send(control, hello, uffd, memfd, pagemap, *lines)
             # The answer stays in the socket, with two descriptors for forked children.
             if not (answer := control.recv(MAX_HELLO, _socket.MSG_PEEK)):
                 raise ConnectionError("the pager has ended before it began")
@@ -157,7 +156,7 @@ class Space:
                 # MPICH reads another rank's memory, which fails on pages that are not here.
                 if "PMI_RANK" in os.environ:
                     os.environ.setdefault("MPIR_CVAR_CH4_CMA_ENABLE", "0")
-            send(control, b"listener", listener)  # system calls may be waiting for it already
+            send(control, "listener", *listener)  # system calls may be waiting for it already
         self._socket = closed_by(self._at_close, control.detach())
         self._socket_is = os.fstat(self._socket).st_ino
         _in_child.callback(self._forked)
@@ -391,7 +390,7 @@ class Space:
             self._map(length, u.PROT_NONE, u.MAP_PRIVATE | u.MAP_NORESERVE, memfd)
             self._register(u.Userfaultfd(uffd), "none")
             # The userfaultfd and the lifeline stay open: the pager may die before it reads this.
-            send(control, b"child", [process, uffd, ours, pagers_end])
+            send(control, "child", process, uffd, ours, pagers_end)
             if_it_fails.pop_all()  # it has not failed
         try:
             u.mprotect(self.start_addr, length, u.PROT_READ | u.PROT_WRITE)

@@ -8,10 +8,11 @@ Interface:
     for what has to be killed  tie(pid); untie
     for the application        high, closed_by, is_open: descriptors in a program that may close them
 
-One socket pair connects application and pager. The first message carries descriptors, and HELLO's dictionary:
-the settings, and more. The pager answers, and the second message carries the listener of system_calls.py, if
-there is one. After that calls go by the mailbox (mailbox.py), and only forked children use the socket. The answer
-stays in it with two descriptors, and children peek at them: the memfd, and the read end of the lifeline, a pipe.
+One socket pair connects application and pager. A message is a pickle, and may carry descriptors. The first one
+does, and is HELLO's dictionary: the settings, and more. The pager answers, and the second message carries the
+listener of system_calls.py, if there is one. After that calls go by the mailbox (mailbox.py), and only forked
+children use the socket. The answer stays in it with two descriptors, and children peek at them: the memfd, and the
+read end of the lifeline, a pipe.
 
 Each end notices the end of the other. The pager polls a pidfd. It has the only write end of the lifeline, and
 the kernel kills the application when that is closed: its next fault would hang forever. Each process that the
@@ -19,8 +20,8 @@ application forks makes a lifeline of its own, and sends the pager both ends of 
 application has ended, the pager truncates the memfd, and unties the application's children. From then on they get
 a SIGBUS when they touch its memory. Over MPI a DMS has a lifeline for each pager on its machine (rank.py).
 
-Rules: the application, and what it forks, imports this module, so it imports little. No function here is called
-while a page fault is resolved.
+Rules: the application imports this module, so it imports little. No function here is called while a page fault is
+resolved.
 
 Sources: unix(7), fcntl(2) on F_SETOWN, F_SETSIG and O_ASYNC, posix_spawn(3).
 """
@@ -78,22 +79,23 @@ def socket_pair() -> tuple[_socket.socket, _socket.socket]:
     return tuple(_socket.socket(fileno=high(end.detach())) for end in ends)
 
 
-def send(control: _socket.socket, content: bytes, fds: list[int]) -> None:
-    """Send a message with descriptors."""
+def send(control: _socket.socket, message: object, *fds: int) -> None:
+    """Send a message, which is pickled, with descriptors."""
     control.settimeout(None)  # the program may have set a default
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, (ctypes.c_int * len(fds))(*fds))]
-    control.sendmsg([content], ancillary, UNFILTERED)
+    control.sendmsg([_pickle.dumps(message)], ancillary, UNFILTERED)
 
 
-def receive(control: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
-    """A message and its descriptors. Both are empty if the other end is closed."""
+def receive(control: _socket.socket, flags: int = 0) -> tuple[object, list[int]]:
+    """A message and its descriptors; None and none if the other end is closed."""
     control.settimeout(None)  # as in send
     flags |= _socket.MSG_CMSG_CLOEXEC
     while True:
         # The other end was closed with messages unread: this error comes once, before its messages.
         with contextlib.suppress(ConnectionResetError):
             content, sent, _, _ = control.recvmsg(MAX_HELLO, MAX_HELLO, flags)
-            return content, memoryview(sent[0][2]).cast("i").tolist() if sent else []
+            message = _pickle.loads(content) if content else None
+            return message, memoryview(sent[0][2]).cast("i").tolist() if sent else []
 
 
 def send_answer(control: _socket.socket, answer: int | Exception, *fds: int) -> None:
@@ -102,7 +104,7 @@ def send_answer(control: _socket.socket, answer: int | Exception, *fds: int) -> 
     fds: the memfd and the lifeline, for forked children.
     """
     with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
-        send(control, _pickle.dumps(answer), [*fds])
+        send(control, answer, *fds)
 
 
 # ---------------------------------------------------------------- the end

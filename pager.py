@@ -37,7 +37,6 @@ A kept disk gets it and is synced. But any error that is not an OSError may have
 moved: then the disk stays as the last sync has left it.
 """
 
-import _pickle
 import _socket
 import bisect
 import contextlib
@@ -226,9 +225,9 @@ class Pager:
 
         Returns False if every process has closed its end of the socket: no other child can come.
         """
-        content, fds = lifeline.receive(self._control)
+        message, fds = lifeline.receive(self._control)
         self._handler.children.adopt(fds)
-        return bool(content)
+        return bool(message)
 
     # ------------------------------------------------------------ the application's calls
 
@@ -342,10 +341,10 @@ def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> i
     Returns an exit status: 0, or print_error's if the pager has failed. None: the application has ended
     before it began.
     """
-    packet, fds = lifeline.receive(control)
+    settings, fds = lifeline.receive(control)
     if not fds:
         return None
-    hello, store = SimpleNamespace(**_pickle.loads(packet), fds=fds, ended_by=[]), None
+    hello, store = SimpleNamespace(**settings, fds=fds, ended_by=[]), None
     log.start(hello.log_level)
     LOG.debug(" INIT")
     try:

@@ -65,13 +65,13 @@ def fork_application(config: Config) -> tuple[Any, int]:
     if launched()[0] < (config.dms or 1):
         _watch(ours)
     os.setpgid(0, 0)
-    if not (number := receive(ours)[0]):
+    if (number := receive(ours)[0]) is None:
         os._exit(0)  # the rank has printed why it can't begin
     # The application is no rank: it may use MPI by itself, and so may its children.
     of_rank = re.compile("(?!.*ALLOW_RUN_AS_ROOT)(PMI|OMPI_|PRTE|HYDI|MPI_LOCAL)")
     for name in filter(of_rank.match, list(os.environ)):
         del os.environ[name]
-    return ours, int(number)
+    return ours, number
 
 
 def _watch(rank: Any) -> NoReturn:
@@ -81,7 +81,7 @@ def _watch(rank: Any) -> NoReturn:
     # Nothing comes if it can't begin, and has printed why.
     if (words := receive(rank)[0]) and not receive(rank)[0]:
         os.setpgid(0, 0)  # the launcher may kill the DMS's group before the line is told
-        tell(f"edm: error: {words.decode()}")
+        tell(f"edm: error: {words}")
         time.sleep(PRINTING)  # MPICH's launcher waits for this process
     os._exit(0)
 
@@ -156,7 +156,7 @@ def _serve_pages(
     _begin_with_all(comm, wrong, watching)
     ours, _ = processes[comm.rank]
     pagers = [tie(pid) for there, pid in processes[len(hosts) :] if there == ours]
-    send(control, f"the DMS of rank {comm.rank} on host {here} has died".encode(), [])
+    send(control, f"the DMS of rank {comm.rank} on host {here} has died")
     dms.serve()
     for read, _ in pagers:
         untie(read)
@@ -177,7 +177,7 @@ def _page(comm: Any, dms: int, config: Config, application: int, control: Any) -
     store = MpiStore(comm, dms, config)
     ended_by: list[str] = []
     _thread.start_new_thread(_pass_on, (application, ended_by))
-    send(control, b"%d" % (comm.rank - dms), [])
+    send(control, comm.rank - dms)
     failed = page_for(control, open_store)
     if failed is None:  # the application has ended, and has printed why
         _begin_with_all(comm, "", application)

@@ -314,7 +314,7 @@ def test_an_application_learns_an_instances_number_of_any_size():
 from edm import rank
 from edm.edm import Config
 def be(config, application, control):
-    control.send(b"%d" % 70000)
+    rank.send(control, 70000)
     rank.os.waitpid(application, 0)
     rank.os._exit(0)
 rank._run = be
