@@ -58,16 +58,12 @@ def tell_lines(at_close: ExitStack) -> list[int]:
 
     Returns the memfd's descriptor, or nothing if the program handles SIGURG. at_close: undoes it.
     """
-
-    def is_handled() -> bool:  # by the program
-        return getsignal(SIGURG) != SIG_DFL
-
-    if is_handled():
+    if getsignal(SIGURG) != SIG_DFL:
         return []
     memfd = closed_by(at_close, high(os.memfd_create("edm lines")))
     fcntl.fcntl(memfd, fcntl.F_SETFL, os.O_APPEND)
     faulthandler.register(SIGURG, memfd, all_threads=False)
-    at_close.callback(lambda: is_handled() or faulthandler.unregister(SIGURG))
+    at_close.callback(lambda: getsignal(SIGURG) != SIG_DFL or faulthandler.unregister(SIGURG))
     return [memfd]
 
 
