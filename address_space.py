@@ -58,7 +58,7 @@ from functools import cached_property, partial, wraps
 
 from edm import mailbox
 from edm import uffd_ctypes as u
-from edm.lifeline import MAX_HELLO, closed_by, high, is_open, receive, send, tie
+from edm.lifeline import MAX_HELLO, closed_by, high, is_open, receive, send, tie, try_to_send
 from edm.uffd_ctypes import PAGE_SIZE
 
 MAX_COMMAND = 1000  # characters of the command line that a report shows
@@ -135,8 +135,8 @@ class Space:
                 "instance": instance, "pid": os.getpid(), "lines": lines,
                 "title": f"EDM, INSTANCE_{instance}: {' '.join(sys.orig_argv[1:])[:MAX_COMMAND]}",
             }  # fmt: skip
-            with contextlib.suppress(BrokenPipeError):  # the pager has refused already
-                send(control, hello, uffd, memfd, pagemap, *lines)
+            # The pager may have refused already.
+            try_to_send(control, hello, uffd, memfd, pagemap, *lines)
             # The answer stays in the socket, with two descriptors for forked children.
             if not (answer := control.recv(MAX_HELLO, _socket.MSG_PEEK)):
                 raise ConnectionError("the pager has ended before it began")

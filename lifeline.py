@@ -4,15 +4,15 @@ In the picture: the arrow from the application to the pager, where it begins and
 
 Interface:
     for edm.py, rank.py        spawn_pager, socket_pair
-    for both ends              send, receive; send_answer is the pager's
+    for both ends              send, try_to_send, receive
     for what has to be killed  tie(pid); untie
     for the application        high, closed_by, is_open: descriptors in a program that may close them
 
 One socket pair connects application and pager. A message is a pickle, and may carry descriptors. The first one
-does, and is HELLO's dictionary: the settings, and more. The pager answers, and the second message carries the
-listener of system_calls.py, if there is one. After that calls go by the mailbox (mailbox.py), and only forked
-children use the socket. The answer stays in it with two descriptors, and children peek at them: the memfd, and the
-read end of the lifeline, a pipe.
+does, and is HELLO's dictionary: the settings, and more. The pager answers with its process id, when it serves, or
+with the OSError or ValueError why not. The second message carries the listener of system_calls.py, if there is one.
+After that calls go by the mailbox (mailbox.py), and only forked children use the socket. The answer stays in it with
+two descriptors, and children peek at them: the memfd, and the read end of the lifeline, a pipe.
 
 Each end notices the end of the other. The pager polls a pidfd. It has the only write end of the lifeline, and
 the kernel kills the application when that is closed: its next fault would hang forever. Each process that the
@@ -98,13 +98,10 @@ def receive(control: _socket.socket, flags: int = 0) -> tuple[object, list[int]]
             return message, memoryview(sent[0][2]).cast("i").tolist() if sent else []
 
 
-def send_answer(control: _socket.socket, answer: int | Exception, *fds: int) -> None:
-    """The pager's answer to Space: its process id when it serves, or the OSError or ValueError why not.
-
-    fds: the memfd and the lifeline, for forked children.
-    """
-    with contextlib.suppress(ConnectionError):  # the application has ended meanwhile
-        send(control, answer, *fds)
+def try_to_send(control: _socket.socket, message: object, *fds: int) -> None:
+    """As send, but nothing happens if the other end is closed."""
+    with contextlib.suppress(ConnectionError):
+        send(control, message, *fds)
 
 
 # ---------------------------------------------------------------- the end

@@ -141,7 +141,7 @@ class Pager:
         Returns an exit status: not 0 if a thread, or LPET, has failed and has printed why, or if the last sync
         has failed. The process must end then: most descriptors stay open.
         """
-        lifeline.send_answer(self._control, os.getpid(), self._memfd, self._lifeline)
+        lifeline.try_to_send(self._control, os.getpid(), self._memfd, self._lifeline)
         begins, listener = lifeline.receive(self._control)
         if listener:
             calls = SystemCalls(*listener, self._ended, self._hello, self._lspt, self._handler)
@@ -355,7 +355,7 @@ def page_for(control: _socket.socket, open_store: Callable[..., PageStore]) -> i
         os.chdir("/")  # the program may unmount its folder, once it has left it
         pager = Pager(control, hello, store)
     except (ValueError, OSError) as error:
-        lifeline.send_answer(control, error)
+        lifeline.try_to_send(control, error)
         if store:
             store.close()
         return 0
@@ -371,7 +371,7 @@ def spawned() -> None:
         if os.fork():
             os._exit(0)  # the application's os.wait must not see the pager
     except OSError as error:
-        lifeline.send_answer(control, error)
+        lifeline.try_to_send(control, error)
         os._exit(0)
     os.setsid()
     page = partial(page_for, control, lambda hello: PageStore(hello, hello.instance))
