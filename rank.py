@@ -155,6 +155,7 @@ def _serve_pages(
         wrong = str(error)
     _begin_with_all(comm, wrong, watching)
     ours, _ = processes[comm.rank]
+    # Each write end has a higher number than its read end, and so is closed before it: see Pager.__init__.
     pagers = [tie(pid) for there, pid in processes[len(hosts) :] if there == ours]
     send(control, f"the DMS of rank {comm.rank} on host {here} has died")
     dms.serve()
