@@ -42,14 +42,16 @@ PAGES_AT_ONCE = (1 << 20) // PAGE_SIZE
 
 UFFD_API = 0xAA
 
-# The block of each ioctl, and its number.
-uffdio_api, UFFDIO_API = Struct("=QQQ"), 0xC018AA3F  # api, features, ioctls
-uffdio_register, UFFDIO_REGISTER = Struct("=QQQQ"), 0xC020AA00  # range, mode, ioctls
-uffdio_range, UFFDIO_WAKE = Struct("=QQ"), 0x8010AA02  # start, len
-uffdio_copy, UFFDIO_COPY = Struct("=QQQQq"), 0xC028AA03  # dst, src, len, mode, copy
-uffdio_zeropage, UFFDIO_ZEROPAGE = Struct("=QQQq"), 0xC020AA04  # range, mode, zeropage
-uffdio_writeprotect, UFFDIO_WRITEPROTECT = Struct("=QQQ"), 0xC018AA06  # range, mode
-uffdio_poison, UFFDIO_POISON = Struct("=QQQq"), 0xC020AA08  # range, mode, updated
+# The number of each ioctl, and its block.
+IOCTLS = {
+    "UFFDIO_API": (0xC018AA3F, Struct("=QQQ")),  # api, features, ioctls
+    "UFFDIO_REGISTER": (0xC020AA00, Struct("=QQQQ")),  # range, mode, ioctls
+    "UFFDIO_WAKE": (0x8010AA02, Struct("=QQ")),  # range: start, len
+    "UFFDIO_COPY": (0xC028AA03, Struct("=QQQQq")),  # dst, src, len, mode, copy
+    "UFFDIO_ZEROPAGE": (0xC020AA04, Struct("=QQQq")),  # range, mode, zeropage
+    "UFFDIO_WRITEPROTECT": (0xC018AA06, Struct("=QQQ")),  # range, mode
+    "UFFDIO_POISON": (0xC020AA08, Struct("=QQQq")),  # range, mode, updated
+}
 uffd_msg = Struct("=B7xQQI4x")  # event; of a page fault: flags, address, thread
 USERFAULTFD_IOC_NEW = 0xAA00  # on /dev/userfaultfd
 
@@ -138,29 +140,29 @@ class Userfaultfd:
         self.fd = fd
         self._block = bytearray(64)
 
-    def _call(self, name: str, request: int) -> None:
-        """The ioctl, with what was packed into the block. It may be interrupted (EAGAIN)."""
+    def _call(self, name: str, *fields: int) -> tuple[int, ...]:
+        """The ioctl, with these fields of its block; returns all of them. It may be interrupted (EAGAIN)."""
+        request, block = IOCTLS[name]
+        block.pack_into(self._block, 0, *fields)
         try:
             ioctl(self.fd, request, self._block)
         except BlockingIOError:
             pass
         except OSError as error:
             raise OSError(error.errno, f"{name}: {error.strerror}") from None
+        return block.unpack_from(self._block)
 
     def api(self, features: int) -> int:
         """The handshake, once per descriptor: ask for features, get those that there are.
 
         Raises OSError EINVAL if the kernel lacks one that was asked for.
         """
-        uffdio_api.pack_into(self._block, 0, UFFD_API, features, 0)
-        self._call("UFFDIO_API", UFFDIO_API)
-        return uffdio_api.unpack_from(self._block)[1]
+        return self._call("UFFDIO_API", UFFD_API, features, 0)[1]
 
     def register(self, start: int, length: int, write_protect: bool = True) -> None:
         """From now on, MISSING and WP faults of this range (bytes) become messages."""
         mode = UFFDIO_REGISTER_MODE_MISSING | (UFFDIO_REGISTER_MODE_WP if write_protect else 0)
-        uffdio_register.pack_into(self._block, 0, start, length, mode, 0)
-        self._call("UFFDIO_REGISTER", UFFDIO_REGISTER)
+        self._call("UFFDIO_REGISTER", start, length, mode, 0)
 
     def copy(self, dst: int, src: int, length: int, write_protect: bool = False) -> int:
         """Install length bytes of src (this process) at dst (the faulting one), and wake. Returns how many
@@ -171,31 +173,24 @@ class Userfaultfd:
         more than one mapping, ESRCH when the process has ended.
         """
         mode = UFFDIO_COPY_MODE_WP if write_protect else 0
-        uffdio_copy.pack_into(self._block, 0, dst, src, length, mode, 0)
-        self._call("UFFDIO_COPY", UFFDIO_COPY)
-        return max(0, uffdio_copy.unpack_from(self._block)[-1])
+        return max(0, self._call("UFFDIO_COPY", dst, src, length, mode, 0)[-1])
 
     def zeropage(self, start: int, length: int) -> int:
         """Install zeroed, writable pages in this range (bytes), and wake. Returns and raises as copy does."""
-        uffdio_zeropage.pack_into(self._block, 0, start, length, 0, 0)
-        self._call("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE)
-        return max(0, uffdio_zeropage.unpack_from(self._block)[-1])
+        return max(0, self._call("UFFDIO_ZEROPAGE", start, length, 0, 0)[-1])
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
         """Set the uffd-wp bit of these pages (bytes); or, protect=False, clear it and wake."""
         mode = UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
-        uffdio_writeprotect.pack_into(self._block, 0, start, length, mode)
-        self._call("UFFDIO_WRITEPROTECT", UFFDIO_WRITEPROTECT)
+        self._call("UFFDIO_WRITEPROTECT", start, length, mode)
 
     def wake(self, start: int, length: int) -> None:
         """Wake the threads that sleep in a fault of this range (bytes); they try again."""
-        uffdio_range.pack_into(self._block, 0, start, length)
-        self._call("UFFDIO_WAKE", UFFDIO_WAKE)
+        self._call("UFFDIO_WAKE", start, length)
 
     def poison(self, start: int, length: int) -> None:
         """Make this range (bytes) raise SIGBUS when touched, and wake. Linux 6.6."""
-        uffdio_poison.pack_into(self._block, 0, start, length, 0, 0)
-        self._call("UFFDIO_POISON", UFFDIO_POISON)
+        self._call("UFFDIO_POISON", start, length, 0, 0)
 
     def read_faults(self) -> list[tuple[int, int, int, int]]:
         """(event, flags, address, thread) of the faults that wait, at most 64; none: [].

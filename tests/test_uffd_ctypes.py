@@ -19,12 +19,17 @@ from edm.page_idle import WRITTEN, Pagemap
 from edm.uffd_ctypes import PAGE_SIZE
 
 HEADER = "/usr/include/linux/userfaultfd.h"
-NAMES = [
-    name
-    for name in vars(u)
+NUMBERS = {name: number for name, (number, _) in u.IOCTLS.items()} | {
+    name: value
+    for name, value in vars(u).items()
     if name.startswith(("UFFDIO_", "UFFD_FEATURE_", "UFFD_EVENT_", "UFFD_PAGEFAULT_"))
     or name in ("UFFD_API", "UFFD_USER_MODE_ONLY", "USERFAULTFD_IOC_NEW")
-]
+}
+
+
+def test_the_block_of_each_ioctl_has_the_size_that_its_number_has():
+    for number, block in u.IOCTLS.values():
+        assert number >> 16 & 0x3FFF == block.size
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
@@ -32,7 +37,7 @@ NAMES = [
 def test_every_number_is_the_one_in_the_kernels_header(tmp_path):
     # A header older than a name does not have it; the others it must agree on.
     lines = [
-        f'#ifdef {n}\n  printf("{n} %llu\\n", (unsigned long long)({n}));\n#endif' for n in NAMES
+        f'#ifdef {n}\n  printf("{n} %llu\\n", (unsigned long long)({n}));\n#endif' for n in NUMBERS
     ]
     source = tmp_path / "numbers.c"
     source.write_text(
@@ -43,7 +48,7 @@ def test_every_number_is_the_one_in_the_kernels_header(tmp_path):
     printed = subprocess.run([tmp_path / "numbers"], check=True, text=True, capture_output=True)
     theirs = {n: int(v) for n, v in (line.split() for line in printed.stdout.splitlines())}
     assert {"UFFDIO_COPY", "UFFDIO_WRITEPROTECT", "UFFDIO_WAKE"} <= theirs.keys()
-    assert {name: getattr(u, name) for name in theirs} == theirs
+    assert {name: NUMBERS[name] for name in theirs} == theirs
 
 
 def test_a_failed_call_raises_oserror_with_errno_and_the_calls_name():
