@@ -10,8 +10,9 @@ the thread is in this call, with these arguments. It holds, too, while the file 
 be read, until the thread ends or makes another call. The end of a call is not reported. It is looked for
 when LPET wants the pages, or another pin needs the room.
 
-Rules: the LSPT's lock protects the table, and no system call is made under it. Pages are pinned before
-they are brought, so that LPET can't evict them in between.
+Rules: who changes the table has the LSPT's lock, and makes no system call meanwhile. Who only looks for room or
+for calls that have ended does without: a row that is half written is no call that is in the table. Pages are
+pinned before they are brought, so that LPET can't evict them in between.
 
 Source: proc_pid_syscall(5). The file can be read by those who may trace the thread, see ptrace(2).
 """
@@ -61,13 +62,11 @@ class Pins:
 
     def drop_ended(self, page: int, count: int) -> None:
         """Drop the pins of these pages whose calls have ended."""
-        if self._used[0]:
+        pins = self._pins()
+        calls = {pin[2:] for pin in pins if pin[0] < page + count and page < sum(pin[:2])}
+        if ended := {call for call in calls if not _goes_on(*call)}:
             with self._lock:
-                pins = self._pins()
-            calls = {pin[2:] for pin in pins if pin[0] < page + count and page < sum(pin[:2])}
-            if ended := {call for call in calls if not _goes_on(*call)}:
-                with self._lock:
-                    self._keep([pin for pin in self._pins() if pin[2:] not in ended])
+                self._keep([pin for pin in self._pins() if pin[2:] not in ended])
 
     def runs(self) -> list[tuple[int, ...]]:
         """The runs of pinned pages: (first page, count). The caller has the lock."""
