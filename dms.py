@@ -4,7 +4,7 @@ In the picture: the right end of the MPI arrow, rank 0 of the job; or ranks 0 to
 each has some stripes of every instance's pages (mpi_client.py).
 
 Interface: DMS(comm, dms, ...).serve() answers the instances' requests until the last has said BYE. Before that,
-all DMSs of a job tell each other their `offers`, and call start().
+all DMSs of a job tell each other their `offers`, and call start(). Then each tells the instances what is on_disk().
 
 Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason.
 No message ends the DMS, nor do SIGTERM and SIGINT: the instances end it, when they have written back what
@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import starmap
 
 from mpi4py import MPI
 
@@ -65,7 +66,6 @@ class DMS:
             m.PUT: (self._put, PAGES_AT_ONCE, 1, m.MAX_MESSAGE),
             m.SYNC: (lambda store, pages, _, more, __: store.sync([more]), 0, SYNC_PHASES[-1], 0),
             m.FREE: (lambda store, pages, *_: store.free(pages.start, len(pages)), 1 << 32, 0, 0),
-            m.LOCATIONS: (self._locations, m.MAX_LOCATIONS, 0, 0),
             m.BYE: (lambda store, *_: self._left.add(store), 0, 0, 0),
         }
         self._left: set[PageStore] = set()  # of the instances that have said BYE
@@ -79,6 +79,10 @@ class DMS:
                 if not (by_all := set.intersection(*map(set, offers))):
                     raise ValueError(f"disk: no sync is on the disks of all DMSs: {offers}")
                 store.start(min(by_all))
+
+    def on_disk(self) -> list[bytes]:
+        """Of each instance: its pages on the disk here that an earlier job has left, as RUNs (messages.py)."""
+        return [b"".join(starmap(m.RUN.pack, store.runs_on_disk())) for store in self._stores]
 
     # ------------------------------------------------------------ receiving and answering
 
@@ -171,13 +175,9 @@ class DMS:
     def _put(self, store: PageStore, pages: range, _: object, more: int, body: memoryview) -> None:
         at, dirty = 0, []
         while at < len(body):
-            first, count = m.DIRTY.unpack_from(body, at)
-            begin, at = at + m.DIRTY.size, at + m.DIRTY.size + count * PAGE_SIZE
+            first, count = m.RUN.unpack_from(body, at)
+            begin, at = at + m.RUN.size, at + m.RUN.size + count * PAGE_SIZE
             dirty.append((first, body[begin:at]))
             if at > len(body) or not pages.start <= first < first + count <= pages.stop:
                 raise ValueError(f"{len(body)} bytes: {count} dirty pages from {first}, of {pages}")
         store.put([] if more else [(pages.start, len(pages))], dirty)
-
-    def _locations(self, store: PageStore, pages: range, answer: m.MessageBuffer, *_) -> memoryview:
-        states = store.locations(pages.start, len(pages))
-        return answer.message(m.LOCATIONS, len(states), 0, 0, states)

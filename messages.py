@@ -17,12 +17,14 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
     SYNC       `more`: one of SYNC_PHASES      OK: this step is done; after the last one,
                                                what was written survives a crash
     FREE       count pages from page           OK: they are as never accessed
-    LOCATIONS  count pages from page           LOCATIONS: a byte of the SPT each
     BYE                                        OK: the instance has left
 
-    dirty    u64 page, u32 count
+    dirty    u64 page, u32 count: a RUN
 
 The unused fields of a question's header are 0.
+
+Before the first question, each DMS tells each instance the pages that an earlier job has left to it on the DMS's disk, as
+RUNs behind each other. All ranks do this at once, see rank.py.
 
 A page's number is (address - start_addr) / PAGE_SIZE. A range may have pages of other DMSs (mpi_client.py). A DMS
 is never sent those, so to it they stay NEW.
@@ -41,15 +43,13 @@ from struct import Struct
 
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
-MAX_LOCATIONS = 1 << 16  # pages of one LOCATIONS
-
-GET, PUT, FREE, LOCATIONS, SYNC, BYE = range(1, 7)
+GET, PUT, FREE, SYNC, BYE = range(1, 6)
 OK, ERROR = 16, 19  # and NEW_PAGES, CONTENT, which are 17 and 18
 
 HEADER = Struct("<HHIQ")
-DIRTY = Struct("<QI")  # the first page of a run, and its pages
+RUN = Struct("<QI")  # the first page of neighbours, and how many they are
 
-MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (DIRTY.size + PAGE_SIZE)  # bytes
+MAX_MESSAGE = HEADER.size + PAGES_AT_ONCE * (RUN.size + PAGE_SIZE)  # bytes
 
 
 class MessageBuffer:

@@ -34,8 +34,8 @@ from mpi4py import MPI
 
 from edm import log
 from edm import messages as m
-from edm.lspt import Run, runs
-from edm.page_store import ON_DISK, ONE_STRIPE, STRIPE, SYNC_PHASES, Bytes
+from edm.lspt import Run
+from edm.page_store import ONE_STRIPE, STRIPE, SYNC_PHASES, Bytes
 from edm.uffd_ctypes import PAGE_SIZE
 
 PATIENCE = 50e-6  # seconds between two tests of a patient thread
@@ -65,7 +65,7 @@ class MpiStore:
         edm.Config."""
         self._comm, self._dmss, self._start, self.kept = comm, dms, config.start_addr, config.keep
         self.stripe = STRIPE if dms > 1 else ONE_STRIPE
-        self._pages = (config.end_addr - config.start_addr) // PAGE_SIZE
+        self.on_disk: list[bytes] = []  # of each DMS, see DMS.on_disk
         self._log, _, self._info = log.of_box("MpiClient")
         self.from_each = [0] * dms  # pages that take_get has taken, from each DMS
         self._of_gets: list[Slot] = []
@@ -122,16 +122,9 @@ class MpiStore:
             for phase in SYNC_PHASES:
                 self._request(m.SYNC, more=phase)
 
-    def locations(self, page: int, count: int) -> bytes:
-        """See PageStore. count: at most MAX_LOCATIONS."""
-        of_each = self._request(m.LOCATIONS, page, count)  # zeros for the pages of the others
-        return sum(int.from_bytes(states, "big") for states in of_each).to_bytes(count, "big")
-
     def runs_on_disk(self) -> Iterator[Run]:
         """See PageStore."""
-        for at in range(0, self._pages if self.kept else 0, m.MAX_LOCATIONS):
-            states = self.locations(at, min(m.MAX_LOCATIONS, self._pages - at))
-            yield from runs(at, states.rstrip(b"\0\1"), ON_DISK)  # quick where there are none
+        return m.RUN.iter_unpack(b"".join(self.on_disk))
 
     def close(self) -> None:
         """Say BYE: this instance has ended. Nothing else may be called after that."""
@@ -143,9 +136,9 @@ class MpiStore:
 
     def _request(
         self, kind: int, page: int = 0, count: int = 0, more: int = 0, dirty: Sequence[Bytes] = ()
-    ) -> list[bytes]:
+    ) -> None:
         """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
-        answers of all; returns their bodies. Raises the first error, if there are any."""
+        answers of all. Raises the first error, if there are any."""
         stripes = range(page // self.stripe, -(-(page + count) // self.stripe))
         # Successive ones are of different DMSs, so the first ones tell.
         some = {stripe % self._dmss for stripe in stripes[: self._dmss]}
@@ -154,7 +147,7 @@ class MpiStore:
             while content:  # cut it at the stripes' ends
                 part = content[: (self.stripe - at % self.stripe) * PAGE_SIZE]
                 many, dms = len(part) // PAGE_SIZE, at // self.stripe % self._dmss
-                body_of[dms] += m.DIRTY.pack(at, many), part
+                body_of[dms] += m.RUN.pack(at, many), part
                 at, content = at + many, content[len(part) :]
         with self._lock:
             asked = {dms: self._of_others[dms] for dms in some or range(self._dmss)}
@@ -163,7 +156,8 @@ class MpiStore:
             # A large message travels only while both ends call MPI: no sleep before it is sent.
             self._wait([slot.sending for slot in asked.values()], patient=False)
             self._wait([slot.receiving for slot in asked.values()])
-            return [bytes(slot.answer.body[: self._answer(slot)[1]]) for slot in asked.values()]
+            for slot in asked.values():
+                self._answer(slot)
 
     def _answer(self, slot: Slot) -> tuple[int, int]:
         """The kind and the count of the answer, which has come. Raises OSError if it is ERROR."""

@@ -10,7 +10,7 @@ Interface: PageStore(config, ...)
     get                  ask and take in one step, for the DMS
     put                  pages leave the instance, or only their bytes are stored
     put_from_pipe        pages leave, and their bytes are in a pipe; only if takes_pipes
-    free, sync, locations, runs_on_disk, table, close
+    free, sync, runs_on_disk, table, close
     offers, start        a kept store of several DMSs: the syncs that it can resume from
     SYNC_PHASES          a sync of several stores as one: all do the first of these before any does the second.
                          The first is steps 1 and 2 (see below), the second step 3
@@ -155,7 +155,7 @@ _DROPPED = bytes(byte & ~INSTANCE for byte in range(256))
 _LOCATION = bytes(byte & (INSTANCE | DISK) for byte in range(256))
 _TORN = bytes(byte | TORN for byte in range(256))
 _PLACE = bytes(byte & UNREADABLE if byte < TORN else 0 for byte in range(256))
-ON_DISK = re.compile(rb"[\2\3]+")  # in what PageStore.locations returns
+_ON_DISK = re.compile(rb"[\2\3]+")  # by locations
 _TO_WRITE = re.compile(b"[%c%c]" % (WRITE_ONCE, WRITE_TWICE))
 # 6 is DISK | FIRST, and 10 DISK | SECOND.
 # {place: the pages that are written there, by their places at the last sync}
@@ -423,14 +423,10 @@ class PageStore:
             for phase in phases if self.kept else ():
                 (self._prepare, self._commit)[phase]()
 
-    def locations(self, page: int, count: int) -> bytes:
-        """A byte for each of count pages from page on: NEW, INSTANCE, DISK, or INSTANCE | DISK."""
-        return self.spt.read(page, count).translate(_LOCATION)
-
     def runs_on_disk(self) -> Iterator[Run]:
         """The runs of pages whose bytes are on the disk."""
         for first, states in self.spt.ever_set(0, self.spt.pages):
-            yield from runs(first, states.translate(_LOCATION), ON_DISK)
+            yield from runs(first, states.translate(_LOCATION), _ON_DISK)
 
     def table(self) -> str:
         """The SPT as the wiki prints it: a line for each page that was ever accessed."""

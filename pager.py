@@ -270,7 +270,7 @@ class Pager:
                 self._lspt.freed(claimed)
 
     def locations(self, page: int, count: int) -> bytes:
-        """A byte for each of these pages, as PageStore.locations has them, but 1 for all that are here."""
+        """A byte for each of these pages: 0 if it is NEW, 1 if it is here, 2 if the store has it."""
         return self._lspt.read(page, count).translate(l.LOCATION)
 
     def close(self) -> None:

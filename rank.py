@@ -43,7 +43,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 # What a launcher sends to a rank, which passes it on to the application. Every rank has these blocked.
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
 PASSED_ON = *ENDING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
-VERSION = 8  # of the messages (messages.py)
+VERSION = 9  # of the messages (messages.py)
 TERM_TO_KILL = 3  # seconds from one that is to end the application until this is killed
 
 
@@ -158,6 +158,7 @@ def _serve_pages(
     # Each write end has a higher number than its read end, and so is closed before it: see Pager.__init__.
     pagers = [tie(pid) for there, pid in processes[len(hosts) :] if there == ours]
     send(control, f"the DMS of rank {comm.rank} on host {here} has died")
+    comm.alltoall([b""] * len(hosts) + dms.on_disk())
     dms.serve()
     for read, _ in pagers:
         untie(read)
@@ -172,6 +173,7 @@ def _page(comm: Any, dms: int, config: Config, application: int, control: Any) -
     def open_store(hello: Any) -> MpiStore:
         hello.ended_by = ended_by
         _begin_with_all(comm, None, application)
+        store.on_disk = comm.alltoall([b""] * comm.size)
         return store
 
     # What may fail is first: then this rank ends the job, and the application does not begin.

@@ -1,6 +1,7 @@
 """dms.py and messages.py, without MPI: what the DMS answers to each request."""
 
 import errno
+import itertools
 import os
 import random
 import re
@@ -12,11 +13,13 @@ from unittest import mock
 
 import pytest
 from mpi4py import MPI
+from programs.where import LOCATIONS, tells_locations
 
 from edm import messages as m
 from edm.dms import DMS
 from edm.edm import Config
-from edm.page_store import CONTENT, DISK, EPOCH, INSTANCE, NEW, NEW_PAGES, SYNC_PHASES
+from edm.mpi_client import MpiStore
+from edm.page_store import CONTENT, DISK, EPOCH, INSTANCE, NEW, NEW_PAGES, STRIPE, SYNC_PHASES
 from edm.readahead import MAX_STRIDE
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
@@ -33,7 +36,7 @@ def settings(path, pages=PAGES, keep=False):
 
 
 def served(path, keep):
-    return DMS(TwoRanks(), 1, settings(path, keep=keep))
+    return tells_locations(DMS(TwoRanks(), 1, settings(path, keep=keep)))
 
 
 @pytest.fixture(params=[False, True], ids=["scratch", "kept"])
@@ -70,7 +73,7 @@ def refused(answer):
 
 def eviction(page, count, *dirty, stay=0):
     """PUT's arguments. dirty: (first page, the bytes of it and its neighbours)."""
-    body = b"".join(m.DIRTY.pack(at, len(whole) // PAGE_SIZE) + whole for at, whole in dirty)
+    body = b"".join(m.RUN.pack(at, len(whole) // PAGE_SIZE) + whole for at, whole in dirty)
     return {"kind": m.PUT, "page": page, "count": count, "more": stay, "body": body}
 
 
@@ -80,14 +83,14 @@ def content(seed, pages=1):
 
 def test_the_first_access_of_a_page_is_answered_with_new_and_noted_in_the_spt(dms):
     assert ask(dms, m.GET, page=7, count=1) == (NEW_PAGES, 1, b"")
-    assert ask(dms, m.LOCATIONS, page=6, count=3) == (m.LOCATIONS, 3, bytes((NEW, INSTANCE, NEW)))
+    assert ask(dms, LOCATIONS, page=6, count=3) == (LOCATIONS, 3, bytes((NEW, INSTANCE, NEW)))
 
 
 def test_an_acknowledged_eviction_is_in_the_disk_file_and_the_pages_come_back(dms, tmp_path):
     ask(dms, m.GET, page=7, count=2)
     assert ask(dms, **eviction(7, 2, (7, content(1, 2)))) == (m.OK, 0, b"")
     assert content(1, 2) in (tmp_path / "disk").read_bytes()
-    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, DISK))
+    assert ask(dms, LOCATIONS, page=7, count=2)[2] == bytes((DISK, DISK))
     assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(1, 2)[:PAGE_SIZE])
     assert ask(dms, m.GET, page=8, count=1) == (CONTENT, 1, content(1, 2)[PAGE_SIZE:])
 
@@ -103,7 +106,7 @@ def test_get_takes_every_so_maniest_page(dms):
     ask(dms, **eviction(0, 30, (0, content(1, 30))))
     pages = [content(1, 30)[p * PAGE_SIZE : (p + 1) * PAGE_SIZE] for p in (3, 10, 17, 24)]
     assert ask(dms, m.GET, page=3, count=6, more=7) == (CONTENT, 4, b"".join(pages))
-    where = ask(dms, m.LOCATIONS, page=0, count=40)[2]
+    where = ask(dms, LOCATIONS, page=0, count=40)[2]
     assert [p for p in range(40) if where[p] == INSTANCE | DISK] == [3, 10, 17, 24]
     assert ask(dms, m.GET, page=31, count=6, more=7)[:2] == (NEW_PAGES, 6)
     last = PAGES - 1 - 3 * MAX_STRIDE
@@ -115,9 +118,9 @@ def test_a_clean_page_goes_back_without_its_bytes_to_where_it_was(dms):
     ask(dms, m.GET, page=7, count=1)
     ask(dms, m.GET, page=8, count=1)
     where = bytes((INSTANCE | DISK, INSTANCE))
-    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == where
+    assert ask(dms, LOCATIONS, page=7, count=2)[2] == where
     assert ask(dms, **eviction(7, 2))[0] == m.OK
-    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, NEW))
+    assert ask(dms, LOCATIONS, page=7, count=2)[2] == bytes((DISK, NEW))
     assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(1))
     assert ask(dms, m.GET, page=8, count=1) == (NEW_PAGES, 1, b"")
 
@@ -128,7 +131,7 @@ def test_one_eviction_carries_many_pages_clean_and_dirty(dms):
     answer = ask(dms, **eviction(0, 91, (3, content(2, 2)), (90, content(3))))
     assert answer[0] == m.OK
     where = bytes([DISK] * 91 + [INSTANCE | DISK] * 9)
-    assert ask(dms, m.LOCATIONS, page=0, count=100)[2] == where
+    assert ask(dms, LOCATIONS, page=0, count=100)[2] == where
     assert ask(dms, m.GET, page=3, count=2)[2] == content(2, 2)
     assert ask(dms, m.GET, page=5, count=1)[2] == content(1, 100)[5 * PAGE_SIZE : 6 * PAGE_SIZE]
     assert ask(dms, m.GET, page=90, count=1)[2] == content(3)
@@ -137,7 +140,7 @@ def test_one_eviction_carries_many_pages_clean_and_dirty(dms):
 def test_a_stored_page_is_on_the_disk_and_stays_in_the_instance(dms):
     ask(dms, m.GET, page=7, count=2)
     assert ask(dms, **eviction(7, 2, (7, content(1, 2)), stay=1))[0] == m.OK
-    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((INSTANCE | DISK,)) * 2
+    assert ask(dms, LOCATIONS, page=7, count=2)[2] == bytes((INSTANCE | DISK,)) * 2
     assert ask(dms, **eviction(7, 2))[0] == m.OK
     assert ask(dms, m.GET, page=7, count=2) == (CONTENT, 2, content(1, 2))
 
@@ -151,7 +154,7 @@ def test_a_page_that_is_in_the_instance_is_given_again(dms):
 
 def test_a_page_may_leave_that_the_spt_has_not_in_the_instance(dms):
     assert ask(dms, **eviction(7, 2, (7, content(1))))[0] == m.OK
-    assert ask(dms, m.LOCATIONS, page=7, count=2)[2] == bytes((DISK, NEW))
+    assert ask(dms, LOCATIONS, page=7, count=2)[2] == bytes((DISK, NEW))
     assert ask(dms, m.GET, page=7, count=2) == (CONTENT, 1, content(1))
 
 
@@ -168,7 +171,7 @@ def test_a_page_that_the_disk_has_lost_is_an_error_and_those_around_it_are_read(
     assert ask(dms, m.GET, page=10, count=5) == (CONTENT, 2, content(1, 5)[: 2 * PAGE_SIZE])
     number, reason = refused(ask(dms, m.GET, page=12, count=3))
     assert number == errno.EIO and "checksum" in reason
-    assert ask(dms, m.LOCATIONS, page=12, count=1)[2] == bytes((DISK,))
+    assert ask(dms, LOCATIONS, page=12, count=1)[2] == bytes((DISK,))
     assert ask(dms, m.GET, page=13, count=2) == (CONTENT, 2, content(1, 5)[3 * PAGE_SIZE :])
 
 
@@ -204,6 +207,32 @@ def test_kept_disks_of_several_dmss_start_from_the_oldest_sync_that_all_of_them_
             store.close()
 
 
+def test_each_instance_is_told_of_all_dmss_which_of_its_pages_an_earlier_job_has_left(tmp_path):
+    ranks = SimpleNamespace(size=4)  # two DMSs, two instances
+    pages, told = {0: [(3, 2), (70, 1)], 1: [(STRIPE - 1, 3)]}, []
+    for again in (False, True):
+        for ranks.rank in (0, 1):
+            config = settings(tmp_path / f"disk{ranks.rank}", keep=True)
+            dms = DMS(ranks, 2, config)
+            dms.start([dms.offers] * 2)
+            if again:
+                told.append(dms.on_disk())
+            else:
+                assert dms.on_disk() == [b"", b""]
+            for instance, store in enumerate(dms._stores):
+                for page, count in pages[instance]:
+                    for at in range(page, page + count):
+                        if at // STRIPE % 2 == ranks.rank:
+                            store.put([], [(at, memoryview(content(at)))])
+                store.sync()
+                store.close()
+    for instance, runs in pages.items():
+        store = SimpleNamespace(on_disk=[of_dms[instance] for of_dms in told])
+        found = [range(at, at + many) for at, many in MpiStore.runs_on_disk(store)]
+        left = [range(at, at + many) for at, many in runs]
+        assert sorted(itertools.chain(*found)) == list(itertools.chain(*left))
+
+
 WRONG = {
     "an unknown kind": {"kind": 77},
     "an answer's kind": {"kind": CONTENT, "count": 1},
@@ -218,8 +247,8 @@ WRONG = {
     "too many pages": {"kind": m.GET, "page": 1, "count": PAGES_AT_ONCE + 1},
     "a GET with a body": {"kind": m.GET, "page": 1, "count": 1, "body": b"x"},
     "a SYNC of a step that there is not": {"kind": m.SYNC, "more": len(SYNC_PHASES)},
+    "a FREE of none": {"kind": m.FREE, "page": 1, "count": 0},
     "a FREE outside": {"kind": m.FREE, "page": PAGES - 1, "count": 2},
-    "LOCATIONS of none": {"kind": m.LOCATIONS, "page": 1, "count": 0},
     "PUT of no pages": eviction(500, 0),
     "PUT of too many pages": eviction(500, PAGES_AT_ONCE + 1),
     "PUT of a page outside": eviction(PAGES, 1),
@@ -227,11 +256,11 @@ WRONG = {
     "PUT of a dirty page before its pages": eviction(501, 1, (500, content(1))),
     "PUT partly of dirty pages behind its pages": eviction(500, 1, (500, content(1, 2))),
     "PUT of no dirty pages": eviction(500, 1, (500, b"")),
-    "PUT of a dirty page without bytes": eviction(500, 2) | {"body": m.DIRTY.pack(500, 1)},
+    "PUT of a dirty page without bytes": eviction(500, 2) | {"body": m.RUN.pack(500, 1)},
     "PUT with bytes missing": eviction(500, 1)
-    | {"body": m.DIRTY.pack(500, 1) + b"x" * (PAGE_SIZE - 1)},
+    | {"body": m.RUN.pack(500, 1) + b"x" * (PAGE_SIZE - 1)},
     "PUT with bytes missing of the second run": eviction(500, 2, (500, content(1)))
-    | {"body": m.DIRTY.pack(500, 1) + content(1) + m.DIRTY.pack(501, 1) + b"x"},
+    | {"body": m.RUN.pack(500, 1) + content(1) + m.RUN.pack(501, 1) + b"x"},
     "PUT with bytes left over": eviction(500, 1) | {"body": b"x"},
     "PUT of pages that neither leave nor stay": eviction(500, 1, stay=2),
     "PUT that stays, of a page outside": eviction(PAGES, 1, (PAGES, content(1)), stay=1),
@@ -248,10 +277,10 @@ def test_a_wrong_request_is_answered_with_a_reason_and_changes_nothing(dms, requ
     ask(dms, m.GET, page=500, count=1)
     ask(dms, m.GET, page=600, count=1)
     ask(dms, **eviction(600, 1, (600, content(6))))
-    before = ask(dms, m.LOCATIONS, page=0, count=PAGES)
+    before = ask(dms, LOCATIONS, page=0, count=PAGES)
     number, reason = refused(ask(dms, **request_))
     assert number == errno.EINVAL and reason
-    assert ask(dms, m.LOCATIONS, page=0, count=PAGES) == before
+    assert ask(dms, LOCATIONS, page=0, count=PAGES) == before
     assert ask(dms, m.GET, page=600, count=1) == (CONTENT, 1, content(6))
 
 
@@ -340,16 +369,16 @@ def test_random_bytes_never_end_the_dms(dms):
             kind, more = dice.choice((*range(1, 8), 99)), dice.randrange(3)
             question[0:4] = bytes((kind, 0, more, 0))
         handle(dms, question)
-    assert ask(dms, m.LOCATIONS, page=0, count=1)[0] == m.LOCATIONS
+    assert ask(dms, LOCATIONS, page=0, count=1)[0] == LOCATIONS
 
 
 def test_a_dms_that_has_no_page_of_a_small_space_takes_part_in_what_all_are_asked(tmp_path):
     ranks = SimpleNamespace(rank=2, size=4)
-    dms = DMS(ranks, 3, settings(tmp_path / "disk", 100, keep=True))
+    dms = tells_locations(DMS(ranks, 3, settings(tmp_path / "disk", 100, keep=True)))
     dms.start([dms.offers] * 3)
     for phase in SYNC_PHASES:
         assert handle(dms, m.HEADER.pack(m.SYNC, phase, 0, 0), 3)[0] == m.OK
-    assert handle(dms, m.HEADER.pack(m.LOCATIONS, 0, 100, 0), 3) == (m.LOCATIONS, 100, bytes(100))
+    assert handle(dms, m.HEADER.pack(LOCATIONS, 0, 100, 0), 3) == (LOCATIONS, 100, bytes(100))
     for kind in (m.FREE, m.PUT):
         assert handle(dms, m.HEADER.pack(kind, 0, 100, 0), 3)[0] == m.OK
 
@@ -365,7 +394,7 @@ def test_an_eviction_that_the_disk_refuses_is_answered_with_the_reason(dms):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert refused(answer) == (errno.EFBIG, os.strerror(errno.EFBIG))
-    assert ask(dms, m.LOCATIONS, page=900, count=1)[2] == bytes((INSTANCE,))
+    assert ask(dms, LOCATIONS, page=900, count=1)[2] == bytes((INSTANCE,))
     assert ask(dms, m.GET, page=7, count=1) == (CONTENT, 1, content(7))
     assert ask(dms, **eviction(900, 1, (900, content(1))))[0] == m.OK
     assert ask(dms, m.GET, page=900, count=1) == (CONTENT, 1, content(1))

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import shared_memory
+from programs.where import locations
 
 from edm import page_store
 from edm.lspt import PART, ByteTable
@@ -161,16 +162,16 @@ def test_the_first_access_of_a_page_gives_new_and_is_noted(path, keep):
     store = open_store(str(path), START, END, keep)
     store.ask_get(range(7, 9))
     asked = store.ask_get(range(7, 9))
-    assert store.locations(6, 4) == bytes((NEW, NEW, NEW, NEW))
+    assert locations(store, 6, 4) == bytes((NEW, NEW, NEW, NEW))
     assert store.take_get(asked)[:2] == (NEW_PAGES, 2)
-    assert store.locations(6, 4) == bytes((NEW, INSTANCE, INSTANCE, NEW))
+    assert locations(store, 6, 4) == bytes((NEW, INSTANCE, INSTANCE, NEW))
 
 
 @BOTH
 def test_what_was_put_is_in_the_file_and_comes_back(path, keep):
     store = open_store(str(path), START, END, keep)
     put(store, 7, 84, (7, content(1, 2)), (90, content(2)))
-    assert store.locations(7, 2) == bytes((DISK, DISK))
+    assert locations(store, 7, 2) == bytes((DISK, DISK))
     assert all(page in path.read_bytes() for page in (part(content(1, 2), 1), content(2)))
     assert get(store, range(7, 9)) == (CONTENT, content(1, 2))
     assert get(store, range(90, 91)) == (CONTENT, content(2))
@@ -193,7 +194,7 @@ def test_one_put_carries_clean_and_dirty_pages_and_only_the_dirty_ones_are_writt
     assert get(store, range(101)) == (CONTENT, first)
     assert get(store, range(200, 210)) == (NEW_PAGES, 10)
     put(store, 0, 206, (3, at_3), (204, at_204))
-    assert store.locations(0, 207) == bytes(
+    assert locations(store, 0, 207) == bytes(
         [DISK] * 100 + [NEW] * 100 + [NEW] * 4 + [DISK] * 2 + [INSTANCE]
     )
     assert get(store, range(3)) == (CONTENT, part(first, 0, 3))
@@ -211,9 +212,9 @@ def test_what_is_stored_to_stay_is_on_the_disk_and_in_the_instance(path, keep):
     store = open_store(str(path), START, END, keep)
     assert get(store, range(7, 10)) == (NEW_PAGES, 3)
     put(store, 7, 3, (7, content(1, 2)), stay=True)
-    assert store.locations(7, 3) == bytes((INSTANCE | DISK, INSTANCE | DISK, INSTANCE))
+    assert locations(store, 7, 3) == bytes((INSTANCE | DISK, INSTANCE | DISK, INSTANCE))
     put(store, 7, 3)
-    assert store.locations(7, 3) == bytes((DISK, DISK, NEW))
+    assert locations(store, 7, 3) == bytes((DISK, DISK, NEW))
     assert get(store, range(7, 9)) == (CONTENT, content(1, 2))
 
 
@@ -234,7 +235,7 @@ def test_a_get_of_every_so_maniest_page_gives_those(path, keep):
     write(store, 0, content(1, 30))
     pages = b"".join(part(content(1, 30), page) for page in (3, 10, 17, 24))
     assert get(store, range(3, 45, 7)) == (CONTENT, pages)
-    where = store.locations(0, 40)
+    where = locations(store, 0, 40)
     assert [page for page in range(40) if where[page] == INSTANCE | DISK] == [3, 10, 17, 24]
     assert get(store, range(31, 73, 7)) == (NEW_PAGES, 6)
 
@@ -247,9 +248,9 @@ def test_what_was_given_is_given_again_and_is_the_instances_until_it_is_put(path
         assert get(store, range(4)) == (CONTENT, content(1, 4))
         assert get(store, range(4, 8)) == (NEW_PAGES, 4)
         store.ask_get(range(8))
-    assert store.locations(0, 8) == bytes([INSTANCE | DISK] * 4 + [INSTANCE] * 4)
+    assert locations(store, 0, 8) == bytes([INSTANCE | DISK] * 4 + [INSTANCE] * 4)
     put(store, 3, 2)
-    assert store.locations(0, 8) == bytes([INSTANCE | DISK] * 3 + [DISK, NEW] + [INSTANCE] * 3)
+    assert locations(store, 0, 8) == bytes([INSTANCE | DISK] * 3 + [DISK, NEW] + [INSTANCE] * 3)
 
 
 @BOTH
@@ -261,14 +262,14 @@ def test_a_put_that_is_refused_midway_tells_the_errno_and_moves_no_page(path, ke
     store.free(190, 10)
     for pages in (range(10), range(190, 202)):
         get(store, pages)
-    before = store.locations(0, PAGES)
+    before = locations(store, 0, PAGES)
     dirty = (5, content(2, 2)), (190, content(5, 10)), (200, content(6, 2))
     small_files(store._place(194, SECOND if keep else FIRST) + 100)  # one write is a short one
     with pytest.raises(OSError, match="File too large") as refused:
         put(store, 0, 202, *dirty)
     assert refused.value.errno == errno.EFBIG
     small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    assert store.locations(0, PAGES) == before
+    assert locations(store, 0, PAGES) == before
     assert get(store, range(5)) == (CONTENT, part(content(1, 20), 0, 5))
     assert get(store, range(180, 182)) == (CONTENT, content(3, 2))
     if keep:
@@ -301,12 +302,12 @@ def test_what_is_in_a_pipe_is_written_or_is_there_to_be_put(path, small_files, f
     os.close(out)
     assert taken == (fits == 10)
     if taken:
-        assert store.locations(20, 10) == bytes((DISK,)) * 10
+        assert locations(store, 20, 10) == bytes((DISK,)) * 10
     else:
         assert bytes_of == content(2, 10)
         put(store, 20, 10, (20, bytes_of))
     assert get(store, range(20, 30)) == (CONTENT, content(2, 10))
-    assert store.locations(20, 10) == bytes((INSTANCE | DISK,)) * 10
+    assert locations(store, 20, 10) == bytes((INSTANCE | DISK,)) * 10
 
 
 @BOTH
@@ -324,7 +325,7 @@ def test_a_put_that_a_full_file_system_refuses_moves_no_page_and_others_go_on(
     else:
         pytest.fail("there was room for more than there is")
     assert 600 <= page
-    assert all(byte & INSTANCE for byte in store.locations(page, 150))
+    assert all(byte & INSTANCE for byte in locations(store, page, 150))
     if keep:
         with pytest.raises(OSError, match="pages could not be written"):
             store.sync()
@@ -365,7 +366,7 @@ def test_a_page_that_the_file_system_can_not_read_is_told_and_its_neighbours_are
     ):
         assert get(store, pages) == (CONTENT, b"".join(part(content(1, 4), at) for at in given))
     had = INSTANCE | DISK
-    assert store.locations(0, 4) == bytes((had, had, DISK, had))
+    assert locations(store, 0, 4) == bytes((had, had, DISK, had))
 
 
 # ---------------------------------------------------------------- processes and threads
@@ -421,7 +422,7 @@ def test_what_a_forked_process_puts_its_parent_gets_and_the_other_way_round():
 
     def find_what_the_parent_has_done():
         assert get(store, range(9, 10)) == (CONTENT, content(3))
-        assert store.locations(7, 3) == bytes((INSTANCE | DISK, NEW, INSTANCE | DISK))
+        assert locations(store, 7, 3) == bytes((INSTANCE | DISK, NEW, INSTANCE | DISK))
 
     with Child(lambda: write(store, 7, content(1, 2)), find_what_the_parent_has_done) as child:
         child.step()
@@ -604,7 +605,7 @@ def test_a_huge_range_is_freed_and_looked_at_at_once_and_costs_no_memory():
     before, began = shared_memory(), time.monotonic()
     store.free(0, pages)
     assert store.table().count("\n") == 2 and not list(store.runs_on_disk())
-    assert store.locations(pages // 2, 100) == bytes(100)
+    assert locations(store, pages // 2, 100) == bytes(100)
     assert time.monotonic() - began < 0.05
     for page in (3, pages // 2, pages - 1):
         write(store, page, content(page))
@@ -764,7 +765,7 @@ def test_what_was_synced_is_there_when_the_disk_is_opened_again(path):
     kept.close()
     again = Kept(path)
     assert list(again.store.runs_on_disk()) == [(5, 2)]
-    assert again.store.locations(4, 4) == bytes((NEW, DISK, DISK, NEW))
+    assert locations(again.store, 4, 4) == bytes((NEW, DISK, DISK, NEW))
     assert again.all() == before
 
 
@@ -817,7 +818,7 @@ def test_any_sequence_of_writes_frees_syncs_and_crashes_gives_what_the_last_sync
                 kept, now = crash_and_resume(kept), synced.copy()
                 crashed.close()
             assert kept.all(50) == now
-        assert kept.store.locations(50, PAGES - 50) == bytes(PAGES - 50)
+        assert locations(kept.store, 50, PAGES - 50) == bytes(PAGES - 50)
         kept.close()
 
 

@@ -93,8 +93,8 @@ def test_what_is_about_a_range_goes_to_the_dmss_that_have_some_of_it_with_their_
         for dms, [question] in ((dms, asked) for dms, asked in enumerate(comm.new()) if asked):
             body, at = question[4], 0
             while at < len(body):
-                page, many = m.DIRTY.unpack_from(body, at)
-                at += m.DIRTY.size
+                page, many = m.RUN.unpack_from(body, at)
+                at += m.RUN.size
                 for each in range(page, page + many):
                     assert dms_of(each, count) == dms
                     got[each] = body[at : at + PAGE_SIZE]

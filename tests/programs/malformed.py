@@ -6,6 +6,7 @@ import re
 import sys
 
 from mpi4py import MPI
+from where import locations_over_mpi, tells_locations
 
 from edm import messages as m
 from edm.dms import DMS
@@ -31,13 +32,12 @@ def request(kind, page=0, count=0, more=0, body=b""):
 
 
 PAGE = bytes(PAGE_SIZE)
-RUN = m.DIRTY.pack(1, 1)
+RUN = m.RUN.pack(1, 1)
 DIRTY = {"page": 1, "count": 1, "body": RUN + PAGE}
 # One right request of each kind, in an order in which each of them can be done.
 RIGHT = {
     m.GET: {"page": 1, "count": 2, "more": 1},
     m.PUT: DIRTY,
-    m.LOCATIONS: {"page": 1, "count": 1},
     m.FREE: {"page": 1, "count": 2},
     m.SYNC: {},
     m.BYE: {},
@@ -71,7 +71,7 @@ def malform():
                 refused(f"kind {kind} with {field} {value!r}", request(**wrong), reason)
         if kind == m.PUT:
             for run in ((PAGES, 1), (1, 0), (1, 2), (0, 1), (2, 1), (1, 1 << 31), (1 << 63, 1)):
-                wrong = {**right, "body": m.DIRTY.pack(*run) + PAGE}
+                wrong = {**right, "body": m.RUN.pack(*run) + PAGE}
                 refused(f"a run {run}", request(kind, **wrong), "dirty pages from")
         if kind != m.BYE:  # it is said at the end
             got, _, said = ask(request(kind, **right))
@@ -88,16 +88,13 @@ def malform():
         if noise[:1] == bytes((m.BYE,)):
             noise[1] = 1
         ask(noise)
-    kind, count, states = ask(request(m.LOCATIONS, 0, PAGES))
-    if (kind, count) != (m.LOCATIONS, PAGES):
-        sys.exit("the DMS serves no more")
-    if states != bytes(PAGES):
+    if locations_over_mpi(comm, 1, 0, PAGES, TAG) != bytes(PAGES):
         sys.exit("a refused request has changed something")
     print("malformed SUCCESS")
 
 
 if comm.rank == 0:
-    DMS(comm, 1, Config(START, START + PAGES * PAGE_SIZE)).serve()
+    tells_locations(DMS(comm, 1, Config(START, START + PAGES * PAGE_SIZE))).serve()
 else:
     try:
         malform()

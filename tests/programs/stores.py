@@ -13,6 +13,7 @@ import threading
 import time
 
 from mpi4py import MPI
+from where import locations, locations_over_mpi, tells_locations
 
 from edm.dms import DMS
 from edm.edm import Config
@@ -23,7 +24,7 @@ from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE
 
 START, PAGES = 0x1B58000, 1000
 END = START + PAGES * PAGE_SIZE
-ASIDE = 99  # the tag of messages that are not the store's
+ASIDE, WHERE = 99, 98  # the tags of messages that are not the store's
 
 
 def content(seed, pages=1):
@@ -31,6 +32,7 @@ def content(seed, pages=1):
 
 
 getting = threading.Lock()  # one thread at a time calls ask_get and take_get
+asking = threading.Lock()
 NOISE = memoryview(content(0, 2 * PAGES_AT_ONCE))
 
 
@@ -49,6 +51,12 @@ def take(store, asked):
 def get(store, pages):
     with getting:
         return take(store, store.ask_get(pages))
+
+
+def where(page, count):
+    """Where these pages are, as the DMSs have it."""
+    with asking:
+        return locations_over_mpi(comm, DMSS, page, count, WHERE)
 
 
 def told(call, *arguments):
@@ -100,10 +108,10 @@ def same(store):
     for index in range(400):
         do = one_operation(dice, 0, PAGES)
         assert do(store) == do(other), f"operation {index}"
-        assert store.locations(0, PAGES) == other.locations(0, PAGES), f"operation {index}"
-    on_disk = [page for page in range(PAGES) if other.locations(page, 1)[0] & DISK]
-    found = [page for first, count in store.runs_on_disk() for page in range(first, first + count)]
-    assert on_disk and found == (on_disk if disk else [])
+        assert where(0, PAGES) == locations(other, 0, PAGES), f"operation {index}"
+    on_disk = [page for page in range(PAGES) if locations(other, page, 1)[0] & DISK]
+    found = [page for first, count in other.runs_on_disk() for page in range(first, first + count)]
+    assert on_disk and found == on_disk
     store.free(0, PAGES)
 
 
@@ -118,7 +126,7 @@ def threads(store):
             for _ in range(150):
                 do = one_operation(dice, first, pages)
                 assert do(store) == do(other)
-                assert store.locations(first, pages) == other.locations(first, pages)
+                assert where(first, pages) == locations(other, first, pages)
         except BaseException as error:
             failed.append(error)
             raise
@@ -158,7 +166,7 @@ def lost(store):
         assert error.errno == errno.EIO
         assert "checksum" in error.strerror
         store.ask_get(range(12, 15))  # that is no error
-    assert store.locations(10, 5) == bytes([INSTANCE | DISK] * 2 + [DISK] * 3)
+    assert where(10, 5) == bytes([INSTANCE | DISK] * 2 + [DISK] * 3)
     assert get(store, range(13, 15)) == (CONTENT, 2, content(1, 5)[3 * PAGE_SIZE :])
 
 
@@ -176,7 +184,7 @@ def idle(store):
         time.sleep(left)
     share = (cpu() - before) / seconds
     began = time.monotonic()
-    store.locations(0, 1)
+    where(0, 1)
     print(
         f"idle: {100 * share:.1f} % of a core, and then {1e3 * (time.monotonic() - began):.1f} ms"
     )
@@ -189,12 +197,12 @@ def refused(store):
     put(store, 400, 1, (400, content(1)))
     get(store, range(400, 401))
     get(store, range(600, 602))
-    before = store.locations(0, PAGES)
+    before = where(0, PAGES)
     resource.prlimit(dms, resource.RLIMIT_FSIZE, (PAGE_SIZE * 500, resource.RLIM_INFINITY))
     for _ in range(2):
         error = told(put, store, 400, 202, (400, content(1)), (600, content(1, 2)))
         assert (error.errno, error.strerror) == (errno.EFBIG, os.strerror(errno.EFBIG))
-        assert store.locations(0, PAGES) == before
+        assert where(0, PAGES) == before
     assert get(store, range(7, 8)) == (CONTENT, 1, content(7))
     error = told(store.free, PAGES - 1, 2)
     assert error.errno == errno.EINVAL and error.strerror.endswith(f"{(FREE, 0, 2, PAGES - 1, 0)}")
@@ -211,7 +219,7 @@ if comm.rank < DMSS:
     if comm.rank == 0:
         comm.isend(os.getpid(), DMSS, ASIDE)
     own = config.__replace__(disk=disk and f"{disk}{comm.rank or ''}")
-    server = DMS(comm, DMSS, own)
+    server = tells_locations(DMS(comm, DMSS, own))
     server.start(comm.Create_group(comm.group.Incl(range(DMSS))).allgather(server.offers))
     server.serve()
 else:
