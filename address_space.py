@@ -330,7 +330,7 @@ class Space:
         if (needed := u.NEEDED_FEATURES | ways[wanted]) & ~supported:
             lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
             raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
-        uffd.api(needed | u.WELCOME_FEATURES & supported)
+        uffd.api(needed)
         uffd.register(self.start_addr, self.end_addr - self.start_addr, ways[wanted] & wp == wp)
         return "" if wanted == "none" else wanted
 

@@ -65,7 +65,7 @@ UFFD_FEATURE_MISSING_SHMEM = 1 << 5
 UFFD_FEATURE_THREAD_ID = 1 << 8
 UFFD_FEATURE_EXACT_ADDRESS = 1 << 11  # Linux 5.18
 UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12  # Linux 5.19
-UFFD_FEATURE_POISON = 1 << 14  # Linux 6.6
+UFFD_FEATURE_POISON = 1 << 14  # Linux 6.6; it can be used without being asked for
 UFFD_FEATURE_WP_ASYNC = 1 << 15  # Linux 6.7
 
 UFFD_PAGEFAULT_FLAG_WRITE = 1 << 0
@@ -80,9 +80,8 @@ _system, _, _, _, _machine = os.uname()
 if _system != "Linux" or _machine not in _NUMBERS:
     raise OSError(f"EDM needs Linux 5.19+, x86-64 or aarch64; this is {_system}, {_machine}")
 
-# Required: page faults of shared memory. Used where the kernel has them. Required to see which pages were written.
-NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM
-WELCOME_FEATURES = UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_POISON
+# Required: page faults of shared memory, which tell thread and address. Required to see which pages were written.
+NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_EXACT_ADDRESS
 WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 
 # ---------------------------------------------------------------- making a userfaultfd
@@ -195,8 +194,7 @@ class Userfaultfd:
     def read_faults(self) -> list[tuple[int, int, int, int]]:
         """(event, flags, address, thread) of the faults that wait, at most 64; none: [].
 
-        address: exact with UFFD_FEATURE_EXACT_ADDRESS, else its page's. thread: its id, with
-        UFFD_FEATURE_THREAD_ID, or 0.
+        address: the exact one. thread: its id.
         """
         try:
             return list(uffd_msg.iter_unpack(os.read(self.fd, 64 * uffd_msg.size)))

@@ -215,7 +215,7 @@ def write(memory, value):
 def test_a_read_fault_is_resolved_by_copy_and_its_first_write_raises_a_wp_fault(make):
     memory = make(u.WP_FEATURES)
     reader, got = read(memory)
-    assert memory.fault() == [(UFFD_EVENT_PAGEFAULT, 0, memory.address, 0)]
+    assert memory.fault() == [(UFFD_EVENT_PAGEFAULT, 0, memory.address, reader.native_id)]
     memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE, write_protect=True)
     reader.join(10)
     assert got.raw == PAGE.raw
@@ -271,8 +271,7 @@ def test_a_write_fault_is_resolved_by_zeropage(memory):
 
 
 @needs_userfaultfd
-def test_with_its_feature_a_fault_tells_the_thread_which_can_be_signalled(make):
-    memory = make(u.UFFD_FEATURE_THREAD_ID)
+def test_a_fault_tells_the_thread_which_can_be_signalled(memory):
     came = []
     before = signal.signal(signal.SIGURG, lambda *_: came.append(True))
     try:
