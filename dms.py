@@ -94,8 +94,7 @@ class DMS:
         under_way: list[Iterator[None]] = []
         while len(self._left) < len(self._stores) or under_way:
             if found := self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
-                of_it = status.Get_source(), status.Get_tag(), status.Get_count(MPI.BYTE)
-                under_way.append(self._exchange(found, *of_it))
+                under_way.append(self._exchange(found, status.source, status.tag, status.count))
             before = len(under_way)
             # next() gives True when an exchange has come to its end.
             under_way = [exchange for exchange in under_way if not next(exchange, True)]
