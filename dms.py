@@ -162,14 +162,14 @@ class DMS:
             number = getattr(error, "errno", 0) or errno.EINVAL
             words = getattr(error, "strerror", "") or str(error) or type(error).__name__
             body = words.encode()[:1000]
-            return answer.message(m.ERROR, len(body), 0, number, body)
+            return answer.message(m.ERROR, len(body), number, body)
 
     # ------------------------------------------------------------ the requests
 
     def _get(self, store: PageStore, pages: range, answer: m.MessageBuffer, *_) -> memoryview:
         kind, got = store.get(pages, answer.body)
-        message = answer.message(kind, got)
-        return answer.whole[: len(message) + got * PAGE_SIZE] if kind == CONTENT else message
+        length = got * PAGE_SIZE if kind == CONTENT else 0
+        return answer.message(kind, got, 0, answer.body[:length])
 
     def _put(self, store: PageStore, pages: range, _: object, more: int, body: memoryview) -> None:
         at, dirty = 0, []

@@ -16,7 +16,7 @@ them before it takes the first. The other methods ask every DMS concerned, and w
     sync     every DMS prepares it, then every DMS commits it: SYNC_PHASES of page_store.py
 
 Rules: any thread may call any method, except that one thread alone calls ask_get and take_get. Each request has
-a slot: an MPI tag, and the buffers for its question and its answer. So no thread can get another one's answer.
+a slot: an MPI tag, and the buffer for its answer. So no thread can get another one's answer.
 There are as many slots for gets as there were gets at once. All else is done one after the other, under a lock:
 nothing changes during a sync, and one slot for each DMS is enough.
 
@@ -42,17 +42,17 @@ PATIENCE = 50e-6  # seconds between two tests of a patient thread
 
 
 class Slot:
-    """An MPI tag, and memory for a question and for its answer."""
+    """An MPI tag, and memory for an answer."""
 
     def __init__(self, comm: MPI.Comm, tag: int) -> None:
-        self.question, self.answer = m.MessageBuffer(), m.MessageBuffer()
+        self.answer = m.MessageBuffer()
         self.content_address = MPI.buffer(self.answer.body).address
         self._comm, self._tag = comm, tag
 
     def send(self, dms: int, kind: int, count: int, page: int, more: int, *body: bytes) -> None:
         """Send this DMS the question; wait for nothing."""
         self.dms = dms
-        message = self.question.message(kind, count, page, more, *body)
+        message = b"".join([m.HEADER.pack(kind, more, count, page), *body])
         self.receiving = self._comm.Irecv([self.answer.whole, MPI.BYTE], dms, self._tag)
         self.sending = self._comm.Isend([message, MPI.BYTE], dms, self._tag)
 

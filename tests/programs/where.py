@@ -19,7 +19,7 @@ def tells_locations(dms):
 
     def answer(store, pages, answer, *_):
         states = locations(store, pages.start, len(pages))
-        return answer.message(LOCATIONS, len(states), 0, 0, states)
+        return answer.message(LOCATIONS, len(states), 0, states)
 
     dms._requests[LOCATIONS] = answer, MOST, 0, 0
     return dms
