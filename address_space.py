@@ -316,23 +316,21 @@ class Space:
             u.madvise(self.start_addr, length, u.MADV_NOHUGEPAGE)
 
     def _register(self, uffd: u.Userfaultfd, wanted: str) -> str:
-        """Enable the features that this kernel has, and register the space.
+        """Enable the features that are needed, and register the space.
 
         Returns how first writes are noticed: "async", "events", or "" if they are not. Raises
         ValueError if the kernel lacks a feature.
         """
-        supported, wp = u.supported_features(), u.WP_FEATURES
+        wp = u.WP_FEATURES
         # With "none", pages get no uffd-wp bit. But without the feature the kernel maps neighbours of a page
         # that is touched (fault-around), and they would count as used.
-        ways = {"async": wp | u.UFFD_FEATURE_WP_ASYNC, "events": wp, "none": wp & supported}
-        if wanted == "auto":
-            wanted = next(way for way, features in ways.items() if not features & ~supported)
-        if (needed := u.NEEDED_FEATURES | ways[wanted]) & ~supported:
-            lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
-            raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
-        uffd.api(needed)
-        uffd.register(self.start_addr, self.end_addr - self.start_addr, ways[wanted] & wp == wp)
-        return "" if wanted == "none" else wanted
+        ways = ("async", wp | u.UFFD_FEATURE_WP_ASYNC), ("events", wp), ("none", wp), ("none", 0)
+        for way, features in ways:
+            if wanted in (way, "auto") and uffd.api(u.NEEDED_FEATURES | features):
+                uffd.register(self.start_addr, self.end_addr - self.start_addr, bool(features))
+                return "" if way == "none" else way
+        lacks = "this kernel's userfaultfd lacks something; see: python -m edm doctor"
+        raise ValueError(f"clean_tracking: for {wanted!r} {lacks}")
 
     def _end(self) -> None:
         """At the interpreter's end, wait until the pager has printed everything: the shell's prompt comes

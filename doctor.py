@@ -71,7 +71,8 @@ FEATURES = {
 
 
 def its_features() -> Finding:
-    supported = u.supported_features()
+    with open(u.open_userfaultfd()[0], "rb", 0) as uffd:
+        supported = u.Userfaultfd(uffd.fileno()).api(0)
     for feature, found in FEATURES.items():
         if feature & ~supported:
             return "missing" if feature == u.NEEDED_FEATURES else "without", found, ""

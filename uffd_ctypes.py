@@ -4,7 +4,6 @@ In the picture: every arrow between EDM and the kernel.
 
 Interface:
     open_userfaultfd()      make one, in the most capable way that this process is permitted
-    supported_features()    what this kernel's userfaultfd can do
     Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
     mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, block_signals,
@@ -125,12 +124,6 @@ def open_userfaultfd() -> tuple[int, str]:
     return _checked(what, _libc.syscall(number, flags | UFFD_USER_MODE_ONLY)), USER_MODE
 
 
-def supported_features() -> int:
-    """The UFFD_FEATURE_* bits of this kernel. Raises OSError as open_userfaultfd does."""
-    with FileIO(open_userfaultfd()[0]) as file:
-        return Userfaultfd(file.fileno()).api(0)
-
-
 class Userfaultfd:
     """The ioctls of one userfaultfd, for one thread. See ioctl_userfaultfd(2) for each. Each raises OSError,
     which names the ioctl: ESRCH when the process has ended."""
@@ -152,11 +145,13 @@ class Userfaultfd:
         return block.unpack_from(self._block)
 
     def api(self, features: int) -> int:
-        """The handshake, once per descriptor: ask for features, get those that there are.
+        """The handshake, which must succeed once: ask for features, get all that there are.
 
-        Raises OSError EINVAL if the kernel lacks one that was asked for.
+        Returns 0 if the kernel lacks one that was asked for. Then it may be asked for less.
         """
-        return self._call("UFFDIO_API", UFFD_API, features, 0)[1]
+        with suppress(OSError):  # EINVAL
+            return self._call("UFFDIO_API", UFFD_API, features, 0)[1]
+        return 0
 
     def register(self, start: int, length: int, write_protect: bool = True) -> None:
         """From now on, MISSING and WP faults of this range (bytes) become messages."""

@@ -35,9 +35,15 @@ from edm.page_idle import bitmap_missing
 PROGRAMS = Path(__file__).parent / "programs"
 
 
+def supported_features() -> int:
+    """The UFFD_FEATURE_* bits of this kernel."""
+    with open(uffd_ctypes.open_userfaultfd()[0], "rb", 0) as uffd:
+        return uffd_ctypes.Userfaultfd(uffd.fileno()).api(0)
+
+
 def _userfaultfd_missing() -> str:
     try:
-        missing = uffd_ctypes.NEEDED_FEATURES & ~uffd_ctypes.supported_features()
+        missing = uffd_ctypes.NEEDED_FEATURES & ~supported_features()
     except OSError as error:
         return str(error)
     return f"this kernel's userfaultfd lacks features {missing:#x}" if missing else ""
@@ -102,7 +108,7 @@ def _trackings() -> list:
         "none": 0,
     }
     try:
-        has = uffd_ctypes.supported_features()
+        has = supported_features()
     except OSError:
         has = 0
     return [

@@ -249,7 +249,8 @@ FEATURES = u.NEEDED_FEATURES | u.WP_FEATURES | u.UFFD_FEATURE_POISON | u.UFFD_FE
     ],
 )
 def test_what_the_kernels_userfaultfd_lacks_is_told(monkeypatch, lacks, state, words):
-    monkeypatch.setattr(u, "supported_features", lambda: FEATURES & ~lacks)
+    monkeypatch.setattr(u, "open_userfaultfd", lambda: (os.open("/dev/null", 0), u.USER_MODE))
+    monkeypatch.setattr(u.Userfaultfd, "api", lambda self, features: FEATURES & ~lacks)
     found, told, _ = doctor.its_features()
     assert found == state and words in told
 
@@ -308,12 +309,12 @@ def test_a_userfaultfd_that_there_is_not_is_missing(run, at_the_start_of_each_py
 
 NO_WRITE_PROTECTION = """
 from edm import uffd_ctypes as u
-supported, register = u.supported_features, u.Userfaultfd.register
+api, register = u.Userfaultfd.api, u.Userfaultfd.register
 def without_write_protection(self, start, length, write_protect=True):
     if write_protect:
         raise OSError(22, "UFFDIO_REGISTER")
     register(self, start, length, write_protect)
-u.supported_features = lambda: supported() & ~u.WP_FEATURES
+u.Userfaultfd.api = lambda self, features: not features & u.WP_FEATURES and api(self, features)
 u.Userfaultfd.register = without_write_protection
 """
 

@@ -15,7 +15,14 @@ import time
 import types
 
 import pytest
-from conftest import close, lpet_is_first, needs_userfaultfd, pages_in, wait_for
+from conftest import (
+    close,
+    lpet_is_first,
+    needs_userfaultfd,
+    pages_in,
+    supported_features,
+    wait_for,
+)
 
 from edm import lpet as lpet_module
 from edm import lspt as l
@@ -1049,8 +1056,8 @@ def test_no_page_is_missed_that_lpet_has_when_the_application_ends(make, monkeyp
 @pytest.fixture
 def registered(make):
     """The memory is registered, and its pages have the page table's real marks."""
-    if u.WP_FEATURES & ~u.supported_features() or not (
-        u.supported_features() & u.UFFD_FEATURE_WP_ASYNC
+    if u.WP_FEATURES & ~supported_features() or not (
+        supported_features() & u.UFFD_FEATURE_WP_ASYNC
     ):
         pytest.skip("this kernel has no asynchronous write-protection (Linux 6.7)")
     instance = make()
