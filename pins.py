@@ -29,7 +29,6 @@ TRIES, PIN_AGAIN = 300, 1e-3  # to find room, and seconds between two
 
 # One run of a pin's pages: first page, count of pages, thread, and the call: its number and six arguments.
 PIN = Struct("=10Q")
-Pin = tuple[int, ...]
 
 
 class Pins:
@@ -72,10 +71,10 @@ class Pins:
         """The runs of pinned pages: (first page, count). The caller has the lock."""
         return [pin[:2] for pin in self._pins()] if self._used[0] else []
 
-    def _pins(self) -> list[Pin]:
+    def _pins(self) -> list[tuple[int, ...]]:
         return list(PIN.iter_unpack(self._table[: self._used[0] * PIN.size]))
 
-    def _keep(self, pins: list[Pin]) -> None:
+    def _keep(self, pins: list[tuple[int, ...]]) -> None:
         self._table[: len(pins) * PIN.size] = b"".join(PIN.pack(*pin) for pin in pins)
         self._used[0] = len(pins)
 

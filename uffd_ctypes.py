@@ -27,7 +27,7 @@ from _multiprocessing import SemLock
 from _signal import SIG_BLOCK, SIG_SETMASK
 from _thread import _local as local
 from contextlib import suppress
-from ctypes import c_int, c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
+from ctypes import c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from fcntl import ioctl
 from functools import partial
 from io import FileIO  # open() may be a program's
@@ -86,7 +86,6 @@ WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 # ---------------------------------------------------------------- making a userfaultfd
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
 _libc.mmap.restype = c_long  # an address of a process, or -1
 # Keeps the GIL: for calls that take less time than to get it back from another thread.
 WITH_GIL = ctypes.PyDLL(None, use_errno=True)
@@ -213,7 +212,7 @@ def mmap(addr: int, length: int, prot: int, flags: int, fd: int = -1, off: int =
     Raises OSError, with MAP_FIXED_NOREPLACE: EEXIST where something is mapped already, EPERM below
     vm.mmap_min_addr, ENOMEM beyond the end of the address space.
     """
-    return _checked("mmap", _libc.mmap(addr, length, prot, flags, fd, off))
+    return _checked("mmap", _libc.mmap(c_long(addr), c_long(length), prot, flags, fd, c_long(off)))
 
 
 def munmap(addr: int, length: int) -> None:
