@@ -28,7 +28,8 @@ sleeps between tests.
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from mpi4py import MPI
 
@@ -38,7 +39,7 @@ from edm.lspt import Run
 from edm.page_store import ONE_STRIPE, STRIPE, SYNC_PHASES, Bytes
 from edm.uffd_ctypes import PAGE_SIZE
 
-PATIENCE = 50e-6  # seconds between two tests of a patient thread
+nap = partial(time.sleep, 50e-6)  # seconds: what a patient thread does between two tests
 
 
 class Slot:
@@ -92,7 +93,7 @@ class MpiStore:
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
         """See PageStore."""
         self._free.append(asked)
-        self._wait([asked.sending, asked.receiving], patient=False)
+        _wait(os.sched_yield, asked.sending, asked.receiving)
         kind, got = self._answer(asked)
         self.from_each[asked.dms] += got
         if self._info:
@@ -129,7 +130,7 @@ class MpiStore:
     def close(self) -> None:
         """Say BYE: this instance has ended. Nothing else may be called after that."""
         for slot in self._of_gets:  # MPI writes to its memory until the answer is there
-            self._wait([slot.sending, slot.receiving])
+            _wait(nap, slot.sending, slot.receiving)
         self._request(m.BYE)
 
     # ------------------------------------------------------------ asking and waiting
@@ -154,8 +155,8 @@ class MpiStore:
             for dms, slot in asked.items():
                 slot.send(dms, kind, count, page, more, *body_of[dms])
             # A large message travels only while both ends call MPI: no sleep before it is sent.
-            self._wait([slot.sending for slot in asked.values()], patient=False)
-            self._wait([slot.receiving for slot in asked.values()])
+            _wait(os.sched_yield, *(slot.sending for slot in asked.values()))
+            _wait(nap, *(slot.receiving for slot in asked.values()))
             for slot in asked.values():
                 self._answer(slot)
 
@@ -166,10 +167,9 @@ class MpiStore:
             raise OSError(number, bytes(slot.answer.body[:count]).decode(errors="replace"))
         return kind, count
 
-    def _wait(self, requests: list[MPI.Request], patient: bool = True) -> None:
-        for request in requests:
-            while not request.Test():
-                if patient:
-                    time.sleep(PATIENCE)
-                else:
-                    os.sched_yield()
+
+def _wait(pause: Callable[[], None], *requests: MPI.Request) -> None:
+    """Wait for these requests, with this pause between two tests."""
+    for request in requests:
+        while not request.Test():
+            pause()
