@@ -282,14 +282,14 @@ class Lpet:
             try:
                 for at, content in dirty:
                     if track_clean:
-                        self._protect(at, len(content), True)
+                        self._uffd.writeprotect(self._start + at * PAGE_SIZE, len(content), True)
                     if os.preadv(self._memfd, [content], at * PAGE_SIZE) < len(content):
                         raise OSError(errno.EIO, "preadv: a page of the memfd can't be read")
                 if dirty:
                     self._store.put([], dirty)
             except OSError:
                 for at, content in dirty if track_clean else ():
-                    self._protect(at, len(content), False)
+                    self._uffd.writeprotect(self._start + at * PAGE_SIZE, len(content), False)
                 raise
             finally:
                 self._lspt.stays(claimed)
@@ -298,9 +298,3 @@ class Lpet:
             if self._lspt.stopped() and l.LEAVING in claimed.before:  # what is COMING has not come
                 raise OSError(errno.EIO, "LPET has ended in the midst of an eviction")
         return pages
-
-    def _protect(self, page: int, length: int, protect: bool) -> None:
-        """length: bytes."""
-        # ESRCH, ENOENT: the application has ended, or unmapped the space, and writes no more.
-        with suppress(ProcessLookupError, FileNotFoundError):
-            self._uffd.writeprotect(self._start + page * PAGE_SIZE, length, protect)

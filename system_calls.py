@@ -224,9 +224,7 @@ class SystemCalls:
             if writes and self._hello.clean_tracking == "events":
                 # The uffd-wp bit of a page that a call writes has to be cleared here.
                 start = self._lspt.start + run.start * PAGE_SIZE
-                # ENOENT, ESRCH: the application is ending.
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    self._uffd.writeprotect(start, len(run) * PAGE_SIZE, False)
+                self._uffd.writeprotect(start, len(run) * PAGE_SIZE, False)
         return address % PAGE_SIZE + length <= sum(map(len, pages)) * PAGE_SIZE
 
     def _pages_of(self, buffers: list[tuple[int, int]], least: int) -> list[range]:

@@ -173,9 +173,11 @@ class Userfaultfd:
         return max(0, self._call("UFFDIO_ZEROPAGE", start, length, 0, 0)[-1])
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
-        """Set the uffd-wp bit of these pages (bytes); or, protect=False, clear it and wake."""
+        """Set the uffd-wp bit of these pages (bytes); or, protect=False, clear it and wake. Does nothing if the process
+        has ended (ESRCH), or has unmapped them (ENOENT): it writes no more."""
         mode = UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
-        self._call("UFFDIO_WRITEPROTECT", start, length, mode)
+        with suppress(ProcessLookupError, FileNotFoundError):
+            self._call("UFFDIO_WRITEPROTECT", start, length, mode)
 
     def wake(self, start: int, length: int) -> None:
         """Wake the threads that sleep in a fault of this range (bytes); they try again."""

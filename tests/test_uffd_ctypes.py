@@ -351,6 +351,14 @@ def test_where_nothing_is_registered_copy_raises_enoent(memory):
 
 
 @needs_userfaultfd
+@pytest.mark.parametrize("protect", [True, False])
+def test_where_nothing_is_registered_protecting_does_nothing(make, protect):
+    other = mmap.mmap(-1, PAGE_SIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(other))
+    make(u.WP_FEATURES).uffd.writeprotect(address, PAGE_SIZE, protect)
+
+
+@needs_userfaultfd
 def test_a_feature_that_there_is_not_is_refused_and_less_may_be_asked_for():
     fd, _ = u.open_userfaultfd()
     uffd = u.Userfaultfd(fd)
