@@ -325,7 +325,6 @@ class LSPT(ByteTable):
                 if becomes[HERE] < HERE:
                     self._room(before.translate(NO_HOLES).count(255), not self._plain)
         if claimed.leaving:
-            # Claims of several threads end here, and a Userfaultfd is for one.
             page, end = claimed.leaving[0][0], sum(claimed.leaving[-1])
             Userfaultfd(self.uffd).wake(self.start + page * PAGE_SIZE, (end - page) * PAGE_SIZE)
 

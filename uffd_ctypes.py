@@ -4,15 +4,15 @@ In the picture: every arrow between EDM and the kernel.
 
 Interface:
     open_userfaultfd()      make one, in the most capable way that this process is permitted
-    Userfaultfd(fd)         its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
+    Userfaultfd(fd)         a descriptor with its ioctls: api, register, copy, zeropage, writeprotect, wake, poison;
                             and read_faults, which reads the messages
     mmap, mprotect, madvise, munmap, punch_hole, futex_wait, futex_wake, semaphore, block_signals,
     restore_signals, tgkill, prctl, close_from, pidfd_getfd, seccomp
 
 Rules:
-    * A call that fails raises OSError with its errno and its name; futex_wait and futex_wake return.
+    * A call that fails raises OSError with its errno and its name; but futex_wait, futex_wake and api return, and so
+      does writeprotect where nobody writes any more.
     * Addresses and lengths are bytes, whole pages.
-    * A Userfaultfd holds one argument block, so each thread makes its own around the descriptor.
     * The descriptor acts on the address space of the process that made it, whoever holds it.
     * Every call releases the GIL, except those by WITH_GIL. fcntl.ioctl is a microsecond faster than
       ctypes, so the ioctls use it, with the arguments packed by struct.
@@ -123,25 +123,21 @@ def open_userfaultfd() -> tuple[int, str]:
     return _checked(what, _libc.syscall(number, flags | UFFD_USER_MODE_ONLY)), USER_MODE
 
 
-class Userfaultfd:
-    """The ioctls of one userfaultfd, for one thread. See ioctl_userfaultfd(2) for each. Each raises OSError,
-    which names the ioctl: ESRCH when the process has ended."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self._block = bytearray(64)
+class Userfaultfd(int):
+    """A descriptor, with its ioctls. See ioctl_userfaultfd(2) for each. Each raises OSError, which names the ioctl:
+    ESRCH when the process has ended."""
 
     def _call(self, name: str, *fields: int) -> tuple[int, ...]:
         """The ioctl, with these fields of its block; returns all of them. It may be interrupted (EAGAIN)."""
         request, block = IOCTLS[name]
-        block.pack_into(self._block, 0, *fields)
+        content = bytearray(block.pack(*fields))
         try:
-            ioctl(self.fd, request, self._block)
+            ioctl(self, request, content)
         except BlockingIOError:
             pass
         except OSError as error:
             raise OSError(error.errno, f"{name}: {error.strerror}") from None
-        return block.unpack_from(self._block)
+        return block.unpack(content)
 
     def api(self, features: int) -> int:
         """The handshake, which must succeed once: ask for features, get all that there are.
@@ -193,7 +189,7 @@ class Userfaultfd:
         address: the exact one. thread: its id.
         """
         try:
-            return list(uffd_msg.iter_unpack(os.read(self.fd, 64 * uffd_msg.size)))
+            return list(uffd_msg.iter_unpack(os.read(self, 64 * uffd_msg.size)))
         except BlockingIOError:
             return []
 

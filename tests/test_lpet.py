@@ -160,7 +160,6 @@ class Instance:
         settings = {"evict_batch": batch, "idle_tracker": "unmap"}
         hello = types.SimpleNamespace(fds=[None, self.memory.memfd], **settings)
         self.lpet = Lpet(self.lspt, self.store, self.pagemap, hello)
-        self.lpet._uffd = self.uffd
         self.gone, self._gone = [], self.lspt.gone  # the pages that have left, in order
         self.lspt.gone = self._note_gone
 
@@ -229,7 +228,8 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def make(monkeypatch):
-    monkeypatch.setattr(l, "Userfaultfd", lambda uffd: uffd)  # an Instance's is a FakeUffd
+    for module in (l, lpet_module):
+        monkeypatch.setattr(module, "Userfaultfd", lambda uffd: uffd)  # an Instance's is a FakeUffd
     made = []
 
     def make(**options):
