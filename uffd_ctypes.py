@@ -213,19 +213,12 @@ def mmap(addr: int, length: int, prot: int, flags: int, fd: int = -1, off: int =
     return _checked("mmap", _libc.mmap(c_long(addr), c_long(length), prot, flags, fd, c_long(off)))
 
 
-def munmap(addr: int, length: int) -> None:
-    """munmap(2)."""
-    _checked("munmap", _libc.munmap(c_void_p(addr), c_size_t(length)))
+def _mapped(name: str, addr: int, length: int, *how: int) -> None:
+    """munmap(2); or with what is wanted of the pages, mprotect(2) or madvise(2)."""
+    _checked(name, getattr(_libc, name)(c_void_p(addr), c_size_t(length), *how))
 
 
-def mprotect(addr: int, length: int, prot: int) -> None:
-    """mprotect(2)."""
-    _checked("mprotect", _libc.mprotect(c_void_p(addr), c_size_t(length), prot))
-
-
-def madvise(addr: int, length: int, advice: int) -> None:
-    """madvise(2)."""
-    _checked("madvise", _libc.madvise(c_void_p(addr), c_size_t(length), advice))
+munmap, mprotect, madvise = (partial(_mapped, name) for name in ("munmap", "mprotect", "madvise"))
 
 
 def punch_hole(fd: int, offset: int, length: int, libc: ctypes.CDLL = _libc) -> None:
