@@ -4,7 +4,8 @@ In the picture: between the pager's threads and the DMSs.
 
 Interface: MpiStore(comm, dms, ...), with the methods of PageStore that a pager calls, and their contracts.
 Each raises OSError with the DMS's errno and reason if a DMS refuses. If a DMS has died, it does not
-return: this process is killed, see rank.py.
+return: this process is killed, see rank.py. `on_disk` has to be set before runs_on_disk is called: what the DMSs
+have told this rank at the start (messages.py).
 
 The pages are striped over the DMSs: stripe s, which is STRIPE pages, belongs to DMS s % N. A single DMS has
 all pages in one endless stripe. A get is about pages of one stripe: a caller that wants more asks for all of
