@@ -4,7 +4,8 @@ In the picture: the right end of the MPI arrow, rank 0 of the job; or ranks 0 to
 each has some stripes of every instance's pages (mpi_client.py).
 
 Interface: DMS(comm, dms, ...).serve() answers the instances' requests until the last has said BYE. Before that,
-all DMSs of a job tell each other their `offers`, and call start(). Then each tells the instances what is on_disk().
+all DMSs of a job tell each other their `offers`. If there are several, and the disks are kept, they call start(). Then
+each tells the instances what is on_disk().
 
 Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason.
 No message ends the DMS, nor do SIGTERM and SIGINT: the instances end it, when they have written back what
@@ -72,13 +73,12 @@ class DMS:
         self.offers = [store.offers for store in self._stores]  # the syncs that each can start from
 
     def start(self, offers_of_all: list[list[range]]) -> None:
-        """Start the stores that wait for it, each from the oldest sync that all DMSs have (page_store.py). Raises
+        """Start the stores, which wait for it, each from the oldest sync that all DMSs have (page_store.py). Raises
         ValueError if there is none, OSError as PageStore.start does."""
         for store, *offers in zip(self._stores, *offers_of_all, strict=True):
-            if store.kept and self._first > 1:
-                if not (by_all := set.intersection(*map(set, offers))):
-                    raise ValueError(f"disk: no sync is on the disks of all DMSs: {offers}")
-                store.start(min(by_all))
+            if not (by_all := set.intersection(*map(set, offers))):
+                raise ValueError(f"disk: no sync is on the disks of all DMSs: {offers}")
+            store.start(min(by_all))
 
     def on_disk(self) -> list[bytes]:
         """Of each instance: its pages on the disk here that an earlier job has left, as RUNs (messages.py)."""

@@ -148,7 +148,7 @@ def _serve_pages(
             dms = DMS(comm, len(hosts), config)
         finally:  # the other DMSs wait for this one's offers
             offers = among_dmss.allgather(dms and dms.offers)
-        if all(offers):
+        if all(offers) and config.keep and len(hosts) > 1:
             dms.start(offers)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of a thread
         explain(error)

@@ -220,7 +220,8 @@ if comm.rank < DMSS:
         comm.isend(os.getpid(), DMSS, ASIDE)
     own = config.__replace__(disk=disk and f"{disk}{comm.rank or ''}")
     server = tells_locations(DMS(comm, DMSS, own))
-    server.start(comm.Create_group(comm.group.Incl(range(DMSS))).allgather(server.offers))
+    if disk and DMSS > 1:
+        server.start(comm.Create_group(comm.group.Incl(range(DMSS))).allgather(server.offers))
     server.serve()
 else:
     dms = comm.recv(source=0, tag=ASIDE)
