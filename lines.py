@@ -11,7 +11,8 @@ before a fault is resolved. `found`, the report's, becomes the table:
 A sample is a random fault, about one per INTERVAL. It stands for all faults since the sample before. Each
 of them counts with the mean duration of the last faults of the same array, as the sampled fault itself
 takes longer. The signal is sent before the page comes: it wakes the thread, which writes its frames and
-faults again at the same instruction. So at this second fault the answer is complete.
+faults again at the same instruction, or goes on. The answer is read when the next sample is due, and at the end the
+last one is not. If another thread faults then, and the answer is not there yet, the line counts as unknown.
 
 The default action of SIGURG is to ignore it, so it harms no process that has lost the handler: because
 Python is finalizing, or the process has executed another program. No signal is sent to
@@ -19,7 +20,7 @@ Python is finalizing, or the process has executed another program. No signal is 
     * a thread that blocks the signal
     * a thread that did not answer once: it runs no Python, or the program has a handler of its own
     * any thread, if the program has closed the memfd: its descriptor may be another file now
-The faults of the first three are counted without a line.
+The faults of all these are counted without a line.
 
 Rules: for the DM-Handler's thread; others may copy `found`. Memory is bounded: it keeps the first
 LINES lines.
@@ -78,6 +79,7 @@ class Lines:
         self._area, self._waited = range(1), 0  # of the last fault: its array; waited, see begins
         self._faults, self._next = -1, 0  # since the last sample, and how many until the next one
         self._asked, self._when = 0, time.monotonic_ns()  # the thread that was asked, or 0
+        self._of_sample = self._area, 0, 0  # its array, its faults, and how long each took
 
     def begins(self, thread: int, page: int, waited: int) -> int:
         """This thread waits for a page. waited: the nanoseconds of all faults before. Returns how many a sample took
@@ -90,10 +92,8 @@ class Lines:
         if self._faults < self._next:
             return 0
         now = time.monotonic_ns()
-        if not self._asked:
-            self._sample(thread, now)
-        elif thread == self._asked or now - self._when > INTERVAL:
-            self._hear(thread)
+        self._hear(thread)
+        self._sample(thread, now)
         return time.monotonic_ns() - now
 
     def _sample(self, thread: int, now: int) -> None:
@@ -101,36 +101,31 @@ class Lines:
         mean = min(MOST, self._faults * INTERVAL // (now - self._when))
         self._next = 1 + now % (2 * mean + 2)  # the clock's nanoseconds are random enough
         self._of_sample = self._area, self._faults, self._took[self._area.start % ARRAYS]
-        self._when, self._faults = now, 0
+        self._when, self._faults, self._asked = now, 0, 0
+        os.ftruncate(self._memfd, 0)  # also a late answer
         of_thread = f"/proc/{self._process}/task/{thread}"
         # OSError: the thread has ended, the memfd is closed, or reading is not permitted.
         with suppress(OSError):
-            if not os.path.samefile(self._its_end, self._memfd):
-                return
             with open(f"{of_thread}/syscall") as call, open(f"{of_thread}/status", "rb") as status:
                 number, blocked = call.read(3), re.search(rb"SigBlk:\t(\w+)", status.read())[1]
-            if number != "-1 " or thread in self._silent or int(blocked, 16) >> SIGURG - 1 & 1:
-                self._count(NO_LINE)
-            else:
-                os.ftruncate(self._memfd, 0)  # a late answer may be there
+            blocks = int(blocked, 16) >> SIGURG - 1 & 1
+            is_open = os.path.samefile(self._its_end, self._memfd)
+            if number == "-1 " and not blocks and is_open and thread not in self._silent:
                 tgkill(self._process, thread, SIGURG)
                 self._asked = thread
 
     def _hear(self, thread: int) -> None:
-        """Read the answer of the thread that was asked: it faults again, or had INTERVAL for it."""
+        """Count the faults of the last sample. This thread faults now: if it was asked, its answer is complete."""
         frames = FRAME.findall(os.pread(self._memfd, ANSWER, 0).decode(errors="replace"))
         own = [frame for frame in frames if not any(part in frame[0] for part in LIBRARIES)]
+        line = NO_LINE
         if frames:
             file, number, function = (own or frames)[0]  # the innermost
-            self._count(f"{file}:{number} in {function}")
+            line = f"{file}:{number} in {function}"
         elif thread == self._asked:
             self._silent.add(thread)
-            self._count(NO_LINE)
-        self._asked = 0
-
-    def _count(self, line: str) -> None:
         area, faults, took = self._of_sample
         key = line, area.start, len(area)
-        if key in self._found or len(self._found) < LINES:
+        if faults and (key in self._found or len(self._found) < LINES):
             before, waited = self._found.get(key, (0, 0))
             self._found[key] = [before + faults, waited + faults * took]
