@@ -18,7 +18,6 @@ from importlib.util import find_spec
 
 from edm import uffd_ctypes as u
 from edm.page_idle import bitmap_missing
-from edm.page_store import disk_folder
 
 DEADLINE = 30  # seconds for anything that could hang
 
@@ -137,15 +136,6 @@ def _run(*command: str) -> tuple[int, list[str]]:
     return done.returncode, lines or [f"exit status {done.returncode}"]
 
 
-# ---------------------------------------------------------------- the disk
-
-
-def disk() -> Finding:
-    folder = disk_folder()
-    free = shutil.disk_usage(folder).free / (1 << 30)
-    return "ok", f"{free:.1f} GiB free in {folder}, where EDM keeps pages by default", ""
-
-
 # ---------------------------------------------------------------- the tests
 
 PACKAGES = (
@@ -166,4 +156,4 @@ def the_tests() -> Finding:
 
 
 # In this order. What is printed of a check is its function's name.
-CHECKS = userfaultfd, its_features, a_page_fault, idle_pages, MPI, two_ranks, disk, the_tests
+CHECKS = userfaultfd, its_features, a_page_fault, idle_pages, MPI, two_ranks, the_tests

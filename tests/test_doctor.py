@@ -22,7 +22,7 @@ from edm import uffd_ctypes as u
 
 ROOT = Path(doctor.__file__).parent
 CHECKS = {
-    "userfaultfd", "its features", "a page fault", "idle pages", "MPI", "two ranks", "disk", "the tests",
+    "userfaultfd", "its features", "a page fault", "idle pages", "MPI", "two ranks", "the tests",
 }  # fmt: skip
 
 
@@ -331,14 +331,3 @@ def test_why_no_page_comes_is_told_as_the_pager_says_it(monkeypatch):
     told = "edm: error: pages can't be written back into memory here: this kernel makes huge pages"
     monkeypatch.setattr(doctor, "_run", lambda *command: (2, [told]))
     assert doctor.a_page_fault() == ("missing", told, "")
-
-
-def test_the_folder_of_the_disk_is_told_and_what_is_free_there(monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(ROOT))
-    _, words, _ = doctor.disk()
-    assert f"GiB free in {ROOT}" in words
-    monkeypatch.setenv("TMPDIR", "/nowhere")
-    _, words, _ = doctor.disk()
-    assert "GiB free in /var/tmp" in words, (
-        "as the temporary files of any program are elsewhere then"
-    )

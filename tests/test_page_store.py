@@ -714,6 +714,17 @@ def test_a_disk_without_a_path_leaves_no_file_behind(tmp_path, monkeypatch):
     store.close()
 
 
+@pytest.mark.parametrize("variable", ["", "/nowhere"])
+def test_a_disk_without_a_path_is_in_tmpdir_or_where_others_have_temporary_files(
+    tmp_path, monkeypatch, variable
+):
+    monkeypatch.setenv("TMPDIR", variable or str(tmp_path))
+    store = open_store(None, START, END)
+    folder = os.path.dirname(os.readlink(f"/proc/self/fd/{store.fd}"))
+    assert folder == ("/var/tmp" if variable else str(tmp_path))
+    store.close()
+
+
 @BOTH
 def test_the_disk_file_is_for_its_owner_only(path, keep):
     path.touch(0o666)
