@@ -14,7 +14,7 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
     samples        until: when it was taken; came: pages since the sample before, by place. And all but the
                    first, which is the start: the figures of pager.py; away: pages of the
                    areas of that time that were not here
-    latencies      [µs at most, faults], ascending
+    latencies      faults, by how long they took: see dm_handler.py
     areas          the largest AREAS; page: the first, in the space; count; name; mapped, unmapped: when, or
                    null
     lines          [line, its array's first page, count of pages, faults, nanoseconds], see lines.py
@@ -135,7 +135,7 @@ class Report:
             "summary": summary(figures),
             "samples": self._samples,
             "place": 1 << self._shift,
-            "latencies": self._handler.latencies(),
+            "latencies": self._handler.latencies,
             "lines": [[*key, *found] for key, found in self.lines.copy().items()],
             "areas": _largest([*self._here.values(), *self._gone]),
         }

@@ -566,8 +566,10 @@ def test_a_page_that_cant_be_read_is_lost_when_it_faults_and_not_before(handler,
     assert {*here(handler)} == others
 
 
-def test_latencies_are_counted_in_microseconds_and_long_ones_in_milliseconds(handler, monkeypatch):
-    took = {100: 900, 300: 1500, 550: 999_999, 700: 1_000_000, 990: 3_200_000}
+def test_latencies_are_counted_by_eighths_of_a_power_of_two(handler, monkeypatch):
+    assert handler.figures()["latency_median"] == handler.figures()["latency_99th"] == 0
+    # 0, as a clock may tell, and three days
+    took = {100: 0, 300: 15_000, 550: 16_384, 700: 1_000_000, 990: 259_200 * 10**9}
     for page, nanoseconds in took.items():
         clock = iter((10**9, 10**9 + nanoseconds))
         handler._uffd.faults = [(0, 0, page * PAGE_SIZE, 0)]
@@ -575,5 +577,10 @@ def test_latencies_are_counted_in_microseconds_and_long_ones_in_milliseconds(han
             patched.setattr(time, "monotonic_ns", lambda clock=clock: next(clock))
             with pytest.raises(StopIteration):  # at the same fault, again
                 handler.run()
-    assert handler.latencies() == [(1, 1), (2, 1), (1000, 1), (2000, 1), (4000, 1)]
-    assert (handler.figures()["latency_median"], handler.figures()["latency_99th"]) == (1000, 4000)
+    counted = {n: faults for n, faults in enumerate(handler.latencies) if faults}
+    assert counted == {0: 1, 111: 1, 113: 1, 160: 1, 384: 1}
+    for n, nanoseconds in zip(counted, took.values(), strict=True):
+        assert nanoseconds < 2 ** (n / 8) <= max(1, nanoseconds * 1.1)
+    # µs that half of the faults, and all of them, did not exceed: 9 % more than the longest, at most
+    assert handler.figures()["latency_median"] == round(2 ** (113 / 8) / 1000) == 18
+    assert 259_200 * 10**6 < handler.figures()["latency_99th"] < 1.1 * 259_200 * 10**6
