@@ -59,7 +59,7 @@ from edm.edm import tell
 from edm.lpet import Lpet
 from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
-from edm.report import SAMPLE, Report, table
+from edm.report import SAMPLE, TABLE, Report
 from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
@@ -315,7 +315,7 @@ class Pager:
             except OSError as error:
                 LOG.error("report: %s", error)
         if hello.stats:
-            tell(table(figures, hello.title))
+            tell(f"{hello.title}\n{TABLE.format(**figures)}")
 
     def figures(self) -> dict[str, object]:
         """See the top of this file."""

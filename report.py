@@ -3,13 +3,13 @@
 In the picture: beside the pager, which calls it.
 
 Interface:
-    table(figures, title)     what --stats prints
+    TABLE                     what --stats prints, by the figures of pager.py
     Report                    collects samples while the job runs. --progress prints each of them as a
                               live line on a terminal; --report writes an HTML page of all in the end
 
 The page is report.html with one JSON object in it, which a script there draws in the browser. The
 object has (times in seconds, as time.monotonic; counts in pages, unless a unit is given):
-    title, page_size (bytes), start_addr, summary (what summary() returns)
+    title, page_size (bytes), start_addr, table (what --stats prints)
     place          the size of a place: a part of the address space, by its number from start_addr on
     samples        until: when it was taken; came: pages since the sample before, by place. And all but the
                    first, which is the start: the figures of pager.py; away: pages of the
@@ -44,37 +44,16 @@ FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
 
 
-def size(pages: float) -> str:
-    """The size of so many pages, in words."""
-    amount, unit = pages * PAGE_SIZE, "bytes"
-    for larger in ("KiB", "MiB", "GiB"):
-        if amount >= 1024:
-            amount, unit = amount / 1024, larger
-    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "bytes" else f"{amount:.1f} {unit}"
-
-
-def summary(f: dict[str, object]) -> dict[str, str]:
-    """The figures of pager.py in words: {name: words}."""
-    each = ", ".join(map(str, f.get("from_each_dms", ())))
-    return {
-        "faults": f"{sum(f[name] for name in FAULTS)}: {f['faults_first_access']} first accesses, "
-        f"{f['faults_refetch']} refetches, {f['faults_write_protect']} first writes",
-        "latency": f"{f['latency_median']:.0f} µs median, "
-        f"{f['latency_99th']:.0f} µs 99th percentile of the faults",
-        "waiting": f"{f['waited']:.2f} s, the application for its pages",
-        "evictions": f"{f['evicted_dirty']} pages with their bytes, "
-        f"{f['evicted_clean']} clean ones without",
-        "to the store": size(f["bytes_sent"] / PAGE_SIZE),
-        "from it": f"{size(f['bytes_received'] / PAGE_SIZE)}; {f['fetched']} pages came, new ones "
-        "and those read ahead included",
-        **({"from each": f"{each} pages, of the DMSs by rank"} if "," in each else {}),
-        "resident": f"{size(f['peak_resident'])} at most",
-    }
-
-
-def table(figures: dict[str, object], title: str) -> str:
-    """The table of --stats."""
-    return "\n".join([title, *(f"{what:12} {it}" for what, it in summary(figures).items())])
+TABLE = """\
+faults       {faults_first_access} first accesses, {faults_refetch} refetches, \
+{faults_write_protect} first writes
+latency      {latency_median} µs median, {latency_99th} µs 99th percentile of the faults
+waiting      {waited:.2f} s, the application for its pages
+evictions    {evicted_dirty} pages with their bytes, {evicted_clean} clean ones without
+to the store {bytes_sent:,} bytes
+from it      {bytes_received:,} bytes; {fetched} pages came, new ones and those read ahead included
+from each    {from_each_dms} pages, of the DMSs by rank
+resident     {peak_resident} pages at most"""
 
 
 class Report:
@@ -132,7 +111,7 @@ class Report:
             "title": self._title,
             "page_size": PAGE_SIZE,
             "start_addr": self._lspt.start,
-            "summary": summary(figures),
+            "table": TABLE.format(**figures),
             "samples": self._samples,
             "place": 1 << self._shift,
             "latencies": self._handler.latencies,
@@ -155,10 +134,10 @@ def _line(before: dict, now: dict) -> str:
         return happened / (now["until"] - before["until"])
 
     waits, store, room = (f"{max(0, rate(name)):.0%}" for name in WAITS)
+    here, away = (now[name] * PAGE_SIZE >> 20 for name in ("resident", "away"))
     return (
-        f"waits {waits} (reading {store}, for room {room}), resident {size(now['resident'])}, "
-        f"not here {size(now['away'])}, {rate(*FAULTS):.0f} faults/s, "
-        f"{rate(*EVICTIONS):.0f} evictions/s"
+        f"waits {waits} (reading {store}, for room {room}), resident {here} MiB, "
+        f"not here {away} MiB, {rate(*FAULTS):.0f} faults/s, {rate(*EVICTIONS):.0f} evictions/s"
     )
 
 

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator
 
 import edm
-from edm import report
+from edm.report import TABLE
 
 WORDS = edm.PAGE_SIZE // 8  # 64-bit numbers in a page
 
@@ -52,7 +52,7 @@ def work(space: edm.Space) -> None:
     figures = space.figures()
     here = f"at most {figures['peak_resident']} pages, of {config.high_threshold} allowed"
     title = f"{pages} pages, {args.size} MiB, in {seconds:.1f} s; here were {here}"
-    print(report.table(figures, title))
+    print(f"{title}\n{TABLE.format(**figures)}")
     if total != count * (count - 1) // 2:
         sys.exit(f"the sum is {total}, not {count * (count - 1) // 2}: FAILURE")
     if wrong:

@@ -20,7 +20,8 @@ from edm.uffd_ctypes import PAGE_SIZE
 
 FIGURES = dict.fromkeys((*FAULTS, *EVICTIONS), 0) | {
     "resident": 10, "peak_resident": 20, "bytes_sent": 5000, "bytes_received": 1 << 30,
-    "waited": 1.5, "waited_for_store": 0.5, "waited_for_room": 0.25, "latency_median": 30.0, "latency_99th": 400.0, "fetched": 7,
+    "waited": 1.5, "waited_for_store": 0.5, "waited_for_room": 0.25, "latency_median": 30, "latency_99th": 400, "fetched": 7,
+    "from_each_dms": [3, 4],
 }  # fmt: skip
 START = 0x10_0000_0000
 BEGAN = 100.0  # seconds
@@ -182,8 +183,9 @@ def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
             "unmapped": BEGAN + 21,
         },
     ]  # fmt: skip
-    assert page["summary"] == report.summary(FIGURES)
-    assert page["summary"]["from it"].startswith("1.0 GiB; 7 pages came")
+    assert page["table"] == report.TABLE.format(**FIGURES)
+    assert "\nfrom it      1,073,741,824 bytes; 7 pages came" in page["table"]
+    assert "\nfrom each    [3, 4] pages" in page["table"]
 
 
 def test_the_page_is_whole_by_itself_and_knows_the_names_of_the_object(clock, tmp_path):
@@ -262,7 +264,7 @@ def test_a_job_writes_it(run, tmp_path):
     assert sum(sum(sample["came"].values()) for sample in content["samples"]) >= area["count"]
     last = content["samples"][-1]
     assert last["resident"] <= 256 and last["evicted_dirty"] > 1000
-    assert content["summary"]["faults"].startswith(f"{sum(last[name] for name in FAULTS)}: ")
+    assert content["table"].startswith(f"faults       {last['faults_first_access']} first accesses")
 
 
 def test_a_page_that_cannot_be_written_is_an_oserror(clock, tmp_path):
@@ -279,30 +281,22 @@ def test_the_template_is_package_data():
 def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd, monkeypatch):
     monkeypatch.setattr(report, "SAMPLE", 500)
     made = begun(live=True)
-    made._lspt.areas = [(0, 266)]
+    made._lspt.areas = [(0, 266 << 10)]
     for faults in (10, 40, 45, 50):
         clock[0] += 0.5
         waited = faults / 100
         figures = {
             "faults_refetch": faults, "evicted_clean": 2 * faults, "waited": waited,
-            "waited_for_store": waited / 2, "waited_for_room": waited / 5,
+            "waited_for_store": waited / 2, "waited_for_room": waited / 5, "resident": 10 << 10,
         }  # fmt: skip
         made.sample(FIGURES | figures)
     made.write(None, FIGURES)
     begin, *lines, end = capfd.readouterr().err.split("\r\x1b[K")
     assert begin == end == ""
-    memory = "resident 40 KiB, not here 1.0 MiB"
+    memory = "resident 40 MiB, not here 1024 MiB"
     assert [re.sub(r"\x1b\[\?7[lh]", "", line) for line in lines] == [
         f"waits 20% (reading 10%, for room 4%), {memory}, 20 faults/s, 40 evictions/s",
         f"waits 40% (reading 20%, for room 8%), {memory}, 40 faults/s, 80 evictions/s",
         f"waits 35% (reading 18%, for room 7%), {memory}, 35 faults/s, 70 evictions/s",
         f"waits 10% (reading 5%, for room 2%), {memory}, 10 faults/s, 20 evictions/s",
     ]
-
-
-@pytest.mark.parametrize(
-    ("pages", "words"),
-    [(0, "0 bytes"), (1, "4.0 KiB"), (3, "12 KiB"), (256, "1.0 MiB"), (10**8, "381 GiB")],
-)
-def test_sizes_are_in_words(pages, words):
-    assert report.size(pages) == words
