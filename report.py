@@ -10,20 +10,19 @@ Interface:
 The page is report.html with one JSON object in it, which a script there draws in the browser. The
 object has (times in seconds, as time.monotonic; counts in pages, unless a unit is given):
     title, page_size (bytes), start_addr, table (what --stats prints)
-    place          the size of a place: a part of the address space, by its number from start_addr on
-    samples        until: when it was taken; came: pages since the sample before, by place. And all but the
-                   first, which is the start: the figures of pager.py; away: pages of the
-                   areas of that time that were not here
+    place          the pages of a place, a part of the address space, in the end
+    samples        until: when it was taken; came: pages since the sample before, by the first page of their
+                   place: its pages were fewer before. And all but the first, which is the start: the figures
+                   of pager.py; away: pages of the areas of that time that were not here
     latencies      faults, by how long they took: see dm_handler.py
-    areas          the largest AREAS; page: the first, in the space; count; name; mapped, unmapped: when, or
-                   null
+    areas          page: the first, in the space; count; name; mapped, unmapped: when, or null
     lines          [line, its array's first page, count of pages, faults, nanoseconds], see lines.py
 
 Rules: one thread at a time calls sample or write; one calls mapped, unmapped or write. The DM-Handler
-appends the pages that come meanwhile. Memory is bounded however long the job runs. If there are more than
-COLUMNS samples, the two neighbours that cover the shortest time are merged. The last second's stay apart:
---progress is about them. If all samples together have more than CELLS counts of places, neighbouring places
-are merged in pairs. Of the areas that were unmapped, the largest AREAS are kept.
+appends the pages that come meanwhile. However long the job runs, the memory grows with the logarithm of its time at
+most: a sample goes on until it covers 1/COLUMNS of the time so far, or is one call's, if that covers more. It has
+about PLACES counts at most, as a place grows with the areas. Of the areas that were unmapped, the
+largest AREAS are kept. --progress is about the last second's figures, which are kept apart.
 """
 
 import time
@@ -34,15 +33,13 @@ from edm.edm import tell
 from edm.lspt import LSPT
 from edm.uffd_ctypes import PAGE_SIZE
 
-COLUMNS = 192  # samples
-CELLS = 256 * COLUMNS  # counts of places, in all samples: of many places, 128 or more stay apart
-PLACE = 8  # log2 of the pages of a place, at first
+COLUMNS = 128  # a sample may cover this part of the time so far
+PLACES = 256  # that the areas have, at most, if there are no gaps; and half as many at least
 AREAS = 200
 SAMPLE = 100  # milliseconds from one sample to the next
 
 FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
 EVICTIONS = ("evicted_clean", "evicted_dirty")
-
 
 TABLE = """\
 faults       {faults_first_access} first accesses, {faults_refetch} refetches, \
@@ -61,8 +58,10 @@ class Report:
         """title: the title of the HTML page. live: print a line to stderr, which each sample overwrites."""
         self._title, self._lspt, self._handler, self._live = title, lspt, handler, live
         self._came = handler.came = deque()  # the pages that were installed
-        self._samples: list[dict] = [{"until": time.monotonic(), "came": Counter()}]  # see above
-        self._shift = PLACE
+        start = {"until": time.monotonic(), "came": Counter()}
+        self._samples: list[dict] = [start, start]  # of two ends, a sample begins at the first
+        self._second = deque([start], 1 + 1000 // SAMPLE)  # the figures of the last second
+        self._place = 1
         self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
         self._gone: list[dict] = []  # the largest first
         self.lines: dict[tuple[str, int, int], list[int]] = {}  # what lines.py finds
@@ -75,31 +74,24 @@ class Report:
     def unmapped(self, page: int) -> None:
         """Before the area's pages are freed."""
         if area := self._here.pop(page, None):  # None: this was called before
-            area["unmapped"] = time.monotonic()
-            self._gone = _largest([*self._gone, area])
+            gone = [*self._gone, area | {"unmapped": time.monotonic()}]
+            self._gone = sorted(gone, key=lambda area: -area["count"])[:AREAS]
 
     def sample(self, figures: dict[str, object]) -> None:
         """Note what has happened since the last call."""
-        came = Counter(self._came.popleft() >> self._shift for _ in range(len(self._came)))
-        samples = self._samples
-        away = max(0, sum(count for _, count in self._lspt.areas) - figures["resident"])
-        now = figures | {"until": time.monotonic(), "came": came, "away": away}
-        samples.append(now)
-        second = 1000 // SAMPLE  # so many samples
+        mapped = sum(count for _, count in self._lspt.areas)
+        self._place = max(self._place, 1 << (mapped // PLACES).bit_length())
+        now = figures | {"until": time.monotonic(), "away": max(0, mapped - figures["resident"])}
+        self._second.append(now)
         if self._live:
             # ?7l and ?7h: the terminal cuts off a line that is too long.
-            tell(f"\r\x1b[K\x1b[?7l{_line(samples[-1 - second :][0], now)}\x1b[?7h", "")
-        if len(samples) > COLUMNS:
-            ends = [sample["until"] for sample in samples]
-            shortest = min(range(1, COLUMNS - second), key=lambda at: ends[at + 1] - ends[at - 1])
-            merged = samples.pop(shortest)
-            samples[shortest]["came"].update(merged["came"])
-        while sum(len(sample["came"]) for sample in samples) > CELLS:
-            self._shift += 1
-            for sample in samples:
-                finer, sample["came"] = sample["came"], Counter()
-                for place, count in finer.items():
-                    sample["came"][place >> 1] += count
+            tell(f"\r\x1b[K\x1b[?7l{_line(self._second[0], now)}\x1b[?7h", "")
+        ends = [sample["until"] for sample in self._samples]
+        if ends[-1] - ends[-2] >= (ends[-1] - ends[0]) / COLUMNS:
+            self._samples.append({"came": Counter()})
+        sample = self._samples[-1]
+        sample.update(now)
+        sample["came"].update(self._came.popleft() & -self._place for _ in range(len(self._came)))
 
     def write(self, path: str | None, figures: dict[str, object]) -> None:
         """At the end: erase the live line, and write the HTML page if it has a path. Raises OSError."""
@@ -112,11 +104,11 @@ class Report:
             "page_size": PAGE_SIZE,
             "start_addr": self._lspt.start,
             "table": TABLE.format(**figures),
-            "samples": self._samples,
-            "place": 1 << self._shift,
+            "samples": self._samples[1:],
+            "place": self._place,
             "latencies": self._handler.latencies,
             "lines": [[*key, *found] for key, found in self.lines.copy().items()],
-            "areas": _largest([*self._here.values(), *self._gone]),
+            "areas": [*self._here.values(), *self._gone],
         }
         import json  # both take long to import
         from pathlib import Path
@@ -139,7 +131,3 @@ def _line(before: dict, now: dict) -> str:
         f"waits {waits} (reading {store}, for room {room}), resident {here} MiB, "
         f"not here {away} MiB, {rate(*FAULTS):.0f} faults/s, {rate(*EVICTIONS):.0f} evictions/s"
     )
-
-
-def _largest(areas: list[dict]) -> list[dict]:
-    return sorted(areas, key=lambda area: area["count"], reverse=True)[:AREAS]
