@@ -188,7 +188,8 @@ class LSPT(ByteTable):
         self.figures = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
         self.for_handler = os.eventfd(0, os.EFD_CLOEXEC)
         self.for_lpet = os.eventfd(0, os.EFD_CLOEXEC)
-        self.areas: list[Run] = []  # the application's areas, sorted
+        # The application's areas, sorted: the first page, the count of pages, and the name.
+        self.areas: list[tuple[int, int, str]] = []
         self._plain, self.as_the_wiki_does = plain, plain or high <= SMALL
         self._wake_at = self.high + 1 if self.as_the_wiki_does else (self.high + self.low + 1) // 2
         self.quarter = max(1, high // 4)  # pages that come in a generation
@@ -363,8 +364,8 @@ class LSPT(ByteTable):
 
     def area(self, page: int) -> range:
         """The pages of the application's area that has this page; only this page if there is none."""
-        index = bisect.bisect_right(self.areas, (page, self.pages)) - 1
-        for first, count in self.areas[index : index + 1]:  # another thread may change the list
+        index = bisect.bisect_right(self.areas, (page + 1,)) - 1
+        for first, count, _ in self.areas[index : index + 1]:  # another thread may change the list
             if first <= page < first + count:
                 return range(first, first + count)
         return range(page, page + 1)

@@ -246,16 +246,12 @@ class Pager:
 
     def mapped(self, page: int, count: int, name: str) -> None:
         """There is an area now; or it has grown."""
-        self._lspt.areas[self._area(page)] = [(page, count)]
-        if self._report:
-            self._report.mapped(page, count, name)
+        self._lspt.areas[self._area(page)] = [(page, count, name)]
 
     def free(self, page: int, count: int) -> None:
         """Make these pages NEW, here and in the store. They are an area that is none any more, or a gap: see
         Space.allocate."""
         del self._lspt.areas[self._area(page)]
-        if self._report:
-            self._report.unmapped(page)
         for claimed in self._lspt.claims([(page, count)], l.SETTLED, l.PART, self._store.kept):
             try:
                 # Installing a page removes the poison. Punching the hole then removes the page.

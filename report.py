@@ -15,14 +15,13 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
                    place: its pages were fewer before. And all but the first, which is the start: the figures
                    of pager.py; away: pages of the areas of that time that were not here
     latencies      faults, by how long they took: see dm_handler.py
-    areas          page: the first, in the space; count; name; mapped, unmapped: when, or null
+    areas          [the first page, count of pages, name, when it was seen first and last], the largest first
     lines          [line, its array's first page, count of pages, faults, nanoseconds], see lines.py
 
-Rules: one thread at a time calls sample or write; one calls mapped, unmapped or write. The DM-Handler
-appends the pages that come meanwhile. However long the job runs, the memory grows with the logarithm of its time at
+Rules: one thread at a time calls sample or write. The DM-Handler appends the pages that come meanwhile, and
+an area that no call of sample sees is not told of. However long the job runs, the memory grows with the logarithm of its time at
 most: a sample goes on until it covers 1/COLUMNS of the time so far, or is one call's, if that covers more. It has
-about PLACES counts at most, as a place grows with the areas. Of the areas that were unmapped, the
-largest AREAS are kept. --progress is about the last second's figures, which are kept apart.
+about PLACES counts at most, as a place grows with the areas. The largest AREAS areas are kept. --progress is about the last second's figures, which are kept apart.
 """
 
 import time
@@ -62,26 +61,20 @@ class Report:
         self._samples: list[dict] = [start, start]  # of two ends, a sample begins at the first
         self._second = deque([start], 1 + 1000 // SAMPLE)  # the figures of the last second
         self._place = 1
-        self._here: dict[int, dict] = {}  # the areas that are mapped now, by first page
-        self._gone: list[dict] = []  # the largest first
+        # The largest areas, the largest first: LSPT.areas has each as its key, and when it was seen first and last.
+        self._areas: dict[tuple[int, int, str], list[float]] = {}
         self.lines: dict[tuple[str, int, int], list[int]] = {}  # what lines.py finds
-
-    def mapped(self, page: int, count: int, name: str) -> None:
-        """An area begins at this page of the space, with count pages; or it has grown to count pages."""
-        new = {"page": page, "name": name, "mapped": time.monotonic(), "unmapped": None}
-        self._here.setdefault(page, new)["count"] = count
-
-    def unmapped(self, page: int) -> None:
-        """Before the area's pages are freed."""
-        if area := self._here.pop(page, None):  # None: this was called before
-            gone = [*self._gone, area | {"unmapped": time.monotonic()}]
-            self._gone = sorted(gone, key=lambda area: -area["count"])[:AREAS]
 
     def sample(self, figures: dict[str, object]) -> None:
         """Note what has happened since the last call."""
-        mapped = sum(count for _, count in self._lspt.areas)
+        areas, until = self._lspt.areas.copy(), time.monotonic()
+        for area in areas:
+            self._areas.setdefault(area, [until, until])[1] = until
+        largest = sorted(self._areas.items(), key=lambda item: item[0][1], reverse=True)
+        self._areas = dict(largest[:AREAS])
+        mapped = sum(count for _, count, _ in areas)
         self._place = max(self._place, 1 << (mapped // PLACES).bit_length())
-        now = figures | {"until": time.monotonic(), "away": max(0, mapped - figures["resident"])}
+        now = figures | {"until": until, "away": max(0, mapped - figures["resident"])}
         self._second.append(now)
         if self._live:
             # ?7l and ?7h: the terminal cuts off a line that is too long.
@@ -108,7 +101,7 @@ class Report:
             "place": self._place,
             "latencies": self._handler.latencies,
             "lines": [[*key, *found] for key, found in self.lines.copy().items()],
-            "areas": [*self._here.values(), *self._gone],
+            "areas": [[*area, *seen] for area, seen in self._areas.items()],
         }
         import json  # both take long to import
         from pathlib import Path

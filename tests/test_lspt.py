@@ -566,17 +566,19 @@ def test_what_is_here_comes_or_leaves_is_located_here_and_what_was_here_on_the_d
 def test_the_area_of_a_page_is_known(make):
     lspt = make()
     assert lspt.area(5) == range(5, 6)
-    lspt.areas += [(10, 20), (30, 5), (50, 1)]
+    lspt.areas += [(10, 20, "one"), (30, 5, ""), (50, 1, "")]
     for page, area in {
         9: range(9, 10), 10: range(10, 30), 29: range(10, 30), 30: range(30, 35), 35: range(35, 36),
         50: range(50, 51), 51: range(51, 52), 99: range(99, 100),
     }.items():  # fmt: skip
         assert lspt.area(page) == area
+    lspt.areas = [(0, lspt.pages, "all")]
+    assert lspt.area(0) == lspt.area(lspt.pages - 1) == range(lspt.pages)
 
 
 def test_an_area_that_another_thread_forgets_meanwhile_is_none(make, monkeypatch):
     lspt = make()
-    lspt.areas += [(10, 20), (30, 5), (50, 1)]
+    lspt.areas += [(10, 20, "one"), (30, 5, ""), (50, 1, "")]
     real = bisect.bisect_right
 
     def bisect_right(areas, key):

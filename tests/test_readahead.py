@@ -343,7 +343,7 @@ class FakeUffd:
 @pytest.fixture
 def handler(woken):
     lspt = LSPT(1000, 1000, 0, False, -1, 0)
-    lspt.areas.append((0, 1000))
+    lspt.areas.append((0, 1000, "all"))
     lspt.found_on_disk(0, 1000)
     lspt.uffd = lspt.for_lpet  # any that an epoll takes
     handler = DmHandler(Store(), lspt, 64, False)

@@ -53,13 +53,13 @@ def begun(title="a title", live=False):
     return Report(title, Table(), SimpleNamespace(), live)
 
 
-def sampled(clock, samples, places=1, faults=3, **options):
+def sampled(clock, samples, places=1, faults=3, areas=(), **options):
     """A report of so many samples, a second apart, of which each saw so many faults."""
     made = begun(**options)
     for n in range(1, samples + 1):
         clock[0] += 1
         made._came.extend([n * 256 % (places * 256)] * 5)
-        made._lspt.areas = [(0, 4), (100, n + 6)]
+        made._lspt.areas = [(0, 4, ""), (100, n + 6, "grows"), *areas]
         made.sample(FIGURES | {"faults_refetch": faults * n})
     return made
 
@@ -121,7 +121,7 @@ def test_however_long_a_job_is_its_samples_are_few_and_nothing_of_them_is_lost(
 def test_what_came_is_told_for_the_interval_in_which_it_came(clock):
     """Of places that are accessed in turn, each has its interval, also after much merging."""
     made = begun()
-    made._lspt.areas = [(0, 256 << 20)]
+    made._lspt.areas = [(0, 256 << 20, "")]
     for second in range(2000):
         clock[0] += 1
         made._came.append(second << 20)
@@ -140,7 +140,7 @@ def test_however_much_memory_a_job_has_its_places_are_few_and_no_page_is_lost(cl
     randomly = random.Random(1)
     for part in range(1, 251):
         clock[0] += 1
-        made._lspt.areas = [(0, pages * part // 250)]
+        made._lspt.areas = [(0, pages * part // 250, "it grows")]
         made._came.extend(randomly.choices(range(max(pages * part // 250, 1)), k=1000) * 2)
         made.sample(FIGURES)
         assert len(made._samples[-1]["came"]) <= 2 * PLACES
@@ -153,42 +153,35 @@ def test_however_much_memory_a_job_has_its_places_are_few_and_no_page_is_lost(cl
 def test_of_very_many_areas_the_largest_are_remembered(clock, tmp_path):
     made = begun()
     sizes = random.Random(1).sample(range(1, 10**6), 10 * AREAS)
-    for count in sizes:
-        made.mapped(0, count, "x")
-        made.unmapped(0)
-        assert len(made._gone) <= AREAS
-    made.unmapped(0)  # told a second time
-    made.mapped(0, 10**6, "the last")
+    for at in range(0, 10 * AREAS, 10):
+        clock[0] += 1
+        made._lspt.areas = [(page, count, "x") for page, count in enumerate(sizes[at : at + 10])]
+        made.sample(FIGURES)
+        assert len(made._areas) <= AREAS
+    made._lspt.areas = [(0, 10**6, "the last"), *((10 * page, 1, "") for page in range(1000))]
+    made.sample(FIGURES)
     text, page = written(made, tmp_path / "page.html")
-    expected = [10**6, *sorted(sizes, reverse=True)[:AREAS]]
-    assert [area["count"] for area in page["areas"]] == expected
-    assert f"largest {AREAS}," in text and f"const AREAS = {AREAS};" in text
+    expected = [10**6, *sorted(sizes, reverse=True)[: AREAS - 1]]
+    assert [count for _, count, *_ in page["areas"]] == expected
+    assert f"largest {AREAS}," in text
 
 
 def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
-    made = sampled(clock, 20, places=3)
-    made.mapped(0, 512, "program.py:12")
-    made.mapped(600, 4, "ended")
+    made = sampled(clock, 20, places=3, areas=[(600, 4, "ended")])
     clock[0] += 1
-    made.unmapped(600)
+    made._lspt.areas = [(0, 512, "program.py:12")]
+    made.sample(FIGURES)
     _, page = written(made, tmp_path / "page.html")
     assert page["title"] == "a title" and page["start_addr"] == START
     assert page["page_size"] == PAGE_SIZE and page["samples"][0]["until"] == BEGAN
     assert page["latencies"] == LATENCIES
-    assert page["place"] == 1
+    assert page["place"] == 4
     assert page["samples"][2] == {
-        **FIGURES, "until": BEGAN + 2, "faults_refetch": 6, "away": 2, "came": {"512": 5},
+        **FIGURES, "until": BEGAN + 2, "faults_refetch": 6, "away": 6, "came": {"512": 5},
     }  # fmt: skip
-    assert page["areas"] == [
-        {
-            "page": 0, "count": 512, "name": "program.py:12", "mapped": BEGAN + 20,
-            "unmapped": None,
-        },
-        {
-            "page": 600, "count": 4, "name": "ended", "mapped": BEGAN + 20,
-            "unmapped": BEGAN + 21,
-        },
-    ]  # fmt: skip
+    assert [0, 512, "program.py:12", BEGAN + 21, BEGAN + 21] in page["areas"]
+    assert [600, 4, "ended", BEGAN + 1, BEGAN + 20] in page["areas"]
+    assert [100, 9, "grows", BEGAN + 3, BEGAN + 3] in page["areas"]
     assert page["table"] == report.TABLE.format(**FIGURES)
     assert "\nfrom it      1,073,741,824 bytes; 7 pages came" in page["table"]
     assert "\nfrom each    [3, 4] pages" in page["table"]
@@ -204,25 +197,24 @@ def test_the_page_is_whole_by_itself_and_knows_the_names_of_the_object(clock, tm
 
 @pytest.mark.parametrize("name", [HOSTILE, "\u2028 \udc80 \0", "REPORT_AS_JSON"])
 def test_no_name_can_end_the_script_or_change_the_object(clock, tmp_path, name):
-    made = sampled(clock, 1, title=name)
-    made.mapped(0, 4, name)
+    made = sampled(clock, 1, title=name, areas=[(0, 400, name)])
     text, page = written(made, tmp_path / "page.html")
-    assert page["areas"][0]["name"] == page["title"] == name
+    assert page["areas"][0][2] == page["title"] == name
     assert text.lower().count("<script") == text.lower().count("</script") == 2
 
 
 @pytest.mark.skipif(not BROWSER, reason="neither chromium nor google-chrome is on PATH")
 @pytest.mark.parametrize("idle", [False, True])
 def test_a_browser_draws_it(clock, public_path, run, idle):
-    made = sampled(clock, 1 if idle else 20, places=3, title=HOSTILE)
+    areas = [(0, 512, HOSTILE), (600, 4, "ended")]
+    made = sampled(clock, 1 if idle else 20, places=3, title=HOSTILE, areas=areas)
+    clock[0] += 1
+    made._lspt.areas.pop()
+    made.sample(FIGURES)
     if idle:
         made._samples[2]["came"].clear()
-    made.mapped(0, 512, HOSTILE)
-    made.mapped(600, 4, "ended")
-    if not idle:
+    else:
         made.lines = {("few.py:1 in f", 0, 0): [5, 10**8], (HOSTILE, 0, 512): [70, 2 * 10**9]}
-    clock[0] += 1
-    made.unmapped(600)
     page = public_path / "page.html"
     latencies = [0] * 512 if idle else LATENCIES
     written(made, page, latencies=latencies)
@@ -238,15 +230,16 @@ def test_a_browser_draws_it(clock, public_path, run, idle):
     assert html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]) == HOSTILE
     rows = [html.unescape(re.sub("<[^>]*>", "|", r)) for r in re.findall(r"<tr>.*?</tr>", dom)]
     row = next(row for row in rows if "0x1000000000" in row and " s to " in row)
-    assert HOSTILE in row and f"{1 if idle else 20}.00 s to the end" in row
-    assert any("|ended|" in row and "0x1000258000" in row and "16 KiB" in row for row in rows)
+    assert HOSTILE in row and "|1.00 s to the end|" in row
+    row = next(row for row in rows if "|ended|" in row)
+    assert "0x1000258000" in row and "16 KiB" in row and f"to {1 if idle else 20}.00 s|" in row
     assert any("30 µs median" in row for row in rows)
     sentences = "There was no fault." in dom, "No page came." in dom
     assert sentences == (idle, idle)
     if not idle:
         hot, other = (row.replace("|", "") for row in rows if row.endswith(("|2.00||", "|0.10||")))
         assert hot == f"{HOSTILE}2.0 MiB at 0x1000000000702.00" and other == "few.py:1 in f50.10"
-        for words in ("3 faults", "23 µs", "2.9 ms", "20 s", "120 KiB"):
+        for words in ("3 faults", "23 µs", "2.9 ms", "21 s", "2.1 MiB"):
             assert f">{words}</text>" in dom or f">{words}</title>" in dom, words
         assert dom.count("<svg") == 5 and "NaN" not in dom and "undefined" not in dom
 
@@ -264,10 +257,10 @@ def test_a_job_writes_it(run, tmp_path):
     )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (0, "")
     content = json.loads(Scripts(page.read_text(encoding="utf-8")).found[0][1])
-    assert "17" in [area["name"] for area in content["areas"]]
-    area = next(area for area in content["areas"] if area["name"] == "my data")
-    assert area["count"] * PAGE_SIZE == 8 << 20
-    assert sum(sum(sample["came"].values()) for sample in content["samples"]) >= area["count"]
+    assert "17" in [name for _, _, name, *_ in content["areas"]]
+    count = next(count for _, count, name, *_ in content["areas"] if name == "my data")
+    assert count * PAGE_SIZE == 8 << 20
+    assert sum(sum(sample["came"].values()) for sample in content["samples"]) >= count
     last = content["samples"][-1]
     assert last["resident"] <= 256 and last["evicted_dirty"] > 1000
     assert content["table"].startswith(f"faults       {last['faults_first_access']} first accesses")
@@ -287,7 +280,7 @@ def test_the_template_is_package_data():
 def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd, monkeypatch):
     monkeypatch.setattr(report, "SAMPLE", 500)
     made = begun(live=True)
-    made._lspt.areas = [(0, 266 << 10)]
+    made._lspt.areas = [(0, 266 << 10, "")]
     for faults in (10, 40, 45, 50):
         clock[0] += 0.5
         waited = faults / 100
