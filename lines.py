@@ -8,9 +8,8 @@ Interface: tell_lines(at_close) is the application's. Lines is the pager's: begi
 before a fault is resolved. `found`, the report's, becomes the table:
 {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
 
-A sample is a random fault, about one per INTERVAL. It stands for all faults since the sample before. Each
-of them counts with the mean duration of the last faults of the same array, as the sampled fault itself
-takes longer. The signal is sent before the page comes: it wakes the thread, which writes its frames and
+A sample is a random fault, about one per INTERVAL. It stands for all faults since the sample before, and for their
+durations. The signal is sent before the page comes: it wakes the thread, which writes its frames and
 faults again at the same instruction, or goes on. The answer is read when the next sample is due, and at the end the
 last one is not. If another thread faults then, and the answer is not there yet, the line counts as unknown.
 
@@ -43,8 +42,6 @@ from edm.uffd_ctypes import tgkill
 INTERVAL = 10_000_000  # nanoseconds from one sample to the next, about
 MOST = 128  # faults from one sample to the next, on average
 LINES = 10_000
-MEAN_OF = 16  # the last faults of an array, about
-ARRAYS = 1021  # with a mean of their own; if there are more, some share one
 ANSWER = 1 << 16  # bytes; faulthandler writes at most 100 frames
 NO_LINE = "a system call, or a thread whose line is unknown"
 
@@ -75,24 +72,21 @@ class Lines:
         self._process, self._memfd, self._lspt, self._found = process, memfd, lspt, found
         self._its_end = f"/proc/{process}/fd/{its_end}"
         self._silent: set[int] = set()  # threads that did not answer
-        self._took = [0] * ARRAYS  # nanoseconds: the mean duration of the last faults
-        self._area, self._waited = range(1), 0  # of the last fault: its array; waited, see begins
         self._faults, self._next = -1, 0  # since the last sample, and how many until the next one
-        self._asked, self._when = 0, time.monotonic_ns()  # the thread that was asked, or 0
-        self._of_sample = self._area, 0, 0  # its array, its faults, and how long each took
+        # Of the last sample: the thread that was asked, or 0; when; and `waited`, see begins.
+        self._asked, self._when, self._waited = 0, time.monotonic_ns(), 0
+        self._of_sample = range(1), 0, 0  # its array, its faults, and how long all took
 
     def begins(self, thread: int, page: int, waited: int) -> int:
         """This thread waits for a page. waited: the nanoseconds of all faults before. Returns how many a sample took
         here, or 0."""
-        took, at = waited - self._waited, self._area.start % ARRAYS  # of the last fault
-        mean = self._took[at] or took
-        self._took[at] = mean + (took - mean) // MEAN_OF
-        self._area, self._waited = self._lspt.area(page), waited
         self._faults += 1
         if self._faults < self._next:
             return 0
         now = time.monotonic_ns()
         self._hear(thread)
+        self._of_sample = self._lspt.area(page), self._faults, waited - self._waited
+        self._waited = waited
         self._sample(thread, now)
         return time.monotonic_ns() - now
 
@@ -100,7 +94,6 @@ class Lines:
         """Ask the thread for its line, unless it must not get the signal."""
         mean = min(MOST, self._faults * INTERVAL // (now - self._when))
         self._next = 1 + now % (2 * mean + 2)  # the clock's nanoseconds are random enough
-        self._of_sample = self._area, self._faults, self._took[self._area.start % ARRAYS]
         self._when, self._faults, self._asked = now, 0, 0
         os.ftruncate(self._memfd, 0)  # also a late answer
         of_thread = f"/proc/{self._process}/task/{thread}"
@@ -128,4 +121,4 @@ class Lines:
         key = line, area.start, len(area)
         if faults and (key in self._found or len(self._found) < LINES):
             before, waited = self._found.get(key, (0, 0))
-            self._found[key] = [before + faults, waited + faults * took]
+            self._found[key] = [before + faults, waited + took]

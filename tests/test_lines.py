@@ -129,7 +129,7 @@ def test_the_innermost_frame_that_is_no_librarys_is_told(tmp_path):
             table.clear()
             made._hear(0)
             n = files.index(expected)
-            assert table == {(f"{expected}:{n} in f{n}", 2, 3): [3, 3000]}
+            assert table == {(f"{expected}:{n} in f{n}", 2, 3): [3, 1000]}
 
 
 def test_without_a_report_there_is_no_handler_and_no_descriptor(run):
