@@ -4,7 +4,7 @@ In the picture: in the pager, between the userfaultfd and the store.
 
 Interface: run() is the thread; figures() and `latencies` what it has counted. For other threads:
 bring() and prefetch(). `children`: the forked ones of the application (children.py). For --report and --progress:
-`came`, which report.py sets, and `lines`, which the pager does.
+`came` and `lines`, which report.py sets.
 
 To bring pages is to make them COMING (LSPT.expect), ask the store for them, take its answer, and install them.
 _bring_missing brings a page that a thread waits for: a fault of the application, a fault of a forked

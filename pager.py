@@ -93,13 +93,8 @@ class Pager:
         os.ftruncate(self._memfd, length + size)  # here, as the program may have an RLIMIT_FSIZE
         self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, length))
         self._handler = DmHandler(store, lspt, hello.readahead, bool(hello.clean_tracking))
-        live = hello.progress and sys.stderr.isatty()
-        wanted = live or hello.report
-        self._report = Report(hello.title, lspt, self._handler, live) if wanted else None
-        if lines:
-            from edm.lines import Lines  # few jobs need it
-
-            self._handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._report.lines)
+        wanted = hello.progress or hello.report
+        self._report = Report(hello, lines, lspt, self._handler) if wanted else None
         # Each thread that evicts or stores has an Lpet of its own. This one is for forget and sync.
         self._new_lpet = partial(Lpet, lspt, store, self._pagemap, hello)
         self._lpet = self._new_lpet()
@@ -307,7 +302,7 @@ class Pager:
         if self._report:
             self._report.sample(figures)
             try:
-                self._report.write(hello.report, figures)
+                self._report.write(figures)
             except OSError as error:
                 LOG.error("report: %s", error)
         if hello.stats:

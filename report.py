@@ -24,6 +24,7 @@ most: a sample goes on until it covers 1/COLUMNS of the time so far, or is one c
 about PLACES counts at most, as a place grows with the areas. The largest AREAS areas are kept. --progress is about the last second's figures, which are kept apart.
 """
 
+import sys
 import time
 from collections import Counter, deque
 
@@ -53,9 +54,11 @@ resident     {peak_resident} pages at most"""
 
 
 class Report:
-    def __init__(self, title: str, lspt: LSPT, handler: DmHandler, live: bool) -> None:
-        """title: the title of the HTML page. live: print a line to stderr, which each sample overwrites."""
-        self._title, self._lspt, self._handler, self._live = title, lspt, handler, live
+    def __init__(self, hello: object, lines: list[int], lspt: LSPT, handler: DmHandler) -> None:
+        """hello: see pager.page_for. lines: the descriptor for lines.py, if there is one."""
+        self._hello, self._lspt, self._handler = hello, lspt, handler
+        # Is a line printed there, which each sample overwrites?
+        self._live = hello.progress and sys.stderr.isatty()
         self._came = handler.came = deque()  # the pages that were installed
         start = {"until": time.monotonic(), "came": Counter()}
         self._samples: list[dict] = [start, start]  # of two ends, a sample begins at the first
@@ -63,7 +66,11 @@ class Report:
         self._place = 1
         # The largest areas, the largest first: LSPT.areas has each as its key, and when it was seen first and last.
         self._areas: dict[tuple[int, int, str], list[float]] = {}
-        self.lines: dict[tuple[str, int, int], list[int]] = {}  # what lines.py finds
+        self._lines: dict[tuple[str, int, int], list[int]] = {}  # what lines.py finds
+        if lines:
+            from edm.lines import Lines  # its imports take long
+
+            handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._lines)
 
     def sample(self, figures: dict[str, object]) -> None:
         """Note what has happened since the last call."""
@@ -86,21 +93,21 @@ class Report:
         sample.update(now)
         sample["came"].update(self._came.popleft() & -self._place for _ in range(len(self._came)))
 
-    def write(self, path: str | None, figures: dict[str, object]) -> None:
+    def write(self, figures: dict[str, object]) -> None:
         """At the end: erase the live line, and write the HTML page if it has a path. Raises OSError."""
         if self._live:
             tell("\r\x1b[K", "")
-        if not path:
+        if not self._hello.report:
             return
         content = {
-            "title": self._title,
+            "title": self._hello.title,
             "page_size": PAGE_SIZE,
             "start_addr": self._lspt.start,
             "table": TABLE.format(**figures),
             "samples": self._samples[1:],
             "place": self._place,
             "latencies": self._handler.latencies,
-            "lines": [[*key, *found] for key, found in self.lines.copy().items()],
+            "lines": [[*key, *found] for key, found in self._lines.copy().items()],
             "areas": [[*area, *seen] for area, seen in self._areas.items()],
         }
         import json  # both take long to import
@@ -108,7 +115,7 @@ class Report:
 
         text = json.dumps(content).replace("<", "\\u003c")  # a name can't end the script
         page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-        Path(path).write_text(page.replace("REPORT_AS_JSON", text), encoding="utf-8")
+        Path(self._hello.report).write_text(page.replace("REPORT_AS_JSON", text), encoding="utf-8")
 
 
 def _line(before: dict, now: dict) -> str:

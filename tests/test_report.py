@@ -48,9 +48,10 @@ class Table:
         self.areas = []
 
 
-def begun(title="a title", live=False):
+def begun(title="a title", progress=False):
     """A report that has no samples yet."""
-    return Report(title, Table(), SimpleNamespace(), live)
+    hello = SimpleNamespace(title=title, progress=progress, report=None)
+    return Report(hello, [], Table(), SimpleNamespace())
 
 
 def sampled(clock, samples, places=1, faults=3, areas=(), **options):
@@ -89,7 +90,8 @@ LATENCIES = [3 if n == 115 else n == 173 for n in range(512)]
 def written(made, path, latencies=LATENCIES):
     """Write the page: its text, and the object in it."""
     made._handler.latencies = latencies
-    made.write(str(path), FIGURES)
+    made._hello.report = str(path)
+    made.write(FIGURES)
     text = path.read_text(encoding="utf-8")
     (attributes, content), (_, drawing) = Scripts(text).found
     assert attributes == {"type": "application/json", "id": "report"}
@@ -214,7 +216,7 @@ def test_a_browser_draws_it(clock, public_path, run, idle):
     if idle:
         made._samples[2]["came"].clear()
     else:
-        made.lines = {("few.py:1 in f", 0, 0): [5, 10**8], (HOSTILE, 0, 512): [70, 2 * 10**9]}
+        made._lines = {("few.py:1 in f", 0, 0): [5, 10**8], (HOSTILE, 0, 512): [70, 2 * 10**9]}
     page = public_path / "page.html"
     latencies = [0] * 512 if idle else LATENCIES
     written(made, page, latencies=latencies)
@@ -279,7 +281,8 @@ def test_the_template_is_package_data():
 
 def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd, monkeypatch):
     monkeypatch.setattr(report, "SAMPLE", 500)
-    made = begun(live=True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    made = begun(progress=True)
     made._lspt.areas = [(0, 266 << 10, "")]
     for faults in (10, 40, 45, 50):
         clock[0] += 0.5
@@ -289,7 +292,7 @@ def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd
             "waited_for_store": waited / 2, "waited_for_room": waited / 5, "resident": 10 << 10,
         }  # fmt: skip
         made.sample(FIGURES | figures)
-    made.write(None, FIGURES)
+    made.write(FIGURES)
     begin, *lines, end = capfd.readouterr().err.split("\r\x1b[K")
     assert begin == end == ""
     memory = "resident 40 MiB, not here 1024 MiB"
