@@ -52,12 +52,8 @@ def userfaultfd() -> Finding:
     fd, how = u.open_userfaultfd()
     os.close(fd)
     if how == u.USER_MODE:
-        code = "from edm import system_calls; system_calls.listener(0, 1)"
-        status, lines = _run(sys.executable, "-c", code)
-        if status == 0:
-            return "ok", "for user mode only; a seccomp filter helps read(2) and the like", ""
         found = "for user mode only: read(2) and the like into a page that is not here give EFAULT"
-        return "without", f"{found}, as there can't be a seccomp filter ({lines[-1]})", PERMIT
+        return "without", f"{found}, unless a seccomp filter is permitted, and knows them", PERMIT
     return "ok", f"permitted by {how}", ""
 
 
