@@ -179,8 +179,7 @@ class DmHandler:
         began = time.monotonic_ns()
         for _, flags, address, thread in faults:
             if self.lines:  # that does not count as latency
-                page = (address - self._start) // PAGE_SIZE
-                began += self.lines.begins(thread, page, self._waited[FAULTS])
+                began += self.lines.begins(thread, address, self._waited[FAULTS])
             self._waited[FAULTS] -= began
             if self._info:
                 self._banner.info("\n--------------START HANDLING PAGE FAULT--------------")

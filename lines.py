@@ -4,7 +4,7 @@ In the picture: in the pager, beside the DM-Handler. It sends SIGURG to a thread
 The handler in the application is the C code of Python's faulthandler. It runs no Python code and needs
 no GIL: it writes the thread's frames to a memfd, which the pager reads.
 
-Interface: tell_lines(at_close) is the application's. Lines is the pager's: begins(thread, page, waited) is called
+Interface: tell_lines(at_close) is the application's. Lines is the pager's: begins(thread, address, waited) is called
 before a fault is resolved. `found`, the report's, becomes the table:
 {(line, the array's first page, its count of pages): [faults, nanoseconds]}.
 
@@ -37,7 +37,7 @@ from _signal import SIG_DFL, SIGURG, getsignal
 from contextlib import ExitStack, suppress
 
 from edm.lifeline import closed_by, high
-from edm.uffd_ctypes import tgkill
+from edm.uffd_ctypes import PAGE_SIZE, tgkill
 
 INTERVAL = 10_000_000  # nanoseconds from one sample to the next, about
 MOST = 128  # faults from one sample to the next, on average
@@ -77,15 +77,16 @@ class Lines:
         self._asked, self._when, self._waited = 0, time.monotonic_ns(), 0
         self._of_sample = range(1), 0, 0  # its array, its faults, and how long all took
 
-    def begins(self, thread: int, page: int, waited: int) -> int:
-        """This thread waits for a page. waited: the nanoseconds of all faults before. Returns how many a sample took
-        here, or 0."""
+    def begins(self, thread: int, address: int, waited: int) -> int:
+        """This thread waits for the page at this address. waited: the nanoseconds of all faults before. Returns how
+        many a sample took here, or 0."""
         self._faults += 1
         if self._faults < self._next:
             return 0
         now = time.monotonic_ns()
         self._hear(thread)
-        self._of_sample = self._lspt.area(page), self._faults, waited - self._waited
+        area = self._lspt.area((address - self._lspt.start) // PAGE_SIZE)
+        self._of_sample = area, self._faults, waited - self._waited
         self._waited = waited
         self._sample(thread, now)
         return time.monotonic_ns() - now
