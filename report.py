@@ -38,9 +38,6 @@ PLACES = 256  # that the areas have, at most, if there are no gaps; and half as 
 AREAS = 200
 SAMPLE = 100  # milliseconds from one sample to the next
 
-FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
-EVICTIONS = ("evicted_clean", "evicted_dirty")
-
 TABLE = """\
 faults       {faults_first_access} first accesses, {faults_refetch} refetches, \
 {faults_write_protect} first writes
@@ -121,13 +118,13 @@ class Report:
 def _line(before: dict, now: dict) -> str:
     """The line of --progress, about the second between two samples."""
 
-    def rate(*names: str) -> float:
-        happened = sum(now[name] - before.get(name, 0) for name in names)
-        return happened / (now["until"] - before["until"])
+    def rate(name: str) -> float:
+        return max(0, now[name] - before.get(name, 0)) / (now["until"] - before["until"])
 
-    waits, store, room = (f"{max(0, rate(name)):.0%}" for name in WAITS)
+    waits, store, room = (f"{rate(name):.0%}" for name in WAITS)
     here, away = (now[name] * PAGE_SIZE >> 20 for name in ("resident", "away"))
+    come, leave = rate("fetched"), rate("evicted_clean") + rate("evicted_dirty")
     return (
         f"waits {waits} (reading {store}, for room {room}), resident {here} MiB, "
-        f"not here {away} MiB, {rate(*FAULTS):.0f} faults/s, {rate(*EVICTIONS):.0f} evictions/s"
+        f"not here {away} MiB, {come:.0f} pages/s come, {leave:.0f} leave"
     )

@@ -219,7 +219,7 @@ def test_stats_prints_one_table_at_the_end(run):
 
 PROGRESS = (
     r"\x1b\[\?7lwaits (\d+)% \(reading (\d+)%, for room (\d+)%\), "
-    r"resident [\d.]+ \w+, not here [\d.]+ \w+, \d+ faults/s, \d+ evictions/s\x1b\[\?7h"
+    r"resident [\d.]+ \w+, not here [\d.]+ \w+, \d+ pages/s come, \d+ leave\x1b\[\?7h"
 )
 
 

@@ -17,9 +17,11 @@ import pytest
 from conftest import needs_userfaultfd
 
 from edm import report
-from edm.report import AREAS, COLUMNS, EVICTIONS, FAULTS, PLACES, Report
+from edm.report import AREAS, COLUMNS, PLACES, Report
 from edm.uffd_ctypes import PAGE_SIZE
 
+FAULTS = ("faults_first_access", "faults_refetch", "faults_write_protect")
+EVICTIONS = ("evicted_clean", "evicted_dirty")
 FIGURES = dict.fromkeys((*FAULTS, *EVICTIONS), 0) | {
     "resident": 10, "peak_resident": 20, "bytes_sent": 5000, "bytes_received": 1 << 30,
     "waited": 1.5, "waited_for_store": 0.5, "waited_for_room": 0.25, "latency_median": 30, "latency_99th": 400, "fetched": 7,
@@ -284,11 +286,11 @@ def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     made = begun(progress=True)
     made._lspt.areas = [(0, 266 << 10, "")]
-    for faults in (10, 40, 45, 50):
+    for pages in (10, 40, 45, 50):
         clock[0] += 0.5
-        waited = faults / 100
+        waited = pages / 100
         figures = {
-            "faults_refetch": faults, "evicted_clean": 2 * faults, "waited": waited,
+            "fetched": pages, "evicted_clean": pages, "evicted_dirty": pages, "waited": waited,
             "waited_for_store": waited / 2, "waited_for_room": waited / 5, "resident": 10 << 10,
         }  # fmt: skip
         made.sample(FIGURES | figures)
@@ -297,8 +299,8 @@ def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd
     assert begin == end == ""
     memory = "resident 40 MiB, not here 1024 MiB"
     assert [re.sub(r"\x1b\[\?7[lh]", "", line) for line in lines] == [
-        f"waits 20% (reading 10%, for room 4%), {memory}, 20 faults/s, 40 evictions/s",
-        f"waits 40% (reading 20%, for room 8%), {memory}, 40 faults/s, 80 evictions/s",
-        f"waits 35% (reading 18%, for room 7%), {memory}, 35 faults/s, 70 evictions/s",
-        f"waits 10% (reading 5%, for room 2%), {memory}, 10 faults/s, 20 evictions/s",
+        f"waits 20% (reading 10%, for room 4%), {memory}, 20 pages/s come, 40 leave",
+        f"waits 40% (reading 20%, for room 8%), {memory}, 40 pages/s come, 80 leave",
+        f"waits 35% (reading 18%, for room 7%), {memory}, 35 pages/s come, 70 leave",
+        f"waits 10% (reading 5%, for room 2%), {memory}, 10 pages/s come, 20 leave",
     ]
