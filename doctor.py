@@ -6,7 +6,7 @@ Interface: main() prints a line for each check, and returns the exit status: 0 i
 begins with "ok", "missing" (EDM can't run) or "without" (EDM runs with less). The last check is about the
 tests. What follows "try:" is a command to type.
 
-Rules: what may hang, or end its process, is tried in another process. So is the import of MPI.
+Rules: what may hang, or end its process, is tried in another process.
 """
 
 import os
@@ -93,13 +93,6 @@ def a_page_fault() -> Finding:
     return "missing", lines[0], ""
 
 
-def MPI() -> Finding:
-    status, lines = _run(sys.executable, "-m", "mpi4py", "--mpi-lib-version")
-    if status == 0:
-        return "ok", lines[0].strip("\0 "), ""
-    return "without", f"mpi4py finds none ({lines[-1]})", f"{PIP_INSTALL} mpi4py mpich"
-
-
 def find_mpirun() -> str | None:
     """The path of mpirun: the one of this Python's environment, or the one on PATH."""
     path = os.pathsep.join([os.path.join(sys.prefix, "bin"), os.environ.get("PATH", os.defpath)])
@@ -108,13 +101,14 @@ def find_mpirun() -> str | None:
 
 def two_ranks() -> Finding:
     if not (mpirun := find_mpirun()):
-        return "without", "there is no mpirun", f"{PIP_INSTALL} mpich"
+        return "without", "there is no mpirun", f"{PIP_INSTALL} mpi4py mpich"
     _, lines = _run(mpirun, "-n", "2", sys.executable, *EXAMPLE, "--dms", "1")
     if BACK in "\n".join(lines):
         return "ok", f"{mpirun} starts them, and a DMS keeps pages", ""
-    # mpi4py warns of an mpirun of another MPI. What else mpirun says, it says without EDM, too, with what helps: Open
-    # MPI for root, or on a machine with one core.
-    return "without", f"{mpirun}: {' '.join(lines[:3])}", f"{shlex.quote(mpirun)} -n 2 hostname"
+    # The ranks say that mpi4py, or its library, is missing, or of another MPI than mpirun. What else mpirun says, it
+    # says without EDM, too, with what helps: Open MPI for root, or on a machine with one core.
+    remedy = f"{PIP_INSTALL} mpi4py mpich; or {shlex.quote(mpirun)} -n 2 hostname"
+    return "without", f"{mpirun}: {' '.join(lines[:3])}", remedy
 
 
 def _run(*command: str) -> tuple[int, list[str]]:
@@ -152,4 +146,4 @@ def the_tests() -> Finding:
 
 
 # In this order. What is printed of a check is its function's name.
-CHECKS = userfaultfd, its_features, a_page_fault, idle_pages, MPI, two_ranks, the_tests
+CHECKS = userfaultfd, its_features, a_page_fault, idle_pages, two_ranks, the_tests
