@@ -26,7 +26,6 @@ import re
 import shutil
 import sys
 import time
-from argparse import ArgumentParser, Namespace
 from typing import Any, NoReturn
 
 from edm import limits
@@ -56,9 +55,9 @@ def main(arguments: list[str]) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-def parse(arguments: list[str]) -> tuple[Namespace, Config, list[str]]:
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
     """The options, the settings they make, and the program with its arguments: of a command, the path."""
-    parser = ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} [option ...] (SCRIPT | COMMAND | -m MODULE | -c CODE | -) [argument ...]",
         description="Run a Python program with more memory than this machine has. COMMAND is one that is "
@@ -98,7 +97,7 @@ def size_in_bytes(text: str) -> int:
     return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
-def _config(args: Namespace) -> Config:
+def _config(args: argparse.Namespace) -> Config:
     """The settings. high_threshold and end_addr may be None: for `edm run`, as this machine allows."""
     if args.high_threshold is None:
         # As many instances share this machine's memory, as far as the MPI launcher says: without the DMSs, if all
@@ -130,8 +129,8 @@ def _interpreter_options() -> list[str]:
 
 
 def parse_arguments(
-    parser: ArgumentParser, arguments: list[str] | None = None, **defaults: Any
-) -> tuple[Namespace, Config]:
+    parser: argparse.ArgumentParser, arguments: list[str] | None = None, **defaults: Any
+) -> tuple[argparse.Namespace, Config]:
     """Add an option for every setting of Config to the parser, and parse the command line, or these arguments.
 
     defaults: this program's defaults that differ from Config's. One rank prints a mistake, in one line, and the
@@ -156,7 +155,7 @@ def parse_arguments(
         refuse(parser, error)
 
 
-def refuse(parser: ArgumentParser, error: Exception | str) -> NoReturn:
+def refuse(parser: argparse.ArgumentParser, error: Exception | str) -> NoReturn:
     """End this rank, with status 2, for a mistake in the command line, which all ranks find. Rank 0 prints it."""
     if launched()[0]:
         time.sleep(PRINTING)
