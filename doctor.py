@@ -87,7 +87,7 @@ BACK = "the first page of area 1 is read, and is back"  # its last step
 
 
 def a_page_fault() -> Finding:
-    _, lines = _run(sys.executable, *EXAMPLE)
+    lines = _run(sys.executable, *EXAMPLE)
     if BACK in "\n".join(lines):
         return "ok", "pages come, leave, and come back with their bytes", ""
     return "missing", lines[0], ""
@@ -102,7 +102,7 @@ def find_mpirun() -> str | None:
 def two_ranks() -> Finding:
     if not (mpirun := find_mpirun()):
         return "without", "there is no mpirun", f"{PIP_INSTALL} mpi4py mpich"
-    _, lines = _run(mpirun, "-n", "2", sys.executable, *EXAMPLE, "--dms", "1")
+    lines = _run(mpirun, "-n", "2", sys.executable, *EXAMPLE, "--dms", "1")
     if BACK in "\n".join(lines):
         return "ok", f"{mpirun} starts them, and a DMS keeps pages", ""
     # The ranks say that mpi4py, or its library, is missing, or of another MPI than mpirun. What else mpirun says, it
@@ -111,19 +111,18 @@ def two_ranks() -> Finding:
     return "without", f"{mpirun}: {' '.join(lines[:3])}", remedy
 
 
-def _run(*command: str) -> tuple[int, list[str]]:
-    """Run a command: (its exit status, the lines that it printed). If it printed none, one says how it
-    ended."""
+def _run(*command: str) -> list[str]:
+    """Run a command: the lines that it printed. If it printed none, one says how it ended."""
     # The current folder is the first on the path, and may have modules of the standard library's names.
     folder = os.path.dirname(os.path.abspath(__file__))
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
         done = subprocess.run(command, cwd=folder, timeout=DEADLINE, check=False, **streams)
     except subprocess.TimeoutExpired:
-        return 1, [f"nothing happened within {DEADLINE} s"]
+        return [f"nothing happened within {DEADLINE} s"]
     output = done.stdout.decode(errors="replace")
     lines = [line.strip() for line in output.splitlines() if line.strip(" -\t")]
-    return done.returncode, lines or [f"exit status {done.returncode}"]
+    return lines or [f"exit status {done.returncode}"]
 
 
 # ---------------------------------------------------------------- the tests

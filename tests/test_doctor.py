@@ -334,5 +334,5 @@ def test_a_page_comes_on_a_kernel_without_write_protection_too(at_the_start_of_e
 def test_why_no_page_comes_is_told_as_the_pager_says_it(monkeypatch):
     """As on a kernel that makes huge pages of memory files."""
     told = "edm: error: pages can't be written back into memory here: this kernel makes huge pages"
-    monkeypatch.setattr(doctor, "_run", lambda *command: (2, [told]))
+    monkeypatch.setattr(doctor, "_run", lambda *command: [told])
     assert doctor.a_page_fault() == ("missing", told, "")
