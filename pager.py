@@ -300,7 +300,6 @@ class Pager:
     def _print_figures(self) -> None:
         figures, hello = self.figures(), self._hello
         if self._report:
-            self._report.sample(figures)
             try:
                 self._report.write(figures)
             except OSError as error:

@@ -91,7 +91,8 @@ class Report:
         sample["came"].update(self._came.popleft() & -self._place for _ in range(len(self._came)))
 
     def write(self, figures: dict[str, object]) -> None:
-        """At the end: erase the live line, and write the HTML page if it has a path. Raises OSError."""
+        """At the end, a last sample: erase the live line, and write the HTML page if it has a path. Raises OSError."""
+        self.sample(figures)
         if self._live:
             tell("\r\x1b[K", "")
         if not self._hello.report:
