@@ -85,11 +85,8 @@ class BitmapTracker:
             # hold it (mm/fadvise.c, lru_add_drain_all).
             with open("/proc/self/exe", "rb") as mapped:
                 os.posix_fadvise(mapped.fileno(), 0, PAGE_SIZE, os.POSIX_FADV_DONTNEED)
-        words: dict[int, int] = {}
-        for _, at, bit in self._bits(page, chosen):
-            words[at] = words.get(at, 0) | bit
-        for at, bits in words.items():  # a zero bit changes nothing
-            os.pwrite(self._fd, bits.to_bytes(8, "little"), at)
+        for _, at, bit in self._bits(page, chosen):  # a zero bit of the word changes nothing
+            os.pwrite(self._fd, bit.to_bytes(8, "little"), at)
 
     def used(self, page: int, chosen: bytes) -> bytes:
         """Those of these pages that were touched since they were marked. A page that is not in the page table

@@ -44,6 +44,13 @@ def pagemap(make):
 def bitmap(tmp_path, monkeypatch):
     file = tmp_path / "bitmap"
     file.write_bytes(bytes(8 * 64))
+    real = os.pwrite
+
+    def pwrite(fd, word, offset):  # as the kernel: a zero bit changes nothing
+        (new,), (old,) = unpack("=Q", word), unpack("=Q", os.pread(fd, 8, offset))
+        return real(fd, pack("=Q", old | new), offset)
+
+    monkeypatch.setattr(page_idle.os, "pwrite", pwrite)
     monkeypatch.setattr(page_idle, "BITMAP", str(file))
     return file
 
