@@ -148,9 +148,10 @@ class MemHandler:
         self._libraries = os.path.dirname(sys.modules["numpy"].__path__[0]), __file__
         kinds = PyDataMemAllocator._fields_[1:]
         callbacks = [kind(Callback(self, name, getattr(numpys, name)).call) for name, kind in kinds]
-        handler.allocator = self._callbacks = PyDataMemAllocator(0, *callbacks)
+        # ctx is 1: nobody reads it, and then malloc's size, too, is the product of its last two arguments.
+        handler.allocator = self._callbacks = PyDataMemAllocator(1, *callbacks)
         # No callback works while the interpreter finalizes. From then on, realloc and free are the C
-        # library's labs, of ctx, which is 0: free does nothing, and realloc returns NULL, so it fails.
+        # library's labs, of ctx, which is 0 then: free does nothing, and realloc returns NULL, so it fails.
         at_end = PyDataMemAllocator(0, numpys.malloc, numpys.calloc, _THREE(_LABS), _FREE(_LABS))
         _at_exit.callback(setattr, handler, "allocator", at_end)
 
@@ -286,7 +287,7 @@ class Callback:
     def __init__(self, handler: MemHandler, name: str, numpys: Callable[..., int]) -> None:
         """name: of the handler's method to call. numpys: NumPy's own function of that name."""
         self._handler, self._work = handler, getattr(handler, name)
-        self._frees, self._counts = name == "free", name == "calloc"
+        self._frees = name == "free"
         self._least = [0] if name == "realloc" else handler.thresholds  # bytes; the last one counts
         self._queue: list[tuple[int, ...]] = []  # arguments for the next step of _numpys
         self._numpys = starmap(numpys, iter(self._queue.pop, None))
@@ -305,11 +306,8 @@ class Callback:
                 state = arguments[3:], [], was_set, None, TRIES
             arguments, done, was_set, came, tries = state
             if came is None and not was_set:
-                if (
-                    arguments[1] not in self._handler.space.lengths
-                    if self._frees
-                    else arguments[-1] * (arguments[1] if self._counts else 1) < self._least[-1]
-                ):
+                is_small = arguments[-2] * arguments[-1] < self._least[-1]
+                if arguments[1] not in self._handler.space.lengths if self._frees else is_small:
                     self._queue += (arguments,)
                     for answer in self._numpys:
                         return answer
