@@ -242,10 +242,9 @@ handler = cache(MemHandler)  # a process has one
 
 def _begins_in_its_try(function: Callable[..., int]) -> Callable[..., int]:
     """Have no signal handler run before the function's first statement, a try."""
-    code = bytearray(function.__code__.co_code)
-    if "RESUME" in dis.opmap:  # with 3 it does not look for signals; Python 3.10 has none
-        code[2 * code[::2].index(dis.opmap["RESUME"]) + 1] = 3
-    function.__code__ = function.__code__.replace(co_code=bytes(code))
+    resume = bytes([dis.opmap.get("RESUME", 0)])  # Python 3.10 has none, and looks for no signals
+    code = function.__code__.co_code.replace(resume + b"\0", resume + b"\3", 1)
+    function.__code__ = function.__code__.replace(co_code=code)
     return function
 
 
