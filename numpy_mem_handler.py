@@ -26,21 +26,20 @@ gets NumPy's own memory. From the interpreter's end on, no array is freed or can
 limit no callback can run: a program that makes or frees arrays there may crash.
 
 Sources: NEP 49; "Memory management in NumPy" in its reference guide; numpy/_core/include/numpy/
-ndarraytypes.h; for callbacks, CPython's Modules/_ctypes/callbacks.c and Python/ceval.c.
+ndarraytypes.h; for callbacks, CPython's Modules/_ctypes/callbacks.c, Python/ceval.c and Objects/typeobject.c.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import contextvars
 import ctypes
 import dis
 import os
 import sys
 from _thread import get_ident, get_native_id
 from collections.abc import Callable, Iterator
-from ctypes import c_char, c_char_p, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
+from ctypes import c_char, c_char_p, c_int, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
 from functools import cache, partial, wraps
 from itertools import starmap
 from operator import index
@@ -50,9 +49,8 @@ from types import SimpleNamespace
 from edm.address_space import PAGE_SIZE, Space, whole_pages
 from edm.edm import space
 
-# PyDataMem_SetHandler's and PyDataMem_DefaultHandler's indices in NumPy's C API, since 1.22.
-SET_HANDLER, DEFAULT_HANDLER = 304, 306
-HANDLER_NAME = b"mem_handler"  # of a capsule with a handler
+DEFAULT_HANDLER = 306  # PyDataMem_DefaultHandler's index in NumPy's C API, since 1.22
+PY_TP_FINALIZE = 80  # CPython's Include/typeslots.h
 
 KEPT_PART = 16  # the areas that are kept have at most 1/KEPT_PART of the resident limit together
 KEPT_AREAS = 16  # and are at most this many
@@ -105,7 +103,7 @@ def _replace_fromfile() -> None:
     of the file, and return zeros."""
     import numpy
 
-    fromfile = numpy.fromfile
+    fromfile, empty = numpy.fromfile, numpy.empty
 
     @wraps(fromfile)
     def in_pieces(file, dtype=float, count=-1, sep="", offset=0, **like):
@@ -118,7 +116,7 @@ def _replace_fromfile() -> None:
                 size, count, done = fstat(fd).st_size, index(count), 0
                 there = (size - begin) // dtype.itemsize
                 if there > 0:  # devices and the files of /proc have no size
-                    array = _numpys()[0](there if count < 0 else min(count, there), dtype)
+                    array = empty(there if count < 0 else min(count, there), dtype)
                     content = memoryview(array.view("B"))
                     while part := pread(fd, min(PIECE, len(content) - done), begin + done):
                         content[done : done + len(part)] = part
@@ -138,14 +136,21 @@ class MemHandler:
     """
 
     def __init__(self) -> None:
-        *_, capsule = _numpys()
-        handler = PyDataMem_Handler.from_address(_pointer(capsule, HANDLER_NAME))
+        import numpy
+
+        core = getattr(numpy, "_core", None) or numpy.core
+        if not hasattr(core._multiarray_umath, "get_handler_name"):
+            raise ImportError("this NumPy has no data memory handlers; 1.22 has")
+        table = _pointer(core._multiarray_umath._ARRAY_API, None)
+        api = (c_void_p * (DEFAULT_HANDLER + 1)).from_address(table)
+        capsule = py_object.from_address(api[DEFAULT_HANDLER]).value
+        handler = PyDataMem_Handler.from_address(_pointer(capsule, b"mem_handler"))
         numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
         self.thresholds = [sys.maxsize]  # bytes; the last one counts
         self.space = space()
         self._kept: dict[int, int] = {}  # address → length, of areas for the next malloc
-        self._libraries = os.path.dirname(sys.modules["numpy"].__path__[0]), __file__
+        self._libraries = os.path.dirname(numpy.__path__[0]), __file__
         kinds = PyDataMemAllocator._fields_[1:]
         callbacks = [kind(Callback(self, name, getattr(numpys, name)).call) for name, kind in kinds]
         # ctx is 1: nobody reads it, and then malloc's size, too, is the product of its last two arguments.
@@ -256,8 +261,8 @@ class Callback:
     may run with it, and it must be set again afterwards. And a signal handler may raise in the middle of
     the callback, and the program has to get that. So an exception that is set is fetched before any Python
     code runs; one that comes is caught, and the work is done nevertheless. Both are raised when no Python
-    code of the callback is left: by the destructor of what it returns. That is an int with an array, whose
-    memory is "freed" by PyObject_CallNoArgs(ctx).
+    code of the callback is left: by the destructor of what it returns. That is an int with a CalledWhenFreed,
+    whose finalizer is PyObject_CallNoArgs.
 
         NumPy: malloc, calloc, realloc or free
           │
@@ -265,8 +270,8 @@ class Callback:
         PyErr_Fetch ─────────────────► __getitem__: work(done, ...)
                                           │ if an exception has come: self[...] does it again
                                           ▼
-        ctypes takes the int ◄──────── an Answer, with an array, if an exception was set, or has come
-          │ and drops it: the array is freed
+        ctypes takes the int ◄──────── an Answer, if an exception was set, or has come
+          │ and drops it
           ▼
         PyObject_CallNoArgs ─────────► Py_AddPendingCall: the next Python code raises what came
           │                            PyErr_Restore: what was set is set again
@@ -315,7 +320,8 @@ class Callback:
             later = [] if came is None else _raising(came)
             later.append(partial(_restore, *was_set) if was_set else _LAST)
             calls = []
-            answer.after = _array(calls)
+            # This makes the calls until one returns true, or raises; it passes on StopIteration, too.
+            answer.after = CalledWhenFreed(next, filter(partial.__call__, calls))
             calls += later
             return answer
         except BaseException as error:  # noqa: BLE001 - whichever it is, the program gets it
@@ -324,7 +330,7 @@ class Callback:
 
 
 class Answer(int):
-    """What a callback returns. Its attribute `after` is an array, and dropped with it."""
+    """What a callback returns. Its attribute `after` is a CalledWhenFreed, and dropped with it."""
 
 
 def _raising(came: BaseException) -> list[Callable[[], object]]:
@@ -337,38 +343,7 @@ def _raising(came: BaseException) -> list[Callable[[], object]]:
     return [partial(_raise_soon, get_ident(), type(came))]
 
 
-def _array(calls: list[Callable[[], object]]) -> object:
-    """An array. When it is freed, C code makes these calls, until one returns true, or raises."""
-    empty, dtype, set_handler, _ = _numpys()
-    call = partial(next, filter(partial.__call__, calls))  # this passes on StopIteration, too
-    # Its memory is labs(ctx), which is ctx: nobody reads it.
-    allocator = PyDataMemAllocator(id(call), _LABS_OF_TWO, free=_CALL_OF)
-    handler = PyDataMem_Handler(b"after a callback", 1, allocator)
-    capsule = _new_capsule(ctypes.addressof(handler), HANDLER_NAME, None)
-    keeps = dtype("B", metadata={"kept": (handler, call)})
-    # In a context of its own: no other array gets this handler.
-    context = contextvars.Context()
-    context.run(set_handler, capsule)
-    return context.run(empty, 1, keeps)
-
-
 # ---------------------------------------------------------------- C functions
-
-
-@cache
-def _numpys() -> tuple[object, ...]:
-    """numpy.empty, numpy.dtype, and of NumPy's C API PyDataMem_SetHandler and PyDataMem_DefaultHandler. This is called
-    first when the handler is made: later the program may have hidden or replaced NumPy."""
-    import numpy
-
-    core = getattr(numpy, "_core", None) or numpy.core
-    if not hasattr(core._multiarray_umath, "get_handler_name"):
-        raise ImportError("this NumPy has no data memory handlers; 1.22 has")
-    table = _pointer(core._multiarray_umath._ARRAY_API, None)
-    api = (c_void_p * (DEFAULT_HANDLER + 1)).from_address(table)
-    set_handler = ctypes.PYFUNCTYPE(py_object, py_object)(api[SET_HANDLER])
-    default = py_object.from_address(api[DEFAULT_HANDLER]).value
-    return numpy.empty, numpy.dtype, set_handler, default
 
 
 def _function(name: str, result: type | None, *arguments: type) -> Callable[..., object]:
@@ -377,7 +352,6 @@ def _function(name: str, result: type | None, *arguments: type) -> Callable[...,
 
 
 _pointer = _function("PyCapsule_GetPointer", c_void_p, py_object, c_char_p)
-_new_capsule = _function("PyCapsule_New", py_object, c_void_p, c_char_p, c_void_p)
 _raise_soon = _function("PyThreadState_SetAsyncExc", None, c_ulong, py_object)
 _call_soon = _function("Py_AddPendingCall", None, c_void_p, py_object)
 _ASK = ctypes.cast(ctypes.pythonapi.PyObject_AsFileDescriptor, c_void_p)
@@ -386,11 +360,22 @@ _restore = _function("PyErr_Restore", None, c_void_p, c_void_p, c_void_p)
 _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
 _OWN = os.path.dirname(__file__)
 _LAST = partial(bool, True)
-_CALL, _LABS = ("PyObject_CallNoArgs", ctypes.pythonapi), ("labs", ctypes.pythonapi)
-# Made once: each has a reference to itself, and would be garbage, which a program may collect and count, or never.
-_LABS_OF_TWO, _CALL_OF = _TWO(_LABS), _FREE(_CALL)  # made once: each refers to itself
+_LABS = "labs", ctypes.pythonapi
+_CALL = ctypes.cast(ctypes.pythonapi.PyObject_CallNoArgs, c_void_p)
 
 _came: list[tuple[type, BaseException]] = []  # exceptions that are to be raised
 # Asking it for its descriptor raises the exception that was noted last. In C code only, so no traceback, debugger or
 # profile shows it.
 _RAISES = SimpleNamespace(fileno=partial(next, starmap(_set_error, iter(_came.pop, 0))))
+
+
+class PyType_Spec(ctypes.Structure):
+    _fields_ = [("name", c_char_p), ("sizes", c_int * 2), ("flags", c_int), ("slots", c_void_p)]
+
+
+# A functools.partial that C code calls when it is freed. Python's __del__ keeps exceptions from the caller; this does
+# not. A PyType_Slot is a number and a pointer, and zeros end the list.
+_slots = (c_size_t * 4)(PY_TP_FINALIZE, _CALL.value)
+_spec = PyType_Spec(b"edm.CalledWhenFreed", slots=ctypes.addressof(_slots))
+_new_type = _function("PyType_FromSpecWithBases", py_object, c_void_p, py_object)
+CalledWhenFreed = _new_type(ctypes.byref(_spec), (partial,))
