@@ -199,9 +199,8 @@ class MemHandler:
         inside = old in self.space.lengths
         before = self.space.lengths[old] if inside else _usable_size(old)
         grows = size > before
-        if inside and not grows and before // 2 < size:
-            return old
-        if inside and grows and self.space.can_be_called() and self.space.grow(old, size):
+        can_stay = inside and self.space.can_be_called()
+        if can_stay and (self.space.grow(old, size) if grows else before // 2 < size):
             return old
         new = self.calloc(done, ctx, 1, size, True) if grows else self.malloc(done, ctx, size)
         if new and old:
