@@ -317,7 +317,7 @@ class Callback:
                 return self._work(done, *arguments)
             answer = Answer(done[0] if done else self._work(done, *arguments) if tries > 0 else 0)
             later = [] if came is None else _raising(came)
-            later.append(partial(_restore, *was_set) if was_set else _LAST)
+            later.append(partial(_restore, *was_set) if was_set else partial(bool, True))
             calls = []
             # This makes the calls until one returns true, or raises; it passes on StopIteration, too.
             answer.after = CalledWhenFreed(next, filter(partial.__call__, calls))
@@ -334,7 +334,7 @@ class Answer(int):
 
 def _raising(came: BaseException) -> list[Callable[[], object]]:
     """C calls after which the next Python code raises this exception. Its traceback loses EDM's frames."""
-    while (at := came.__traceback__) and os.path.dirname(at.tb_frame.f_code.co_filename) == _OWN:
+    while (at := came.__traceback__) and at.tb_frame.f_globals.get("__package__") == __package__:
         came.__traceback__ = at.tb_next
     if get_native_id() == os.getpid():  # the main thread: it alone makes pending calls
         return [partial(_came.append, (type(came), came)), partial(_call_soon, _ASK, _RAISES)]
@@ -357,8 +357,6 @@ _ASK = ctypes.cast(ctypes.pythonapi.PyObject_AsFileDescriptor, c_void_p)
 _set_error = _function("PyErr_SetObject", None, py_object, py_object)
 _restore = _function("PyErr_Restore", None, c_void_p, c_void_p, c_void_p)
 _usable_size = _function("malloc_usable_size", c_size_t, c_size_t)
-_OWN = os.path.dirname(__file__)
-_LAST = partial(bool, True)
 _LABS = "labs", ctypes.pythonapi
 _CALL = ctypes.cast(ctypes.pythonapi.PyObject_CallNoArgs, c_void_p)
 
