@@ -92,20 +92,17 @@ class Readahead:
         for stream in self._streams:
             if (at := place & stream.mask) in stream.reach:
                 self._streams.remove(stream)
-                if not self._passed_over(stream, at):
-                    stream = Stream(at, min(2 * stream.window, self.max_window), stream.stride)
-                    self._streams.insert(0, stream)
-                    self._rows = max(self._rows - PROBE, 0)
-                    return stream
-                break
+                begin, step = stream.place // PAGE_SIZE, stream.stride // PAGE_SIZE
+                pages = range(begin, at // PAGE_SIZE, step)
+                # Those that a stream of neighbours would have reached before. A column may well pass over pages.
+                pages = pages[stream.window :] or pages[-1:]
+                if stream.mask == -PAGE_SIZE and self._is_missing(pages):
+                    break
+                stream = Stream(at, min(2 * stream.window, self.max_window), stream.stride)
+                self._streams.insert(0, stream)
+                self._rows = max(self._rows - PROBE, 0)
+                return stream
         return self._begin(place) if self.max_window > 1 else None
-
-    def _passed_over(self, stream: Stream, at: int) -> bool:
-        """Is any page missing that a stream of neighbours would have reached before this place? A column may well
-        pass over pages."""
-        pages = range(stream.place // PAGE_SIZE, at // PAGE_SIZE, stream.stride // PAGE_SIZE)
-        pages = pages[stream.window :] or pages[-1:]
-        return stream.mask == -PAGE_SIZE and self._is_missing(pages)
 
     def _begin(self, place: int) -> Stream | None:
         recent, page = self._recent, place // PAGE_SIZE
