@@ -35,8 +35,7 @@ def start():
     spec = spec_from_file_location("edm", f"{EDM}/__init__.py")
     sys.modules["edm"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["edm"])
-    import edm.edm
-    import edm.numpy_mem_handler
+    import edm.numpy_mem_handler  # and so edm.edm
 
     try:
         space = edm.edm.start(edm.edm.Config(**settings["config"]))
