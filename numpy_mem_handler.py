@@ -34,7 +34,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import dis
 import os
 import sys
 from _thread import get_ident, get_native_id
@@ -42,6 +41,7 @@ from collections.abc import Callable, Iterator
 from ctypes import c_char, c_char_p, c_int, c_size_t, c_uint8, c_ulong, c_void_p, py_object, sizeof
 from functools import cache, partial, wraps
 from itertools import starmap
+from opcode import opmap
 from operator import index
 from posix import fstat, pread  # which a program's mock does not replace
 from types import SimpleNamespace
@@ -244,14 +244,6 @@ handler = cache(MemHandler)  # a process has one
 # ---------------------------------------------------------------- callbacks and exceptions
 
 
-def _begins_in_its_try(function: Callable[..., int]) -> Callable[..., int]:
-    """Have no signal handler run before the function's first statement, a try."""
-    resume = bytes([dis.opmap.get("RESUME", 0)])  # Python 3.10 has none, and looks for no signals
-    code = function.__code__.co_code.replace(resume + b"\0", resume + b"\3", 1)
-    function.__code__ = function.__code__.replace(co_code=code)
-    return function
-
-
 class Callback:
     """A function for ctypes to call: it calls work(done, ...), and loses no exception.
 
@@ -300,7 +292,6 @@ class Callback:
         places = (ctypes.byref(self._set, n * sizeof(c_size_t)) for n in range(3))
         self.call = partial(fetch, *places)
 
-    @_begins_in_its_try
     def __getitem__(self, state: tuple | None, fetch: object = None, arguments: tuple = ()) -> int:
         try:
             if state is None:  # PyErr_Fetch's result: this is its errcheck
@@ -326,6 +317,13 @@ class Callback:
         except BaseException as error:  # noqa: BLE001 - whichever it is, the program gets it
             # There may be no memory for an Answer. Then the exception is lost.
             return self[arguments, done, was_set, error, tries - 1] if tries > -TRIES else 0
+
+
+# No signal handler runs before the try: RESUME looks for signals, but not with 3. Python 3.10 has none, and does not look.
+_code = Callback.__getitem__.__code__
+_resume = bytes([opmap.get("RESUME", 0)])
+_quiet = _code.co_code.replace(_resume + b"\0", _resume + b"\3", 1)
+Callback.__getitem__.__code__ = _code.replace(co_code=_quiet)
 
 
 class Answer(int):
