@@ -50,7 +50,7 @@ from edm.address_space import PAGE_SIZE, Space, whole_pages
 from edm.edm import space
 
 DEFAULT_HANDLER = 306  # PyDataMem_DefaultHandler's index in NumPy's C API, since 1.22
-PY_TP_FINALIZE = 80  # CPython's Include/typeslots.h
+PY_TP_BASE, PY_TP_FINALIZE = 48, 80  # CPython's Include/typeslots.h
 
 KEPT_PART = 16  # the areas that are kept have at most 1/KEPT_PART of the resident limit together
 KEPT_AREAS = 16  # and are at most this many
@@ -370,7 +370,6 @@ class PyType_Spec(ctypes.Structure):
 
 # A functools.partial that C code calls when it is freed. Python's __del__ keeps exceptions from the caller; this does
 # not. A PyType_Slot is a number and a pointer, and zeros end the list.
-_slots = (c_size_t * 4)(PY_TP_FINALIZE, _CALL.value)
+_slots = (c_size_t * 6)(PY_TP_BASE, id(partial), PY_TP_FINALIZE, _CALL.value)
 _spec = PyType_Spec(b"edm.CalledWhenFreed", slots=ctypes.addressof(_slots))
-_new_type = _function("PyType_FromSpecWithBases", py_object, c_void_p, py_object)
-CalledWhenFreed = _new_type(ctypes.byref(_spec), (partial,))
+CalledWhenFreed = _function("PyType_FromSpec", py_object, c_void_p)(ctypes.byref(_spec))
