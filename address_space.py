@@ -321,7 +321,7 @@ class Space:
         Returns how first writes are noticed: "async", "events", or "" if they are not. Raises
         ValueError if the kernel lacks a feature.
         """
-        wp = u.WP_FEATURES
+        wp = u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
         # With "none", pages get no uffd-wp bit. But without the feature the kernel maps neighbours of a page
         # that is touched (fault-around), and they would count as used.
         ways = ("async", wp | u.UFFD_FEATURE_WP_ASYNC), ("events", wp), ("none", wp), ("none", 0)

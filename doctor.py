@@ -59,7 +59,7 @@ def userfaultfd() -> Finding:
 
 FEATURES = {
     u.NEEDED_FEATURES: "page faults of shared memory (Linux 5.18, with CONFIG_USERFAULTFD)",
-    u.WP_FEATURES: "write-protection of shared memory (Linux 5.19): every page counts as written",
+    u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM: "write-protection (Linux 5.19): all pages count as written",
     u.UFFD_FEATURE_POISON: "UFFDIO_POISON (Linux 6.6): a page that is lost ends the job",
     u.UFFD_FEATURE_WP_ASYNC: "asynchronous write-protection (Linux 6.7): first writes are faults",
 }

@@ -59,8 +59,6 @@ UFFDIO_REGISTER_MODE_WP = 1 << 1
 UFFDIO_COPY_MODE_WP = 1 << 1
 UFFDIO_WRITEPROTECT_MODE_WP = 1 << 0
 
-UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
-UFFD_FEATURE_MISSING_SHMEM = 1 << 5
 UFFD_FEATURE_THREAD_ID = 1 << 8
 UFFD_FEATURE_EXACT_ADDRESS = 1 << 11  # Linux 5.18
 UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12  # Linux 5.19
@@ -79,9 +77,9 @@ _system, _, _, _, _machine = os.uname()
 if _system != "Linux" or _machine not in _NUMBERS:
     raise OSError(f"EDM needs Linux 5.19+, x86-64 or aarch64; this is {_system}, {_machine}")
 
-# Required: page faults of shared memory, which tell thread and address. Required to see which pages were written.
-NEEDED_FEATURES = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_EXACT_ADDRESS
-WP_FEATURES = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+# Faults tell thread and address. A kernel that has these has MISSING_SHMEM, too (Linux 4.11). And what has
+# WP_HUGETLBFS_SHMEM has PAGEFAULT_FLAG_WP.
+NEEDED_FEATURES = UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_EXACT_ADDRESS
 
 # ---------------------------------------------------------------- making a userfaultfd
 

@@ -103,8 +103,8 @@ TRACKERS = [
 def _trackings() -> list:
     """Config's clean_tracking, each way that this kernel has."""
     needs = {
-        "async": uffd_ctypes.WP_FEATURES | uffd_ctypes.UFFD_FEATURE_WP_ASYNC,
-        "events": uffd_ctypes.WP_FEATURES,
+        "async": uffd_ctypes.UFFD_FEATURE_WP_HUGETLBFS_SHMEM | uffd_ctypes.UFFD_FEATURE_WP_ASYNC,
+        "events": uffd_ctypes.UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
         "none": 0,
     }
     try:

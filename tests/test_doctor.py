@@ -244,7 +244,12 @@ def test_too_few_processes_are_told_in_one_line(as_nobody, most):
     assert ended.stdout.replace("started\n", "").count("\n") == 1, ended.stdout
 
 
-FEATURES = u.NEEDED_FEATURES | u.WP_FEATURES | u.UFFD_FEATURE_POISON | u.UFFD_FEATURE_WP_ASYNC
+FEATURES = (
+    u.NEEDED_FEATURES
+    | u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    | u.UFFD_FEATURE_POISON
+    | u.UFFD_FEATURE_WP_ASYNC
+)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +257,7 @@ FEATURES = u.NEEDED_FEATURES | u.WP_FEATURES | u.UFFD_FEATURE_POISON | u.UFFD_FE
     [
         (0, "ok", "asynchronous write-protection of shared memory"),
         (u.NEEDED_FEATURES, "missing", "CONFIG_USERFAULTFD"),
-        (u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM, "without", "every page counts as written"),
+        (u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM, "without", "all pages count as written"),
         (u.UFFD_FEATURE_POISON, "without", "a page that is lost ends the job"),
         (u.UFFD_FEATURE_WP_ASYNC, "without", "first writes are faults"),
     ],
@@ -319,7 +324,8 @@ def without_write_protection(self, start, length, write_protect=True):
     if write_protect:
         raise OSError(22, "UFFDIO_REGISTER")
     register(self, start, length, write_protect)
-u.Userfaultfd.api = lambda self, features: not features & u.WP_FEATURES and api(self, features)
+wp = u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+u.Userfaultfd.api = lambda self, features: not features & wp and api(self, features)
 u.Userfaultfd.register = without_write_protection
 """
 

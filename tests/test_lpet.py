@@ -1056,14 +1056,14 @@ def test_no_page_is_missed_that_lpet_has_when_the_application_ends(make, monkeyp
 @pytest.fixture
 def registered(make):
     """The memory is registered, and its pages have the page table's real marks."""
-    if u.WP_FEATURES & ~supported_features() or not (
+    if u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM & ~supported_features() or not (
         supported_features() & u.UFFD_FEATURE_WP_ASYNC
     ):
         pytest.skip("this kernel has no asynchronous write-protection (Linux 6.7)")
     instance = make()
     fd, _ = u.open_userfaultfd()
     uffd = u.Userfaultfd(fd)
-    uffd.api(u.NEEDED_FEATURES | u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC)
+    uffd.api(u.NEEDED_FEATURES | u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM | u.UFFD_FEATURE_WP_ASYNC)
     uffd.register(instance.memory.address, 100 * PAGE_SIZE)
     instance.lpet._uffd = instance.lspt.uffd = uffd
     instance.lpet._pagemap = Pagemap(instance.pagemap_fd, instance.memory.address)

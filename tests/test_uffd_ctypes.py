@@ -212,7 +212,7 @@ def write(memory, value):
 
 @needs_userfaultfd
 def test_a_read_fault_is_resolved_by_copy_and_its_first_write_raises_a_wp_fault(make):
-    memory = make(u.WP_FEATURES)
+    memory = make(u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
     reader, got = read(memory)
     assert memory.fault() == [(UFFD_EVENT_PAGEFAULT, 0, memory.address, reader.native_id)]
     memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE, write_protect=True)
@@ -230,7 +230,7 @@ def test_a_read_fault_is_resolved_by_copy_and_its_first_write_raises_a_wp_fault(
 @pytest.fixture
 def marked(make):
     """Memory of which the first page is there, with the mark that its first write clears."""
-    memory = make(u.WP_FEATURES | u.UFFD_FEATURE_WP_ASYNC)
+    memory = make(u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM | u.UFFD_FEATURE_WP_ASYNC)
     memory.uffd.copy(memory.address, ctypes.addressof(PAGE), PAGE_SIZE, write_protect=True)
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         pagemap = Pagemap(file.fileno(), memory.address)
@@ -355,7 +355,7 @@ def test_where_nothing_is_registered_copy_raises_enoent(memory):
 def test_where_nothing_is_registered_protecting_does_nothing(make, protect):
     other = mmap.mmap(-1, PAGE_SIZE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(other))
-    make(u.WP_FEATURES).uffd.writeprotect(address, PAGE_SIZE, protect)
+    make(u.UFFD_FEATURE_WP_HUGETLBFS_SHMEM).uffd.writeprotect(address, PAGE_SIZE, protect)
 
 
 @needs_userfaultfd
