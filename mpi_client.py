@@ -51,10 +51,10 @@ class Slot:
         self.content_address = MPI.buffer(self.answer.body).address
         self._comm, self._tag = comm, tag
 
-    def send(self, dms: int, kind: int, count: int, page: int, more: int, *body: bytes) -> None:
+    def send(self, dms: int, kind: int, pages: range, more: int, *body: bytes) -> None:
         """Send this DMS the question; wait for nothing."""
         self.dms = dms
-        message = b"".join([m.HEADER.pack(kind, more, count, page), *body])
+        message = b"".join([m.HEADER.pack(kind, more, len(pages), pages.start), *body])
         self.receiving = self._comm.Irecv([self.answer.whole, MPI.BYTE], dms, self._tag)
         self.sending = self._comm.Isend([message, MPI.BYTE], dms, self._tag)
 
@@ -88,7 +88,7 @@ class MpiStore:
         if self._info:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
         dms = pages.start // self.stripe % self._dmss
-        slot.send(dms, m.GET, len(pages), pages.start, pages.step)
+        slot.send(dms, m.GET, pages, pages.step)
         return slot
 
     def take_get(self, asked: Slot) -> tuple[int, int, int]:
@@ -106,17 +106,17 @@ class MpiStore:
         """See PageStore. The pages between the ranges go, too: this only changes where the SPT says that
         they are."""
         ends = list(gone) or [(first, len(part) // PAGE_SIZE) for first, part in dirty]
-        page, count = ends[0][0], sum(ends[-1]) - ends[0][0]
-        address = self._start + page * PAGE_SIZE
+        pages = range(ends[0][0], sum(ends[-1]))
+        address = self._start + pages.start * PAGE_SIZE
         if gone:
             self._log.debug("send lpet's request to evict page in address %#x", address)
-        self._request(m.PUT, page, count, not gone, dirty)
+        self._request(m.PUT, pages, not gone, *dirty)
         if gone:
             self._log.debug("got ack for evict page of lpet in address %#x Ack message : ", address)
 
     def free(self, page: int, count: int) -> None:
         """See PageStore."""
-        self._request(m.FREE, page, count)
+        self._request(m.FREE, range(page, page + count))
 
     def sync(self) -> None:
         """See PageStore."""
@@ -136,12 +136,10 @@ class MpiStore:
 
     # ------------------------------------------------------------ asking and waiting
 
-    def _request(
-        self, kind: int, page: int = 0, count: int = 0, more: int = 0, dirty: Sequence[Bytes] = ()
-    ) -> None:
-        """Ask all DMSs, or if count is not 0, those that have some of these pages. Wait patiently for the
-        answers of all. Raises the first error, if there are any."""
-        stripes = range(page // self.stripe, -(-(page + count) // self.stripe))
+    def _request(self, kind: int, pages: range = range(0), more: int = 0, *dirty: Bytes) -> None:
+        """Ask those DMSs that have some of these pages; without pages, all. Wait patiently for the answers of all.
+        Raises the first error, if there are any."""
+        stripes = range(pages.start // self.stripe, -(-pages.stop // self.stripe))
         # Successive ones are of different DMSs, so the first ones tell.
         some = {stripe % self._dmss for stripe in stripes[: self._dmss]}
         body_of: list[list[bytes]] = [[] for _ in range(self._dmss)]
@@ -154,7 +152,7 @@ class MpiStore:
         with self._lock:
             asked = {dms: self._of_others[dms] for dms in some or range(self._dmss)}
             for dms, slot in asked.items():
-                slot.send(dms, kind, count, page, more, *body_of[dms])
+                slot.send(dms, kind, pages, more, *body_of[dms])
             # A large message travels only while both ends call MPI: no sleep before it is sent.
             _wait(os.sched_yield, *(slot.sending for slot in asked.values()))
             _wait(nap, *(slot.receiving for slot in asked.values()))
