@@ -59,7 +59,7 @@ from edm.edm import tell
 from edm.lpet import Lpet
 from edm.page_idle import Pagemap, choose_tracker
 from edm.page_store import PageStore
-from edm.report import SAMPLE, TABLE, Report
+from edm.report import SAMPLE, Report
 from edm.system_calls import SystemCalls
 from edm.uffd_ctypes import PAGE_SIZE, Userfaultfd
 
@@ -93,8 +93,7 @@ class Pager:
         os.ftruncate(self._memfd, length + size)  # here, as the program may have an RLIMIT_FSIZE
         self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, length))
         self._handler = DmHandler(store, lspt, hello.readahead, bool(hello.clean_tracking))
-        wanted = hello.progress or hello.report
-        self._report = Report(hello, lines, lspt, self._handler) if wanted else None
+        self._report = Report(hello, lines, lspt, self._handler)
         # Each thread that evicts or stores has an Lpet of its own. This one is for forget and sync.
         self._new_lpet = partial(Lpet, lspt, store, self._pagemap, hello)
         self._lpet = self._new_lpet()
@@ -212,7 +211,7 @@ class Pager:
             if self._hello.pidfd in ready or self._ended in ready or self._pagemap.is_gone():
                 return
             with self._sampling:
-                if self._report and not self._printed:
+                if self._handler.came is not None and not self._printed:
                     self._report.sample(self.figures())
 
     def _hear_child(self) -> bool:
@@ -295,17 +294,7 @@ class Pager:
             with self._sampling:
                 if not self._printed:
                     self._printed = True
-                    self._print_figures()
-
-    def _print_figures(self) -> None:
-        figures, hello = self.figures(), self._hello
-        if self._report:
-            try:
-                self._report.write(figures)
-            except OSError as error:
-                LOG.error("report: %s", error)
-        if hello.stats:
-            tell(f"{hello.title}\n{TABLE.format(**figures)}")
+                    self._report.end(self.figures())
 
     def figures(self) -> dict[str, object]:
         """See the top of this file."""

@@ -4,8 +4,9 @@ In the picture: beside the pager, which calls it.
 
 Interface:
     TABLE                     what --stats prints, by the figures of pager.py
-    Report                    collects samples while the job runs. --progress prints each of them as a
-                              live line on a terminal; --report writes an HTML page of all in the end
+    Report                    collects samples while the job runs, for --progress and --report. --progress prints
+                              each of them as a live line on a terminal. In the end --report writes an HTML
+                              page of all, and --stats prints its table
 
 The page is report.html with one JSON object in it, which a script there draws in the browser. The
 object has (times in seconds, as time.monotonic; counts in pages, unless a unit is given):
@@ -18,16 +19,18 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
     areas          [the first page, count of pages, name, when it was seen first and last], the largest first
     lines          [line, its array's first page, count of pages, faults, nanoseconds], see lines.py
 
-Rules: one thread at a time calls sample or write. The DM-Handler appends the pages that come meanwhile, and
-an area that no call of sample sees is not told of. However long the job runs, the memory grows with the logarithm of its time at
-most: a sample goes on until it covers 1/COLUMNS of the time so far, or is one call's, if that covers more. It has
-about PLACES counts at most, as a place grows with the areas. The largest AREAS areas are kept. --progress is about the last second's figures, which are kept apart.
+Rules: one thread at a time calls sample or end. The DM-Handler appends the pages that come meanwhile. An area
+that no call of sample sees is not told of. However long the job runs, the memory grows with the logarithm of its
+time at most: a sample goes on until it covers 1/COLUMNS of the time so far, or is one call's, if that covers more.
+It has about PLACES counts at most, as a place grows with the areas. The largest AREAS areas are kept. --progress is
+about the last second's figures, which are kept apart.
 """
 
 import sys
 import time
 from collections import Counter, deque
 
+from edm import log
 from edm.dm_handler import WAITS, DmHandler
 from edm.edm import tell
 from edm.lspt import LSPT
@@ -56,7 +59,9 @@ class Report:
         self._hello, self._lspt, self._handler = hello, lspt, handler
         # Is a line printed there, which each sample overwrites?
         self._live = hello.progress and sys.stderr.isatty()
-        self._came = handler.came = deque()  # the pages that were installed
+        self._came = deque()  # the pages that were installed
+        if hello.progress or hello.report:
+            handler.came = self._came
         start = {"until": time.monotonic(), "came": Counter()}
         self._samples: list[dict] = [start, start]  # of two ends, a sample begins at the first
         self._second = deque([start], 1 + 1000 // SAMPLE)  # the figures of the last second
@@ -90,13 +95,21 @@ class Report:
         sample.update(now)
         sample["came"].update(self._came.popleft() & -self._place for _ in range(len(self._came)))
 
-    def write(self, figures: dict[str, object]) -> None:
-        """At the end, a last sample: erase the live line, and write the HTML page if it has a path. Raises OSError."""
+    def end(self, figures: dict[str, object]) -> None:
+        """After a last sample, erase the live line, write the HTML page and print the table, if they are wanted."""
         self.sample(figures)
         if self._live:
             tell("\r\x1b[K", "")
-        if not self._hello.report:
-            return
+        if self._hello.report:
+            try:
+                self.write(figures)
+            except OSError as error:
+                log.logger("EDM CLIENT").error("report: %s", error)
+        if self._hello.stats:
+            tell(f"{self._hello.title}\n{TABLE.format(**figures)}")
+
+    def write(self, figures: dict[str, object]) -> None:
+        """Write the HTML page. Raises OSError."""
         content = {
             "title": self._hello.title,
             "page_size": PAGE_SIZE,

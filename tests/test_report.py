@@ -52,7 +52,7 @@ class Table:
 
 def begun(title="a title", progress=False):
     """A report that has no samples yet."""
-    hello = SimpleNamespace(title=title, progress=progress, report=None)
+    hello = SimpleNamespace(title=title, progress=progress, report=None, stats=False)
     return Report(hello, [], Table(), SimpleNamespace())
 
 
@@ -90,8 +90,7 @@ LATENCIES = [3 if n == 115 else n == 173 for n in range(512)]
 
 
 def written(made, path, latencies=LATENCIES):
-    """Write the page: its text, and the object in it. There is no last sample."""
-    made.sample = lambda figures: None
+    """Write the page: its text, and the object in it."""
     made._handler.latencies = latencies
     made._hello.report = str(path)
     made.write(FIGURES)
@@ -294,7 +293,7 @@ def test_progress_is_a_line_with_what_happened_in_the_second_before(clock, capfd
             "fetched": pages, "evicted_clean": pages, "evicted_dirty": pages, "waited": waited,
             "waited_for_store": waited / 2, "waited_for_room": waited / 5, "resident": 10 << 10,
         }  # fmt: skip
-        take = made.write if pages == 50 else made.sample  # the last one
+        take = made.end if pages == 50 else made.sample  # the last one
         take(FIGURES | figures)
     begin, *lines, end = capfd.readouterr().err.split("\r\x1b[K")
     assert begin == end == ""
