@@ -93,7 +93,7 @@ class Pager:
         os.ftruncate(self._memfd, length + size)  # here, as the program may have an RLIMIT_FSIZE
         self._mailbox = mailbox.Mailbox(u.mmap(0, size, access, u.MAP_SHARED, self._memfd, length))
         self._handler = DmHandler(store, lspt, hello.readahead, bool(hello.clean_tracking))
-        self._report = Report(hello, lines, lspt, self._handler)
+        self._report = Report(hello, lines, lspt, self._handler)  # or None, after its end
         # Each thread that evicts or stores has an Lpet of its own. This one is for forget and sync.
         self._new_lpet = partial(Lpet, lspt, store, self._pagemap, hello)
         self._lpet = self._new_lpet()
@@ -101,8 +101,7 @@ class Pager:
         self._threads: list[threading.Thread] = []
         self._lpet_pid = os.getpid()
         self._status = 0  # print_error's of the first thread that has failed
-        self._sampling = threading.Lock()  # held by the thread that uses the report's samples
-        self._printed = False  # was the table printed, and the report written?
+        self._sampling = threading.Lock()  # held by the thread that uses the report
 
         sys.setswitchinterval(SWITCH_INTERVAL)
         # See that there is room for the lifeline, for two descriptors of a system call, and over MPI for LPET's
@@ -211,7 +210,7 @@ class Pager:
             if self._hello.pidfd in ready or self._ended in ready or self._pagemap.is_gone():
                 return
             with self._sampling:
-                if self._handler.came is not None and not self._printed:
+                if self._report and self._handler.came is not None:
                     self._report.sample(self.figures())
 
     def _hear_child(self) -> bool:
@@ -287,14 +286,14 @@ class Pager:
         try:
             if self._store.kept:
                 pages = self.sync()
-                if not self._printed and (self._hello.ended_by or self._lspt.stopped()):
+                if self._report and (self._hello.ended_by or self._lspt.stopped()):
                     why = (*self._hello.ended_by, "end")[0]
                     LOG.warning("%s: wrote %d pages back and synced the disk", why, pages)
         finally:
             with self._sampling:
-                if not self._printed:
-                    self._printed = True
-                    self._report.end(self.figures())
+                report, self._report = self._report, None
+                if report:
+                    report.end(self.figures())
 
     def figures(self) -> dict[str, object]:
         """See the top of this file."""
