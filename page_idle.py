@@ -124,8 +124,7 @@ def choose_tracker(wanted: str) -> str:
     """
     missing = bitmap_missing() if wanted != "unmap" else "it is not wanted"
     if wanted == "bitmap" and missing:
-        other = "take --idle-tracker unmap, which needs no root and no kernel option"
-        raise ValueError(f"idle_tracker: the bitmap can't be used here ({missing}); {other}")
+        raise ValueError(f"idle_tracker: no bitmap here ({missing}); take --idle-tracker unmap")
     with open(os.memfd_create("edm"), "r+b", 0) as memfd:
         memfd.truncate(4 * HUGE)
         os.pwrite(memfd.fileno(), bytes(PAGE_SIZE), HUGE + PAGE_SIZE)
