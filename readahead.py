@@ -80,8 +80,8 @@ class Readahead:
         self.max_window, self._is_missing = max_window, is_missing
         self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # places of single faults, sorted
-        # A stream that begins adds PROBE, a window that was used up takes PROBE, and a single fault takes 1. Above
-        # ROWS, rows come at once.
+        # A stream that begins adds PROBE, a window that was used up takes PROBE, and a single fault takes 1. If it leaves
+        # ROWS or more, the row comes at once.
         self._rows = 0
 
     def stream(self, place: int) -> Stream | None:
@@ -103,6 +103,7 @@ class Readahead:
         return self._begin(place) if self.max_window > 1 else None
 
     def _begin(self, place: int) -> Stream | None:
+        window = min(FIRST_WINDOW, self.max_window)
         recent, page = self._recent, place // PAGE_SIZE
         at = bisect_left(recent, place)
         for before in recent[bisect_left(recent, place - MAX_STRIDE * PAGE_SIZE) : at + 1]:
@@ -113,13 +114,11 @@ class Readahead:
                 continue
             recent.remove(before)
             self._rows = min(self._rows + PROBE * (stride == PAGE_SIZE), ROWS + PROBE)
-            stream = Stream(place, min(FIRST_WINDOW, self.max_window), stride)
-            self._streams = [stream, *self._streams[: STREAMS - 1]]
-            return stream
-        in_rows = self._rows > ROWS
+            self._streams = [Stream(place, window, stride), *self._streams[: STREAMS - 1]]
+            return self._streams[0]
         self._rows = max(self._rows - 1, 0)
         if len(recent) == REMEMBERED:
             recent.clear()
             del self._streams[-1:]
         insort(recent, place)
-        return Stream(place, min(FIRST_WINDOW, self.max_window), PAGE_SIZE) if in_rows else None
+        return Stream(place, window, PAGE_SIZE) if self._rows >= ROWS else None
