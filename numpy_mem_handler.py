@@ -52,8 +52,7 @@ from edm.edm import space
 DEFAULT_HANDLER = 306  # PyDataMem_DefaultHandler's index in NumPy's C API, since 1.22
 PY_TP_BASE, PY_TP_FINALIZE = 48, 80  # CPython's Include/typeslots.h
 
-KEPT_PART = 16  # the areas that are kept have at most 1/KEPT_PART of the resident limit together
-KEPT_AREAS = 16  # and are at most this many
+KEPT = 16  # areas at most are kept, and have at most 1/KEPT of the resident limit together
 PIECE = 1 << 20  # bytes that numpy.fromfile reads at once
 TRIES = 4  # of one request, if signal handlers raise in the middle of each
 
@@ -223,8 +222,8 @@ class MemHandler:
 
     def _release(self) -> None:
         """Release what is kept and too much."""
-        most = self.space.config.high_threshold * PAGE_SIZE // KEPT_PART
-        while len(kept := self._kept.copy()) > KEPT_AREAS or sum(kept.values()) > most:
+        most = self.space.config.high_threshold * PAGE_SIZE // KEPT
+        while len(kept := self._kept.copy()) > KEPT or sum(kept.values()) > most:
             # One that is too large, if there is any; or the oldest.
             address = max(kept, key=lambda address: kept[address] > most)
             if self._kept.pop(address, 0):
