@@ -68,9 +68,11 @@ class Stream:
         stop = min(self.place + self.window * self.stride, area.stop * PAGE_SIZE)
         runs = [range(page, page + 1)]
         for place in range(self.place + self.stride, stop, self.stride):
-            page, run = place // PAGE_SIZE, runs.pop()
-            longer = range(run[0], page + 1, page - run[-1])
-            runs += [longer] if longer[:-1] == run else [run, range(page, page + 1)]
+            page, run = place // PAGE_SIZE, runs[-1]
+            if len(run) == 1 or page == run[-1] + run.step:
+                runs[-1] = range(run[0], page + 1, page - run[-1])
+            else:
+                runs.append(range(page, page + 1))
         return runs
 
 
