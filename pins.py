@@ -69,10 +69,10 @@ class Pins:
 
     def runs(self) -> list[tuple[int, ...]]:
         """The runs of pinned pages: (first page, count). The caller has the lock."""
-        return [pin[:2] for pin in self._pins()] if self._used[0] else []
+        return [pin[:2] for pin in self._pins()]
 
     def _pins(self) -> list[tuple[int, ...]]:
-        return list(PIN.iter_unpack(self._table[: self._used[0] * PIN.size]))
+        return [*PIN.iter_unpack(self._table[: used * PIN.size])] if (used := self._used[0]) else []
 
     def _keep(self, pins: list[tuple[int, ...]]) -> None:
         self._table[: len(pins) * PIN.size] = b"".join(PIN.pack(*pin) for pin in pins)

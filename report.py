@@ -49,7 +49,7 @@ waiting      {waited:.2f} s, the application for its pages
 evictions    {evicted_dirty} pages with their bytes, {evicted_clean} clean ones without
 to the store {bytes_sent:,} bytes
 from it      {bytes_received:,} bytes; {fetched} pages came, new ones and those read ahead included
-from each    {from_each_dms} pages, of the DMSs by rank
+from DMSs    {from_each_dms} pages of each, by rank; [] on one machine
 resident     {peak_resident} pages at most"""
 
 
@@ -77,7 +77,7 @@ class Report:
     def sample(self, figures: dict[str, object]) -> None:
         """Note what has happened since the last call."""
         areas, until = self._lspt.areas.copy(), time.monotonic()
-        for area in areas:
+        for area in sorted(areas, key=lambda area: area[1])[-AREAS:]:
             self._areas.setdefault(area, [until, until])[1] = until
         largest = sorted(self._areas.items(), key=lambda item: item[0][1], reverse=True)
         self._areas = dict(largest[:AREAS])

@@ -188,7 +188,7 @@ def test_the_object_in_the_page_says_what_was_seen(clock, tmp_path):
     assert [100, 9, "grows", BEGAN + 3, BEGAN + 3] in page["areas"]
     assert page["table"] == report.TABLE.format(**FIGURES)
     assert "\nfrom it      1,073,741,824 bytes; 7 pages came" in page["table"]
-    assert "\nfrom each    [3, 4] pages" in page["table"]
+    assert "\nfrom DMSs    [3, 4] pages" in page["table"]
 
 
 def test_the_page_is_whole_by_itself_and_knows_the_names_of_the_object(clock, tmp_path):

@@ -168,5 +168,5 @@ def test_the_readmes_command_for_many_machines_runs_a_program_over_several_dmss(
     assert here.keys() <= set(command)
     ended = run(*[word for name in command for word in here.get(name, [name])])
     assert ended.returncode == 0 and "SUCCESS" in ended.stdout, ended.stdout
-    each = re.search(r"from each +\[(\d+), (\d+)\] pages", ended.stdout)
+    each = re.search(r"from DMSs +\[(\d+), (\d+)\] pages", ended.stdout)
     assert each and min(map(int, each.groups())) > 1000, ended.stdout
