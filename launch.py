@@ -48,6 +48,9 @@ def main(arguments: list[str]) -> None:
         os.environ["EDM_RUN"] = marshal.dumps(settings).hex()
         startup = os.path.join(os.path.dirname(os.path.abspath(__file__)), "startup")
         os.environ["PYTHONPATH"] = f"{startup}{os.pathsep}{before}" if before else startup
+    # Where there is no locale, Python has set LC_CTYPE (PEP 538). With that the next one would not use UTF-8 mode.
+    os.environ.pop("LC_CTYPE", None)
+    os.environ.update(re.findall(r"(?:^|\0)(LC_CTYPE)=([^\0]*)", _text("/proc/self/environ")))
     # Without a name, which execv refuses, Python's is python3.
     os.execv(sys.executable, [sys.orig_argv[0] or "python3", *_interpreter_options(), *program])
 

@@ -30,6 +30,8 @@ from collections.abc import Iterator
 
 from edm.uffd_ctypes import PAGE_SIZE, futex_wait, futex_wake
 
+__builtins__ = dict(__builtins__)  # as in address_space.py
+
 ENTRY = 1 << 10  # bytes of a request, a pickle
 ENTRIES = 128
 ANSWER_AT = PAGE_SIZE + ENTRIES * ENTRY  # where the answer is, a pickle; the ring begins at a page

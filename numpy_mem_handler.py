@@ -49,6 +49,8 @@ from types import SimpleNamespace
 from edm.address_space import PAGE_SIZE, Space, whole_pages
 from edm.edm import space
 
+__builtins__ = dict(__builtins__)  # as in address_space.py
+
 DEFAULT_HANDLER = 306  # PyDataMem_DefaultHandler's index in NumPy's C API, since 1.22
 PY_TP_BASE, PY_TP_FINALIZE = 48, 80  # CPython's Include/typeslots.h
 

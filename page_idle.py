@@ -48,8 +48,8 @@ class Pagemap:
         self.fd, self._first = fd, start_addr // PAGE_SIZE
 
     def _read(self, page: int, count: int) -> bytes:
-        raw = os.pread(self.fd, 8 * count, 8 * (self._first + page))
-        return raw.ljust(8 * count, b"\0")  # a process that has ended has no pages
+        # A process that has ended has no pages.
+        return os.pread(self.fd, 8 * count, 8 * (self._first + page)).ljust(8 * count, b"\0")
 
     def find(self, page: int, chosen: bytes, which: bytes) -> bytes:
         """Those of the chosen pages that are WRITTEN, since they got the uffd-wp bit; or PRESENT, in the page table.

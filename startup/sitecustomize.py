@@ -21,7 +21,6 @@ import sys
 before = set(sys.modules)
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
-from types import SimpleNamespace
 
 EDM = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
@@ -67,7 +66,7 @@ def start():
     spec.loader.create_module = lambda spec: edm
     spec.loader.exec_module = lambda module: sys.modules.update(of_edm)
     # It is asked for each module that the program imports.
-    sys.meta_path.insert(0, SimpleNamespace(find_spec=find_spec))
+    sys.meta_path.insert(0, type("Finder", (), {"find_spec": find_spec}))
 
 
 sys.path.remove(os.path.dirname(__file__))

@@ -669,6 +669,11 @@ def test_a_numpy_that_cant_be_imported_has_the_traceback_of_plain_python(tmp_pat
     assert within == plain and plain[0] == 1
 
 
+def test_finders_of_modules_can_be_compared_and_hashed():
+    plain, within = both(["-c", "import sys; print(len({*sys.meta_path}) == len(sys.meta_path))"])
+    assert within == plain == (0, "True\n", "")
+
+
 def test_a_finder_that_fails_has_no_frame_of_edms():
     finder = "class Finder:\n    def find_spec(self, *names): raise OSError('its own')\n"
     program = f"import sys\n{finder}sys.meta_path[:0] = [Finder()]\nimport numpy"
@@ -731,7 +736,7 @@ def test_what_numpy_was_imported_by_can_be_pickled():
         {}, {"LC_CTYPE": "C"}, {"LC_ALL": "C"}, {"LANG": "C", "LC_CTYPE": "C.UTF-8"},
         {"LANG": "C.UTF-8", "LC_CTYPE": "C"}, {"LC_ALL": "C", "LC_CTYPE": "C.UTF-8"},
         {"LC_CTYPE": "C.UTF-8", "PYTHONUTF8": "1"}, {"PYTHONUTF8": "0"},
-        {"LC_ALL": "", "LC_CTYPE": "POSIX"},
+        {"LC_ALL": "", "LC_CTYPE": "POSIX"}, {"LC_CTYPE": ""},
     ],
 )  # fmt: skip
 def test_the_locale_is_as_the_user_has_it(locale):
@@ -739,7 +744,8 @@ def test_the_locale_is_as_the_user_has_it(locale):
     code = """
 import locale, os, sys
 print(sys.stdout.encoding, sys.stdin.errors, sys.getfilesystemencoding(), os.environ.get("LC_CTYPE"))
-print(locale.getlocale(), locale.getpreferredencoding().lower())
+print(locale.getlocale(), locale.getpreferredencoding().lower(), sys.flags.utf8_mode)
+print(open(os.devnull).encoding)
 """
     plain, within = both(["-c", code], env=env | locale)
     assert within == plain and plain[0] == 0

@@ -90,6 +90,23 @@ for size in (10, 1 << 20):
     assert (ended.returncode, ended.stdout) == (0, plain(*command))
 
 
+def test_a_program_may_replace_builtins_where_arrays_are_made_grow_and_are_freed(run):
+    code = """
+import builtins, numpy as np
+from unittest import mock
+names = "abs all any bool bytes dict enumerate filter getattr hasattr int iter len list map max memoryview min next"
+for name in f"{names} open print range reversed set sorted sum tuple zip".split():
+    with mock.patch.object(builtins, name, side_effect=TypeError(name)):
+        array = np.empty(1 << 20)
+        array.resize(1 << 21, refcheck=False)
+        array = np.zeros(1 << 20)
+        array = None
+    print(name)
+"""
+    ended = run(*EDM_RUN, "-c", code)
+    assert (ended.returncode, ended.stdout) == (0, plain("-c", code))
+
+
 def test_an_audit_hook_sees_nothing_when_a_large_array_is_made_and_freed(run):
     code = """
 import sys, numpy as np
