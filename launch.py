@@ -48,9 +48,9 @@ def main(arguments: list[str]) -> None:
         os.environ["EDM_RUN"] = marshal.dumps(settings).hex()
         startup = os.path.join(os.path.dirname(os.path.abspath(__file__)), "startup")
         os.environ["PYTHONPATH"] = f"{startup}{os.pathsep}{before}" if before else startup
-    # Where there is no locale, Python has set LC_CTYPE (PEP 538). With that the next one would not use UTF-8 mode.
-    os.environ.pop("LC_CTYPE", None)
-    os.environ.update(re.findall(r"(?:^|\0)(LC_CTYPE)=([^\0]*)", _text("/proc/self/environ")))
+    # In the C locale, Python uses UTF-8 mode, and sets LC_CTYPE to this (PEP 538). The next one has to do so, too.
+    if sys.flags.utf8_mode and os.getenv("LC_CTYPE") == "C.UTF-8" and not os.getenv("LC_ALL"):
+        os.environ["LC_CTYPE"] = "C"
     # Without a name, which execv refuses, Python's is python3.
     os.execv(sys.executable, [sys.orig_argv[0] or "python3", *_interpreter_options(), *program])
 

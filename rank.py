@@ -20,8 +20,8 @@ in the parent's process group. A launcher kills that as a whole, so a DMS that t
 One that has exited may be, after the words of EDM or of MPI that say why. MPICH's launcher waits for the end of
 this process, too. So its line is there before the job ends.
 
-A DMS has a lifeline for each pager on its machine. When it dies, the kernel kills these pagers, which would wait
-for it forever should the launcher do nothing. Of pagers on other machines only the launcher knows.
+A DMS has a lifeline for each pager on its machine, and so has its child. When both have ended, the kernel kills these
+pagers, which would wait for the DMS forever should the launcher do nothing. Of pagers on other machines only the launcher knows.
 """
 
 import _thread
@@ -78,7 +78,7 @@ def _watch(rank: Any) -> NoReturn:
     """Outlive the DMS, our parent, which has the other end of this socket, and print a line if it dies. When it ends
     in order, it kills this process first."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    # Nothing comes if it can't begin, and has printed why.
+    # Nothing comes if it can't begin, and has printed why. The descriptors that come stay open until this process ends.
     if (words := receive(rank)[0]) and not receive(rank)[0]:
         os.setpgid(0, 0)  # the launcher may kill the DMS's group before the line is told
         tell(f"edm: error: {words}")
@@ -155,9 +155,11 @@ def _serve_pages(
         wrong = str(error)
     _begin_with_all(comm, wrong, watching)
     ours, _ = processes[comm.rank]
-    # Each write end has a higher number than its read end, and so is closed before it: see Pager.__init__.
+    # Each write end has a higher number than its read end, and so is closed before it: see Pager.__init__. The child
+    # has them, too, and ends when it has told of the DMS's death: before that, a launcher that sees a pager die might
+    # kill it. A message has at most 253 descriptors (SCM_MAX_FD).
     pagers = [tie(pid) for there, pid in processes[len(hosts) :] if there == ours]
-    send(control, f"the DMS of rank {comm.rank} on host {here} has died")
+    send(control, f"the DMS of rank {comm.rank} on host {here} has died", *sum(pagers[:126], ()))
     comm.alltoall([b""] * len(hosts) + dms.on_disk())
     dms.serve()
     for read, _ in pagers:

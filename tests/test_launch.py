@@ -735,7 +735,8 @@ def test_what_numpy_was_imported_by_can_be_pickled():
     [
         {}, {"LC_CTYPE": "C"}, {"LC_ALL": "C"}, {"LANG": "C", "LC_CTYPE": "C.UTF-8"},
         {"LANG": "C.UTF-8", "LC_CTYPE": "C"}, {"LC_ALL": "C", "LC_CTYPE": "C.UTF-8"},
-        {"LC_CTYPE": "C.UTF-8", "PYTHONUTF8": "1"}, {"PYTHONUTF8": "0"},
+        {"LC_CTYPE": "C.UTF-8", "PYTHONUTF8": "1"}, {"PYTHONUTF8": "0"}, {"PYTHONUTF8": "1"},
+        {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}, {"LANG": "C.UTF-8", "PYTHONUTF8": "1"},
         {"LC_ALL": "", "LC_CTYPE": "POSIX"}, {"LC_CTYPE": ""},
     ],
 )  # fmt: skip
