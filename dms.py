@@ -7,10 +7,10 @@ Interface: DMS(comm, dms, ...).serve() answers the instances' requests until the
 all DMSs of a job tell each other their `offers`. If there are several, and the disks are kept, they call start(). Then
 each tells the instances what is on_disk().
 
-Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason.
-No message ends the DMS, nor do SIGTERM and SIGINT: the instances end it, when they have written back what
-they hold. An eviction is acknowledged when its bytes are written to the disk file. A PUT may name pages
-that the instance does not have: the DMS does not check this, as only the instance's LSPT knows.
+Rules: A request is checked before anything is changed. A wrong one is answered with ERROR and a reason. No message
+but the last instance's BYE ends the DMS, nor do SIGTERM and SIGINT. An eviction is acknowledged when its bytes are
+written to the disk file. A PUT may name pages that the instance does not have: the DMS does not check this, as only
+the instance's LSPT knows.
 
 Nobody waits for another instance's messages. One thread receives, answers and sends. A message that is
 under way does not block it: it is a generator (_exchange), which is continued at each look, while others
@@ -39,7 +39,7 @@ from edm.page_store import CONTENT, SYNC_PHASES, PageStore
 from edm.uffd_ctypes import PAGE_SIZE, PAGES_AT_ONCE, PR_SET_TIMERSLACK, prctl
 
 EAGER = 500e-6  # seconds after a message in which the DMS does not sleep
-LOOK = 10e-6  # seconds that a look takes
+LOOK = 10e-6  # seconds in which the DMS looks for messages after a nap
 # A nap takes 1/NAPS of the silence so far, at most LONGEST_NAP seconds. Of two DMSs that an instance asks in turn,
 # one naps while the other answers. So its nap is short against that answer. With naps that doubled, a random read
 # of two DMSs took 1300 µs.
@@ -142,8 +142,8 @@ class DMS:
     def _handle(self, source: int, question: memoryview, answer: m.MessageBuffer) -> memoryview:
         """Do what the question asks; the answer. It may be written over the question.
 
-        A request that is wrong, or can't be done, changes nothing, and is answered with the reason. The pager
-        tells it, as on one machine.
+        A wrong request changes nothing. One that can't be done moves no page, see PageStore.put. Both are answered
+        with the reason, which the pager prints, as on one machine.
         """
         store = self._stores[source - self._first]
         try:

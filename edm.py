@@ -34,11 +34,11 @@ Interface:
 
 `python -m edm run` (launch.py) runs a program that knows nothing of all this.
 
-Rules: the application is the process that calls run or start. On one machine that spawns the pager.
-Under an MPI launcher, the first ranks are DMSs if there are to be any. Every other rank forks *before* MPI
-is initialised: the child is the application, and goes on with the program; the parent is the pager, and
-ends with the application's status. A DMS ends when the applications have ended. So a program goes on in its
-applications alone, and must not import mpi4py.MPI first.
+Rules: the application is the process that calls run or start. On one machine that spawns the pager. Under an MPI
+launcher, the first ranks are DMSs if there are to be any. Every rank forks *before* MPI is initialised. Of a rank
+that is no DMS, the child is the application, and goes on with the program; the parent is the pager, and ends with
+the application's status. A DMS ends when the applications have ended. So a program goes on in its applications
+alone, and must not import mpi4py.MPI first.
 """
 
 from __future__ import annotations

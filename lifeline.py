@@ -4,15 +4,16 @@ In the picture: the arrow from the application to the pager, where it begins and
 
 Interface:
     for edm.py, rank.py        spawn_pager, socket_pair
-    for both ends              send, try_to_send, receive
     for what has to be killed  tie(pid); untie
-    for the application        high, closed_by, is_open: descriptors in a program that may close them
+    for both ends              send, try_to_send, receive
+                               high; closed_by, is_open: descriptors in a program that may close them
 
-One socket pair connects application and pager. A message is a pickle, and may carry descriptors. The first one
-does, and is HELLO's dictionary: the settings, and more. The pager answers with its process id, when it serves, or
-with the OSError or ValueError why not. The second message carries the listener of system_calls.py, if there is one.
-After that calls go by the mailbox (mailbox.py), and only forked children use the socket. The answer stays in it with
-two descriptors, and children peek at them: the memfd, and the read end of the lifeline, a pipe.
+One socket pair connects application and pager. A message is a pickle, and may carry descriptors. The application's
+first one is HELLO, a dictionary: the settings, and more, with descriptors. The pager answers with its process id,
+when it serves, or with the OSError or ValueError why not. The second message carries the listener of
+system_calls.py, if there is one. After that calls go by the mailbox (mailbox.py), and only forked children send by
+the socket. The application sees its end when the pager has ended. The answer stays in it with two descriptors, and
+children peek at them: the memfd, and the read end of the lifeline, a pipe.
 
 Each end notices the end of the other. The pager polls a pidfd. It has the only write end of the lifeline, and
 the kernel kills the application when that is closed: its next fault would hang forever. Each process that the
@@ -20,8 +21,7 @@ application forks makes a lifeline of its own, and sends the pager both ends of 
 application has ended, the pager truncates the memfd, and unties the application's children. From then on they get
 a SIGBUS when they touch its memory. Over MPI a DMS has a lifeline for each pager on its machine (rank.py).
 
-Rules: the application imports this module, so it imports little. No function here is called while a page fault is
-resolved.
+Rules: the application imports this module, so it imports little. The DM-Handler calls no function of it.
 
 Sources: unix(7), fcntl(2) on F_SETOWN, F_SETSIG and O_ASYNC, posix_spawn(3).
 """
@@ -36,7 +36,7 @@ import os
 import posix  # os, without what a program puts there: a forked child uses only this
 import sys
 
-MAX_HELLO = 1 << 18  # bytes of a message at most, and of its descriptors
+MAX_HELLO = 1 << 18  # bytes of a message at most, and as many for its descriptors
 HIGH = 512  # the lowest number of a descriptor that stays open: programs use the low ones
 # Flags of sendmsg(2) that no program uses: MSG_CONFIRM has no effect here. See system_calls.py.
 UNFILTERED = _socket.MSG_NOSIGNAL | _socket.MSG_CONFIRM

@@ -10,8 +10,8 @@ before a fault is resolved. `found`, the report's, becomes the table:
 
 A sample is a random fault, about one per INTERVAL. It stands for all faults since the sample before, and for their
 durations. The signal is sent before the page comes: it wakes the thread, which writes its frames and
-faults again at the same instruction, or goes on. The answer is read when the next sample is due, and at the end the
-last one is not. If another thread faults then, and the answer is not there yet, the line counts as unknown.
+faults again at the same instruction, or goes on. The answer is read when the next sample is due. If it
+is not there, and another thread faults, the line counts as unknown. The last answer of a job is not read.
 
 The default action of SIGURG is to ignore it, so it harms no process that has lost the handler: because
 Python is finalizing, or the process has executed another program. No signal is sent to
@@ -40,7 +40,7 @@ from edm.lifeline import closed_by, high
 from edm.uffd_ctypes import PAGE_SIZE, tgkill
 
 INTERVAL = 10_000_000  # nanoseconds from one sample to the next, about
-MOST = 128  # faults from one sample to the next, on average
+MOST = 128  # faults from one sample to the next at most, on average: then samples come more often than by INTERVAL
 LINES = 10_000
 ANSWER = 1 << 16  # bytes; faulthandler writes at most 100 frames
 NO_LINE = "a system call, or a thread whose line is unknown"

@@ -23,18 +23,19 @@ A message is a header of 16 bytes and a body, if it has one. MPI gives its lengt
 
 The unused fields of a question's header are 0.
 
-Before the first question, each DMS tells each instance the pages that an earlier job has left to it on the DMS's disk, as
-RUNs behind each other. All ranks do this at once, see rank.py.
+Before the first question, each DMS tells each instance the pages that an earlier job has left to it on the DMS's
+disk, as RUNs behind each other. All ranks do this at once, see rank.py.
 
 A page's number is (address - start_addr) / PAGE_SIZE. A range may have pages of other DMSs (mpi_client.py). A DMS
-is never sent those, so to it they stay NEW.
+is never sent their bytes, so to it they stay NEW.
 
-Instead of any of these answers the DMS may send ERROR: `more` is an errno, and words in UTF-8 follow. Then every
-page is where it was. ERROR to a GET says that the first page can't be read.
+Instead of any of these answers the DMS may send ERROR: `more` is an errno, and words in UTF-8 follow. Then no
+page has moved, though a part of a PUT may be written. ERROR to a GET says that the first page can't be read.
 
 That both ends have the same VERSION (rank.py) and settings is seen before the first message.
 
-A question and its answer have the same MPI tag. No other question has that tag until the answer is there.
+A question and its answer have the same MPI tag. No other question between these two ranks has that tag until the
+answer is there.
 Messages of different tags have no order.
 """
 

@@ -2,10 +2,10 @@
 
 In the picture: between the pager's threads and the DMSs.
 
-Interface: MpiStore(comm, dms, ...), with the methods of PageStore that a pager calls, and their contracts.
-Each raises OSError with the DMS's errno and reason if a DMS refuses. If a DMS has died, it does not
-return: this process is killed, see rank.py. `on_disk` has to be set before runs_on_disk is called: what the DMSs
-have told this rank at the start (messages.py).
+Interface: MpiStore(comm, dms, ...), with the methods of PageStore that a pager calls, and their contracts. Each
+raises OSError with the DMS's errno and reason if a DMS refuses. If a DMS has died, it does not return: this process
+is killed, by the launcher if the DMS was elsewhere (rank.py). `on_disk` has to be set before runs_on_disk is
+called: what the DMSs have told this rank at the start (messages.py).
 
 The pages are striped over the DMSs: stripe s, which is STRIPE pages, belongs to DMS s % N. A single DMS has
 all pages in one endless stripe. A get is about pages of one stripe: a caller that wants more asks for all of
@@ -103,8 +103,8 @@ class MpiStore:
         return kind, got, asked.content_address
 
     def put(self, gone: Sequence[Run], dirty: Sequence[Bytes]) -> None:
-        """See PageStore. The pages between the ranges go, too: this only changes where the SPT says that
-        they are."""
+        """See PageStore. The message names all pages from the first range to the last. To the SPT those between have
+        gone, too, even if the instance has them: nothing but the wiki's table depends on that."""
         ends = list(gone) or [(first, len(part) // PAGE_SIZE) for first, part in dirty]
         pages = range(ends[0][0], sum(ends[-1]))
         address = self._start + pages.start * PAGE_SIZE

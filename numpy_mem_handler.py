@@ -12,9 +12,9 @@ here they are ctypes callbacks, which cost each array some microseconds. PyDataM
 handler for the current context only, and a new thread begins in another context, with NumPy's default
 handler. So the functions of the default handler itself are replaced, for all threads.
 
-    malloc, calloc   from the threshold on, an area of its own, whose pages are zeros; below it, NumPy's
+    malloc, calloc   from the threshold on, an area of its own; calloc's is zeros. Below it, NumPy's
     realloc          moves an array into the space when it grows to the threshold, to a place where it
-                     can grow without being moved again
+                     can grow without being moved again, unless the disk is kept; and when it shrinks by half
     free             unmaps the area and frees its pages, here and in the store. A few small areas are
                      kept for the next malloc of the same size, and so is one that is freed in the midst
                      of a call of this thread to the space, until the next calloc or free
@@ -131,7 +131,7 @@ def _replace_fromfile() -> None:
 
 
 class MemHandler:
-    """What NumPy calls: malloc, calloc, realloc and free. NumPy's own ones have a _ before the name.
+    """What NumPy calls: malloc, calloc, realloc and free. Of NumPy's own, three have a _ before the name.
 
     `done` is where they note an answer after which they may not be called again: see Callback.
     """
@@ -175,7 +175,7 @@ class MemHandler:
             _replace_fromfile()
         return self
 
-    # Every array of this process passes through these: each attribute counts.
+    # Every large array of this process passes through these. Small ones do if an exception is set, see Callback.
 
     def malloc(self, done: list[int], ctx: int, size: int) -> int:
         """A kept area, if there is one of this size. Its bytes are undefined."""

@@ -7,9 +7,9 @@ returns in the application process of an instance. The parent of an application 
 exits with the application's status. The first Config.dms ranks are the DMSs, which exit when all
 instances have ended.
 
-Rules: one process of the job prints a mistake, in one line, before any application starts: either the
-application (edm.py), which gets it from its pager, or a rank. The launcher's signals come to the
-rank, which passes them on. So the application has a process group of its own.
+Rules: one process of the job prints a mistake that all ranks have, or that a DMS finds, in one line, before any
+application starts. What only one pager can't do its application prints (edm.py), which then ends. The launcher's
+signals come to the rank, which passes them on. So the application has a process group of its own.
 
 Every rank forks a child, with a socket pair between them, and sends it one message when MPI is initialised:
 the instance's number, if the child is an application; words to print, if the rank is a DMS. None comes if the
@@ -20,8 +20,9 @@ in the parent's process group. A launcher kills that as a whole, so a DMS that t
 One that has exited may be, after the words of EDM or of MPI that say why. MPICH's launcher waits for the end of
 this process, too. So its line is there before the job ends.
 
-A DMS has a lifeline for each pager on its machine, and so has its child. When both have ended, the kernel kills these
-pagers, which would wait for the DMS forever should the launcher do nothing. Of pagers on other machines only the launcher knows.
+A DMS has a lifeline for each pager on its machine, and so has its child. When both have ended, the kernel kills
+these pagers, which would wait for the DMS forever should the launcher do nothing. Of pagers on other machines only
+the launcher knows.
 """
 
 import _thread
@@ -44,7 +45,7 @@ from edm.uffd_ctypes import PAGE_SIZE
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
 PASSED_ON = *ENDING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 VERSION = 9  # of the messages (messages.py)
-TERM_TO_KILL = 3  # seconds from one that is to end the application until this is killed
+TERM_TO_KILL = 3  # seconds from a signal of ENDING until the application is killed
 
 
 def fork_application(config: Config) -> tuple[Any, int]:
@@ -195,8 +196,9 @@ def _page(comm: Any, dms: int, config: Config, application: int, control: Any) -
 
 
 def _pass_on(application: int, ended_by: list[str]) -> NoReturn:
-    """A thread: pass the launcher's signals on to the application, and to its subprocesses, as a terminal does. After
-    one of ENDING, whose name ended_by gets, the next one kills them. After TERM_TO_KILL seconds this is SIGALRM."""
+    """A thread: pass the launcher's signals on to the application, and to its subprocesses, as a terminal does. ended_by
+    gets the names of those of ENDING that come. The second one kills the application: TERM_TO_KILL seconds after the
+    first, that is SIGALRM."""
     while True:
         number = signal.sigwait(PASSED_ON)
         if number in ENDING:

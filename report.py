@@ -13,7 +13,7 @@ object has (times in seconds, as time.monotonic; counts in pages, unless a unit 
     title, page_size (bytes), start_addr, table (what --stats prints)
     place          the pages of a place, a part of the address space, in the end
     samples        until: when it was taken; came: pages since the sample before, by the first page of their
-                   place: its pages were fewer before. And all but the first, which is the start: the figures
+                   place. Places were smaller in earlier samples. And all but the first, which is the start: the figures
                    of pager.py; away: pages of the areas of that time that were not here
     latencies      faults, by how long they took: see dm_handler.py
     areas          [the first page, count of pages, name, when it was seen first and last], the largest first
@@ -57,7 +57,7 @@ class Report:
     def __init__(self, hello: object, lines: list[int], lspt: LSPT, handler: DmHandler) -> None:
         """hello: see pager.page_for. lines: the descriptor for lines.py, if there is one."""
         self._hello, self._lspt, self._handler = hello, lspt, handler
-        # Is a line printed there, which each sample overwrites?
+        # Whether a line is printed to the terminal, which each sample overwrites.
         self._live = hello.progress and sys.stderr.isatty()
         self._came = deque()  # the pages that were installed
         if hello.progress or hello.report:
