@@ -108,8 +108,8 @@ def try_to_send(control: _socket.socket, message: object, *fds: int) -> None:
 
 
 def tie(pid: int) -> tuple[int, int]:
-    """The read end of a pipe, and the write end, which only one process may keep. The kernel kills the
-    process pid when the write end is closed, as long as the read end is open in any process."""
+    """The read end of a pipe, and the write end. The kernel kills the process pid when the last process that has the
+    write end has closed it, as long as the read end is open in any."""
     read, write = map(high, posix.pipe2(os.O_CLOEXEC))
     fcntl.fcntl(read, fcntl.F_SETOWN, pid)
     fcntl.fcntl(read, fcntl.F_SETSIG, _signal.SIGKILL)

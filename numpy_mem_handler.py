@@ -320,7 +320,8 @@ class Callback:
             return self[arguments, done, was_set, error, tries - 1] if tries > -TRIES else 0
 
 
-# No signal handler runs before the try: RESUME looks for signals, but not with 3. Python 3.10 has none, and does not look.
+# No signal handler runs before the try: RESUME looks for signals, but not with 3. Python 3.10 has no RESUME, and
+# does not look.
 _code = Callback.__getitem__.__code__
 _resume = bytes([opmap.get("RESUME", 0)])
 _quiet = _code.co_code.replace(_resume + b"\0", _resume + b"\3", 1)

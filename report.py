@@ -60,7 +60,7 @@ class Report:
         # Whether a line is printed to the terminal, which each sample overwrites.
         self._live = hello.progress and sys.stderr.isatty()
         self._came = deque()  # the pages that were installed
-        if hello.progress or hello.report:
+        if self._live or hello.report:  # else nobody looks at samples
             handler.came = self._came
         start = {"until": time.monotonic(), "came": Counter()}
         self._samples: list[dict] = [start, start]  # of two ends, a sample begins at the first
@@ -70,7 +70,7 @@ class Report:
         self._areas: dict[tuple[int, int, str], list[float]] = {}
         self._lines: dict[tuple[str, int, int], list[int]] = {}  # what lines.py finds
         if lines:
-            from edm.lines import Lines  # its imports take long
+            from edm.lines import Lines  # few jobs need it
 
             handler.lines = Lines(hello.pid, *hello.lines, *lines, lspt, self._lines)
 
