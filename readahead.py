@@ -32,7 +32,7 @@ Rules: the DM-Handler's thread only.
 The idea is the kernel's (mm/readahead.c).
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable
 
 from edm.uffd_ctypes import PAGE_SIZE
@@ -80,6 +80,7 @@ class Readahead:
     def __init__(self, max_window: int, is_missing: Callable[[range], bool]) -> None:
         """max_window: pages at most in one window; less than 2 turns readahead off. is_missing: LSPT's."""
         self.max_window, self._is_missing = max_window, is_missing
+        self._first_window = min(FIRST_WINDOW, max_window)
         self._streams: list[Stream] = []  # the one used last is the first
         self._recent: list[int] = []  # places of single faults, sorted
         # A stream that begins adds PROBE, a window that was used up takes PROBE, and a single fault takes 1. If it leaves
@@ -105,8 +106,7 @@ class Readahead:
         return self._begin(place) if self.max_window > 1 else None
 
     def _begin(self, place: int) -> Stream | None:
-        window = min(FIRST_WINDOW, self.max_window)
-        recent, page = self._recent, place // PAGE_SIZE
+        recent, page, window = self._recent, place // PAGE_SIZE, self._first_window
         at = bisect_left(recent, place)
         for before in recent[bisect_left(recent, place - MAX_STRIDE * PAGE_SIZE) : at + 1]:
             pages, stride = page - before // PAGE_SIZE, place - before
@@ -118,9 +118,9 @@ class Readahead:
             self._rows = min(self._rows + PROBE * (stride == PAGE_SIZE), ROWS + PROBE)
             self._streams = [Stream(place, window, stride), *self._streams[: STREAMS - 1]]
             return self._streams[0]
-        self._rows = max(self._rows - 1, 0)
+        self._rows -= self._rows > 0
         if len(recent) == REMEMBERED:
             recent.clear()
             del self._streams[-1:]
-        insort(recent, place)
+        recent.insert(at, place)
         return Stream(place, window, PAGE_SIZE) if self._rows >= ROWS else None

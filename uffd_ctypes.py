@@ -14,8 +14,8 @@ Rules:
       does writeprotect where nobody writes any more.
     * Addresses and lengths are bytes, whole pages.
     * The descriptor acts on the address space of the process that made it, whoever holds it.
-    * Every call releases the GIL, except those by WITH_GIL. fcntl.ioctl is a microsecond faster than
-      ctypes, so the ioctls use it, with the arguments packed by struct.
+    * Every call releases the GIL, except read_faults, and those by WITH_GIL. fcntl.ioctl is a microsecond faster than
+      ctypes, so the ioctls use it, with the arguments in an array.
 
 Sources: userfaultfd(2), ioctl_userfaultfd(2), <linux/userfaultfd.h>,
 Documentation/admin-guide/mm/userfaultfd.rst.
@@ -26,6 +26,8 @@ import os
 from _multiprocessing import SemLock
 from _signal import SIG_BLOCK, SIG_SETMASK
 from _thread import _local as local
+from array import array
+from collections.abc import Iterable
 from contextlib import suppress
 from ctypes import c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from fcntl import ioctl
@@ -41,23 +43,21 @@ PAGES_AT_ONCE = (1 << 20) // PAGE_SIZE
 
 UFFD_API = 0xAA
 
-# The number of each ioctl, and its block.
+# The number of each ioctl. Its block is an array of __u64.
 IOCTLS = {
-    "UFFDIO_API": (0xC018AA3F, Struct("=QQQ")),  # api, features, ioctls
-    "UFFDIO_REGISTER": (0xC020AA00, Struct("=QQQQ")),  # range, mode, ioctls
-    "UFFDIO_WAKE": (0x8010AA02, Struct("=QQ")),  # range: start, len
-    "UFFDIO_COPY": (0xC028AA03, Struct("=QQQQq")),  # dst, src, len, mode, copy
-    "UFFDIO_ZEROPAGE": (0xC020AA04, Struct("=QQQq")),  # range, mode, zeropage
-    "UFFDIO_WRITEPROTECT": (0xC018AA06, Struct("=QQQ")),  # range, mode
-    "UFFDIO_POISON": (0xC020AA08, Struct("=QQQq")),  # range, mode, updated
+    "UFFDIO_API": 0xC018AA3F,  # api, features, ioctls
+    "UFFDIO_REGISTER": 0xC020AA00,  # range, mode, ioctls
+    "UFFDIO_WAKE": 0x8010AA02,  # range: start, len
+    "UFFDIO_COPY": 0xC028AA03,  # dst, src, len, mode, copy
+    "UFFDIO_ZEROPAGE": 0xC020AA04,  # range, mode, zeropage
+    "UFFDIO_WRITEPROTECT": 0xC018AA06,  # range, mode
+    "UFFDIO_POISON": 0xC020AA08,  # range, mode, updated
 }
 uffd_msg = Struct("=B7xQQI4x")  # event; of a page fault: flags, address, thread
 USERFAULTFD_IOC_NEW = 0xAA00  # on /dev/userfaultfd
 
-UFFDIO_REGISTER_MODE_MISSING = 1 << 0
-UFFDIO_REGISTER_MODE_WP = 1 << 1
-UFFDIO_COPY_MODE_WP = 1 << 1
-UFFDIO_WRITEPROTECT_MODE_WP = 1 << 0
+UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP = 1 << 0, 1 << 1
+UFFDIO_COPY_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP = 1 << 1, 1 << 0
 
 UFFD_FEATURE_THREAD_ID = 1 << 8
 UFFD_FEATURE_EXACT_ADDRESS = 1 << 11  # Linux 5.18
@@ -65,8 +65,7 @@ UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12  # Linux 5.19
 UFFD_FEATURE_POISON = 1 << 14  # Linux 6.6; it can be used without being asked for
 UFFD_FEATURE_WP_ASYNC = 1 << 15  # Linux 6.7
 
-UFFD_PAGEFAULT_FLAG_WRITE = 1 << 0
-UFFD_PAGEFAULT_FLAG_WP = 1 << 1
+UFFD_PAGEFAULT_FLAG_WRITE, UFFD_PAGEFAULT_FLAG_WP = 1 << 0, 1 << 1
 
 UFFD_USER_MODE_ONLY = 1
 USER_MODE = "user mode only"  # open_userfaultfd's word for it
@@ -125,17 +124,16 @@ class Userfaultfd(int):
     """A descriptor, with its ioctls. See ioctl_userfaultfd(2) for each. Each raises OSError, which names the ioctl:
     ESRCH when the process has ended."""
 
-    def _call(self, name: str, *fields: int) -> tuple[int, ...]:
-        """The ioctl, with these fields of its block; returns all of them. It may be interrupted (EAGAIN)."""
-        request, block = IOCTLS[name]
-        content = bytearray(block.pack(*fields))
+    def _call(self, name: str, *fields: int) -> array:
+        """The ioctl, with these fields of its block; returns the block. It may be interrupted (EAGAIN)."""
+        block = array("L", fields)
         try:
-            ioctl(self, request, content)
-        except BlockingIOError:
-            pass
+            ioctl(self, IOCTLS[name], block)
+        except BlockingIOError:  # after so many bytes; or -EAGAIN: after none
+            block[-1] *= block[-1] < 1 << 63
         except OSError as error:
             raise OSError(error.errno, f"{name}: {error.strerror}") from None
-        return block.unpack(content)
+        return block
 
     def api(self, features: int) -> int:
         """The handshake, which must succeed once: ask for features, get all that there are.
@@ -160,11 +158,11 @@ class Userfaultfd(int):
         more than one mapping, ESRCH when the process has ended.
         """
         mode = UFFDIO_COPY_MODE_WP if write_protect else 0
-        return max(0, self._call("UFFDIO_COPY", dst, src, length, mode, 0)[-1])
+        return self._call("UFFDIO_COPY", dst, src, length, mode, 0)[-1]
 
     def zeropage(self, start: int, length: int) -> int:
         """Install zeroed, writable pages in this range (bytes), and wake. Returns and raises as copy does."""
-        return max(0, self._call("UFFDIO_ZEROPAGE", start, length, 0, 0)[-1])
+        return self._call("UFFDIO_ZEROPAGE", start, length, 0, 0)[-1]
 
     def writeprotect(self, start: int, length: int, protect: bool) -> None:
         """Set the uffd-wp bit of these pages (bytes); or, protect=False, clear it and wake. Does nothing if the process
@@ -181,16 +179,16 @@ class Userfaultfd(int):
         """Make this range (bytes) raise SIGBUS when touched, and wake. Linux 6.6."""
         self._call("UFFDIO_POISON", start, length, 0, 0)
 
-    def read_faults(self) -> list[tuple[int, int, int, int]]:
-        """(event, flags, address, thread) of the faults that wait, at most 64; none: [].
+    def read_faults(self) -> Iterable[tuple[int, int, int, int]]:
+        """(event, flags, address, thread) of the faults that wait, at most 8; none: []. For one thread.
 
-        address: the exact one. thread: its id.
+        address: the exact one. thread: its id. Where none waits, os.read takes 0.9 µs, for its exception; this 0.4.
         """
-        try:
-            return list(uffd_msg.iter_unpack(os.read(self, 64 * uffd_msg.size)))
-        except BlockingIOError:
-            return []
+        length = WITH_GIL.read(self, _messages, len(_messages))
+        return uffd_msg.iter_unpack(_messages[:length]) if length > 0 else []
 
+
+_messages = ctypes.create_string_buffer(8 * uffd_msg.size)
 
 # ---------------------------------------------------------------- other system calls
 

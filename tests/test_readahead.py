@@ -450,7 +450,7 @@ def test_pages_that_were_asked_for_wait_for_room_and_faults_do_not_wait_for_them
     lspt.high = 60
     faults, resolved = [], []
     handler._uffd.read_faults = lambda: [faults.pop()] if faults else []
-    handler._resolve = resolved.extend
+    handler._resolve = lambda faults: resolved.extend(faults) or 0
     handler.prefetch([(100, 100)])
     with running(handler):
         wait_for(lambda: lspt.figures[ROOM_WANTED] == NEVER)

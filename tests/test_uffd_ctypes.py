@@ -19,7 +19,7 @@ from edm.page_idle import WRITTEN, Pagemap
 from edm.uffd_ctypes import PAGE_SIZE
 
 HEADER = "/usr/include/linux/userfaultfd.h"
-NUMBERS = {name: number for name, (number, _) in u.IOCTLS.items()} | {
+NUMBERS = u.IOCTLS | {
     name: value
     for name, value in vars(u).items()
     if name.startswith(("UFFDIO_", "UFFD_FEATURE_", "UFFD_EVENT_", "UFFD_PAGEFAULT_"))
@@ -27,9 +27,31 @@ NUMBERS = {name: number for name, (number, _) in u.IOCTLS.items()} | {
 }
 
 
-def test_the_block_of_each_ioctl_has_the_size_that_its_number_has():
-    for number, block in u.IOCTLS.values():
-        assert number >> 16 & 0x3FFF == block.size
+def test_the_block_of_each_ioctl_has_the_size_that_its_number_has(monkeypatch):
+    sizes = {}
+
+    def ioctl(fd, number, block):
+        sizes[number] = memoryview(block).nbytes
+
+    monkeypatch.setattr(u, "ioctl", ioctl)
+    uffd = u.Userfaultfd(-1)
+    uffd.api(0)
+    uffd.writeprotect(0, PAGE_SIZE, True)
+    for call in uffd.register, uffd.wake, uffd.zeropage, uffd.poison:
+        call(0, PAGE_SIZE)
+    uffd.copy(0, 0, PAGE_SIZE)
+    assert sizes == {number: number >> 16 & 0x3FFF for number in u.IOCTLS.values()}
+
+
+@pytest.mark.parametrize("done", [0, 4 * PAGE_SIZE, -errno.EAGAIN])
+def test_a_copy_that_was_interrupted_tells_how_many_bytes_it_has_installed(monkeypatch, done):
+    def ioctl(fd, number, block):
+        block[-1] = done % (1 << 64)
+        raise BlockingIOError(errno.EAGAIN, "interrupted")
+
+    monkeypatch.setattr(u, "ioctl", ioctl)
+    assert u.Userfaultfd(-1).copy(0, 0, 8 * PAGE_SIZE) == max(0, done)
+    assert u.Userfaultfd(-1).zeropage(0, 8 * PAGE_SIZE) == max(0, done)
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
@@ -161,7 +183,7 @@ class Memory:
     def fault(self):
         """Wait for the next fault message."""
         assert select.select([self.fd], [], [], 10)[0], "no fault message came"
-        return self.uffd.read_faults()
+        return list(self.uffd.read_faults())
 
     def close(self):
         os.close(self.fd)
