@@ -63,6 +63,8 @@ WINDOW_PART = 64  # a readahead window is at most 1/WINDOW_PART of high_threshol
 FIRST_PIECE, PIECE = 16, min(64, PAGES_AT_ONCE)  # pages of a run that are installed at once
 # What the application waited for: figures(), in seconds.
 WAITS = FAULTS, STORE, ROOM = "waited", "waited_for_store", "waited_for_room"
+# A dict counts twice as fast as shared memory.
+COUNTED = "faults_first_access", "faults_refetch", "faults_write_protect", "bytes_received"
 
 
 class DmHandler:
@@ -85,13 +87,14 @@ class DmHandler:
         # Nanoseconds. A wait subtracts the clock when it begins, and adds it when it ends. So a negative sum
         # means that a wait is under way.
         self._waited = dict.fromkeys(WAITS, 0)
+        self._counted = dict.fromkeys(COUNTED, 0)
         # How many faults took less than 2 ** (n / 8) ns, but not less than 2 ** ((n - 1) / 8), by n. That is the
         # number of bits that the eighth power of the time has.
         self.latencies = [0] * (8 * 64)
 
     def figures(self) -> dict[str, object]:
-        """The median and the 99th percentile of the faults' latency, in µs, 9 % too long at most; the sum of all,
-        in seconds.
+        """COUNTED; the median and the 99th percentile of the faults' latency, in µs, 9 % too long at most; the sum of
+        all, in seconds.
 
         Latency: from the message's arrival to the woken application, as this thread sees it.
         """
@@ -103,7 +106,7 @@ class DmHandler:
         now = self._lspt.figures[l.STOPPED] or time.monotonic_ns()
         sums = {name: ns + (ns < 0 and now) for name, ns in self._waited.items()}
         waits = {name: round(ns / 1e9, 3) for name, ns in sums.items()}
-        return {"latency_median": median, "latency_99th": long, **waits}
+        return {**self._counted, "latency_median": median, "latency_99th": long, **waits}
 
     # ------------------------------------------------------------ for other threads
 
@@ -187,7 +190,7 @@ class DmHandler:
             if flags & u.UFFD_PAGEFAULT_FLAG_WP:
                 # In any state of the page: without the bit, it counts as written.
                 self._uffd.writeprotect(address & -PAGE_SIZE, PAGE_SIZE, False)
-                self._lspt.figures[l.WRITE_PROTECT] += 1
+                self._counted["faults_write_protect"] += 1
             else:
                 self._bring_missing(address, flags & u.UFFD_PAGEFAULT_FLAG_WRITE > 0)
             if self._info:
@@ -212,7 +215,7 @@ class DmHandler:
             if state != l.LEAVING:  # else who has claimed it wakes the application
                 self._uffd.wake(address & -PAGE_SIZE, PAGE_SIZE)
             return
-        self._lspt.figures[l.FIRST_ACCESS if state == l.NEW else l.REFETCH] += 1
+        self._counted["faults_first_access" if state == l.NEW else "faults_refetch"] += 1
         if stream := self._readahead.stream(address - self._start):
             wanted = stream.wanted(self._lspt.area(page))
             runs = [run for part in wanted for run in self._lspt.expect_more(part)]
@@ -294,7 +297,7 @@ class DmHandler:
         wp = self._track_clean and not write
         at, end, at_once = 0, len(pages) * PAGE_SIZE, pages.step == 1
         if source:  # counted first: the application may ask as soon as it is woken
-            self._lspt.figures[l.RECEIVED] += end
+            self._counted["bytes_received"] += end
         while at < end:
             dst, length = address + at * pages.step, end - at if at_once else PAGE_SIZE
             try:

@@ -106,17 +106,15 @@ Run = tuple[int, int]  # first page, count
 # claimed, less for holes and others. leaving: the runs of what is LEAVING now.
 Claimed = namedtuple("Claimed", "page before chosen leaving")
 
-# Counters in shared memory: those that Space.figures() returns (see pager.py), then the LSPT's own. ROOM_WANTED:
+# Counters in shared memory: those that are for Space.figures() (see pager.py), then the LSPT's own. ROOM_WANTED:
 # when the DM-Handler began to wait for room (nanoseconds of the clock), NEVER if only advice wants some; or 0.
 # STOPPED: when stop was called; or 0.
 FIGURES = (
-    "resident", "peak_resident", "faults_first_access", "faults_refetch", "faults_write_protect",
-    "fetched", "bytes_received", "evicted_dirty", "evicted_clean", "refused", "bytes_sent",
+    "resident", "peak_resident", "fetched", "evicted_dirty", "evicted_clean", "refused", "bytes_sent",
 )  # fmt: skip
 (
-    RESIDENT, PEAK, FIRST_ACCESS, REFETCH, WRITE_PROTECT, FETCHED, RECEIVED, EVICTED_DIRTY, EVICTED_CLEAN,
-    REFUSED, SENT, ROOM_WANTED, STOPPED,
-) = range(13)  # fmt: skip
+    RESIDENT, PEAK, FETCHED, EVICTED_DIRTY, EVICTED_CLEAN, REFUSED, SENT, ROOM_WANTED, STOPPED,
+) = range(9)  # fmt: skip
 
 
 def runs(page: int, states: bytes, which: re.Pattern[bytes]) -> Iterator[Run]:
