@@ -104,8 +104,7 @@ class DmHandler:
         median, long = (round(2 ** (n / 8) / 1000) for n in places)
         # A wait that is under way counts, as it may be a long one: until now, or LSPT.stop.
         now = self._lspt.figures[l.STOPPED] or time.monotonic_ns()
-        sums = {name: ns + (ns < 0 and now) for name, ns in self._waited.items()}
-        waits = {name: round(ns / 1e9, 3) for name, ns in sums.items()}
+        waits = {name: round((ns + (ns < 0 and now)) / 1e9, 3) for name, ns in self._waited.items()}
         return {**self._counted, "latency_median": median, "latency_99th": long, **waits}
 
     # ------------------------------------------------------------ for other threads

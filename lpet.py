@@ -24,6 +24,7 @@ One eviction (Lpet._evict) is safe under writers, although nothing is protected 
     5. put      the pages are read from the pipe, and the store writes the dirty ones. Clean pages are
                 dropped without writing: the store has their bytes. Neighbours that are all dirty go
                 from the pipe to the disk file without a copy in between, if the store can do that.
+                If all are clean, they are dropped from the pipe, unread.
     6. gone     LEAVING → AWAY. Faults that came meanwhile are woken, and are tried again.
 
 If the store refuses in step 5, the pages are written back into the memfd, and are HERE again. The
@@ -49,13 +50,13 @@ Rules: an Lpet belongs to one thread. It never takes the LSPT's lock itself.
 """
 
 import errno
-import fcntl
 import mmap
 import os
 import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from fcntl import F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl
 
 from edm import log
 from edm import lspt as l
@@ -82,11 +83,12 @@ class Lpet:
         self._out, self._in = os.pipe2(os.O_CLOEXEC)
         # A user may have a limited number of such pipes: pipe(7), pipe-user-pages-soft.
         with suppress(PermissionError):
-            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, PAGES_AT_ONCE * PAGE_SIZE)
-        size = fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ)
-        self._batch = min(hello.evict_batch, size // PAGE_SIZE)  # looked at, or evicted, at once
+            fcntl(self._in, F_SETPIPE_SZ, PAGES_AT_ONCE * PAGE_SIZE)
+        # Looked at, or evicted, at once.
+        self._batch = min(hello.evict_batch, fcntl(self._in, F_GETPIPE_SZ) // PAGE_SIZE)
         self._bytes = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # of the claimed pages
         self._tracker = BitmapTracker(pagemap) if hello.idle_tracker == "bitmap" else self
+        self._null = 0  # where clean pages go, once LPET runs
         self._hand = 0  # the page where the clock goes on
         # The generation of the clock's last whole turn. Another turn in it would find no page that is AGE old.
         self._turned = -1
@@ -96,6 +98,7 @@ class Lpet:
 
     def run(self) -> None:
         """Evict whenever woken, until LSPT.stop. Raises OSError when a fault has waited for GRACE seconds."""
+        self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         while needed := self._lspt.wait_to_evict():
             self._banner.info("\n-----------------START LPET-----------------\n")
             left = self._evict_until_low_threshold(needed)
@@ -115,20 +118,22 @@ class Lpet:
             return 0
         self._say("[LPET] sending eviction request for page in addr %#x", page, chosen)
         spans, written = self._move_out(claimed)  # 2, 3, 4
-        pages, dirty = chosen.count(255), written.count(255)
-        (first, content), *others = spans
+        pages, dirty, length = chosen.count(255), written.count(255), sum(len(c) for _, c in spans)
         # 5. Of neighbours that are all dirty: pipe → disk, without a copy. If that is not possible, or fails, the
-        # bytes are in _bytes then.
-        at_once = self._store.takes_pipes and not others and len(content) == dirty * PAGE_SIZE
-        if not at_once:
+        # bytes are in _bytes then. LPET leaves clean pages in the pipe until the store has agreed.
+        at_once = self._store.takes_pipes and len(spans) == 1 and length == dirty * PAGE_SIZE
+        unread = self._null and not dirty
+        if not (at_once or unread):
             self._empty_pipe(spans)
-        if not (at_once and self._store.put_from_pipe(self._out, first, content)):
+        if not (at_once and self._store.put_from_pipe(self._out, *spans[0])):
             try:
                 self._store.put(leaving, self._content_of(page, written, CHOSEN_RUN))
             except OSError as error:
-                self._put_back(claimed)
+                self._put_back(claimed, spans if unread else ())
                 self._refused(error, pages)
                 return 0
+        while unread and length:
+            length -= os.splice(self._out, self._null, length)
         self._say("[Lpet] - received ack for eviction of page in address : %#x", page, chosen)
         self._lspt.gone(claimed)  # 6
         self._lspt.figures[l.EVICTED_DIRTY] += dirty
@@ -160,8 +165,10 @@ class Lpet:
         found = runs(page, chosen, which)
         return [(at, self._bytes[(at - page) * PAGE_SIZE :][: n * PAGE_SIZE]) for at, n in found]
 
-    def _put_back(self, claimed: Claimed) -> None:
-        """The pages are HERE again. The page table has kept their uffd-wp bits: clean pages are still clean."""
+    def _put_back(self, claimed: Claimed, spans: Iterable[Bytes]) -> None:
+        """The pages are HERE again. spans: those that are in the pipe; the others are in _bytes. The page table has
+        kept their uffd-wp bits: clean pages are still clean."""
+        self._empty_pipe(spans)
         for first, content in self._content_of(claimed.page, claimed.chosen, CHOSEN_RUN):
             write_all(self._memfd, content, first * PAGE_SIZE)
         self._lspt.stays(claimed)
@@ -251,8 +258,7 @@ class Lpet:
         """Take these pages, which may be evicted at once, out of the page table, and put them back into the memfd."""
         for run in runs(page, chosen, CHOSEN_RUN):
             claimed = self._lspt.claim(*run, l.ANY_HERE)
-            self._empty_pipe(self._move_out(claimed)[0])
-            self._put_back(claimed)
+            self._put_back(claimed, self._move_out(claimed)[0])
 
     def forget(self, advised: list[Run]) -> None:
         """Evict those of these pages that are HERE, but for pinned ones.

@@ -112,9 +112,8 @@ Claimed = namedtuple("Claimed", "page before chosen leaving")
 FIGURES = (
     "resident", "peak_resident", "fetched", "evicted_dirty", "evicted_clean", "refused", "bytes_sent",
 )  # fmt: skip
-(
-    RESIDENT, PEAK, FETCHED, EVICTED_DIRTY, EVICTED_CLEAN, REFUSED, SENT, ROOM_WANTED, STOPPED,
-) = range(9)  # fmt: skip
+RESIDENT, PEAK, FETCHED, EVICTED_DIRTY, EVICTED_CLEAN, REFUSED, SENT = range(7)
+ROOM_WANTED, STOPPED = 7, 8
 
 
 def runs(page: int, states: bytes, which: re.Pattern[bytes]) -> Iterator[Run]:
@@ -178,8 +177,7 @@ class LSPT(ByteTable):
         size, and the fault waits until LPET's run has ended.
         """
         super().__init__(pages)
-        self.high, self.low = high, low
-        self.uffd, self.start = uffd, start
+        self.high, self.low, self.uffd, self.start = high, low, uffd, start
         self.lock = semaphore()
         # One instruction may need two pages: with four or more, pins leave two.
         self.pins = Pins(self.lock, max(1, (high - 2) // 2))

@@ -352,6 +352,30 @@ def test_clean_pages_leave_without_their_bytes(make):
     assert instance.figure(l.SENT) == 2 * PAGE_SIZE
 
 
+@pytest.fixture
+def null():
+    with open(os.devnull, "wb") as file:
+        yield file.fileno()
+
+
+@pytest.mark.parametrize("most", [PAGE_SIZE, 1 << 20], ids=["interrupted", "at once"])
+def test_pages_that_are_all_clean_leave_without_being_read(make, monkeypatch, null, most):
+    instance = make()
+    instance.lpet._null = null
+    instance.come((10, 3), (20, 1))
+    instance.pagemap.clean |= {10, 11, 12, 20}
+    splice = os.splice
+
+    def splice_some(src, dst, count, **options):  # as where a signal comes
+        return splice(src, dst, min(count, most), **options)
+
+    monkeypatch.setattr(os, "splice", splice_some)
+    monkeypatch.setattr(os, "readv", None)
+    assert instance.evict(0, 50, ANY_HERE) == 4
+    assert instance.pipe_is_empty() and instance.memory.pages_in_it() == 0
+    assert instance.store.tries == [[]] and instance.figure(l.EVICTED_CLEAN) == 4
+
+
 def test_the_store_gets_what_was_written_last_before_the_page_left_the_page_table(
     make, monkeypatch
 ):
@@ -416,6 +440,18 @@ def test_what_the_store_refuses_is_here_again_with_its_bytes(make):
     instance.store.refuses = refuse_nothing
     assert instance.evict(0, 50, ANY_HERE) == 6
     assert instance.store.pages == {p: content(p) for p in (10, 11, 12, 15, 16, 17)}
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_clean_pages_that_the_store_does_not_let_go_are_here_with_their_bytes(make, null, runs):
+    instance = make()
+    instance.lpet._null = null if runs else 0
+    instance.come((10, 3), (15, 3))
+    instance.pagemap.clean |= {10, 11, 12, 15, 16, 17}
+    instance.store.refuses = lambda runs: not runs  # as where the DMS can't be asked
+    assert instance.evict(0, 50, ANY_HERE) == 0
+    assert instance.here() == [10, 11, 12, 15, 16, 17] and instance.pipe_is_empty()
+    assert all(instance.memory.read(page) == content(page) for page in instance.here())
 
 
 def sizes(instance):

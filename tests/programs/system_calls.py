@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from unittest import mock
 
@@ -553,12 +554,16 @@ def blocked(space):
     thread = threading.Thread(target=all_of, args=(theirs.recv_into, target[:wanted]))
     thread.start()
     ours.send(page(0, 0))  # the call that comes for the rest waits
+    first, until = min(space.areas())[0], time.monotonic() + 10
+    while "INSTANCE_0" not in space.locations(first, PAGE_SIZE):
+        assert time.monotonic() < until, "the call has not begun"
+        time.sleep(0.001)
     evicted = space.figures()["evicted_dirty"]
     while space.figures()["evicted_dirty"] < evicted + 4 * HIGH:
         for at in range(0, LENGTH, PAGE_SIZE):
             other[at] = 1
-    here = space.locations(min(space.areas())[0], LENGTH)
-    assert here[: wanted // PAGE_SIZE].count("INSTANCE_0") >= 63, here
+    here = space.locations(first, LENGTH)
+    assert here[: wanted // PAGE_SIZE].count("INSTANCE_0") >= 63
     for at in range(PAGE_SIZE, wanted, PAGE_SIZE):
         ours.sendall(page(0, at))
     thread.join()
