@@ -105,9 +105,9 @@ class Pager:
 
         sys.setswitchinterval(SWITCH_INTERVAL)
         # See that there is room for the lifeline, for two descriptors of a system call, and over MPI for LPET's
-        # pipe. They are high ones, so that the table of descriptors grows now: once there are threads, that
+        # three. They are high ones, so that the table of descriptors grows now: once there are threads, that
         # takes 15 ms.
-        for fd in [lifeline.high(fd) for _ in range(2 + over_mpi) for fd in os.pipe()]:
+        for fd in [lifeline.high(fd) for _ in range(2 + 2 * over_mpi) for fd in os.pipe()]:
             os.close(fd)
         lpet = self._new_lpet().run if over_mpi else self._fork_lpet()
         for body in (self._handler.run, lpet, self._answer):
