@@ -133,11 +133,10 @@ class Space:
                 lines = tell_lines(self._at_close)
             tracks = self._register(u.Userfaultfd(closed(uffd)), config.clean_tracking)
             pagemap = closed(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
-            hello = {
-                **vars(config), "clean_tracking": tracks,  # the way that was found, not what is wanted
-                "instance": instance, "pid": os.getpid(), "lines": lines,
-                "title": f"EDM, INSTANCE_{instance}: {' '.join(sys.orig_argv[1:])[:MAX_COMMAND]}",
-            }  # fmt: skip
+            title = f"EDM, INSTANCE_{instance}: {' '.join(sys.orig_argv[1:])[:MAX_COMMAND]}"
+            ours = {"instance": instance, "pid": os.getpid(), "lines": lines, "title": title}
+            # clean_tracking: the way that was found, not what is wanted
+            hello = {**vars(config), "clean_tracking": tracks, **ours}
             # The pager may have refused already.
             try_to_send(control, hello, uffd, memfd, pagemap, *lines)
             # The answer stays in the socket, with two descriptors for forked children.

@@ -13,7 +13,6 @@ Source: "Kernel specs" in the documentation of jupyter_client.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 
@@ -32,16 +31,14 @@ def main(arguments: list[str]) -> None:
     args, options = parser.parse_known_args(arguments)
     if launch.parse([*options, *PROGRAM])[2] != PROGRAM:
         parser.error(f"these are not only options of {launch.PROG}: {' '.join(options)}")
-    spec = {
-        "argv": [sys.executable, "-m", "edm", "run", *options, *PROGRAM],
-        "display_name": f"Python {sys.version_info[0]} ({args.name})",
-    }
+    argv = [sys.executable, "-m", "edm", "run", *options, *PROGRAM]
+    spec = {"argv": argv, "display_name": f"Python {sys.version_info[0]} ({args.name})"}
     try:
         from ipykernel.kernelspec import write_kernel_spec
         from jupyter_client.kernelspec import KernelSpecManager
 
         with tempfile.TemporaryDirectory() as folder:
-            source = write_kernel_spec(os.path.join(folder, "kernel"), spec)
+            source = write_kernel_spec(f"{folder}/kernel", spec)
             place = KernelSpecManager().install_kernel_spec(source, args.name, user=True)
         print(f"kernel {args.name}: {place}")
     except (ImportError, ValueError, OSError) as error:

@@ -87,15 +87,10 @@ class Lines:
         self._hear(thread)
         area = self._lspt.area((address - self._lspt.start) // PAGE_SIZE)
         self._of_sample = area, self._faults, waited - self._waited
-        self._waited = waited
-        self._sample(thread, now)
-        return time.monotonic_ns() - now
-
-    def _sample(self, thread: int, now: int) -> None:
-        """Ask the thread for its line, unless it must not get the signal."""
         mean = min(MOST, self._faults * INTERVAL // (now - self._when))
         self._next = 1 + now % (2 * mean + 2)  # the clock's nanoseconds are random enough
-        self._when, self._faults, self._asked = now, 0, 0
+        self._when, self._waited, self._faults, self._asked = now, waited, 0, 0
+        # Ask the thread for its line, unless it must not get the signal.
         os.ftruncate(self._memfd, 0)  # also a late answer
         of_thread = f"/proc/{self._process}/task/{thread}"
         # OSError: the thread has ended, the memfd is closed, or reading is not permitted.
@@ -107,16 +102,14 @@ class Lines:
             if number == "-1 " and not blocks and is_open and thread not in self._silent:
                 tgkill(self._process, thread, SIGURG)
                 self._asked = thread
+        return time.monotonic_ns() - now
 
     def _hear(self, thread: int) -> None:
         """Count the faults of the last sample. This thread faults now: if it was asked, its answer is complete."""
         frames = FRAME.findall(os.pread(self._memfd, ANSWER, 0).decode(errors="replace"))
         own = [frame for frame in frames if not any(part in frame[0] for part in LIBRARIES)]
-        line = NO_LINE
-        if frames:
-            file, number, function = (own or frames)[0]  # the innermost
-            line = f"{file}:{number} in {function}"
-        elif thread == self._asked:
+        line = "{}:{} in {}".format(*(own or frames)[0]) if frames else NO_LINE  # the innermost
+        if not frames and thread == self._asked:
             self._silent.add(thread)
         area, faults, took = self._of_sample
         key = line, area.start, len(area)

@@ -54,7 +54,6 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from fcntl import F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl
 
@@ -129,7 +128,7 @@ class Lpet:
             try:
                 self._store.put(leaving, self._content_of(page, written, CHOSEN_RUN))
             except OSError as error:
-                self._put_back(claimed, spans if unread else ())
+                self._put_back(claimed, spans if unread else [])
                 self._refused(error, pages)
                 return 0
         while unread and length:
@@ -154,7 +153,7 @@ class Lpet:
             punch_hole(self._memfd, first * PAGE_SIZE, count * PAGE_SIZE, WITH_GIL)
         return spans, self._pagemap.find(claimed.page, claimed.chosen, WRITTEN)
 
-    def _empty_pipe(self, spans: Iterable[Bytes]) -> None:
+    def _empty_pipe(self, spans: list[Bytes]) -> None:
         parts = [content for _, content in spans]
         if os.readv(self._out, parts) < sum(map(len, parts)):
             raise RuntimeError("readv: the pipe has less than was put into it")
@@ -165,7 +164,7 @@ class Lpet:
         found = runs(page, chosen, which)
         return [(at, self._bytes[(at - page) * PAGE_SIZE :][: n * PAGE_SIZE]) for at, n in found]
 
-    def _put_back(self, claimed: Claimed, spans: Iterable[Bytes]) -> None:
+    def _put_back(self, claimed: Claimed, spans: list[Bytes]) -> None:
         """The pages are HERE again. spans: those that are in the pipe; the others are in _bytes. The page table has
         kept their uffd-wp bits: clean pages are still clean."""
         self._empty_pipe(spans)

@@ -87,8 +87,7 @@ class MpiStore:
         slot.address = self._start + pages.start * PAGE_SIZE  # for take_get's log
         if self._info:
             self._log.debug("send DmHandler's request for the page in address %#x", slot.address)
-        dms = pages.start // self.stripe % self._dmss
-        slot.send(dms, m.GET, pages, pages.step)
+        slot.send(pages.start // self.stripe % self._dmss, m.GET, pages, pages.step)
         return slot
 
     def take_get(self, asked: Slot) -> tuple[int, int, int]:

@@ -64,12 +64,11 @@ _THREE = ctypes.PYFUNCTYPE(c_size_t, c_size_t, c_size_t, c_size_t)
 # free's size is passed with its bytes reversed: if the lower half of a number is -1, ctypes clears the
 # exception that is set.
 _FREE = ctypes.PYFUNCTYPE(c_size_t, c_size_t, c_size_t, c_size_t.__ctype_be__)
+_KINDS = [("malloc", _TWO), ("calloc", _THREE), ("realloc", _THREE), ("free", _FREE)]
 
 
 class PyDataMemAllocator(ctypes.Structure):
-    _fields_ = [
-        ("ctx", c_size_t), ("malloc", _TWO), ("calloc", _THREE), ("realloc", _THREE), ("free", _FREE),
-    ]  # fmt: skip
+    _fields_ = [("ctx", c_size_t), *_KINDS]
 
 
 class PyDataMem_Handler(ctypes.Structure):
@@ -143,17 +142,15 @@ class MemHandler:
         if not hasattr(core._multiarray_umath, "get_handler_name"):
             raise ImportError("this NumPy has no data memory handlers; 1.22 has")
         table = _pointer(core._multiarray_umath._ARRAY_API, None)
-        api = (c_void_p * (DEFAULT_HANDLER + 1)).from_address(table)
-        capsule = py_object.from_address(api[DEFAULT_HANDLER]).value
-        handler = PyDataMem_Handler.from_address(_pointer(capsule, b"mem_handler"))
+        api = ctypes.cast(table, ctypes.POINTER(ctypes.POINTER(py_object)))  # void *[]
+        handler = PyDataMem_Handler.from_address(_pointer(api[DEFAULT_HANDLER][0], b"mem_handler"))
         numpys = PyDataMemAllocator.from_buffer_copy(handler.allocator)
         self._malloc, self._calloc, self._free = numpys.malloc, numpys.calloc, numpys.free
         self.thresholds = [sys.maxsize]  # bytes; the last one counts
         self.space = space()
         self._kept: dict[int, int] = {}  # address → length, of areas for the next malloc
         self._libraries = os.path.dirname(numpy.__path__[0]), __file__
-        kinds = PyDataMemAllocator._fields_[1:]
-        callbacks = [kind(Callback(self, name, getattr(numpys, name)).call) for name, kind in kinds]
+        callbacks = [made(Callback(self, of, getattr(numpys, of)).call) for of, made in _KINDS]
         # ctx is 1: nobody reads it, and then malloc's size, too, is the product of its last two arguments.
         handler.allocator = self._callbacks = PyDataMemAllocator(1, *callbacks)
         # No callback works while the interpreter finalizes. From then on, realloc and free are the C

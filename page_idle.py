@@ -27,7 +27,6 @@ Sources: Documentation/admin-guide/mm/idle_page_tracking.rst, .../mm/pagemap.rst
 """
 
 import os
-from collections.abc import Iterator
 
 from edm.uffd_ctypes import PAGE_SIZE
 
@@ -97,12 +96,11 @@ class BitmapTracker:
                 used[place] = 0
         return bytes(used)
 
-    def _bits(self, page: int, chosen: bytes) -> Iterator[tuple[int, int, int]]:
+    def _bits(self, page: int, chosen: bytes) -> list[tuple[int, int, int]]:
         """Of those that have a page frame number: (place in `chosen`, offset of a word in the bitmap, the page's bit
         there)."""
-        for place, pfn in enumerate(self._pagemap.pfns(page, len(chosen))):
-            if pfn and chosen[place] == 255:
-                yield place, pfn // 64 * 8, 1 << pfn % 64
+        pfns = enumerate(self._pagemap.pfns(page, len(chosen)))
+        return [(i, pfn // 64 * 8, 1 << pfn % 64) for i, pfn in pfns if pfn and chosen[i] == 255]
 
 
 def bitmap_missing() -> str:

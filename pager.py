@@ -297,14 +297,10 @@ class Pager:
 
     def figures(self) -> dict[str, object]:
         """See the top of this file."""
-        return {
-            **dict(zip(l.FIGURES, self._lspt.figures, strict=False)),
-            **self._handler.figures(),
-            "idle_tracker": self._hello.idle_tracker,
-            "pager_pid": os.getpid(),
-            "lpet_pid": self._lpet_pid,
-            "from_each_dms": getattr(self._store, "from_each", []),  # a PageStore has no DMSs
-        }
+        figures = dict(zip(l.FIGURES, self._lspt.figures, strict=False)) | self._handler.figures()
+        figures |= {"idle_tracker": self._hello.idle_tracker, "pager_pid": os.getpid()}
+        from_each = getattr(self._store, "from_each", [])  # a PageStore has no DMSs
+        return figures | {"lpet_pid": self._lpet_pid, "from_each_dms": from_each}
 
 
 # ---------------------------------------------------------------- a process that is a pager

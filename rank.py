@@ -58,8 +58,7 @@ def fork_application(config: Config) -> tuple[Any, int]:
     for stream in (sys.stdout, sys.stderr):
         print(end="", file=stream, flush=True)  # else both processes would write what is buffered
     ours, theirs = socket_pair()
-    application = os.fork()
-    if application:
+    if application := os.fork():
         ours.close()
         _run(config, application, theirs)
     theirs.close()
@@ -111,7 +110,10 @@ def _run(config: Config, application: int, control: Any) -> NoReturn:
     try:
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise OSError("this MPI library has no MPI_THREAD_MULTIPLE; install one that has")
-        ours = os.uname().nodename, (_pids_are_of(), os.getpid()), settings
+        # Where pids are valid: the inode of a pid namespace, and the boot id of its machine. See namespaces(7), proc(5).
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            pids_of = os.stat("/proc/self/ns/pid").st_ino, file.read()
+        ours = os.uname().nodename, (pids_of, os.getpid()), settings
         hosts, processes, of_each = map(list, zip(*comm.allgather(ours), strict=True))
         if len(set(of_each)) > 1:
             fields = "(version, page size, start_addr, end_addr, keep, DMSs)"
@@ -125,19 +127,10 @@ def _run(config: Config, application: int, control: Any) -> NoReturn:
     _end(status)
 
 
-def _pids_are_of() -> tuple[int, str]:
-    """Where this process's pids are valid: the inode of its pid namespace, and the boot id of its machine.
-
-    Source: namespaces(7), proc(5).
-    """
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return os.stat("/proc/self/ns/pid").st_ino, file.read()
-
-
 def _serve_pages(
     comm: Any, config: Config, hosts: list[str], processes: list[Any], watching: int, control: Any
 ) -> None:
-    """Be a DMS. hosts: of each DMS. processes: of each rank, as (_pids_are_of(), pid)."""
+    """Be a DMS. hosts: of each DMS. processes: of each rank: where its pid is valid, and the pid."""
     from edm.dms import DMS
 
     dms, wrong, here = None, None, hosts[comm.rank]
@@ -171,7 +164,7 @@ def _serve_pages(
 def _page(comm: Any, dms: int, config: Config, application: int, control: Any) -> int:
     """Be the pager of an instance. Returns its exit status if it fails, else the application's."""
     from edm.mpi_client import MpiStore
-    from edm.pager import page_for
+    from edm.pager import LOG, page_for
 
     def open_store(hello: Any) -> MpiStore:
         hello.ended_by = ended_by
@@ -189,8 +182,7 @@ def _page(comm: Any, dms: int, config: Config, application: int, control: Any) -
         _begin_with_all(comm, "", application)
     status = os.waitstatus_to_exitcode(os.waitpid(application, 0)[1])
     if status < 0 and not failed:
-        words = "the application was killed by signal %d, %s"
-        log.logger("EDM CLIENT").error(words, -status, signal.strsignal(-status))
+        LOG.error("the application was killed by signal %d, %s", -status, signal.strsignal(-status))
         return 128 - status
     return failed or status
 

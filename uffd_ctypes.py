@@ -284,8 +284,7 @@ def prctl(option: int, value: int) -> None:
 
 
 # <linux/seccomp.h>. The flags are TSYNC, NEW_LISTENER, TSYNC_ESRCH, and the youngest: WAIT_KILLABLE_RECV, Linux 5.19.
-SECCOMP_SET_MODE_FILTER = 1
-SECCOMP_FILTER_FLAGS = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5
+SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAGS = 1, 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5
 sock_fprog = Struct("=H6xQ")  # len, filter
 
 
