@@ -19,6 +19,9 @@ One fault, from the message to the woken application:
                     has made room ("avoid memory flood"), and calls it again. For a page that is LEAVING it
                     does nothing: the thread that has claimed the page wakes the application. If readahead.py
                     sees a stream, it makes the pages that follow COMING, too.
+    _bring_alone    brings a page that readahead adds nothing to, if the store has its bytes in a file of this
+                    process. It does what the next three do, in a third less time. If anything is in its way, it does
+                    nothing, and they find out what.
     _fetch          asks the store for all of these, in pieces. The first piece of a run is small: the
                     application works on it while the others come.
     _take           takes a piece from the store. If the store returns fewer pages, asks for the rest.
@@ -45,8 +48,11 @@ import itertools
 import os
 import select
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
+from fcntl import ioctl
+from functools import partial
 from threading import Event
 
 from edm import log
@@ -82,6 +88,9 @@ class DmHandler:
         self._log, self._banner, self._info = log.of_box("DmHandler")
         # The source of a zero page that gets the uffd-wp bit, which UFFDIO_ZEROPAGE can't set.
         self._zeros = u.mmap(0, PIECE * PAGE_SIZE, u.PROT_READ, u.MAP_PRIVATE | u.MAP_ANONYMOUS)
+        # An UFFDIO_COPY of one page, for _bring_alone: dst, src, len, mode, copy.
+        self._block = array("L", (0, 0, PAGE_SIZE, 0, 0))
+        self._copy_page = partial(ioctl, lspt.uffd, u.IOCTLS["UFFDIO_COPY"], self._block)
         self._called: deque[tuple[range, bool, Event]] = deque()  # what bring was called for
         self._advised: deque[range] = deque()  # what prefetch was called for
         # Nanoseconds. A wait subtracts the clock when it begins, and adds it when it ends. So a negative sum
@@ -221,9 +230,25 @@ class DmHandler:
             # The next column of a matrix needs the pages of this one again, so in a stride it counts that they
             # have come back soon.
             self._fetch(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
-        else:
+        elif not self._bring_alone(page, write, state):
             pages = range(page, page + 1)
             self._take(pages, self._ask(pages), page, write, state)
+
+    def _bring_alone(self, page: int, write: bool, before: int) -> bool:
+        """Bring this page, which is COMING. Returns whether it has come. before: see LSPT.arrived."""
+        store, block = self._store, self._block
+        try:
+            # A report counts what this does not.
+            if self.came is None and store.takes_pipes and (source := store.take_page(page)):
+                self._counted["bytes_received"] += PAGE_SIZE
+                block[0], block[1] = self._start + page * PAGE_SIZE, source
+                block[3] = u.UFFDIO_COPY_MODE_WP if self._track_clean and not write else 0
+                self._copy_page()
+                self._lspt.page_arrived(page, before)
+                return True
+        except OSError:
+            return False  # _take will find out what it is, and what to do
+        return False
 
     def _bring_advised(self) -> None:
         """Bring those of the next PIECE advised pages that are AWAY. If there is room for fewer, look at so many."""

@@ -221,9 +221,8 @@ class PageStore:
         file, if the file can't be used; OSError if it can't be made.
         """
         path, keep, start, end = config.disk, config.keep, config.start_addr, config.end_addr
-        if path and instance:
-            path += f".{instance}"
         if path:
+            path += f".{instance}" if instance else ""
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         else:
             self.fd, name = tempfile.mkstemp(prefix="edm-", dir=disk_folder())
@@ -242,7 +241,7 @@ class PageStore:
         self._lock = semaphore() if keep else nullcontext()
         self._buffer = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # for take_get
         self._buffer_at = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
-        self._page = [self._buffer[:PAGE_SIZE]]  # where take_get reads a single page
+        self._page = [self._buffer[:PAGE_SIZE]]  # where take_page reads
         self._log, self._banner, self._info = log.of_box("DMS")
         # A kept disk needs the bytes for their checksums, and a log names each page.
         self.takes_pipes = not (keep or self._info)
@@ -270,17 +269,20 @@ class PageStore:
 
     def take_get(self, asked: range) -> tuple[int, int, int]:
         """Get the pages that were asked for: as get, with the address of the bytes in this process. They
-        are valid until the next call.
-
-        A single page of a disk that is not kept, as with most faults of random access, has a way of its own:
-        it takes 2.5 µs, and with get 3.7.
-        """
-        page, byte = asked.start, self.spt.state[asked.start]
-        alone = len(asked) == 1 and byte & DISK and self.takes_pipes
-        if alone and os.preadv(self.fd, self._page, self._data + page * PAGE_SIZE) == PAGE_SIZE:
-            self.spt.state[page] = byte | INSTANCE
-            return CONTENT, 1, self._buffer_at
+        are valid until the next call."""
         return *self.get(asked, self._buffer), self._buffer_at
+
+    def take_page(self, page: int) -> int:
+        """If takes_pipes: get one page, which needs no ask_get. Returns the address of its bytes, as take_get. 0: it
+        has none. Raises OSError.
+
+        This takes 2.5 µs, where take_get takes 3.7.
+        """
+        byte, place = self.spt.state[page], self._data + page * PAGE_SIZE
+        if not byte & DISK or os.preadv(self.fd, self._page, place) < PAGE_SIZE:
+            return 0
+        self.spt.state[page] = byte | INSTANCE
+        return self._buffer_at
 
     def get(self, pages: range, into: memoryview) -> tuple[int, int]:
         """Send pages to the instance: (NEW_PAGES or CONTENT, the number of pages, from the first on). With
@@ -606,8 +608,7 @@ class PageStore:
     def _write_header(self, epoch: int, at: int) -> None:
         """Write this copy of the header. It, and all that was written before, is durable then."""
         try:
-            header = HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch)
-            write_all(self.fd, _sealed(header), at)
+            write_all(self.fd, _sealed(HEADER.pack(MAGIC, FORMAT, *self._geometry, epoch)), at)
             os.fsync(self.fd)
         except OSError as error:
             self._words[NO_WRITES] = error.errno

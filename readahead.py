@@ -42,8 +42,9 @@ STREAMS = 32
 REMEMBERED = 32  # single faults that may yet turn out to begin a stream
 FIRST_WINDOW = 4  # pages, mm/readahead.c's
 ROWS, PROBE = 224, 8
-# Pages. A column shares its pages with those beside it, and may fault in every 64th row only.
-MAX_STRIDE = 1024
+NO_PLACE = 1 << 63  # beyond all
+# Bytes: the longest stride. A column shares its pages with those beside it, and may fault in every 64th row only.
+MAX_STRIDE = 1024 * PAGE_SIZE
 # A fault at most so many strides after a window continues its stream. Few, because each random fault that hits
 # an old stream brings a window.
 NEAR = 16
@@ -82,7 +83,7 @@ class Readahead:
         self.max_window, self._is_missing = max_window, is_missing
         self._first_window = min(FIRST_WINDOW, max_window)
         self._streams: list[Stream] = []  # the one used last is the first
-        self._recent: list[int] = []  # places of single faults, sorted
+        self._recent = [NO_PLACE]  # places of single faults, sorted
         # A stream that begins adds PROBE, a window that was used up takes PROBE, and a single fault takes 1. If it leaves
         # ROWS or more, the row comes at once.
         self._rows = 0
@@ -108,19 +109,22 @@ class Readahead:
     def _begin(self, place: int) -> Stream | None:
         recent, page, window = self._recent, place // PAGE_SIZE, self._first_window
         at = bisect_left(recent, place)
-        for before in recent[bisect_left(recent, place - MAX_STRIDE * PAGE_SIZE) : at + 1]:
-            pages, stride = page - before // PAGE_SIZE, place - before
-            if pages == 1 or pages == -1 and any(at // PAGE_SIZE == page + 2 for at in recent):
-                stride = pages * PAGE_SIZE
-            elif pages < 2 or before - stride not in recent:
-                continue
-            recent.remove(before)
-            self._rows = min(self._rows + PROBE * (stride == PAGE_SIZE), ROWS + PROBE)
-            self._streams = [Stream(place, window, stride), *self._streams[: STREAMS - 1]]
-            return self._streams[0]
-        self._rows -= self._rows > 0
-        if len(recent) == REMEMBERED:
-            recent.clear()
-            del self._streams[-1:]
+        # In random access, most faults are far from the others.
+        if place - recent[at - 1] <= MAX_STRIDE or recent[at] - place < 2 * PAGE_SIZE:
+            for before in recent[bisect_left(recent, place - MAX_STRIDE) : at + 1]:
+                pages, stride = page - before // PAGE_SIZE, place - before
+                if pages == 1 or pages == -1 and any(at // PAGE_SIZE == page + 2 for at in recent):
+                    stride = pages * PAGE_SIZE
+                elif pages < 2 or before - stride not in recent:
+                    continue
+                recent.remove(before)
+                self._rows = min(self._rows + PROBE * (stride == PAGE_SIZE), ROWS + PROBE)
+                self._streams = [Stream(place, window, stride), *self._streams[: STREAMS - 1]]
+                return self._streams[0]
+        if self._rows:
+            self._rows -= 1
+        if len(recent) > REMEMBERED:
+            del recent[:-1], self._streams[-1:]
+            at = 0
         recent.insert(at, place)
         return Stream(place, window, PAGE_SIZE) if self._rows >= ROWS else None

@@ -109,8 +109,8 @@ def test_get_takes_every_so_maniest_page(dms):
     where = ask(dms, LOCATIONS, page=0, count=40)[2]
     assert [p for p in range(40) if where[p] == INSTANCE | DISK] == [3, 10, 17, 24]
     assert ask(dms, m.GET, page=31, count=6, more=7)[:2] == (NEW_PAGES, 6)
-    last = PAGES - 1 - 3 * MAX_STRIDE
-    assert ask(dms, m.GET, page=last, count=4, more=MAX_STRIDE)[:2] == (NEW_PAGES, 4)
+    last = PAGES - 1 - 3 * MAX_STRIDE // PAGE_SIZE
+    assert ask(dms, m.GET, page=last, count=4, more=MAX_STRIDE // PAGE_SIZE)[:2] == (NEW_PAGES, 4)
 
 
 def test_a_clean_page_goes_back_without_its_bytes_to_where_it_was(dms):

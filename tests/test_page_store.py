@@ -177,6 +177,21 @@ def test_what_was_put_is_in_the_file_and_comes_back(path, keep):
     assert get(store, range(90, 91)) == (CONTENT, content(2))
 
 
+def test_a_page_alone_comes_with_its_bytes_or_is_left_to_get(path, monkeypatch):
+    store = open_store(str(path), START, END)
+    put(store, 7, 84, (7, content(1, 2)), (90, content(2)))
+    for page, bytes_of_it in ((8, part(content(1, 2), 1)), (90, content(2))):
+        assert ctypes.string_at(store.take_page(page), PAGE_SIZE) == bytes_of_it
+    assert locations(store, 7, 2) == bytes((DISK, INSTANCE | DISK))
+    assert store.take_page(9) == 0 and locations(store, 9, 1) == bytes((NEW,)), "it has no bytes"
+    with pytest.raises(OSError), monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", failing(errno.EIO))
+        store.take_page(7)
+    os.truncate(path, 0)
+    assert store.take_page(7) == 0, "the file has no such bytes"
+    assert locations(store, 7, 1) == bytes((DISK,))
+
+
 def test_a_disk_that_is_not_kept_has_a_pages_bytes_at_its_own_place_and_nothing_else(path):
     store = open_store(str(path), START, END)
     header = path.read_bytes()[:TABLE]

@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import time
+from collections import deque
 
 import pytest
 from conftest import close, lpet_is_first, pages_in, wait_for
@@ -38,7 +39,7 @@ from edm.readahead import (
     Readahead,
     Stream,
 )
-from edm.uffd_ctypes import PAGE_SIZE
+from edm.uffd_ctypes import PAGE_SIZE, UFFDIO_COPY_MODE_WP
 
 SPACE = range(10**12)
 
@@ -116,13 +117,13 @@ DOUBLING = [4, 8, 16, 32, 64, 128, 256, 256]
         pytest.param(256, 1, DOUBLING, id="upward"),
         pytest.param(256, -1, DOUBLING, id="downward"),
         pytest.param(256, 7, DOUBLING, id="strided"),
-        pytest.param(256, MAX_STRIDE, DOUBLING, id="the longest stride"),
+        pytest.param(256, MAX_STRIDE // PAGE_SIZE, DOUBLING, id="the longest stride"),
         pytest.param(5, 1, [4, 5, 5, 5], id="at most 5"),
         pytest.param(5, -1, [4, 5, 5, 5], id="at most 5, downward"),
         pytest.param(5, 3, [4, 5, 5, 5], id="at most 5, strided"),
         *(pytest.param(most, 1, [], id=f"turned off by {most}") for most in (0, 1)),
         pytest.param(256, -2, [], id="strides downward are no streams"),
-        pytest.param(256, MAX_STRIDE + 1, [], id="nor are longer ones"),
+        pytest.param(256, MAX_STRIDE // PAGE_SIZE + 1, [], id="nor are longer ones"),
     ],
 )
 def test_a_second_neighbouring_fault_or_a_third_at_equal_distances_begins_a_stream_whose_window_doubles(
@@ -159,7 +160,7 @@ def test_a_window_ends_where_the_area_does(readahead, stride, area, pages):
 def test_random_faults_never_begin_a_stream(readahead):
     dice = random.Random(1)
     assert not any(at(readahead, 100 * dice.randrange(10**6)) for _ in range(10000))
-    assert len(readahead._recent) <= REMEMBERED and readahead._streams == []
+    assert len(readahead._recent) <= REMEMBERED + 1 and readahead._streams == []
 
 
 def rows(readahead, count, pages):
@@ -235,7 +236,7 @@ def test_a_fault_in_a_window_or_near_after_it_continues_its_stream_and_others_do
     for page in range(500, 1500):
         readahead = Readahead(256, nothing_is_missing)
         begun(readahead, stride)
-        readahead._recent.clear()  # or a fault would begin a stream with the one before
+        del readahead._recent[:-1]  # or a fault would begin a stream with the one before
         assert continues(at(readahead, page)) == (page in near)
 
 
@@ -300,6 +301,7 @@ def test_two_streams_that_have_come_to_the_same_page_stay_two(readahead):
 
 class Store:
     stripe = ONE_STRIPE
+    takes_pipes = False
 
     def __init__(self):
         self.asked = []
@@ -393,8 +395,56 @@ def test_a_row_of_a_few_pages_takes_two_faults_and_brings_few_other_pages(handle
     assert here(handler) == [*range(100, 105)]
 
 
-def test_a_page_that_left_soon_before_it_faults_alone_stays_longer(handler):
-    lspt = handler._lspt
+@pytest.fixture
+def short_way(handler):
+    """Pages that fault alone may come by the short way. Which ones have: (address, source, length, mode)."""
+    came = []
+    handler._store.takes_pipes = True
+    handler._store.take_page = lambda page: 1 << 21
+    handler._copy_page = lambda: came.append(tuple(handler._block[:4]))
+    return came
+
+
+def test_a_page_that_faults_alone_comes_by_the_short_way(handler, short_way):
+    claim(handler, 100)
+    assert here(handler) == [100] and handler._store.asked == []
+    assert short_way == [(100 * PAGE_SIZE, 1 << 21, PAGE_SIZE, 0)]
+    claim(handler, 500, 501)
+    assert here(handler) == [100, *range(500, 505)] and handler._store.asked == [range(501, 505)]
+    assert handler.figures()["bytes_received"] == 6 * PAGE_SIZE
+
+
+def test_a_page_that_is_read_is_clean_and_one_that_is_written_is_not(handler, short_way):
+    handler._track_clean = True
+    handler._bring_missing(100 * PAGE_SIZE, False)
+    handler._bring_missing(500 * PAGE_SIZE, True)
+    assert [mode for *_, mode in short_way] == [UFFDIO_COPY_MODE_WP, 0]
+
+
+@pytest.mark.parametrize("why", ["a report", "no bytes", "the disk", "the copy", "the store"])
+def test_what_cannot_come_by_the_short_way_comes_by_the_long_one(handler, short_way, why):
+    def fails(*_):
+        raise OSError(errno.EIO, why)
+
+    match why:
+        case "a report":
+            handler.came = deque()
+        case "no bytes":
+            handler._store.take_page = lambda page: 0
+        case "the disk":
+            handler._store.take_page = fails
+        case "the copy":
+            handler._copy_page = fails
+        case "the store":
+            handler._store.takes_pipes = False
+    claim(handler, 100)
+    assert here(handler) == [100] and handler._store.asked == [range(100, 101)]
+    assert short_way == [] and handler.came in (None, deque([100]))
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_page_that_left_soon_before_it_faults_alone_stays_longer(handler, short_way, short):
+    lspt, handler._store.takes_pipes = handler._lspt, short
     claim(handler, 100, 500)
     assert {lspt.state[page] for page in (100, 500)} == {HERE + lspt.generation()}, "long ago"
     lspt.gone(lspt.claim(0, 1000, ANY_HERE))
@@ -402,7 +452,7 @@ def test_a_page_that_left_soon_before_it_faults_alone_stays_longer(handler):
     assert lspt.state[100] == HERE + lspt.generation() + LONGER
     lspt.figures[FETCHED] += (SOON + 1) * lspt.quarter
     claim(handler, 500)
-    assert lspt.state[500] == HERE + lspt.generation()
+    assert lspt.state[500] == HERE + lspt.generation() and len(short_way) == 4 * short
 
 
 @pytest.mark.parametrize("step", [1, -1, 3])
