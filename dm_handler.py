@@ -19,9 +19,9 @@ One fault, from the message to the woken application:
                     has made room ("avoid memory flood"), and calls it again. For a page that is LEAVING it
                     does nothing: the thread that has claimed the page wakes the application. If readahead.py
                     sees a stream, it makes the pages that follow COMING, too.
-    _bring_alone    brings a page that readahead adds nothing to, if the store has its bytes in a file of this
-                    process. It does what the next three do, in a third less time. If anything is in its way, it does
-                    nothing, and they find out what.
+    _bring_alone    if readahead adds nothing, and the store has the page's bytes in a file of this process, does
+                    what the next three do, in a third less time. Not with a log or a report, which tell more, nor
+                    for a kept disk. If anything fails, the next three do it all again, and find out what it is.
     _fetch          asks the store for all of these, in pieces. The first piece of a run is small: the
                     application works on it while the others come.
     _take           takes a piece from the store. If the store returns fewer pages, asks for the rest.

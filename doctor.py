@@ -136,9 +136,8 @@ PACKAGES = (
 def the_tests() -> Finding:
     found = {name: find_spec(name) for name in PACKAGES}
     remedy = "" if all(found.values()) else f"{PIP_INSTALL} -e '.[test]'"
-    found["a C compiler"] = shutil.which("cc")
-    found["chromium"] = shutil.which("chromium") or shutil.which("google-chrome")
-    found["root"] = not os.getuid()
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    found |= {"a C compiler": shutil.which("cc"), "chromium": chromium, "root": not os.getuid()}
     if missing := [name for name in found if not found[name]]:
         return "without", f"those that need {', '.join(missing)} are skipped", remedy
     return "ok", "all that they need is here", ""

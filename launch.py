@@ -144,10 +144,9 @@ def parse_arguments(
     lines = (Config.__doc__ or "").splitlines()  # python -OO has none
     words = dict(line.strip().split(": ", 1) for line in lines if ": " in line)
     for name, kind in Config.__annotations__.items():
-        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        if kind != "bool":
-            kind = number if kind.startswith("int") else str
-            how = {"type": kind, "choices": CHOICES.get(name)}
+        how = {"type": number if kind.startswith("int") else str, "choices": CHOICES.get(name)}
+        if kind == "bool":
+            how = {"action": argparse.BooleanOptionalAction}
         option = "--" + name.replace("_", "-")
         default = defaults.get(name, getattr(Config, name))
         group.add_argument(option, default=default, help=words.get(name), **how)

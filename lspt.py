@@ -43,11 +43,11 @@ when there is room, another thread wants pages, or it has to stop; `for_lpet` LP
 to evict or it has to stop. `figures` are counters that any process may read.
 
 Rules:
-    * All methods but those that have arrived in their name change states under `lock`. RESIDENT, PEAK, FETCHED and ROOM_WANTED change
-      only under `lock`, too. The other counters are only figures, and may miss an increment. The only system
-      call under the lock is the write to an eventfd.
+    * All methods but `arrived` and `page_arrived` change states under `lock`. RESIDENT, PEAK, FETCHED and
+      ROOM_WANTED change only under `lock`, too. The other counters are only figures, and may miss an
+      increment. The only system call under the lock is the write to an eventfd.
     * A COMING page belongs to the DM-Handler, a LEAVING page to the thread that claimed it. No other
-      thread of EDM changes its state, or installs or removes its memory. So they need no lock. A
+      thread of EDM changes its state, or installs or removes its memory. So these two need no lock. A
       fault of a LEAVING page sleeps until the state is another one: `gone`, `stays` and `freed` wake it. Then
       it is tried again.
     * One claim takes neighbours, and may take holes between them: pages that are NEW or AWAY. They become
@@ -245,7 +245,7 @@ class LSPT(ByteTable):
         self.set(pages, self._here(before))
 
     def page_arrived(self, page: int, before: int) -> None:
-        """As arrived, for one page, in two thirds of the time."""
+        """As arrived, for one page, in two thirds of the time: expect has set its part."""
         self.state[page] = self._here(before)
 
     def _here(self, before: int) -> int:

@@ -6,6 +6,7 @@ same methods.
 
 Interface: PageStore(config, ...)
     ask_get, take_get    pages come to the instance, for a pager: ask starts, take reads them
+    take_page            one page comes, which was not asked for; only if takes_pipes
     stripe               ask_get asks for pages of one stripe: this many neighbours; the first one begins at page 0
     get                  ask and take in one step, for the DMS
     put                  pages leave the instance, or only their bytes are stored
@@ -27,7 +28,7 @@ Rules:
       A process that is killed while it holds the lock blocks the others forever, so its parent
       must end the job.
     * A disk that is not kept has no lock. Its calls share nothing but the pages that they name.
-    * Only one thread calls ask_get and take_get.
+    * Only one thread calls ask_get, take_get and take_page.
 
 A page's bytes stay on the disk while the instance has the page. So a clean page is dropped without
 writing: the disk already has its bytes. INSTANCE says that the page was sent to the instance and has
@@ -239,11 +240,12 @@ class PageStore:
         self._changed = memoryview(mmap.mmap(-1, max(1, self._blocks)))  # a byte a block: see SAME
         self._words = memoryview(mmap.mmap(-1, 24)).cast("Q")
         self._lock = semaphore() if keep else nullcontext()
-        self._buffer = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))  # for take_get
+        # For take_get and take_page.
+        self._buffer = memoryview(mmap.mmap(-1, PAGES_AT_ONCE * PAGE_SIZE))
         self._buffer_at = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self._page = [self._buffer[:PAGE_SIZE]]  # where take_page reads
         self._log, self._banner, self._info = log.of_box("DMS")
-        # A kept disk needs the bytes for their checksums, and a log names each page.
+        # Whether pages may come and go by a short way. A kept disk needs checksums, and a log names each page.
         self.takes_pipes = not (keep or self._info)
         self.offers = range(0)  # the epochs that its disk has; none without a path
         # Between the steps of a sync: the blocks that it has written, and the places in them.
@@ -269,14 +271,16 @@ class PageStore:
 
     def take_get(self, asked: range) -> tuple[int, int, int]:
         """Get the pages that were asked for: as get, with the address of the bytes in this process. They
-        are valid until the next call."""
+        are valid until the next call, also of take_page."""
+        if len(asked) == 1 and self.takes_pipes and (at := self.take_page(asked.start)):
+            return CONTENT, 1, at
         return *self.get(asked, self._buffer), self._buffer_at
 
     def take_page(self, page: int) -> int:
-        """If takes_pipes: get one page, which needs no ask_get. Returns the address of its bytes, as take_get. 0: it
-        has none. Raises OSError.
+        """If takes_pipes: get one page, which needs no ask_get. Returns the address of its bytes, as take_get; 0 if it
+        has none, or not all can be read. Raises OSError.
 
-        This takes 2.5 µs, where take_get takes 3.7.
+        This takes 2.5 µs, where get takes 3.7.
         """
         byte, place = self.spt.state[page], self._data + page * PAGE_SIZE
         if not byte & DISK or os.preadv(self.fd, self._page, place) < PAGE_SIZE:

@@ -110,7 +110,8 @@ def _run(config: Config, application: int, control: Any) -> NoReturn:
     try:
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
             raise OSError("this MPI library has no MPI_THREAD_MULTIPLE; install one that has")
-        # Where pids are valid: the inode of a pid namespace, and the boot id of its machine. See namespaces(7), proc(5).
+        # Where pids are valid: the inode of a pid namespace, and the boot id of its machine. See
+        # namespaces(7), proc(5).
         with open("/proc/sys/kernel/random/boot_id") as file:
             pids_of = os.stat("/proc/self/ns/pid").st_ino, file.read()
         ours = os.uname().nodename, (pids_of, os.getpid()), settings

@@ -379,6 +379,22 @@ def test_a_page_that_comes_back_soon_after_it_left_stays_longer(make, began, sin
         assert lspt.older_than(-LONGER)[lspt.state[page]] == 255
 
 
+def test_a_page_that_arrives_alone_is_as_one_that_arrives_with_others(make):
+    lspt, page = make(3 * PART), 2 * PART + 1
+    for arrives in (
+        lspt.page_arrived,
+        lambda page, before: lspt.arrived(range(page, page + 1), before),
+    ):
+        found = []
+        for _ in range(2):  # NEW, and back soon
+            arrives(page, lspt.expect(page))
+            found.append(lspt.state[page])
+            assert list(lspt.runs_here()) == [(page, 1)]
+            evict(lspt, page)
+        assert found == [HERE, HERE + LONGER]
+        free(lspt, freeing(lspt, page, 1))
+
+
 def test_a_page_that_is_new_is_not_made_to_stay(make):
     lspt = make()
     lspt.arrived(range(10, 11), lspt.expect(10))

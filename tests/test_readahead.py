@@ -440,6 +440,8 @@ def test_what_cannot_come_by_the_short_way_comes_by_the_long_one(handler, short_
     claim(handler, 100)
     assert here(handler) == [100] and handler._store.asked == [range(100, 101)]
     assert short_way == [] and handler.came in (None, deque([100]))
+    # What the store has given counts, also if it was in vain.
+    assert handler.figures()["bytes_received"] == PAGE_SIZE * (2 if why == "the copy" else 1)
 
 
 @pytest.mark.parametrize("short", [False, True])
