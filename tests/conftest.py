@@ -146,9 +146,10 @@ def read_until(job: Job, words: str, seconds: float = 30) -> str:
 
 
 def wait_until_gone(job: Job, seconds: float = 5) -> None:
-    """Poll until no process of the job is left."""
+    """Poll until no process of the job is left, and none is in the midst of its end: it has no environment
+    any more, which would tell whose it is, but may have files and their locks."""
     deadline = time.monotonic() + seconds
-    while job.processes():
+    while job.processes() or any(map(is_ending, filter(str.isdigit, os.listdir("/proc")))):
         assert time.monotonic() < deadline, f"still there after {seconds} s:\n{job.whereabouts()}"
         time.sleep(0.005)
 
@@ -156,6 +157,16 @@ def wait_until_gone(job: Job, seconds: float = 5) -> None:
 def stat_of(pid: int | str) -> list[str]:
     """A process's state and its parent, of proc_pid_stat(5). Its name before them may be any bytes."""
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+
+
+def is_ending(pid: str) -> bool:
+    """Is this process in the midst of its end? PF_EXITING is set, see proc_pid_stat(5), and it is no zombie yet."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    fields = stat.rpartition(")")[2].split()
+    return fields[0] not in "ZX" and int(fields[6]) & 4 > 0
 
 
 def has_ended(pid: int) -> bool:
