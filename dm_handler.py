@@ -21,7 +21,8 @@ One fault, from the message to the woken application:
                     sees a stream, it makes the pages that follow COMING, too.
     _bring_alone    if readahead adds nothing, and the store has the page's bytes in a file of this process, does
                     what the next three do, in a third less time. Not with a log or a report, which tell more, nor
-                    for a kept disk. If anything fails, the next three do it all again, and find out what it is.
+                    for a kept disk, nor for a page that was NEW. If anything fails, the next three do it all again,
+                    and find out what it is.
     _fetch          asks the store for all of these, in pieces. The first piece of a run is small: the
                     application works on it while the others come.
     _take           takes a piece from the store. If the store returns fewer pages, asks for the rest.
@@ -230,7 +231,7 @@ class DmHandler:
             # The next column of a matrix needs the pages of this one again, so in a stride it counts that they
             # have come back soon.
             self._fetch(runs, page, write, state if stream.stride > PAGE_SIZE else l.NEW)
-        elif not self._bring_alone(page, write, state):
+        elif state == l.NEW or not self._bring_alone(page, write, state):
             pages = range(page, page + 1)
             self._take(pages, self._ask(pages), page, write, state)
 

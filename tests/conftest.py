@@ -155,18 +155,17 @@ def wait_until_gone(job: Job, seconds: float = 5) -> None:
 
 
 def stat_of(pid: int | str) -> list[str]:
-    """A process's state and its parent, of proc_pid_stat(5). Its name before them may be any bytes."""
-    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+    """A process's state, its parent and what follows, of proc_pid_stat(5). Its name before them may be any bytes."""
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def is_ending(pid: str) -> bool:
     """Is this process in the midst of its end? PF_EXITING is set, see proc_pid_stat(5), and it is no zombie yet."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        state, *_, flags = stat_of(pid)[:7]
     except OSError:
         return False
-    fields = stat.rpartition(")")[2].split()
-    return fields[0] not in "ZX" and int(fields[6]) & 4 > 0
+    return state not in "ZX" and int(flags) & 4 > 0
 
 
 def has_ended(pid: int) -> bool:
@@ -262,7 +261,7 @@ class Job(subprocess.Popen):
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                state, parent = stat_of(pid)
+                state, parent, *_ = stat_of(pid)
             except OSError:
                 continue  # it ended while we looked, or is another user's
             if self.mark.encode() in environment and state != "Z":
